@@ -1,0 +1,130 @@
+"""Turns the settings block at the top of a script into --help and typed overrides.
+
+A script writes its settings once, as plain assignments between two rulers:
+
+    # ---- settings ----
+    batch_size = 32     # windows per micro-batch; halve it when memory runs out
+    # ---- end of settings ----
+
+and calls `cfg, given = settings.read(globals())`. That accepts `--batch_size 16` and
+`--batch-size=16`, and for booleans `--compile`, `--compile False` and `--no-compile`. The type
+comes from the default, the help from the comment, and a typo is an error with a suggestion.
+"""
+import argparse
+import ast
+import difflib
+import errno
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, NoReturn, TextIO
+
+BEGIN, END = "# ---- settings", "# ---- end of settings"
+
+
+class UserError(Exception):
+    """Something that the user can mend. `run` shows its message, and no traceback."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n       python {self.prog} --help lists the settings")
+
+
+def read(script: dict[str, Any], argv: list[str] | None = None,
+         out: TextIO | None = None) -> tuple[SimpleNamespace, dict[str, Any]]:
+    """Read a script's settings block and the command line.
+
+    Args:
+        script: the `globals()` of the script; `__file__` and `__doc__` are used too.
+        argv: the arguments; those of the process when None.
+        out: where the settings that differ from the block are printed; stdout when None.
+    Returns:
+        all settings as attributes, and a dict of those that the command line gave.
+    Raises:
+        UserError: for an unknown name, a missing value or a value of the wrong type.
+    """
+    comments = _comments(Path(script["__file__"]).read_text(encoding="utf-8"))
+    defaults = {name: script[name] for name in comments}
+    parser = _parser(script, comments)
+    known, unknown = parser.parse_known_args([_normal(a) for a in (sys.argv[1:] if argv is None else argv)])
+    if unknown:
+        parser.error(_suggest(unknown[0], list(defaults)))
+    given = vars(known)
+    changed = [f"{k}={given[k]!r} (default {v!r})" for k, v in defaults.items() if given.get(k, v) != v]
+    if changed:
+        print("settings:", ", ".join(changed), file=out or sys.stdout)
+    return SimpleNamespace(**{**defaults, **given}), given
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main(). What the user can mend ends as a message and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows pipe is not UTF-8 by itself
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename or 'a file'}")
+
+
+def _comments(source: str) -> dict[str, str]:
+    """Map each name of the settings block to its comment, in order."""
+    lines = source.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(BEGIN))
+    last = next(i for i, line in enumerate(lines) if line.startswith(END))
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and first < node.lineno <= last:
+            tail = lines[node.end_lineno - 1][node.end_col_offset:].lstrip(" #")
+            more = [line.strip(" #") for line in _following(lines, node.end_lineno)]
+            found[node.targets[0].id] = " ".join([tail, *more])
+    return found
+
+
+def _following(lines: list[str], start: int) -> list[str]:
+    """The indented comment lines below an assignment, which continue its comment."""
+    end = start
+    while re.match(r"\s+#", lines[end]):
+        end += 1
+    return lines[start:end]
+
+
+def _parser(script: dict[str, Any], comments: dict[str, str]) -> _Parser:
+    parser = _Parser(prog=Path(script["__file__"]).name, description=script["__doc__"], allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, comment in comments.items():
+        default = script[name]
+        text = f"{comment} (default: {default!r})".replace("%", "%%")
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name}", type=_boolean, nargs="?", const=True, metavar="BOOL", help=text)
+            parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+        else:
+            kind = type(default)
+            parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
+    return parser
+
+
+def _normal(arg: str) -> str:
+    """`--max-iters=5` becomes `--max_iters=5`; anything that is not a name stays as it is."""
+    match = re.fullmatch(r"--([A-Za-z][\w-]*)(=.*)?", arg, flags=re.DOTALL)
+    return f"--{match[1].replace('-', '_')}{match[2] or ''}" if match else arg
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def _suggest(arg: str, names: list[str]) -> str:
+    name = arg.lstrip("-").split("=")[0]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean --{close[0]}?" if close else ""
+    return f"unknown setting {arg!r}{hint}"
