@@ -1,0 +1,349 @@
+"""Where text comes from: your own files, the TinyStories download, or the built-in stories.
+
+    for text in documents(Path("stories.jsonl.gz")): ...     # one document at a time, in little memory
+
+Every step sees the same documents in the same order, and the same ones are kept for validation.
+"""
+import errno
+import gzip
+import hashlib
+import io
+import json
+import re
+import shutil
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import requests
+from tqdm import tqdm
+
+import demo_stories
+from files import replace, sha256
+from settings import UserError
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
+SEPARATOR = "<|endoftext|>"     # between the documents of a .txt file
+KEYS = ("story", "text")        # where a JSON object keeps its text; the first one found counts
+LONGEST = 1 << 16               # characters; a longer document is cut at a blank line, line or space
+VAL_FRACTION = 0.02             # of the documents are for validation, but at least one
+VAL_BYTES = 2_000_000           # and no more than about so much text: each evaluation reads it all
+DEMO = Path("data/demo")
+DEMO_FILES = 10
+
+FOLDER, ARCHIVE = "TinyStories_all_data", "TinyStories_all_data.tar.gz"
+MIRRORS = {
+    "huggingface": f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/{ARCHIVE}",
+    "hf-mirror": f"https://hf-mirror.com/datasets/roneneldan/TinyStories/resolve/main/{ARCHIVE}",
+    "modelscope": f"https://www.modelscope.cn/datasets/AI-ModelScope/TinyStories/resolve/master/{ARCHIVE}",
+}
+PAUSES = (1, 4, 15)             # seconds before each further try of a mirror
+
+_READ = 1 << 20                 # characters read at a time
+_RECORD = 1 << 26               # characters that one JSON record may have
+_GAP = re.compile(r"[\s,]*")
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The text files of a folder and its subfolders in order of name, or the one file given.
+
+    Raises:
+        UserError: when nothing is there, or nothing of a kind that can be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no file or folder at {path.resolve()}")
+    candidates = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda p: p.relative_to(path).as_posix())
+    files = [p for p in candidates if p.is_file() and p.name.lower().endswith(SUFFIXES)]
+    if not files:
+        raise UserError(f"no text in {path.resolve()}\n       files must end in {', '.join(SUFFIXES)}")
+    return files
+
+
+def documents(path: Path, progress: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+    """Yield the documents of a file, without blank ones and without white space around them.
+
+    `.txt` is split at `<|endoftext|>`, or is one document; `.json` is a list, `.jsonl` a line per
+    record, each record a string or an object with the key `story` or `text`; `.gz` is unpacked on
+    the way. Memory does not grow with the file.
+
+    Args:
+        progress: called with the number of bytes of the file read since its last call.
+    Raises:
+        UserError: names the file, and the record, that cannot be read.
+    """
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            plain = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
+            stream = io.TextIOWrapper(plain, encoding="utf-8-sig")
+            read = _txt_records if path.name.lower().removesuffix(".gz").endswith(".txt") else _json_records
+            at = 0
+            for number, record in enumerate(read(stream), 1):
+                yield from (piece for piece in map(str.strip, _pieces(record)) if piece)
+                if raw.tell() != at:
+                    progress(raw.tell() - at)
+                    at = raw.tell()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: after record {number}: not UTF-8 text ({error.reason})\n"
+                        "       save the file as UTF-8") from error
+    except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: record {number + 1}: {error}") from error
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text into pieces of at most LONGEST characters."""
+    while len(text) > LONGEST:
+        cut = next((at for mark in ("\n\n", "\n", " ") if (at := text.rfind(mark, LONGEST // 2, LONGEST)) > 0), LONGEST)
+        yield text[:cut]
+        text = text[cut:]
+    yield text
+
+
+def _txt_records(stream: TextIO) -> Iterator[str]:
+    rest = ""
+    while piece := stream.read(_READ):
+        *whole, rest = (rest + piece).split(SEPARATOR)
+        yield from whole
+        if len(rest) > 2 * LONGEST:         # hand out the beginning of a very long document early
+            *whole, rest = _pieces(rest)
+            yield from whole
+    yield rest
+
+
+def _json_records(stream: TextIO) -> Iterator[str]:
+    for value in _json_values(stream):
+        if isinstance(value, dict):
+            key = next((key for key in KEYS if key in value), None)
+            if key is None:
+                raise ValueError(f"has the keys {', '.join(value) or '(none)'}; expected {' or '.join(KEYS)}")
+            value = value[key]
+        if not isinstance(value, str):
+            raise ValueError(f"expected a text, found {type(value).__name__}")
+        yield _whole_characters(value)
+
+
+def _whole_characters(text: str) -> str:
+    """JSON can spell half of a character (a lone surrogate), which is no text; it becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _json_values(stream: TextIO) -> Iterator[object]:
+    """Decode the values of a list, or values that stand one after another, as they come in."""
+    decode = json.JSONDecoder().raw_decode
+    text = stream.read(_READ)
+    at = _GAP.match(text).end()
+    in_list = text.startswith("[", at)
+    at += in_list
+    while True:
+        at = _GAP.match(text, at).end()
+        if in_list and text.startswith("]", at):
+            if (text[at + 1:] + stream.read(_READ)).strip():
+                raise ValueError("text after the end of the list")
+            return
+        try:
+            value, at = decode(text, at)
+        except ValueError as error:             # wrong, or not all of it is here yet
+            more = stream.read(_READ)
+            text, at = text[at:] + more, 0
+            if not text and not in_list:
+                return
+            if not more or len(text) > _RECORD:
+                raise ValueError(f"the file is cut here, or not JSON ({getattr(error, 'msg', error)})") from error
+        else:
+            yield value
+
+
+def fingerprint(text: str) -> int:
+    """64 bits of a document that decide its split: the same text never lands in both."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def validation_threshold(files: list[Path]) -> int:
+    """The rule of the split: documents whose fingerprint is at most this are for validation.
+
+    Because it looks at each text by itself, the rule needs no second pass, holds in any order and
+    for any number of processes, and stays when files are added. Small collections are read to the
+    end, so that both splits get at least one document.
+
+    Raises:
+        UserError: when there are not two different documents.
+    """
+    size = sum(file.stat().st_size for file in files)
+    limit = int(min(VAL_FRACTION, VAL_BYTES / max(size, 1)) * 2**64)
+    lowest, highest = 2**64, -1
+    for file in files:
+        for text in documents(file):
+            mark = fingerprint(text)
+            lowest, highest = min(lowest, mark), max(highest, mark)
+            if lowest <= limit < highest:
+                return limit
+    if lowest >= highest:
+        found = "only one document" if lowest == highest else "no text"
+        raise UserError(f"{found} in {', '.join(map(str, files[:3]))}; training needs two or more, one of them for "
+                        f"validation\n       in a .txt, put {SEPARATOR} between them")
+    return lowest
+
+
+def default_source(data_dir: str | Path) -> Path:
+    """The downloaded stories where there are some, else the built-in ones, written at first use."""
+    real = Path(data_dir) / FOLDER
+    return real if real.is_dir() else _write_demo()
+
+
+def _write_demo() -> Path:
+    if not DEMO.is_dir():
+        print(f"writing synthetic stories to {DEMO} (made by a grammar: good for trying, see demo_stories.py)")
+        fresh = DEMO.with_name(DEMO.name + ".tmp")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        stories = [{"story": story} for story in demo_stories.stories()]
+        for i in range(DEMO_FILES):
+            text = json.dumps(stories[i::DEMO_FILES], indent=0)
+            (fresh / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
+        (fresh / "README.md").write_text("Synthetic stories, written by demo_stories.py.\n", encoding="utf-8")
+        replace(fresh, DEMO)
+    return DEMO
+
+
+# ---- the TinyStories download -------------------------------------------------------------------
+
+def download(data_dir: str | Path, mirror: str = "") -> Path:
+    """Fetch and unpack TinyStories (Eldan and Li 2023, arXiv 2305.07759) unless it is there.
+
+    Args:
+        mirror: names of MIRRORS or addresses, separated by commas, tried in that order; all when empty.
+    Returns:
+        the folder with the stories.
+    Raises:
+        UserError: when no mirror delivers, the archive is damaged, or the disk is full.
+    """
+    folder, archive = Path(data_dir) / FOLDER, Path(data_dir) / ARCHIVE
+    if not folder.is_dir():
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        if not archive.exists():
+            _fetch(_mirrors(mirror), archive)
+        _unpack(archive, folder)
+    return folder
+
+
+def _mirrors(names: str) -> dict[str, str]:
+    chosen = [name.strip() for name in names.split(",") if name.strip()] or list(MIRRORS)
+    unknown = [name for name in chosen if name not in MIRRORS and not name.startswith(("http://", "https://"))]
+    if unknown:
+        raise UserError(f"unknown mirror {unknown[0]!r}; known are {', '.join(MIRRORS)}, and any http(s) address")
+    return {name: MIRRORS.get(name, name) for name in chosen}
+
+
+class _Damaged(Exception):
+    """What arrived is not the archive."""
+
+
+def _fetch(mirrors: dict[str, str], archive: Path) -> None:
+    """Try each mirror until it brought nothing new len(PAUSES) + 1 times in a row."""
+    part = archive.with_name(archive.name + ".part")
+    failures = []
+    for name, url in mirrors.items():
+        pauses, most = list(PAUSES), _size(part)
+        while True:
+            try:
+                _check(part, _receive(url, part))
+                return replace(part, archive)
+            except requests.RequestException as error:
+                failure = f"       {name}: {error}"
+            except _Damaged as error:
+                failure = f"       {name}: {error}"
+                part.unlink(missing_ok=True)
+            if _size(part) > most:
+                pauses, most = list(PAUSES), _size(part)
+            if not pauses:
+                break
+            time.sleep(pauses.pop(0))
+        failures.append(failure)
+    raise UserError("\n".join([f"{archive.name} could not be downloaded", *failures,
+                               f"       get it in another way, for example from {next(iter(mirrors.values()))},",
+                               f"       put it at {archive.resolve()} and run this again"]))
+
+
+def _receive(url: str, part: Path) -> str:
+    """Append to `part` what is missing; return the SHA-256 that the server announces, or ''."""
+    have = _size(part)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+        hops = [*response.history, response]
+        if url.startswith("https:") and not all(hop.url.startswith("https:") for hop in hops):
+            raise _Damaged("redirects to an address that is not https")
+        marks = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in hops]
+        if response.status_code != 416:          # 416: there is nothing after what we have
+            response.raise_for_status()
+            if "html" in response.headers.get("Content-Type", ""):
+                raise _Damaged("sent a web page instead of the archive")
+            _append(response, part, have)
+        elif response.headers.get("Content-Range", "").rpartition("/")[2] != str(have):
+            raise _Damaged(f"has a shorter file than the {have:,} bytes that are here")
+    return next((mark for mark in marks if re.fullmatch("[0-9a-f]{64}", mark)), "")
+
+
+def _append(response: requests.Response, part: Path, have: int) -> None:
+    """Write the body of a response to `part`, after what is there if the server continued it."""
+    resumed = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    start = have if resumed else 0
+    length = response.headers.get("Content-Length")
+    total = start + int(length) if length else None
+    if length and int(length) > shutil.disk_usage(part.parent).free:
+        raise UserError(f"no room: {int(length):,} bytes are to come, {shutil.disk_usage(part.parent).free:,} are free "
+                        f"on the disk of {part.parent.resolve()}")
+    with (open(part, "ab" if resumed else "wb") as file,
+          tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=ARCHIVE) as bar):
+        for piece in response.iter_content(_READ):
+            file.write(piece)
+            bar.update(len(piece))
+    if total is not None and _size(part) != total:
+        raise requests.ConnectionError(f"the connection ended at {_size(part):,} of {total:,} bytes")
+
+
+def _check(part: Path, announced: str) -> None:
+    with open(part, "rb") as file:
+        head = file.read(16)
+    if not head.startswith(b"\x1f\x8b"):
+        raise _Damaged(f"sent something that is not a gzip archive (it begins with {head!r})")
+    if announced and sha256(part) != announced:
+        raise _Damaged("sent an archive whose SHA-256 is not the announced one")
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack the .json files of the archive; `folder` appears when all of them are there and sound."""
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError("this Python cannot unpack archives safely; use 3.10.12, 3.11.4, 3.12 or newer")
+    fresh = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        with gzip.open(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+            for member in tqdm(tar, unit=" files", desc=f"unpacking {archive.name}"):
+                if member.size > shutil.disk_usage(fresh).free:
+                    raise OSError(errno.ENOSPC, "the disk is too small for what the archive holds", str(fresh))
+                if member.isfile() and member.name.endswith(".json"):
+                    tar.extract(member, fresh, filter="data")    # refuses every path that leads elsewhere
+            while plain.read(_READ):                             # gzip compares its checksum at the very end
+                pass
+        find_files(fresh)
+        replace(fresh, folder)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, UserError) as error:
+        bad = archive.with_name(archive.name + ".bad")
+        replace(archive, bad)
+        raise UserError(f"{archive} is damaged ({error})\n       it is now {bad.name}; run this again to fetch "
+                        "another, or put a sound one in its place") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

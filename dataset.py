@@ -1,0 +1,108 @@
+"""Windows of token ids, from the shards of step 2 to the device.
+
+    batches = Task.iter_batches(shards.load(folder, sha256), "train", batch_size=8, max_seq_len=256)
+    x, y = next(batches)                        # each (8, 256); y is x one token later
+
+Training order is a function of (seed, epoch, position) and of nothing else: a run that goes on at a
+position sees what it would have seen, whatever the number of processes or loader workers.
+"""
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from settings import UserError
+from shards import ShardSet
+
+IGNORE = -1     # a target that is not scored
+
+
+class PretokDataset(IterableDataset):
+    """An endless stream of training batches, each of shape (batch_size, max_seq_len + 1), int64.
+
+    The ids of a shard are cut into windows that overlap by one token. Every epoch takes each window
+    once, in a new order. Batches are numbered from `position` (counted in windows) on; rank r of
+    `world_size` takes every world_size-th, and loader workers share a rank's batches in turn, so that
+    together they yield the same batches in the same order as one process would.
+
+    Raises:
+        UserError: when the split has no window of that length.
+    """
+
+    def __init__(self, shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *, seed: int = 0,
+                 position: int = 0, rank: int = 0, world_size: int = 1):
+        super().__init__()
+        self.shard_set, self.shards = shard_set, shard_set.of(split)
+        self.batch_size, self.max_seq_len = batch_size, max_seq_len
+        self.seed, self.position, self.rank, self.world_size = seed, position, rank, world_size
+        windows = [max(shard.tokens - 1, 0) // max_seq_len for shard in self.shards]
+        self.first_window = np.cumsum([0, *windows])            # of each shard; the last entry is the sum
+        if len(self) == 0:
+            raise UserError(f"the {split} text has {shard_set.count(split, 'tokens'):,} tokens, too few for a window of "
+                            f"--max_seq_len {max_seq_len} + 1")
+
+    def __len__(self) -> int:
+        """Windows in an epoch."""
+        return int(self.first_window[-1])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        worker = get_worker_info()
+        turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
+        ids = [self.shard_set.open(shard) for shard in self.shards]
+        epoch, order = -1, np.empty(0, np.int64)
+        number = self.rank + turn * self.world_size
+        while True:
+            rows = []
+            for place in range(self.position + number * self.batch_size, self.position + (number + 1) * self.batch_size):
+                if place // len(self) != epoch:
+                    epoch = place // len(self)
+                    # RandomState, because numpy promises that its stream will never change
+                    order = np.random.RandomState([self.seed, epoch]).permutation(len(self))
+                rows.append(self._window(ids, order[place % len(self)]))
+            yield torch.from_numpy(np.stack(rows))
+            number += turns * self.world_size
+
+    def _window(self, ids: list[np.ndarray], index: int) -> np.ndarray:
+        shard = int(np.searchsorted(self.first_window, index, side="right")) - 1
+        start = int(index - self.first_window[shard]) * self.max_seq_len
+        return ids[shard][start:start + self.max_seq_len + 1].astype(np.int64)
+
+
+class Task:
+    """How training and evaluation get their batches on the device."""
+
+    @staticmethod
+    def iter_batches(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
+                     device: str | torch.device = "cpu", num_workers: int = 0,
+                     **options) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield training batches (x, y) without end, each (batch_size, max_seq_len), int64, on the device.
+
+        Args:
+            num_workers: processes that prepare batches; 0 prepares them here.
+            options: seed, position, rank, world_size of `PretokDataset`.
+        """
+        dataset = PretokDataset(shard_set, split, batch_size, max_seq_len, **options)
+        cuda = torch.device(device).type == "cuda"
+        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=cuda,
+                            multiprocessing_context="spawn" if num_workers else None)
+        for windows in loader:                                  # (batch_size, max_seq_len + 1)
+            windows = windows.to(device, non_blocking=cuda)     # pinned, so the copy runs beside the compute
+            yield windows[:, :-1], windows[:, 1:]
+
+    @staticmethod
+    def iter_once(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
+                  device: str | torch.device = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield a whole split in order, every token but the first of a shard scored once.
+
+        The last window of a shard is as long as the others; its missing targets are IGNORE.
+        """
+        rows = []
+        for shard in shard_set.of(split):
+            ids = shard_set.open(shard)
+            for start in range(0, len(ids) - 1, max_seq_len):
+                window = ids[start:start + max_seq_len + 1].astype(np.int64)
+                rows.append(np.pad(window, (0, max_seq_len + 1 - len(window)), constant_values=IGNORE))
+        for start in range(0, len(rows), batch_size):
+            windows = torch.from_numpy(np.stack(rows[start:start + batch_size])).to(device)
+            yield windows[:, :-1].clamp(min=0), windows[:, 1:]
