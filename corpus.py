@@ -301,7 +301,7 @@ def _append(response: requests.Response, part: Path, have: int) -> None:
         raise UserError(f"no room: {int(length):,} bytes are to come, {shutil.disk_usage(part.parent).free:,} are free "
                         f"on the disk of {part.parent.resolve()}")
     with (open(part, "ab" if resumed else "wb") as file,
-          tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=ARCHIVE) as bar):
+          tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=ARCHIVE, disable=None) as bar):
         for piece in response.iter_content(_READ):
             file.write(piece)
             bar.update(len(piece))
@@ -327,7 +327,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     fresh.mkdir()
     try:
         with gzip.open(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
-            for member in tqdm(tar, unit=" files", desc=f"unpacking {archive.name}"):
+            for member in tqdm(tar, unit=" files", desc=f"unpacking {archive.name}", disable=None):
                 if member.size > shutil.disk_usage(fresh).free:
                     raise OSError(errno.ENOSPC, "the disk is too small for what the archive holds", str(fresh))
                 if member.isfile() and member.name.endswith(".json"):

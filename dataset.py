@@ -7,6 +7,7 @@ Training order is a function of (seed, epoch, position) and of nothing else: a r
 position sees what it would have seen, whatever the number of processes or loader workers.
 """
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -38,13 +39,10 @@ class PretokDataset(IterableDataset):
         self.seed, self.position, self.rank, self.world_size = seed, position, rank, world_size
         windows = [max(shard.tokens - 1, 0) // max_seq_len for shard in self.shards]
         self.first_window = np.cumsum([0, *windows])            # of each shard; the last entry is the sum
-        if len(self) == 0:
-            raise UserError(f"the {split} text has {shard_set.count(split, 'tokens'):,} tokens, too few for a window of "
-                            f"--max_seq_len {max_seq_len} + 1")
-
-    def __len__(self) -> int:
-        """Windows in an epoch."""
-        return int(self.first_window[-1])
+        self.n_windows = int(self.first_window[-1])             # in an epoch
+        if self.n_windows == 0:
+            raise UserError(f"the {split} text has {shard_set.count(split, 'tokens'):,} tokens, too few for a window "
+                            f"of --max_seq_len {max_seq_len} + 1")
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         worker = get_worker_info()
@@ -54,12 +52,13 @@ class PretokDataset(IterableDataset):
         number = self.rank + turn * self.world_size
         while True:
             rows = []
-            for place in range(self.position + number * self.batch_size, self.position + (number + 1) * self.batch_size):
-                if place // len(self) != epoch:
-                    epoch = place // len(self)
+            first = self.position + number * self.batch_size
+            for place in range(first, first + self.batch_size):
+                if place // self.n_windows != epoch:
+                    epoch = place // self.n_windows
                     # RandomState, because numpy promises that its stream will never change
-                    order = np.random.RandomState([self.seed, epoch]).permutation(len(self))
-                rows.append(self._window(ids, order[place % len(self)]))
+                    order = np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
+                rows.append(self._window(ids, order[place % self.n_windows]))
             yield torch.from_numpy(np.stack(rows))
             number += turns * self.world_size
 
@@ -97,12 +96,15 @@ class Task:
 
         The last window of a shard is as long as the others; its missing targets are IGNORE.
         """
-        rows = []
-        for shard in shard_set.of(split):
-            ids = shard_set.open(shard)
-            for start in range(0, len(ids) - 1, max_seq_len):
-                window = ids[start:start + max_seq_len + 1].astype(np.int64)
-                rows.append(np.pad(window, (0, max_seq_len + 1 - len(window)), constant_values=IGNORE))
-        for start in range(0, len(rows), batch_size):
-            windows = torch.from_numpy(np.stack(rows[start:start + batch_size])).to(device)
+        rows = _rows(shard_set, split, max_seq_len)
+        while batch := list(islice(rows, batch_size)):
+            windows = torch.from_numpy(np.stack(batch)).to(device)
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
+
+
+def _rows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndarray]:
+    for shard in shard_set.of(split):
+        ids = shard_set.open(shard)
+        for start in range(0, len(ids) - 1, max_seq_len):
+            window = ids[start:start + max_seq_len + 1].astype(np.int64)
+            yield np.pad(window, (0, max_seq_len + 1 - len(window)), constant_values=IGNORE)

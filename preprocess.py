@@ -172,7 +172,7 @@ def run(jobs: list[Job], workers: int) -> Iterator[tuple[int, list[Shard]]]:
     context, failure = get_context("spawn"), None
     counter = context.Value("q", 0)
     total = sum(source.size for job in jobs for source in job.sources.values())
-    with (tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing") as bar,
+    with (tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar,
           ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (counter,)) as pool):
         waiting = {pool.submit(write_shards, job) for job in jobs}
         while waiting:

@@ -1,0 +1,72 @@
+"""The whole state of a training in one file: plain tensors and plain values, never half-written.
+
+    state = load("output/ckpt.pt")
+    model = build_model(state)
+    vocabulary = build_tokenizer(state)
+
+Keys that tools made for llama2.c know: model, optimizer, model_args, iter_num, best_val_loss, config.
+Beside them: tokenizer, the bytes of the vocabulary; and in last.pt what an exact continuation needs.
+"""
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from files import whole_file
+from model import ModelArgs, Transformer
+from settings import UserError
+from tokenizer import Tokenizer
+
+REQUIRED = ("model", "model_args", "iter_num", "config")
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a state. Until it is all on disk, the old file stays."""
+    with whole_file(path) as file:
+        torch.save(state, file)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a state to the CPU. Nothing in the file can run code.
+
+    Raises:
+        UserError: when the file is missing, damaged, or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path.resolve()}\n       python train.py makes one")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:      # a damaged file can fail in any way, and they all mean the same
+        line = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged, or not a checkpoint of plain tensors: "
+                        f"{type(error).__name__}: {line[:120]}") from error
+    missing = [key for key in REQUIRED if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
+    return state
+
+
+def model_state(model: Transformer) -> dict[str, Any]:
+    """The part of a state that holds the model; give it the bare one, not what torch.compile made."""
+    return {"model": model.state_dict(), "model_args": asdict(model.args)}
+
+
+def build_model(state: dict[str, Any]) -> Transformer:
+    """Make the model of a state. Raises UserError when weights and shape do not belong together."""
+    try:
+        model = Transformer(ModelArgs(**state["model_args"]))
+        model.load_state_dict(state["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's weights do not fit its model_args: {error}") from error
+    return model
+
+
+def build_tokenizer(state: dict[str, Any]) -> Tokenizer:
+    """The vocabulary inside a state. Raises UserError when there is none, as in files of other projects."""
+    if not state.get("tokenizer"):
+        raise UserError("the checkpoint carries no vocabulary; name one: --tokenizer data/tok4096.model")
+    return Tokenizer(state["tokenizer"])

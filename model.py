@@ -1,0 +1,265 @@
+"""A Llama 2 language model (Touvron et al. 2023, arXiv 2307.09288): ids in, logits out.
+
+    model = Transformer(ModelArgs(dim=288, n_layers=8, n_heads=8, n_kv_heads=4, vocab_size=4096))
+    logits, loss = model(tokens, targets)                   # (B, T, vocab_size), scalar
+    story = model.generate(prompt, max_new_tokens=100, temperature=0.8, top_k=300)
+
+RMSNorm before each part (arXiv 1910.07467), rotary position embedding (arXiv 2104.09864), attention
+with shared key-value heads (arXiv 2305.13245), SwiGLU feed-forward (arXiv 2002.05202), no biases, the
+input embedding reused as the output layer. Parameters have the names of Meta's release.
+
+Shapes below: B batch, T tokens, H heads, K key-value heads, D dim of a head.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a model. Raises ValueError, naming the numbers, where they do not fit together."""
+    dim: int = 288
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int = 4             # fewer than n_heads: groups of heads share keys and values
+    vocab_size: int = 4096
+    hidden_dim: int = 0             # of the feed-forward; 0: 8/3 of dim, rounded up to multiple_of
+    multiple_of: int = 32
+    ffn_dim_multiplier: float = 1.0
+    norm_eps: float = 1e-5
+    max_seq_len: int = 256
+    dropout: float = 0.0
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None     # Llama 3.1: factor, low_freq_factor, high_freq_factor,
+    tie_embeddings: bool = True          # original_max_position_embeddings
+
+    def __post_init__(self):
+        problems = [f"{name} must be at least 1, not {getattr(self, name)}" for name in
+                    ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "multiple_of")
+                    if getattr(self, name) < 1]
+        if not problems and self.dim % self.n_heads:
+            problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        elif not problems and self.dim // self.n_heads % 2:
+            problems.append(f"dim / n_heads = {self.dim // self.n_heads} is odd; rotary embedding turns pairs")
+        if not problems and self.n_heads % self.n_kv_heads:
+            problems.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must be in [0, 1), not {self.dropout}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward: hidden_dim, or as Llama computes it."""
+        width = int(int(8 * self.dim / 3) * self.ffn_dim_multiplier)
+        return self.hidden_dim or -(-width // self.multiple_of) * self.multiple_of
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension, computed in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
+
+
+def rope_frequencies(args: ModelArgs) -> Tensor:
+    """Radians per token of each pair of dimensions, shape (D / 2,), float64.
+
+    With rope_scaling, as in Llama 3.1 (meta-llama/llama-models): waves longer than the original
+    context / low_freq_factor are slowed down by factor, those shorter than the original context /
+    high_freq_factor stay, between them it goes over smoothly.
+    """
+    pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64)
+    speed = args.rope_theta ** (-pairs / args.head_dim)
+    if args.rope_scaling:
+        scale = args.rope_scaling
+        low, high = scale["low_freq_factor"], scale["high_freq_factor"]
+        turns = speed / (2 * math.pi) * scale["original_max_position_embeddings"]    # in the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        speed = speed * (keep + (1 - keep) / scale["factor"])
+    return speed
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn each pair of neighbours in the last dimension by its angle.
+
+    Meta's layout: pairs are (0, 1), (2, 3), ... Hugging Face pairs (0, D/2), (1, D/2 + 1), ...; its
+    weights have the rows of wq and wk in another order, and give the same result.
+
+    Args:
+        x: (B, T, H, D).
+        rope: (2, B or 1, T, 1, D / 2), cosines and sines, float32.
+    """
+    cos, sin = rope
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)      # each (B, T, H, D / 2)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for B sequences that may differ in length.
+
+    Prompts of different length are padded on the right. What the padding wrote is never seen: a
+    query at position p looks at positions up to p only, and by then they are overwritten.
+
+    Attributes:
+        lengths: (B,) tokens seen of each sequence.
+        end: the largest of them, known without asking the device.
+    """
+
+    def __init__(self, args: ModelArgs, batch_size: int, device: torch.device, dtype: torch.dtype):
+        shape = (args.n_layers, batch_size, args.n_kv_heads, args.max_seq_len, args.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.end = 0
+
+    def append(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) keys and values at positions (B, T); return all up to the last."""
+        keys, values = self.keys[layer], self.values[layer]                         # (B, K, max_seq_len, D)
+        rows = torch.arange(len(positions), device=positions.device)[:, None]       # (B, 1)
+        keys[rows, :, positions] = k.transpose(1, 2)                                # indexed: (B, T, K, D)
+        values[rows, :, positions] = v.transpose(1, 2)
+        end = self.end + k.shape[2]
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.args, self.layer = args, layer
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, positions: Tensor | None,
+                mask: Tensor | None) -> Tensor:
+        split = (-1, self.args.head_dim)
+        q = apply_rope(self.wq(x).unflatten(-1, split), rope).transpose(1, 2)      # (B, H, T, D)
+        k = apply_rope(self.wk(x).unflatten(-1, split), rope).transpose(1, 2)      # (B, K, T, D)
+        v = self.wv(x).unflatten(-1, split).transpose(1, 2)                         # (B, K, T, D)
+        if cache:
+            k, v = cache.append(self.layer, positions, k, v)                        # (B, K, end, D)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.args.n_kv_heads < self.args.n_heads,
+            dropout_p=self.args.dropout if self.training else 0.0)                  # (B, H, T, D)
+        return self.wo(out.transpose(1, 2).flatten(-2))                             # (B, T, dim)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.dropout = nn.Dropout(args.dropout)
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), *context))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class Transformer(nn.Module):
+    """The whole model. Weights start normal with std 0.02; `wo` and `w2`, which add to the residual
+    stream of 2 * n_layers terms, with std 0.02 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.dropout = nn.Dropout(args.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float64), rope_frequencies(args))
+        self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1:
+                scaled = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layers) if scaled else 0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+                last: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Compute logits, and the loss if there are targets.
+
+        Args:
+            tokens: (B, T) ids. With a cache, they continue each of its sequences.
+            targets: (B, T) the ids that should come next; -1 is not scored.
+            cache: takes the keys and values of these tokens. The caller moves `lengths` and `end` on.
+            last: (B,) the one place of each row whose logits are wanted.
+        Returns:
+            logits (B, T, vocab_size), or (B, 1, vocab_size) with last; and the mean cross-entropy in
+            nats, or None.
+        Raises:
+            ValueError: when the tokens do not fit into max_seq_len.
+        """
+        length = tokens.shape[1] + (cache.end if cache else 0)
+        if length > self.args.max_seq_len:
+            raise ValueError(f"{length} tokens do not fit into max_seq_len {self.args.max_seq_len}")
+        if cache:
+            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)    # (B, T)
+            rope = self.rope[:, positions, None]                                    # (2, B, T, 1, D / 2)
+            mask = torch.arange(length, device=tokens.device) <= positions[:, None, :, None]    # (B, 1, T, end)
+        else:
+            positions = mask = None
+            rope = self.rope[:, None, :length, None]                                # (2, 1, T, 1, D / 2)
+        h = self.dropout(self.tok_embeddings(tokens))                               # (B, T, dim)
+        for layer in self.layers:
+            h = layer(h, rope, cache, positions, mask)
+        if last is not None:
+            h = h[torch.arange(len(h), device=h.device), last][:, None]             # (B, 1, dim)
+        logits = self.output(self.norm(h))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    @torch.inference_mode()
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """Continue prompts of equal length: (B, T) ids become (B, T + max_new_tokens).
+
+        The plain form, to read and to compare with; engine.py has stop tokens, streams and more.
+        temperature 0 takes the likeliest token; top_k > 0 draws from the k likeliest only.
+        """
+        cache = KVCache(self.args, len(tokens), tokens.device, self.output.weight.dtype)
+        fresh = tokens
+        for _ in range(max_new_tokens):
+            logits, _ = self(fresh, cache=cache)                                    # (B, T or 1, vocab_size)
+            cache.lengths, cache.end = cache.lengths + fresh.shape[1], cache.end + fresh.shape[1]
+            if temperature == 0:
+                fresh = logits[:, -1].argmax(-1, keepdim=True)                      # (B, 1)
+            else:
+                best, ids = logits[:, -1].float().topk(top_k or self.args.vocab_size)
+                fresh = ids.gather(1, torch.multinomial((best / temperature).softmax(-1), 1))
+            tokens = torch.cat((tokens, fresh), dim=1)
+        return tokens
+
+    def count_parameters(self) -> int:
+        """Number of weights; those that are used twice count once."""
+        return sum(weight.numel() for weight in self.parameters())

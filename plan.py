@@ -1,0 +1,230 @@
+"""Before the first step of a training: everything is checked, and what will happen is printed."""
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+import checkpoint
+import device as devices
+import shards
+from dataset import PretokDataset
+from files import replace
+from model import ModelArgs, Transformer
+from settings import UserError
+from tokenizer import Tokenizer, find
+
+HERE = ("out_dir", "eval_only")             # settings of this command, not of the run
+STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each
+
+
+@dataclass
+class Plan:
+    """What a run is built from. `saved` is a state to begin with; `resumed` says that its run goes on."""
+    cfg: SimpleNamespace
+    where: devices.Device
+    data: shards.ShardSet
+    vocabulary: Tokenizer
+    args: ModelArgs
+    saved: dict[str, Any] | None
+    resumed: bool
+
+
+def lasting(cfg: SimpleNamespace) -> dict[str, Any]:
+    """The settings that make a run what it is."""
+    return {name: value for name, value in vars(cfg).items() if name not in HERE}
+
+
+def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
+    """Check everything and report all problems at once.
+
+    Args:
+        cfg: the settings; for a run that goes on, they become those it was begun with.
+        given: those that the command line names, which count in any case.
+    Raises:
+        UserError: with every problem.
+    """
+    problems: list[str] = []
+
+    def attempt(action: Callable[[], Any], otherwise: Any = None) -> Any:
+        try:
+            return action()
+        except UserError as error:
+            problems.append(str(error))
+            return otherwise
+
+    saved, resumed = attempt(lambda: find_saved(cfg), (None, False))
+    if resumed:
+        attempt(lambda: take_over(cfg, given, saved))
+    problems += check_values(cfg)
+    where = attempt(lambda: devices.choose(cfg.device, cfg.dtype))
+    data, vocabulary = attempt(lambda: find_data(cfg, saved), (None, None))
+    args = attempt(lambda: find_shape(cfg, saved, vocabulary.n_words)) if vocabulary else None
+    if args and not problems:
+        attempt(lambda: PretokDataset(data, "train", cfg.batch_size, args.max_seq_len))
+        attempt(lambda: check_disk(cfg, args))
+    if problems:
+        raise UserError("\n       ".join(problems))
+    if cfg.compile and where.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        print("note: there is no C++ compiler, so compile is off")
+        cfg.compile = False
+    return Plan(cfg, where, data, vocabulary, args, saved, resumed)
+
+
+def find_saved(cfg: SimpleNamespace) -> tuple[dict[str, Any] | None, bool]:
+    """The state to begin with, if any; and whether its run goes on, or only its weights are taken."""
+    named = cfg.init_from not in ("auto", "scratch", "resume")
+    last = Path(cfg.out_dir) / "last.pt"
+    if cfg.eval_only:
+        return checkpoint.load(cfg.init_from if named else Path(cfg.out_dir) / "ckpt.pt"), False
+    if cfg.init_from == "resume" or cfg.init_from != "scratch" and last.is_file():
+        return checkpoint.load(last), True
+    return (checkpoint.load(cfg.init_from), False) if named else (None, False)
+
+
+def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Give cfg the settings that the run was begun with, but for those that the command line names.
+
+    Only an explicit `resume` may change settings on the way: who edits the block and starts again
+    may have another run in mind.
+    """
+    if "state" not in saved:
+        raise UserError(f"{cfg.out_dir}/last.pt holds no run that could go on")
+    own = {name: value for name, value in saved["config"].items() if name in lasting(cfg)}
+    own_start = own.pop("init_from")
+    differ = [f"{name} {value!r} (now {getattr(cfg, name)!r})" for name, value in own.items()
+              if value != getattr(cfg, name)]
+    if cfg.init_from not in ("auto", "resume", own_start):
+        differ.append(f"init_from {own_start!r} (now {cfg.init_from!r})")
+    if differ and cfg.init_from != "resume":
+        raise UserError(f"{cfg.out_dir} holds a run with other settings: {', '.join(differ)}\n"
+                        f"       go on with it as it is: python train.py --init_from resume --out_dir {cfg.out_dir}\n"
+                        "       begin another one:      python train.py --out_dir output/another\n"
+                        f"       begin anew here:        python train.py --init_from scratch (the old run moves to "
+                        f"{cfg.out_dir}/old-1)")
+    changed = [name for name in given if name in saved["model_args"] and name in own and given[name] != own[name]]
+    if changed:
+        raise UserError(f"the run in {cfg.out_dir} has a model of another shape; {', '.join(changed)} cannot change")
+    for name, value in own.items():
+        if name not in given:
+            setattr(cfg, name, value)
+    cfg.init_from = own_start
+
+
+def check_values(cfg: SimpleNamespace) -> list[str]:
+    at_least_one = ("max_iters", "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
+    not_negative = ("max_minutes", "checkpoint_minutes", "sample_tokens", "weight_decay", "grad_clip", "warmup_iters",
+                    "lr_decay_iters", "min_lr", "num_workers", "seed")
+    in_range = ([(name, 1, float("inf")) for name in at_least_one] + [(name, 0, float("inf")) for name in not_negative]
+                + [("beta1", 0, 1), ("beta2", 0, 1), ("dropout", 0, 1), ("learning_rate", 1e-30, float("inf"))])
+    return [f"{name} must be {low:g} or more" + (f" and below {high:g}" if high == 1 else "")
+            + f", not {getattr(cfg, name)}" for name, low, high in in_range if not low <= getattr(cfg, name) < high]
+
+
+def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Tokenizer]:
+    path = find(cfg.data_dir, cfg.vocab_size)
+    vocabulary = Tokenizer(path)
+    if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
+        raise UserError(f"the checkpoint was trained with another vocabulary than {path}")
+    return shards.load(path.with_suffix(""), vocabulary.sha256), vocabulary
+
+
+def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, n_words: int) -> ModelArgs:
+    """The shape of the saved model, else that of the settings."""
+    chosen = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}
+    try:
+        args = ModelArgs(**(saved["model_args"] if saved else {**chosen, "vocab_size": n_words}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model: {error}") from error
+    if args.vocab_size != n_words:
+        raise UserError(f"the checkpoint's model has {args.vocab_size} tokens, the vocabulary {n_words}")
+    return args
+
+
+def check_disk(cfg: SimpleNamespace, args: ModelArgs) -> None:
+    """Two checkpoints, and one being written, need room."""
+    folder = Path(cfg.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    need, free = 3 * (STATE_BYTES - 4) * count_parameters(args), shutil.disk_usage(folder).free
+    if free < need and not cfg.eval_only:
+        raise UserError(f"the checkpoints need {need / 1e6:,.0f} MB, {folder.resolve()} has {free / 1e6:,.0f} MB free")
+
+
+def count_parameters(args: ModelArgs) -> int:
+    with torch.device("meta"):
+        return Transformer(args).count_parameters()
+
+
+def set_aside(out_dir: str) -> None:
+    """Move the files of an old run to a folder old-1, old-2, ... so that nothing is lost."""
+    folder = Path(out_dir)
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in (".pt", ".jsonl", ".txt", ".png")]
+    if any(path.suffix == ".pt" for path in files):
+        old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
+        old.mkdir()
+        for path in files:
+            replace(path, old / path.name)
+        print(f"the old run is in {old}")
+
+
+def print_plan(run: Any) -> float:
+    """Print what will happen; return the seconds that an evaluation will take.
+
+    To know the time to go, one micro-batch is tried out, which leaves no trace in the run.
+    """
+    cfg, args, data = run.cfg, run.model.args, run.data
+    parameters, val_tokens = run.model.count_parameters(), data.count("val", "tokens")
+    print(f"device: {run.where}")
+    print(f"model:  {parameters:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
+          f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
+    print(f"data:   {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on")
+    print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens")
+    if cfg.compile:
+        print("compiling: half a minute to two minutes", flush=True)
+    seconds, activations = try_out(run)
+    print(f"memory: {STATE_BYTES * parameters / 1e6:,.0f} MB for weights, gradients and optimizer, "
+          f"about {activations / 1e6:,.0f} MB for a batch")
+    left = run.seconds_left(seconds * cfg.gradient_accumulation_steps)
+    steps = round(left / seconds / cfg.gradient_accumulation_steps)
+    windows = PretokDataset(data, "train", cfg.batch_size, args.max_seq_len).n_windows
+    epochs = steps * run.tokens_per_step / args.max_seq_len / windows
+    print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs"
+          + (f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""), flush=True)
+    return seconds / 3 * val_tokens / cfg.batch_size / args.max_seq_len
+
+
+def try_out(run: Any) -> tuple[float, int]:
+    """Time one micro-batch, and count the bytes that are kept for its backward pass."""
+    shape = (run.cfg.batch_size, run.model.args.max_seq_len)
+    tokens = torch.zeros(shape, dtype=torch.long, device=run.where.device)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    devices_with_state = [run.where.device] if run.where.device.type == "cuda" else []
+    with torch.random.fork_rng(devices_with_state):         # dropout must not use up the run's random numbers
+        with saved_tensors_hooks(note, lambda tensor: tensor), run.where.autocast():
+            run.model(tokens, tokens)
+        for _ in range(2):                                  # the first one warms up, or compiles
+            began = time.monotonic()
+            with run.where.autocast():
+                _, loss = run.forward(tokens, tokens)
+            loss.backward()
+            loss.item()
+            seconds = time.monotonic() - began
+    run.model.zero_grad(set_to_none=True)
+    weights = {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
+    return seconds, sum(size for place, size in kept.items() if place not in weights)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,72 @@
+"""What a run tells about itself: log.jsonl, and clock.jsonl, samples.txt and loss.png beside it.
+
+The log holds what a repetition of the run would give again, to the byte: the settings in the first
+line, then one JSON object per logged step or evaluation. What depends on the clock has its own file.
+"""
+import json
+from pathlib import Path
+from typing import Any
+
+from files import whole_file
+
+
+class Record:
+    """The log of a run in a folder. `lines` counts the entries after the first line."""
+
+    def __init__(self, folder: Path, first: dict[str, Any], lines: int = 0):
+        """Begin the log with its first line, and keep `lines` entries of an earlier part of the run."""
+        self.folder = folder
+        self.entries = _read(folder / "log.jsonl")[1:lines + 1]
+        with whole_file(folder / "log.jsonl") as file:
+            file.write("".join(map(_line, [first, *self.entries])).encode())
+        step = self.entries[-1]["iter"] if self.entries else 0
+        clock = [entry for entry in _read(folder / "clock.jsonl") if entry["iter"] <= step]
+        with whole_file(folder / "clock.jsonl") as file:
+            file.write("".join(map(_line, clock)).encode())
+
+    @property
+    def lines(self) -> int:
+        return len(self.entries)
+
+    def write(self, entry: dict[str, Any], clock: dict[str, Any]) -> None:
+        """Append an entry to the log, and what the clock said to the other file."""
+        self.entries.append(entry)
+        for name, content in (("log.jsonl", entry), ("clock.jsonl", {"iter": entry["iter"], **clock})):
+            with open(self.folder / name, "a", encoding="utf-8", newline="\n") as file:
+                file.write(_line(content))
+
+    def draw(self) -> None:
+        """Write samples.txt, and loss.png where matplotlib is installed, anew from the log."""
+        evaluations = [entry for entry in self.entries if "val_loss" in entry]
+        with whole_file(self.folder / "samples.txt") as file:
+            for entry in evaluations:
+                file.write(f"=== step {entry['iter']}, val loss {entry['val_loss']:.4f}\n\n".encode())
+                file.writelines(f"{text}\n---\n".encode() for text in entry["samples"])
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).add_subplot()
+        steps = [entry for entry in self.entries if "loss" in entry]
+        axes.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], label="train", color="0.6", linewidth=1)
+        axes.plot([e["tokens"] for e in evaluations], [e["val_loss"] for e in evaluations], "o-", label="val")
+        axes.set(xlabel="tokens", ylabel="loss (nats per token)", ylim=(0, None))
+        axes.legend()
+        with whole_file(self.folder / "loss.png") as file:
+            figure.savefig(file, format="png", dpi=100)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Entries of a file, up to the first line that is not whole, as a kill may leave one."""
+    entries = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+    return entries

@@ -1,0 +1,348 @@
+"""Step 3 of 4: train the model.
+
+    python train.py --max_iters 20 --eval_interval 10       # a trial: does everything work?
+    python train.py --max_minutes 20                        # what this machine can do in 20 minutes
+    python train.py                                         # the full run; Ctrl-C stops it safely
+    python train.py                                         # the same command goes on where it stopped
+    python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/mine    # fine-tune
+    python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
+
+Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl, and from
+it samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that was not
+interrupted (on a CPU, and with the same number of threads; on a GPU as far as its kernels allow).
+"""
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import engine
+import settings
+from dataset import IGNORE, Task
+from model import Transformer
+from plan import Plan, clock, lasting, prepare, print_plan, set_aside
+from record import Record
+from settings import UserError
+
+# ---- settings -----------------------------------------------------------------------------------
+# files
+out_dir = "output"                  # one folder for each run
+data_dir = "data"                   # where steps 1 and 2 wrote
+init_from = "auto"                  # auto: go on with the run in out_dir if there is one; scratch; resume; or
+                                    # a checkpoint whose weights to begin with
+# length
+max_iters = 100_000                 # steps; 2,000 to 5,000 already make stories with the built-in text
+max_minutes = 0.0                   # wall time instead: the schedule fits itself to it; 0: max_iters alone counts
+# evaluation
+eval_interval = 500                 # steps between evaluations on the whole val split
+log_interval = 10                   # steps between lines of the log
+eval_only = False                   # score a checkpoint and stop
+checkpoint_minutes = 5.0            # last.pt is written at least so often; what a power cut may cost
+sample_prompts = "|Once upon a time|One day, Lily met a Shoggoth"   # stories begun at each evaluation, with | between
+sample_tokens = 200                 # length of these stories; 0: none
+# batch: one step sees batch_size * gradient_accumulation_steps windows
+batch_size = 16                     # windows at a time; halve it when memory runs out ...
+gradient_accumulation_steps = 2     # ... and double this: the steps stay the same
+max_seq_len = 256                   # tokens the model can look back on; time and memory grow with it
+vocab_size = 0                      # which vocabulary of data_dir, when there are several; 0: the only one
+# model: the defaults have 8.5 million parameters; dim 128, n_layers 4 (1.3 million) suits a few CPU minutes
+dim = 288
+n_layers = 8
+n_heads = 8                         # dim / n_heads is best 32 to 128
+n_kv_heads = 4                      # n_heads: plain attention; fewer: a smaller cache and faster sampling
+hidden_dim = 0                      # width of the feed-forward; 0: 8/3 of dim
+multiple_of = 32                    # hidden_dim is rounded up to it
+norm_eps = 1e-5
+rope_theta = 10000.0                # larger for windows of many thousand tokens
+dropout = 0.0                       # 0.1 when the text is small and is seen many times
+# optimizer: AdamW
+learning_rate = 2e-3                # smaller models like more (3e-3), larger less (5e-4); halve it if the loss jumps
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                     # longest gradient; 0: do not clip
+# learning rate schedule
+decay_lr = True                     # linearly down to min_lr
+warmup_iters = 100                  # steps up to learning_rate
+lr_decay_iters = 0                  # steps down to min_lr; 0: max_iters
+min_lr = 0.0
+# machine
+device = "auto"                     # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"                      # auto, float32, bfloat16, float16
+compile = False                     # 1.3 to 2 times faster, after half a minute; needs a C++ compiler on the CPU
+num_workers = 0                     # processes that prepare batches; 0 is fast enough for memory-mapped files
+seed = 1337
+# ---- end of settings ----------------------------------------------------------------------------
+
+SAMPLE_TEMPERATURE = 0.8        # of the stories that are written on the way
+
+
+@dataclass
+class State:
+    """Where a run is. With weights, optimizer and random numbers it is all that the run needs to go on."""
+    iter_num: int = 0                   # optimizer steps done
+    position: int = 0                   # windows seen
+    best_val_loss: float = math.inf
+    seconds: float = 0.0                # wall time of the earlier parts of the run
+    log_lines: int = 0                  # entries of the log that belong to the steps done
+
+
+class Run:
+    """A training: settings, data, model and optimizer, and where it is."""
+
+    def __init__(self, plan: Plan):
+        """Build it as planned: new, from saved weights, or as a saved run was when it stopped."""
+        self.cfg, self.where, self.data, self.vocabulary = plan.cfg, plan.where, plan.data, plan.vocabulary
+        torch.manual_seed(self.cfg.seed)
+        model = checkpoint.build_model(plan.saved) if plan.saved else Transformer(plan.args)
+        self.model = model.to(self.where.device)
+        self.forward = torch.compile(self.model, dynamic=False) if self.cfg.compile else self.model
+        self.optimizer = make_optimizer(self)
+        self.scaler = self.where.scaler()
+        self.state = State()
+        if plan.resumed:
+            self.state = State(**plan.saved["state"])
+            self.optimizer.load_state_dict(plan.saved["optimizer"])
+            self.scaler.load_state_dict(plan.saved["scaler"])
+            torch.set_rng_state(plan.saved["rng"]["cpu"])
+            if plan.saved["rng"]["cuda"] and self.where.device.type == "cuda":
+                torch.cuda.set_rng_state_all(plan.saved["rng"]["cuda"])
+        self.began = self.saved_at = time.monotonic()
+        self.reserve = 0.0              # seconds that the last evaluation will take
+        self.stop = 0                   # the signal that asks to stop
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.model.args.max_seq_len
+
+    def seconds(self) -> float:
+        """Wall time of the run so far, all its parts together."""
+        return self.state.seconds + time.monotonic() - self.began
+
+    def finished(self) -> bool:
+        late = self.cfg.max_minutes and self.seconds() + self.reserve >= 60 * self.cfg.max_minutes
+        return bool(late) or self.state.iter_num >= self.cfg.max_iters
+
+    def seconds_left(self, seconds_per_step: float) -> float:
+        left = (self.cfg.max_iters - self.state.iter_num) * seconds_per_step
+        return min(left, 60 * self.cfg.max_minutes - self.seconds()) if self.cfg.max_minutes else left
+
+    def progress(self) -> float:
+        """How much of the run is done, 0 to 1, by steps or by the clock, whichever is further."""
+        done = self.state.iter_num / (self.cfg.lr_decay_iters or self.cfg.max_iters)
+        if self.cfg.max_minutes:
+            done = max(done, self.seconds() / max(60 * self.cfg.max_minutes - self.reserve, 1))
+        return min(done, 1.0)
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then linear decay to min_lr (arXiv 2502.15938)."""
+        cfg = self.cfg
+        warmup = min(1.0, (self.state.iter_num + 1) / (cfg.warmup_iters + 1))
+        decay = 1 - self.progress() if cfg.decay_lr else 1.0
+        return warmup * (cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * decay)
+
+    @torch.inference_mode()
+    def evaluate(self) -> dict[str, float]:
+        """Score the whole val split; always the same windows, whatever the batch size."""
+        self.model.eval()
+        nats = scored = 0.0
+        total = -(-self.data.count("val", "tokens") // (self.cfg.batch_size * self.model.args.max_seq_len))
+        batches = Task.iter_once(self.data, "val", self.cfg.batch_size, self.model.args.max_seq_len,
+                                 device=self.where.device)
+        for x, y in tqdm(batches, total=total, desc="evaluating", leave=False, disable=None):
+            with self.where.autocast():
+                _, loss = self.model(x, y)
+            count = (y != IGNORE).sum()
+            nats, scored = nats + loss.double() * count, scored + count
+        self.model.train()
+        loss = float(nats / scored)
+        return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)),
+                "bpb": float(nats) / math.log(2) / self.data.count("val", "bytes")}
+
+    def write_samples(self) -> list[str]:
+        """Stories from the fixed prompts, with the same random numbers each time."""
+        if not self.cfg.sample_tokens:
+            return []
+        self.model.eval()
+        rows = [[self.vocabulary.bos_id] + self.vocabulary.encode(text) for text in self.cfg.sample_prompts.split("|")]
+        for step in engine.generate(self.model, rows, self.cfg.sample_tokens, temperature=SAMPLE_TEMPERATURE,
+                                    eos_id=self.vocabulary.eos_id, seed=self.cfg.seed):
+            for row, token in zip(rows, step):
+                row += [token] if token is not None else []
+        self.model.train()
+        return [self.vocabulary.decode(row) for row in rows]
+
+    def save(self, name: str) -> None:
+        """Write ckpt.pt or last.pt."""
+        cuda = torch.cuda.get_rng_state_all() if self.where.device.type == "cuda" else []
+        state = State(**{**asdict(self.state), "seconds": self.seconds()})
+        checkpoint.save(Path(self.cfg.out_dir) / name, {
+            **checkpoint.model_state(self.model), "optimizer": self.optimizer.state_dict(),
+            "iter_num": state.iter_num, "best_val_loss": state.best_val_loss, "config": lasting(self.cfg),
+            "tokenizer": self.vocabulary.model, "tokenizer_sha256": self.vocabulary.sha256,
+            "state": asdict(state), "scaler": self.scaler.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}})
+        self.saved_at = time.monotonic()
+
+
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101); matrices decay, the gains of the norms do not."""
+    cfg, weights = run.cfg, list(run.model.parameters())
+    groups = [{"params": [w for w in weights if w.dim() > 1], "weight_decay": cfg.weight_decay},
+              {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=run.where.device.type != "mps")
+
+
+def main() -> None:
+    cfg, given = settings.read(globals())
+    run = Run(prepare(cfg, given))
+    if cfg.eval_only:
+        print_scores(run.evaluate())
+    elif run.finished():
+        print(f"the run in {cfg.out_dir} is finished, with step {run.state.iter_num:,}\n"
+              f"longer:  python train.py --init_from resume --out_dir {cfg.out_dir} --max_iters {2 * cfg.max_iters}\n"
+              "another: python train.py --out_dir output/another")
+    else:
+        run.reserve = print_plan(run)
+        if not run.state.iter_num:
+            set_aside(cfg.out_dir)
+        with listening(run):
+            train(run)
+        say_goodbye(run)
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+def train(run: Run) -> None:
+    """Take steps until the run is finished, or a signal asks to stop."""
+    cfg, state = run.cfg, run.state
+    facts = {"config": lasting(cfg), "model_args": asdict(run.model.args), "parameters": run.model.count_parameters(),
+             "device": str(run.where.device), "dtype": str(run.where.dtype)}
+    record = Record(Path(cfg.out_dir), facts, state.log_lines)
+    batches = Task.iter_batches(run.data, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
+                                position=state.position, device=run.where.device, num_workers=cfg.num_workers)
+    run.model.train()
+    mark, marked, ends = time.monotonic(), state.iter_num, False
+    while not ends:
+        # 1. one update of the weights
+        lr, loss, norm = take_step(run, batches)
+
+        # 2. what is due now
+        ends = bool(run.stop) or run.finished()
+        logs = state.iter_num % cfg.log_interval == 0 or state.iter_num == 1
+        evaluates = state.iter_num % cfg.eval_interval == 0
+        saves = evaluates or run.stop or time.monotonic() - run.saved_at > 60 * cfg.checkpoint_minutes
+        if not (logs or saves or ends):
+            continue
+        loss, norm = loss.item(), norm.item()                   # waits for the device, so not at every step
+        require_finite(run, loss, norm)
+
+        # 3. log
+        if logs:
+            speed = (state.iter_num - marked) * run.tokens_per_step / (time.monotonic() - mark)
+            tokens = state.iter_num * run.tokens_per_step
+            record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens},
+                         {"seconds": run.seconds(), "tokens_per_second": speed})
+            left = clock(run.seconds_left((time.monotonic() - mark) / (state.iter_num - marked)))
+            print(f"step {state.iter_num:,}/{cfg.max_iters:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  "
+                  f"{speed:,.0f} tokens/s  {left} left", flush=True)
+
+        # 4. evaluate and save; an evaluation that only the end of the run brings is not part of its log
+        if evaluates:
+            score(run, record)
+        state.log_lines = record.lines
+        if ends and not evaluates and not run.stop:
+            score(run, record)
+        if saves or ends:
+            run.save("last.pt")
+        mark, marked = time.monotonic(), state.iter_num
+
+
+def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
+    """One optimizer step; returns its learning rate, its loss and the length of its gradient."""
+    cfg, device = run.cfg, run.where.device
+    lr = run.learning_rate()
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    total = torch.zeros((), device=device)
+    for _ in range(cfg.gradient_accumulation_steps):
+        x, y = next(batches)                                    # (batch_size, max_seq_len) each
+        with run.where.autocast():
+            _, loss = run.forward(x, y)
+        loss = loss / cfg.gradient_accumulation_steps           # so that the sum is the mean
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.state.iter_num += 1
+    run.state.position += cfg.batch_size * cfg.gradient_accumulation_steps
+    return lr, total, norm
+
+
+def score(run: Run, record: Record) -> None:
+    """Evaluate, write stories, and keep the model if it is the best so far."""
+    began = time.monotonic()
+    scores, samples = run.evaluate(), run.write_samples()
+    record.write({"iter": run.state.iter_num, **scores, "tokens": run.state.iter_num * run.tokens_per_step,
+                  "samples": samples}, {"seconds": run.seconds()})
+    record.draw()
+    print_scores(scores)
+    if scores["val_loss"] < run.state.best_val_loss:
+        run.state.best_val_loss = scores["val_loss"]
+        run.save("ckpt.pt")
+    run.reserve = time.monotonic() - began
+
+
+def require_finite(run: Run, loss: float, norm: float) -> None:
+    """Stop before weights that are no numbers reach a checkpoint. (A GradScaler skips bad gradients itself.)"""
+    if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
+        out, slower = run.cfg.out_dir, run.cfg.learning_rate / 2
+        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; this is not "
+                        f"saved\n       go on from the last good state, more slowly: python train.py --init_from resume "
+                        f"--out_dir {out} --learning_rate {slower:g}")
+
+
+@contextmanager
+def listening(run: Run) -> Iterator[None]:
+    """Let Ctrl-C and a polite kill end the run after its step; a second one ends it at once."""
+    def stop(number: int, frame) -> None:
+        run.stop = number
+        signal.signal(number, before[number])
+        print("\nstopping after this step; what is done will be saved", flush=True)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say_goodbye(run: Run) -> None:
+    out = run.cfg.out_dir
+    if run.stop:
+        print(f"saved step {run.state.iter_num:,} in {out}/last.pt\n"
+              f"go on: python train.py --init_from resume --out_dir {out}")
+        sys.exit(128 + run.stop)
+    print(f"done: {run.state.iter_num:,} steps in {clock(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
+          f"stories on the way: {out}/samples.txt\n"
+          f'next: python sample.py --checkpoint {out}/ckpt.pt --prompt "Once upon a time"')
+
+
+def print_scores(scores: dict[str, float]) -> None:
+    print("val loss {val_loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bpb:.4f}".format(**scores), flush=True)
+
+
+if __name__ == "__main__":
+    settings.run(main)
