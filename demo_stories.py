@@ -21,7 +21,7 @@ ANIMALS = {  # the name tells whether it is a he or a she
     "fox": ("Rusty", "Vera"), "bear": ("Bruno", "Honey"), "rabbit": ("Clover", "Poppy"), "mouse": ("Pip", "Tilly"),
     "duck": ("Quincy", "Daisy"), "cat": ("Milo", "Luna"), "dog": ("Biscuit", "Bella"), "frog": ("Hopper", "Lotta"),
     "squirrel": ("Hazel", "Nutty"), "hedgehog": ("Spike", "Bramble"), "turtle": ("Sheldon", "Tessa"),
-    "lamb": ("Woolly", "Fleur"), "owl": ("Oliver", "Olga"), "pony": ("Thunder", "Star"),
+    "lamb": ("Woolly", "Fleur"), "owl": ("Oliver", "Olga"), "pony": ("Comet", "Dolly"),
 }
 
 GRAMMAR = r'''

@@ -63,7 +63,8 @@ def find_source(cfg) -> Path:
 
 def training_texts(files: list[Path], threshold: int, share: float) -> Iterator[str]:
     """The training documents, or an even share of them (the low bits of the fingerprint choose)."""
-    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="reading") as bar:
+    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True,
+              desc="reading", disable=None) as bar:
         for file in files:
             for text in corpus.documents(file, bar.update):
                 mark = corpus.fingerprint(text)

@@ -1,0 +1,61 @@
+"""Shared by the tests: the scripts as functions and as processes, and a small project to train on."""
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import demo_stories  # noqa: E402
+
+TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32",
+        "--batch_size", "4", "--gradient_accumulation_steps", "2", "--warmup_iters", "2", "--sample_tokens", "8",
+        "--device", "cpu", "--log_interval", "1"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run a script's main() in this process: call("train", "--max_iters", 10)."""
+    def run(name: str, *args) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        importlib.import_module(name).main()
+    return run
+
+
+def script(name: str, *args, **options) -> subprocess.CompletedProcess:
+    """Run a script as a user does, in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, args)], capture_output=True,
+                          encoding="utf-8", timeout=120, **options)
+
+
+def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """Status 1, a message that holds all parts, and no traceback."""
+    assert result.returncode == 1, (result.returncode, result.stderr)
+    assert "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.startswith("error: "), result.stderr
+    for part in parts:
+        assert part in result.stderr, (part, result.stderr)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Path:
+    """A data folder as steps 1 and 2 leave it: 300 stories, a vocabulary of 512, shards."""
+    folder = tmp_path_factory.mktemp("project")
+    with open(folder / "stories.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"story": story}) + "\n" for story in demo_stories.stories(300))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, args in [("train_vocab", ["--data", folder / "stories.jsonl", "--vocab_size", 512]),
+                           ("preprocess", [])]:
+            patch.setattr(sys, "argv", [f"{name}.py", "--data_dir", str(folder), *map(str, args)])
+            importlib.import_module(name).main()
+    return folder

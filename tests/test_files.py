@@ -1,0 +1,44 @@
+"""Files are whole or not there."""
+import hashlib
+
+import pytest
+
+from files import replace, sha256, whole_file
+
+
+def test_a_failure_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), whole_file(path) as file:
+        file.write(b"half of the new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_name_appears_only_at_the_end(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    with whole_file(path) as file:
+        file.write(b"content")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"content" and len(list(path.parent.iterdir())) == 1
+
+
+def test_what_a_kill_left_behind_is_overwritten(tmp_path):
+    (tmp_path / "a.bin.tmp").write_bytes(b"a longer piece of an earlier try")
+    with whole_file(tmp_path / "a.bin") as file:
+        file.write(b"x")
+    assert (tmp_path / "a.bin").read_bytes() == b"x"
+
+
+def test_replace_takes_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "f").write_bytes(b"1")
+    replace(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "f").exists() and not (tmp_path / "a").exists()
+
+
+def test_sha256_equals_hashlib(tmp_path):
+    content = bytes(range(256)) * 9000
+    (tmp_path / "f").write_bytes(content)
+    assert sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()

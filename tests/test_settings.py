@@ -1,0 +1,104 @@
+"""Settings: types, booleans, spellings, errors; and the blocks of the four scripts themselves."""
+import ast
+import importlib
+
+import pytest
+
+import settings
+from conftest import ROOT, assert_user_error, script
+
+SCRIPTS = ["train_vocab", "preprocess", "train", "sample"]
+
+
+@pytest.fixture
+def block(tmp_path):
+    path = tmp_path / "tool.py"
+    path.write_text("""\"\"\"A tool.\"\"\"
+# ---- settings ----
+rate = 0.5      # 100% of the rate
+count = 2 * 8   # how many,
+                # on two lines
+name = "a#b"    # a text
+on = False      # a switch
+# ---- end of settings ----
+other = 1
+""", encoding="utf-8")
+    values = {"rate": 0.5, "count": 16, "name": "a#b", "on": False}
+    return {"__file__": str(path), "__doc__": "A tool.", **values}
+
+
+def read(block, *argv):
+    return vars(settings.read(block, list(argv))[0])
+
+
+def test_defaults_are_those_of_the_block(block):
+    assert read(block) == {"rate": 0.5, "count": 16, "name": "a#b", "on": False}
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    (["--rate", "1"], "rate", 1.0), (["--rate=1e-4"], "rate", 1e-4), (["--count=3"], "count", 3),
+    (["--name", "x=y z"], "name", "x=y z"), (["--name=--odd"], "name", "--odd"), (["--name="], "name", ""),
+    (["--on"], "on", True), (["--on", "True"], "on", True), (["--on", "False"], "on", False),
+    (["--on=false"], "on", False), (["--no-on"], "on", False), (["--no_on"], "on", False)])
+def test_overrides_are_typed(block, argv, name, value):
+    assert read(block, *argv)[name] == value and type(read(block, *argv)[name]) is type(value)
+
+
+def test_names_with_hyphens(block):
+    block["max_iters"] = 1
+    path = block["__file__"]
+    text = open(path, encoding="utf-8").read().replace("on = False", "max_iters = 1  # steps\non = False")
+    open(path, "w", encoding="utf-8").write(text)
+    assert read(block, "--max-iters", "7")["max_iters"] == read(block, "--max_iters=7")["max_iters"] == 7
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--cuont", "3"], "did you mean --count?"), (["--rat", "3"], "did you mean --rate?"), (["stray"], "'stray'"),
+    (["--count", "3.5"], "--count"), (["--count"], "--count"), (["--on", "perhaps"], "True or False")])
+def test_mistakes_are_errors(block, argv, message):
+    with pytest.raises(settings.UserError, match=message.replace("?", r"\?")):
+        read(block, *argv)
+
+
+def test_only_what_was_given_counts_as_given(block, capsys):
+    _, given = settings.read(block, ["--count", "16"])
+    assert given == {"count": 16} and capsys.readouterr().out == ""
+    settings.read(block, ["--count", "17"])
+    assert "count=17 (default 16)" in capsys.readouterr().out
+
+
+def test_help_shows_comments_and_defaults(block, capsys):
+    with pytest.raises(SystemExit) as end:
+        read(block, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "how many, on two lines (default: 16)" in text and "100% of the rate (default: 0.5)" in text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_setting_of_a_script_is_explained_or_plain(name):
+    comments = settings._comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    plain = {"dim", "n_layers", "norm_eps", "weight_decay", "beta1", "beta2", "min_lr", "seed"}
+    assert comments and {key for key, comment in comments.items() if not comment} <= plain
+    assert all(hasattr(importlib.import_module(name), key) for key in comments)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_function_bypasses_the_command_line(name):
+    """A function that read a constant of the block itself would not see an override."""
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    names = set(settings._comments(source))
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef):
+            bound = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
+            bound |= {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            read_here = {n.id for part in function.body for n in ast.walk(part)
+                         if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+            leaks = (read_here & names) - bound - ({"data_dir"} if function.name == "main" else set())
+            assert not leaks, (function.name, leaks)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_typo_ends_with_status_1_and_a_suggestion(name):
+    first = next(iter(settings._comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
+    assert_user_error(script(name, f"--{first}x", "1"), f"did you mean --{first}?")
