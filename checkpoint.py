@@ -38,7 +38,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path.resolve()}\n       python train.py makes one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:      # a damaged file can fail in any way, and they all mean the same
         line = str(error).strip().split("\n")[0]

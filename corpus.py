@@ -43,6 +43,7 @@ MIRRORS = {
 PAUSES = (1, 4, 15)             # seconds before each further try of a mirror
 
 _READ = 1 << 20                 # characters read at a time
+_PIECE = 1 << 16                # bytes written at a time, and at most lost when a connection breaks
 _RECORD = 1 << 26               # characters that one JSON record may have
 _GAP = re.compile(r"[\s,]*")
 
@@ -302,7 +303,7 @@ def _append(response: requests.Response, part: Path, have: int) -> None:
                         f"on the disk of {part.parent.resolve()}")
     with (open(part, "ab" if resumed else "wb") as file,
           tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=ARCHIVE, disable=None) as bar):
-        for piece in response.iter_content(_READ):
+        for piece in response.iter_content(_PIECE):
             file.write(piece)
             bar.update(len(piece))
     if total is not None and _size(part) != total:

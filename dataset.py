@@ -84,7 +84,8 @@ class Task:
         dataset = PretokDataset(shard_set, split, batch_size, max_seq_len, **options)
         cuda = torch.device(device).type == "cuda"
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=cuda,
-                            multiprocessing_context="spawn" if num_workers else None)
+                            multiprocessing_context="spawn" if num_workers else None,
+                            generator=torch.Generator())        # else it would use up global random numbers
         for windows in loader:                                  # (batch_size, max_seq_len + 1)
             windows = windows.to(device, non_blocking=cuda)     # pinned, so the copy runs beside the compute
             yield windows[:, :-1], windows[:, 1:]

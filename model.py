@@ -240,7 +240,7 @@ class Transformer(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
         """Continue prompts of equal length: (B, T) ids become (B, T + max_new_tokens).
 

@@ -9,6 +9,7 @@ Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stori
 """
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import checkpoint as checkpoints
@@ -74,19 +75,22 @@ class TextGenerator:
         check(num_samples, max_new_tokens, temperature, top_k, top_p)
         first = [self.tokenizer.bos_id] + self.tokenizer.encode(start)
         rows, shown = [list(first) for _ in range(num_samples)], [0] * num_samples
+
+        def news(row: int, unfinished: str) -> Iterator[tuple[int, str]]:
+            """What a text has more than was shown, without the beginning of a character if that is all there is."""
+            text = self.tokenizer.decode(rows[row]).rstrip(unfinished)
+            if len(text) > shown[row]:
+                yield row, text[shown[row]:]
+                shown[row] = len(text)
+
         steps = engine.generate(self.model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                 eos_id=self.tokenizer.eos_id, seed=self.seed if seed is None else seed)
-        for step in steps:
+        for step in chain([[None] * num_samples], steps):
             for row, token in enumerate(step):
-                if token is not None:
-                    rows[row].append(token)
-                    text = self.tokenizer.decode(rows[row]).rstrip("\ufffd")    # the rest of a character may come
-                    if len(text) > shown[row]:
-                        yield row, text[shown[row]:]
-                        shown[row] = len(text)
-        for row, ids in enumerate(rows):
-            if rest := self.tokenizer.decode(ids)[shown[row]:]:
-                yield row, rest
+                rows[row] += [token] if token is not None else []
+                yield from news(row, "\ufffd")
+        for row in range(num_samples):
+            yield from news(row, "")
 
 
 def check(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

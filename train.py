@@ -262,6 +262,8 @@ def train(run: Run) -> None:
         state.log_lines = record.lines
         if ends and not evaluates and not run.stop:
             score(run, record)
+        if ends and not run.stop:
+            state.seconds += max(60 * cfg.max_minutes - run.seconds(), 0)       # what is left of it will not be used
         if saves or ends:
             run.save("last.pt")
         mark, marked = time.monotonic(), state.iter_num
@@ -309,9 +311,9 @@ def require_finite(run: Run, loss: float, norm: float) -> None:
     """Stop before weights that are no numbers reach a checkpoint. (A GradScaler skips bad gradients itself.)"""
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
         out, slower = run.cfg.out_dir, run.cfg.learning_rate / 2
-        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; this is not "
-                        f"saved\n       go on from the last good state, more slowly: python train.py --init_from resume "
-                        f"--out_dir {out} --learning_rate {slower:g}")
+        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; it is not saved\n"
+                        "       go on from the last good state, more slowly: "
+                        f"python train.py --init_from resume --out_dir {out} --learning_rate {slower:g}")
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
     """Status 1, a message that holds all parts, and no traceback."""
     assert result.returncode == 1, (result.returncode, result.stderr)
     assert "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.startswith("error: "), result.stderr
+    assert "\nerror: " in "\n" + result.stderr, result.stderr
     for part in parts:
         assert part in result.stderr, (part, result.stderr)
 

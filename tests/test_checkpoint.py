@@ -1,0 +1,108 @@
+"""Checkpoints: what they hold, that nothing in them runs, and what a wrong one gets."""
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+import checkpoint
+import tokenizer
+from model import ModelArgs, Transformer
+from settings import UserError
+
+
+@pytest.fixture
+def state():
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300))
+    vocabulary = tokenizer.train(lambda: ["a few words"], 300)
+    return {**checkpoint.model_state(model), "iter_num": 3, "config": {"seed": 1}, "tokenizer": vocabulary.model,
+            "tokenizer_sha256": vocabulary.sha256}
+
+
+def test_what_is_saved_comes_back(state):
+    checkpoint.save("a.pt", state)
+    found = checkpoint.load("a.pt")
+    assert found.keys() == state.keys() and found["iter_num"] == 3
+    model = checkpoint.build_model(found)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state["model"].values(), strict=True))
+    assert model.output.weight is model.tok_embeddings.weight
+    assert checkpoint.build_tokenizer(found).sha256 == state["tokenizer_sha256"]
+
+
+def test_the_same_state_gives_the_same_bytes(state):
+    checkpoint.save("a.pt", state)
+    checkpoint.save("b.pt", state)
+    assert open("a.pt", "rb").read() == open("b.pt", "rb").read()
+
+
+def test_a_failed_save_keeps_the_old_file(state, monkeypatch):
+    checkpoint.save("a.pt", state)
+    before = open("a.pt", "rb").read()
+
+    def full(content, file):
+        file.write(b"the first half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        checkpoint.save("a.pt", state)
+    assert open("a.pt", "rb").read() == before and os.listdir() == ["a.pt"]
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.mkdir, ("it_ran",))
+
+
+def test_code_in_a_checkpoint_does_not_run(state):
+    torch.save({**state, "config": Payload()}, "evil.pt")
+    with open("evil.pickle", "wb") as file:
+        pickle.dump(Payload(), file)
+    for name in ("evil.pt", "evil.pickle"):
+        with pytest.raises(UserError, match=name):
+            checkpoint.load(name)
+    assert not os.path.exists("it_ran")
+
+
+def test_cut_and_foreign_files_are_refused(state):
+    checkpoint.save("a.pt", state)
+    whole = open("a.pt", "rb").read()
+    for content in [b"", b"PK", b"hello" * 100, *(whole[:n] for n in (1, 100, len(whole) // 2, len(whole) - 1))]:
+        with open("bad.pt", "wb") as file:
+            file.write(content)
+        with pytest.raises(UserError, match="bad.pt"):
+            checkpoint.load("bad.pt")
+    with pytest.raises(UserError, match="python train.py"):
+        checkpoint.load("missing.pt")
+    with zipfile.ZipFile("zip.pt", "w") as file:
+        file.writestr("hello.txt", "x")
+    with pytest.raises(UserError, match="zip.pt"):
+        checkpoint.load("zip.pt")
+
+
+@pytest.mark.parametrize("content", [{}, [], torch.zeros(3), {"model": {}, "config": {}}])
+def test_other_contents_are_refused(content):
+    torch.save(content, "other.pt")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load("other.pt")
+
+
+@pytest.mark.parametrize("change", [{"dim": 32}, {"n_layers": 2}, {"vocab_size": 301}, {"dim": 15}, {"colour": 1}])
+def test_weights_of_another_shape_are_refused(state, change):
+    state["model_args"].update(change)
+    with pytest.raises(UserError, match="do not fit"):
+        checkpoint.build_model(state)
+
+
+def test_missing_and_surplus_weights_are_refused(state):
+    short, long = dict(state["model"]), dict(state["model"], extra=torch.zeros(1))
+    del short["norm.weight"]
+    for weights in (short, long):
+        with pytest.raises(UserError, match="norm.weight|extra"):
+            checkpoint.build_model({**state, "model": weights})
+
+
+def test_a_checkpoint_without_a_vocabulary_says_what_to_do(state):
+    del state["tokenizer"]
+    with pytest.raises(UserError, match="--tokenizer"):
+        checkpoint.build_tokenizer(state)

@@ -1,0 +1,52 @@
+"""The choice of device and format, for machines that this one is not."""
+import pytest
+import torch
+
+import device
+from settings import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to have this hardware."""
+    def pretend(cuda=False, bf16=False, capability=(8, 0), mps=False, features=()):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "a GPU")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **k: bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
+    return pretend
+
+
+@pytest.mark.parametrize("hardware, expected", [
+    (dict(cuda=True, bf16=True), ("cuda", torch.bfloat16)),
+    (dict(cuda=True, capability=(7, 5)), ("cuda", torch.float16)),
+    (dict(cuda=True, capability=(6, 1)), ("cuda", torch.float32)), (dict(mps=True), ("mps", torch.float32)),
+    (dict(features=["avx512_bf16"]), ("cpu", torch.bfloat16)), (dict(features=["avx2"]), ("cpu", torch.float32))])
+def test_the_best_that_is_there(machine, hardware, expected):
+    machine(**hardware)
+    chosen = device.choose()
+    assert (chosen.device.type, chosen.dtype) == expected and str(chosen).count("(") == 1 and chosen.reason
+    assert chosen.scaler().is_enabled() == (chosen.dtype == torch.float16)
+
+
+def test_sampling_on_a_cpu_is_exact(machine):
+    machine(features=["amx_bf16"])
+    assert device.choose(training=False).dtype == torch.float32
+
+
+def test_what_is_asked_for_counts(machine):
+    machine(features=["amx_bf16"])
+    assert device.choose("cpu", "float32").dtype == torch.float32
+    assert device.choose("cpu", "bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name, kind, message", [
+    ("cuda", "auto", "sees 0"), ("cuda:3", "auto", "sees 1"), ("mps", "auto", "sees 0"), ("abacus", "auto", "unknown"),
+    ("cpu", "float16", "needs a GPU"), ("cpu", "int4", "unknown")])
+def test_what_is_not_there_is_said(machine, name, kind, message):
+    machine(cuda=name == "cuda:3", bf16=True)
+    with pytest.raises(UserError, match=message):
+        device.choose(name, kind)

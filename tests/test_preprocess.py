@@ -1,0 +1,226 @@
+"""Step 2: what is in the shards, what a second run does, and what happens when something breaks."""
+import gzip
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import corpus
+import demo_stories
+import preprocess
+import shards
+from conftest import assert_user_error, script
+from settings import UserError
+from tokenizer import Tokenizer
+
+STORIES = list(demo_stories.stories(200))
+
+
+@pytest.fixture
+def texts(tmp_path, call, monkeypatch) -> Path:
+    """Four source files of different kinds, a shard each, and a vocabulary."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(0, 200, 50):
+        part = STORIES[i:i + 50]
+        if i == 100:
+            (folder / "c.txt").write_text(corpus.SEPARATOR.join(part), encoding="utf-8")
+        elif i == 150:
+            (folder / "d.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, part)).encode()))
+        else:
+            records = json.dumps([{"text": text} for text in part])
+            (folder / f"{'ab'[i // 50]}.json").write_text(records, encoding="utf-8")
+    monkeypatch.setattr(preprocess, "GROUP_BYTES", 1)
+    call("train_vocab", "--data", folder, "--vocab_size", 400)
+    return folder
+
+
+def load() -> tuple[shards.ShardSet, Tokenizer]:
+    vocabulary = Tokenizer("data/tok400.model")
+    return shards.load(Path("data/tok400"), vocabulary.sha256), vocabulary
+
+
+def decoded(found, vocabulary, split) -> list[str]:
+    ids = np.concatenate([found.open(shard) for shard in found.of(split)])
+    starts = [*np.flatnonzero(ids == vocabulary.bos_id), len(ids)]
+    documents = [ids[a:b] for a, b in zip(starts, starts[1:])]
+    assert all(document[-1] == vocabulary.eos_id for document in documents)
+    return [vocabulary.decode(document.tolist()) for document in documents]
+
+
+def contents() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path("data/tok400").iterdir())}
+
+
+def test_the_shards_hold_every_document_in_order(texts, call):
+    call("preprocess")
+    found, vocabulary = load()
+    threshold = json.loads(Path("data/tok400.json").read_text(encoding="utf-8"))["val_threshold"]
+    want = {split: [t for t in STORIES if (corpus.fingerprint(t) <= threshold) == (split == "val")]
+            for split in ("train", "val")}
+    for split in ("train", "val"):
+        assert decoded(found, vocabulary, split) == want[split] and want[split]
+        assert found.count(split, "documents") == len(want[split])
+        assert found.count(split, "bytes") == sum(len(text.encode()) for text in want[split])
+    assert [shard.file for shard in found.of("train")] == [f"train_{i:04d}.bin" for i in range(4)]
+    assert [source.name for shard in found.of("train") for source in shard.sources] == \
+        ["a.json", "b.json", "c.txt", "d.jsonl.gz"]
+
+
+def test_validation_text_never_reaches_the_vocabulary(texts, call, monkeypatch):
+    import tokenizer
+    seen = []
+    train = tokenizer.train
+    monkeypatch.setattr(tokenizer, "train", lambda documents, size: seen.extend(documents()) or train(documents, size))
+    call("train_vocab", "--data", texts, "--vocab_size", 400)
+    call("preprocess")
+    assert seen and not set(seen) & set(decoded(*load(), "val")) and set(seen) == set(decoded(*load(), "train"))
+
+
+def test_the_number_of_workers_changes_nothing(texts, call):
+    call("preprocess", "--num_workers", 1)
+    one = contents()
+    shutil.rmtree("data/tok400")
+    call("preprocess", "--num_workers", 3)
+    assert contents() == one
+
+
+def test_a_second_run_does_nothing(texts, call, monkeypatch):
+    call("preprocess")
+    before = contents()
+    monkeypatch.setattr(preprocess, "write_shards", None)       # would fail if it were called
+    call("preprocess")
+    assert contents() == before
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "deleted"])
+def test_a_second_run_does_what_is_missing_or_changed(texts, call, monkeypatch, damage):
+    call("preprocess")
+    before = contents()
+    if damage == "changed":
+        (texts / "b.json").write_text(json.dumps(STORIES[50:99]), encoding="utf-8")
+    elif damage == "cut":
+        Path("data/tok400/train_0001.bin").write_bytes(before["train_0001.bin"][:-2])
+    else:
+        Path("data/tok400/val_0001.bin").unlink()
+    done = []
+    run = preprocess.run
+    monkeypatch.setattr(preprocess, "run", lambda jobs, workers: done.extend(jobs) or run(jobs, workers))
+    call("preprocess", "--verify")
+    assert [job.index for job in done] == [1]
+    after = contents()
+    assert after.keys() == before.keys() and (after == before) == (damage != "changed")
+    different = {name for name in after if after[name] != before[name]}
+    assert different <= {"train_0001.bin", "val_0001.bin", "manifest.json"}
+
+
+def test_fewer_sources_leave_no_stale_shards(texts, call):
+    call("preprocess")
+    (texts / "d.jsonl.gz").unlink()
+    call("preprocess")
+    assert sorted(contents()) == ["manifest.json", *(f"{s}_{i:04d}.bin" for s in ("train", "val") for i in range(3))]
+
+
+def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, call):
+    good = (texts / "c.txt").read_bytes()
+    (texts / "c.txt").write_bytes(good + b"\xff")
+    with pytest.raises(UserError, match="c.txt: after record .*not UTF-8"):
+        call("preprocess", "--num_workers", 2)
+    assert "manifest.json" not in contents() and "manifest.part.json" in contents()
+    assert not [name for name in contents() if name.endswith(".tmp")]
+    (texts / "c.txt").write_bytes(good)
+    call("preprocess", "--verify")
+    mended = contents()
+    shutil.rmtree("data/tok400")
+    call("preprocess")
+    assert contents() == mended
+
+
+def test_verify_finds_a_wrong_shard(texts, call, capsys):
+    call("preprocess", "--verify")
+    assert "200 documents decode to their source" in capsys.readouterr().out
+    path = Path("data/tok400/train_0000.bin")
+    ids = np.fromfile(path, "<u2")
+    ids[5:-5] = np.where(ids[5:-5] > 300, ids[5:-5] - 1, ids[5:-5])
+    ids.tofile(path)
+    with pytest.raises(UserError, match="train_0000.bin: document"):
+        call("preprocess", "--verify")
+
+
+def test_a_retrained_vocabulary_is_noticed(texts, call):
+    call("preprocess")
+    (texts / "a.json").write_text(json.dumps(["entirely other words"] * 50 + STORIES[:3]), encoding="utf-8")
+    call("train_vocab", "--data", texts, "--vocab_size", 400)
+    with pytest.raises(UserError, match="another vocabulary"):
+        load()
+    call("preprocess")
+    load()
+
+
+def test_other_text_than_step_1_has_a_split_too(texts, call, tmp_path):
+    (tmp_path / "mine.txt").write_text("One.<|endoftext|>Two.<|endoftext|>Three.", encoding="utf-8")
+    call("preprocess", "--data", tmp_path / "mine.txt")
+    found, vocabulary = load()
+    assert sorted(decoded(found, vocabulary, "train") + decoded(found, vocabulary, "val")) == ["One.", "Three.", "Two."]
+
+
+def test_a_vocabulary_from_elsewhere(texts, call):
+    shutil.move("data/tok400.model", "theirs.model")
+    Path("data/tok400.json").unlink()
+    call("preprocess", "--tokenizer", "theirs.model", "--data", texts, "--verify")
+    found, vocabulary = load()
+    assert vocabulary.sha256 == Tokenizer("theirs.model").sha256 and found.count("train", "documents") > 150
+    import tokenizer
+    Path("other.model").write_bytes(tokenizer.train(lambda: STORIES[:40], 400).model)
+    with pytest.raises(UserError, match="another vocabulary of that size"):
+        call("preprocess", "--tokenizer", "other.model", "--data", texts)
+
+
+def test_large_vocabularies_get_32_bits(tmp_path):
+    assert shards.dtype(65_536) == np.dtype("<u2") and shards.dtype(65_537) == np.dtype("<u4")
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("train_0001.bin", lambda content: content[:-1], "train_0001.bin is missing or cut"),
+    ("train_0001.bin", lambda content: content[:-2], "train_0001.bin is missing or cut"),
+    ("val_0000.bin", None, "val_0000.bin is missing or cut"),
+    ("manifest.json", None, "not tokenised yet"),
+    ("manifest.json", lambda content: content[:100], "manifest.json is damaged"),
+    ("manifest.json", lambda content: b"[]", "manifest.json is damaged"),
+    ("manifest.json", lambda content: content.replace(b'"format": 1', b'"format": 2'), "format 2"),
+    ("manifest.json", lambda content: content.replace(b"train_0000", b"../../etc/x"), "outside its folder")])
+def test_damaged_shards_are_refused_by_name(texts, call, name, change, message):
+    call("preprocess")
+    path = Path("data/tok400") / name
+    content = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(content))
+    with pytest.raises(UserError, match=message) as error:
+        load()
+    assert "python preprocess.py" in str(error.value)
+
+
+def test_from_the_command_line(texts):
+    (texts / "b.json").write_text("[1]", encoding="utf-8")
+    assert_user_error(script("preprocess", "--num_workers", "2"), "b.json: record 1: expected a text, found int")
+
+
+def test_damaged_notes_of_step_1_are_refused(texts, call):
+    Path("data/tok400.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="tok400.json is damaged"):
+        call("preprocess")
+
+
+def test_a_split_without_documents_is_said(texts, call):
+    (texts / "keep.json").write_text("[]", encoding="utf-8")
+    threshold = json.loads(Path("data/tok400.json").read_text(encoding="utf-8"))["val_threshold"]
+    train_only = list(islice((t for t in STORIES if corpus.fingerprint(t) > threshold), 20))
+    for path in texts.iterdir():
+        path.unlink()
+    (texts / "a.json").write_text(json.dumps(train_only), encoding="utf-8")
+    with pytest.raises(UserError, match="no document is for val"):
+        call("preprocess")

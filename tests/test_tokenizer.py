@@ -1,0 +1,153 @@
+"""The vocabulary loses nothing, keeps Llama 2's layout, and leaves foreign models as they are."""
+import io
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import demo_stories
+import tokenizer
+from settings import UserError
+from tokenizer import SPACE, Tokenizer
+
+STORIES = list(demo_stories.stories(300))
+HARD = ["", " ", "  ", "a", " a", "a ", "  lead", "end  ", "a  b", "\n", "\na", "a\n", " \n\n  x\t\ty\n ", "\r\n",
+        "你好，世界", "😀👍🏽", "e\u0301 é", "ﬁ½", "\u00a0\u3000\u200b", "\ufeff", "\x00", "\x1f",
+        "a\x1fb", "\ufffd", SPACE,
+        f"a{SPACE}b", f"{SPACE} {SPACE}{SPACE}a", f"\n{SPACE}\n", "<s></s><unk><0x0A>", "1234567890"]
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tokenizer.train(lambda: STORIES, 600)
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    """A model as SentencePiece makes it by default, as Llama 2's is in what matters here."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(STORIES), model_writer=model, model_type="bpe",
+                                             vocab_size=500, byte_fallback=True, minloglevel=2)
+    return Tokenizer(model.getvalue())
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hard_texts_come_back(vocabulary, text):
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert vocabulary.decode(vocabulary.encode(text, bos=True, eos=True)) == text
+
+
+@hypothesis_settings(max_examples=1000, deadline=None)
+@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(f" {SPACE}\n\tthe<>"))))
+def test_every_text_comes_back(vocabulary, text):
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+
+
+def test_ids_have_the_layout_of_llama_2(vocabulary):
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id) == (1, 2, -1)
+    assert [vocabulary.piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert [vocabulary.piece(3 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def test_bos_and_eos_only_where_asked_for(vocabulary):
+    plain = vocabulary.encode("Once upon a time")
+    assert vocabulary.encode("Once upon a time", bos=True) == [1, *plain]
+    assert vocabulary.encode("Once upon a time", eos=True) == [*plain, 2]
+    assert vocabulary.encode("<s>") != [1] and not {1, 2} & set(vocabulary.encode("<s> </s>"))
+
+
+def test_newline_and_digits_stand_alone(vocabulary):
+    pieces = [vocabulary.piece(i) for i in range(259, vocabulary.n_words)]
+    assert "\n" in pieces and not [p for p in pieces if len(p) > 1 and ("\n" in p or any(c.isdigit() for c in p))]
+    assert [vocabulary.piece(i) for i in vocabulary.encode("a\n\nb")][-3:-1] == ["\n", "\n"]
+
+
+def test_no_piece_crosses_a_word_border(vocabulary):
+    pieces = [vocabulary.piece(i).lstrip(SPACE) for i in range(259, vocabulary.n_words)]
+    assert not [piece for piece in pieces if SPACE in piece]
+
+
+def test_newline_is_known_even_where_the_text_has_none():
+    vocabulary = tokenizer.train(lambda: ["one two three"] * 3, 400)
+    assert vocabulary.exact and vocabulary.decode(vocabulary.encode("a\nb")) == "a\nb"
+
+
+def test_a_batch_equals_one_by_one(vocabulary):
+    texts = STORIES[:20] + HARD
+    assert vocabulary.encode_batch(texts, bos=True, eos=True) == [vocabulary.encode(t, True, True) for t in texts]
+
+
+def test_a_small_text_shrinks_the_vocabulary():
+    small = tokenizer.train(lambda: ["the cat and the dog"], 4096)
+    assert 259 < small.n_words < 300
+
+
+def test_long_documents_are_not_skipped():
+    """SentencePiece's own default leaves out what is longer than 4192 bytes."""
+    vocabulary = tokenizer.train(lambda: ["a b c", "zebra " * 3000], 300)
+    assert "zebra" in {vocabulary.piece(i).lstrip(SPACE) for i in range(vocabulary.n_words)}
+
+
+def test_more_characters_than_room_become_bytes():
+    text = "".join(chr(0x4E00 + i) for i in range(2000)) + "天地" * 50
+    vocabulary = tokenizer.train(lambda: [text], 600)
+    assert vocabulary.n_words == 600 and vocabulary.decode(vocabulary.encode(text)) == text
+    assert len(vocabulary.encode("天地")) <= 3
+
+
+def test_training_is_deterministic(vocabulary):
+    assert tokenizer.train(lambda: STORIES, 600).sha256 == vocabulary.sha256
+
+
+@pytest.mark.parametrize("size", [0, 100, 259, 262])
+def test_too_small_a_size_is_refused(size):
+    with pytest.raises(UserError, match="too small"):
+        tokenizer.train(lambda: STORIES, size)
+
+
+def test_no_text_is_refused():
+    with pytest.raises(UserError, match="no text"):
+        tokenizer.train(lambda: [], 600)
+
+
+def test_foreign_models_keep_their_behaviour(foreign):
+    assert not foreign.exact
+    plain = sentencepiece.SentencePieceProcessor(model_proto=foreign.model)
+    for text in STORIES[:5] + HARD:
+        ids = plain.encode(text)
+        assert foreign.encode(text) == ids and foreign.decode(ids) == plain.decode(ids)
+
+
+def test_a_model_loads_from_file_and_from_bytes(vocabulary, tmp_path):
+    path = tmp_path / "tök.model"
+    path.write_bytes(vocabulary.model)
+    assert Tokenizer(path).sha256 == Tokenizer(vocabulary.model).sha256 == vocabulary.sha256
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", "<html>".encode() * 100])
+def test_what_is_no_model_is_refused(content, tmp_path):
+    path = tmp_path / "bad.model"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="bad.model"):
+        Tokenizer(path)
+
+
+def test_cut_models_are_refused(vocabulary):
+    for length in (1, 50, len(vocabulary.model) // 2, len(vocabulary.model) - 1):
+        with pytest.raises(UserError):
+            Tokenizer(vocabulary.model[:length])
+
+
+def test_finding_the_vocabulary(vocabulary, tmp_path):
+    with pytest.raises(UserError, match="train_vocab.py"):
+        tokenizer.find(tmp_path)
+    (tmp_path / "tok600.model").write_bytes(vocabulary.model)
+    assert tokenizer.find(tmp_path) == tmp_path / "tok600.model"
+    (tmp_path / "tok4096.model").write_bytes(vocabulary.model)
+    with pytest.raises(UserError, match=r"4096, 600|600, 4096"):
+        tokenizer.find(tmp_path)
+    assert tokenizer.find(tmp_path, 4096) == tmp_path / "tok4096.model"
+    with pytest.raises(UserError, match="512"):
+        tokenizer.find(tmp_path, 512)

@@ -1,0 +1,352 @@
+"""Training: a run that was interrupted equals one that was not, and every setting does what it says."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import plan
+import settings
+import train
+from conftest import ROOT, TINY, assert_user_error, script
+from settings import UserError
+
+
+@pytest.fixture
+def go(call, project):
+    """Train on the small project: go("out", "--max_iters", 10)."""
+    def run(out: str, *args) -> None:
+        call("train", "--data_dir", project, "--out_dir", out, *TINY, *args)
+    return run
+
+
+@pytest.fixture
+def prepared(project, monkeypatch):
+    """A Run as main() builds it, from command line settings."""
+    def build(*args) -> train.Run:
+        cfg, given = settings.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
+        return train.Run(plan.prepare(cfg, given))
+    return build
+
+
+def state(out: str, name: str = "last.pt") -> dict:
+    return checkpoint.load(Path(out) / name)
+
+
+def log(out: str) -> list[dict]:
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same(one, two, where="state") -> None:
+    """Equal to the last bit, tensors and all."""
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            if key != "seconds":            # the wall clock is the one thing that may differ
+                assert_same(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for i, (a, b) in enumerate(zip(one, two)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == two, where
+
+
+def assert_same_run(one: str, two: str) -> None:
+    assert_same(state(one), state(two))
+    assert Path(one, "log.jsonl").read_bytes() == Path(two, "log.jsonl").read_bytes()
+    assert Path(one, "samples.txt").read_bytes() == Path(two, "samples.txt").read_bytes()
+
+
+@pytest.mark.parametrize("options", [
+    ["--eval_interval", "5"], ["--eval_interval", "7", "--dropout", "0.2"], ["--eval_interval", "1000"],
+    ["--dtype", "float32", "--batch_size", "3", "--log_interval", "4", "--eval_interval", "20"]])
+def test_ten_steps_and_ten_more_are_twenty(go, options):
+    go("whole", "--max_iters", 20, "--lr_decay_iters", 20, *options)
+    go("parts", "--max_iters", 10, "--lr_decay_iters", 20, *options)
+    go("parts", "--init_from", "resume", "--max_iters", 20, *options)
+    assert_same_run("whole", "parts")
+    batch_size = int(dict(zip(options, options[1:])).get("--batch_size", 4))
+    assert state("whole")["state"]["position"] == 20 * 2 * batch_size
+
+
+def test_the_evaluation_interval_does_not_touch_the_weights(go):
+    go("often", "--max_iters", 6, "--eval_interval", 1, "--dropout", 0.1)
+    go("never", "--max_iters", 6, "--eval_interval", 100, "--dropout", 0.1, "--sample_tokens", 0)
+    assert_same(state("often")["model"], state("never")["model"])
+    assert_same(state("often")["optimizer"], state("never")["optimizer"])
+
+
+def test_a_kill_at_any_moment_costs_nothing(go, monkeypatch):
+    """Die right after step 7, with checkpoints at steps 2, 4 and 6; the same command goes on."""
+    go("whole", "--max_iters", 10, "--eval_interval", 2)
+    step, count = train.take_step, 0
+
+    def dies(*args):
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise MemoryError("killed")
+        return step(*args)
+    monkeypatch.setattr(train, "take_step", dies)
+    with pytest.raises(MemoryError):
+        go("parts", "--max_iters", 10, "--eval_interval", 2)
+    assert log("parts")[-1]["iter"] == 7 and state("parts")["iter_num"] == 6
+    monkeypatch.setattr(train, "take_step", step)
+    go("parts", "--max_iters", 10, "--eval_interval", 2)
+    assert_same_run("whole", "parts")
+    assert_same(state("whole", "ckpt.pt"), state("parts", "ckpt.pt"))
+    clocks = [json.loads(line)["iter"] for line in Path("parts/clock.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert clocks == sorted(clocks) and clocks[-1] == 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(project, number):
+    command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number and "Traceback" not in rest
+    assert "python train.py --init_from resume --out_dir out" in rest
+    assert state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
+    assert log("out")[-1]["iter"] == state("out")["iter_num"]
+
+
+def test_the_same_command_again_goes_on_or_says_it_is_finished(go, capsys):
+    go("out", "--max_iters", 3)
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    capsys.readouterr()
+    go("out", "--max_iters", 3)
+    assert "finished" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_other_settings_do_not_touch_an_old_run(go):
+    go("out", "--max_iters", 3)
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    with pytest.raises(UserError, match=r"learning_rate 0.002 \(now 0.1\)") as error:
+        go("out", "--max_iters", 3, "--learning_rate", 0.1)
+    assert "--init_from resume" in str(error.value) and "old-1" in str(error.value)
+    with pytest.raises(UserError, match="dim cannot change"):
+        go("out", "--init_from", "resume", "--max_iters", 9, "--dim", 64)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_resume_takes_the_settings_of_the_run(call, project, capsys):
+    call("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2, "--learning_rate", 1e-3)
+    call("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 4)
+    assert state("out")["config"]["learning_rate"] == 1e-3 and state("out")["config"]["dim"] == 32
+    assert state("out")["iter_num"] == 4
+
+
+def test_scratch_puts_the_old_run_aside(go):
+    go("out", "--max_iters", 2)
+    old = Path("out/last.pt").read_bytes()
+    go("out", "--max_iters", 3, "--init_from", "scratch")
+    go("out", "--max_iters", 4, "--init_from", "scratch")
+    assert Path("out/old-1/last.pt").read_bytes() == old and Path("out/old-1/log.jsonl").exists()
+    assert state("out/old-2")["iter_num"] == 3 and state("out")["iter_num"] == 4
+
+
+def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):
+    go("base", "--max_iters", 5)
+    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dim", 64)
+    tuned, base = state("tuned"), state("base", "ckpt.pt")
+    assert tuned["iter_num"] == 1 and tuned["model_args"] == base["model_args"]
+    for name, weight in base["model"].items():
+        torch.testing.assert_close(tuned["model"][name], weight, rtol=0, atol=1e-7)
+    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dim", 64)    # finished
+
+
+def test_checkpoints_hold_what_tools_expect(go):
+    go("out", "--max_iters", 2)
+    for name in ("ckpt.pt", "last.pt"):
+        found = torch.load(Path("out") / name, weights_only=True)
+        assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= found.keys()
+        assert not [key for key in found["model"] if key.startswith("_orig_mod")]
+        assert type(found["best_val_loss"]) is float and found["config"]["min_lr"] == 0.0
+        assert not [path for path in Path("out").iterdir() if path.suffix == ".tmp"]
+
+
+def test_the_best_model_is_kept(go, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.2])
+    monkeypatch.setattr(train.Run, "evaluate", lambda run: {"val_loss": next(losses), "perplexity": 1.0, "bpb": 1.0})
+    go("out", "--max_iters", 4, "--eval_interval", 1)
+    assert state("out", "ckpt.pt")["iter_num"] == 2 and state("out")["iter_num"] == 4
+    assert state("out")["best_val_loss"] == 2.0
+
+
+def test_a_short_run_leaves_a_checkpoint_and_its_stories(go):
+    go("out", "--max_iters", 1, "--warmup_iters", 1)
+    assert state("out", "ckpt.pt")["iter_num"] == 1
+    first, step, evaluation = log("out")
+    assert first["config"]["max_iters"] == 1 and step["loss"] > 0 and evaluation["bpb"] > 0
+    assert len(evaluation["samples"]) == 3 and evaluation["samples"][1].startswith("Once upon a time")
+    assert all(text in Path("out/samples.txt").read_text(encoding="utf-8") for text in evaluation["samples"])
+
+
+def test_a_plot_is_drawn(go):
+    pytest.importorskip("matplotlib")
+    go("out", "--max_iters", 3, "--eval_interval", 1)
+    assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accumulation_changes_nothing_but_memory(prepared):
+    """2 x 4 windows and 1 x 8 windows are the same step."""
+    def gradient(*args):
+        run = prepared("--dtype", "float32", *args)
+        batches = train.Task.iter_batches(run.data, "train", run.cfg.batch_size, 32, seed=1)
+        _, loss, norm = train.take_step(run, batches)
+        assert run.state.position == 8
+        return loss.item(), norm.item(), run.model.state_dict()
+    one, two = gradient("--batch_size", 8, "--gradient_accumulation_steps", 1), gradient()
+    assert one[0] == pytest.approx(two[0], rel=1e-5) and one[1] == pytest.approx(two[1], rel=1e-4)
+    for name, weight in one[2].items():
+        torch.testing.assert_close(weight, two[2][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_is_adamw_on_the_mean_loss(prepared):
+    run = prepared("--dtype", "float32", "--grad_clip", 0, "--warmup_iters", 0, "--decay_lr", "False")
+    twin = prepared("--dtype", "float32").model
+    batches = list(zip(range(2), train.Task.iter_batches(run.data, "train", 4, 32, seed=run.cfg.seed)))
+    (sum(twin(x, y)[1] for _, (x, y) in batches) / 2).backward()
+    lr, loss, norm = train.take_step(run, iter([batch for _, batch in batches]))
+    total = math.sqrt(sum(weight.grad.square().sum().item() for weight in twin.parameters()))
+    assert lr == run.cfg.learning_rate and norm.item() == pytest.approx(total, rel=1e-4)
+    for (name, weight), after in zip(twin.named_parameters(), run.model.parameters(), strict=True):
+        decay = run.cfg.weight_decay if weight.dim() > 1 else 0.0
+        # the first step of Adam: the moments, corrected, are the gradient and its square
+        want = weight * (1 - lr * decay) - lr * weight.grad / (weight.grad.abs() + 1e-8)
+        torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_learning_rate_rises_and_falls_to_the_end(prepared):
+    run = prepared("--max_iters", 100, "--warmup_iters", 9, "--learning_rate", 1.0, "--min_lr", 0.1)
+    rates = []
+    for run.state.iter_num in range(100):
+        rates.append(run.learning_rate())
+    assert rates[0] > 0.09 and rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[50] == pytest.approx(0.1 + 0.9 * 0.5) and 0.1 < rates[-1] < 0.11
+    flat = prepared("--decay_lr", "False", "--warmup_iters", 0)
+    flat.state.iter_num = 99_999
+    assert flat.learning_rate() == flat.cfg.learning_rate
+    equal = prepared("--max_iters", 5, "--warmup_iters", 5)
+    assert all(equal.learning_rate() > 0 for equal.state.iter_num in range(5))
+
+
+def test_max_minutes_fits_the_schedule_to_the_time(go):
+    began = time.monotonic()
+    go("out", "--max_minutes", 0.05, "--sample_tokens", 0)
+    assert time.monotonic() - began < 15
+    rates = [entry["lr"] for entry in log("out") if "lr" in entry]
+    assert len(rates) > 5 and rates[-1] < 0.2 * max(rates) and state("out", "ckpt.pt")["iter_num"] == len(rates)
+
+
+def test_evaluation_scores_every_token_whatever_the_batch(prepared):
+    scores = [prepared("--dtype", "float32", "--batch_size", size).evaluate() for size in (1, 5, 64)]
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], rel=1e-5)
+    run = prepared("--dtype", "float32")
+    nats, count = 0.0, 0
+    for shard in run.data.of("val"):            # window by window, with nothing of dataset.py
+        ids = torch.from_numpy(run.data.open(shard).astype("int64"))
+        for start in range(0, len(ids) - 1, 32):
+            window = ids[start:start + 33]
+            logits, _ = run.model(window[None, :-1])
+            nats -= logits[0].log_softmax(-1).gather(1, window[1:, None]).sum().item()
+            count += len(window) - 1
+    assert count == run.data.count("val", "tokens") - len(run.data.of("val"))
+    assert scores[0]["val_loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert scores[0]["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert scores[0]["bpb"] == pytest.approx(nats / math.log(2) / run.data.count("val", "bytes"), rel=1e-5)
+
+
+def test_eval_only_scores_a_checkpoint_and_writes_nothing(go, capsys):
+    go("out", "--max_iters", 3)
+    loss = log("out")[-1]["val_loss"]
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    for args in (["--init_from", "out/ckpt.pt"], []):
+        capsys.readouterr()
+        go("out", "--eval_only", *args)
+        assert f"val loss {loss:.4f}" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    with pytest.raises(UserError, match="no checkpoint"):
+        go("nothing", "--eval_only")
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_no_numbers_stop_the_run_before_they_are_saved(go, monkeypatch, bad):
+    step = train.take_step
+
+    def poisoned(run, batches):
+        lr, loss, norm = step(run, batches)
+        if run.state.iter_num < 5:
+            return lr, loss, norm
+        return lr, loss * math.nan if bad == "loss" else loss, norm * math.inf if bad == "gradient" else norm
+    monkeypatch.setattr(train, "take_step", poisoned)
+    with pytest.raises(UserError, match="step 5: .*(nan|inf)") as error:
+        go("out", "--max_iters", 20, "--eval_interval", 2, "--learning_rate", 0.001)
+    assert "--learning_rate 0.0005" in str(error.value) and state("out")["iter_num"] == 4
+
+
+def test_all_problems_are_reported_at_once(go):
+    with pytest.raises(UserError) as error:
+        go("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--init_from", "nowhere.pt")
+    for part in ("dim 33", "learning_rate", "abacus", "beta2", "nowhere.pt"):
+        assert part in str(error.value), part
+    assert not Path("out").exists()
+
+
+def test_another_vocabulary_is_refused(go, call, project, tmp_path):
+    go("out", "--max_iters", 2)
+    call("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", 300)
+    with pytest.raises(UserError, match="preprocess.py"):
+        call("train", *TINY)
+    call("preprocess")
+    with pytest.raises(UserError, match="another vocabulary"):
+        call("train", "--out_dir", "out", *TINY, "--init_from", "resume", "--data_dir", "data")
+    call("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", 301)
+    with pytest.raises(UserError, match="300, 301"):
+        call("train", *TINY)
+    call("train", "--vocab_size", 300, *TINY, "--max_iters", 1)
+    assert state("output")["model_args"]["vocab_size"] == 300
+
+
+def test_too_little_disk_is_said_before_the_first_step(go, monkeypatch):
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="MB free"):
+        go("out", "--max_iters", 2)
+
+
+def test_trying_out_leaves_no_trace(prepared):
+    run = prepared("--dropout", 0.5)
+    weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    random = torch.get_rng_state()
+    seconds, kept = plan.try_out(run)
+    assert seconds > 0 and 1e5 < kept < 1e8 and torch.equal(torch.get_rng_state(), random)
+    assert all(weight.grad is None for weight in run.model.parameters())
+    assert_same(weights, dict(run.model.state_dict()))
+
+
+def test_from_the_command_line(project):
+    result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--batch_size", "0", "--max_iter", "3")
+    assert_user_error(result, "did you mean --max_iters?")
+    assert_user_error(script("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
+    result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--compile", "False")
+    assert result.returncode == 0, result.stderr
+    for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):
+        assert part in result.stdout, part
