@@ -6,6 +6,7 @@
 Training order is a function of (seed, epoch, position) and of nothing else: a run that goes on at a
 position sees what it would have seen, whatever the number of processes or loader workers.
 """
+import signal
 from collections.abc import Iterator
 from itertools import islice
 
@@ -85,6 +86,7 @@ class Task:
         cuda = torch.device(device).type == "cuda"
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=cuda,
                             multiprocessing_context="spawn" if num_workers else None,
+                            worker_init_fn=_start_worker,
                             generator=torch.Generator())        # else it would use up global random numbers
         for windows in loader:                                  # (batch_size, max_seq_len + 1)
             windows = windows.to(device, non_blocking=cuda)     # pinned, so the copy runs beside the compute
@@ -101,6 +103,10 @@ class Task:
         while batch := list(islice(rows, batch_size)):
             windows = torch.from_numpy(np.stack(batch)).to(device)
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
+
+
+def _start_worker(number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process, which ends the workers
 
 
 def _rows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndarray]:

@@ -20,6 +20,8 @@ from settings import UserError
 from tokenizer import Tokenizer, find
 
 HERE = ("out_dir", "eval_only")             # settings of this command, not of the run
+FREE = ("init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes", "device",
+        "dtype", "compile", "num_workers", "sample_prompts", "sample_tokens")        # may change while a run goes on
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each
 
 
@@ -44,7 +46,7 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
     """Check everything and report all problems at once.
 
     Args:
-        cfg: the settings; for a run that goes on, they become those it was begun with.
+        cfg: the settings; with init_from "resume" they become those that the run was begun with.
         given: those that the command line names, which count in any case.
     Raises:
         UserError: with every problem.
@@ -58,13 +60,17 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
             problems.append(str(error))
             return otherwise
 
-    saved, resumed = attempt(lambda: find_saved(cfg), (None, False))
-    if resumed:
+    resumed = cfg.init_from == "resume" and not cfg.eval_only
+    saved = attempt(lambda: find_saved(cfg))
+    if resumed and saved:
         attempt(lambda: take_over(cfg, given, saved))
     problems += check_values(cfg)
     where = attempt(lambda: devices.choose(cfg.device, cfg.dtype))
-    data, vocabulary = attempt(lambda: find_data(cfg, saved), (None, None))
-    args = attempt(lambda: find_shape(cfg, saved, vocabulary.n_words)) if vocabulary else None
+    data, vocabulary = attempt(lambda: find_data(cfg), (None, None))
+    if vocabulary and not resumed:
+        last = attempt(lambda: find_unfinished(cfg, vocabulary))
+        saved, resumed = last or saved, bool(last)
+    args = attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
     if args and not problems:
         attempt(lambda: PretokDataset(data, "train", cfg.batch_size, args.max_seq_len))
         attempt(lambda: check_disk(cfg, args))
@@ -76,44 +82,45 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
     return Plan(cfg, where, data, vocabulary, args, saved, resumed)
 
 
-def find_saved(cfg: SimpleNamespace) -> tuple[dict[str, Any] | None, bool]:
-    """The state to begin with, if any; and whether its run goes on, or only its weights are taken."""
+def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
+    """The state that init_from names, if it names one."""
     named = cfg.init_from not in ("auto", "scratch", "resume")
-    last = Path(cfg.out_dir) / "last.pt"
     if cfg.eval_only:
-        return checkpoint.load(cfg.init_from if named else Path(cfg.out_dir) / "ckpt.pt"), False
-    if cfg.init_from == "resume" or cfg.init_from != "scratch" and last.is_file():
-        return checkpoint.load(last), True
-    return (checkpoint.load(cfg.init_from), False) if named else (None, False)
+        return checkpoint.load(cfg.init_from if named else Path(cfg.out_dir) / "ckpt.pt")
+    if cfg.init_from == "resume":
+        return checkpoint.load(Path(cfg.out_dir) / "last.pt")
+    return checkpoint.load(cfg.init_from) if named else None
+
+
+def find_unfinished(cfg: SimpleNamespace, vocabulary: Tokenizer) -> dict[str, Any] | None:
+    """The state in out_dir, if it is of the run that the settings describe; the same command goes on with it."""
+    last = Path(cfg.out_dir) / "last.pt"
+    if cfg.eval_only or cfg.init_from == "scratch" or not last.is_file():
+        return None
+    saved = checkpoint.load(last)
+    own = saved["config"]
+    differ = [f"{name} {own.get(name)!r} (now {value!r})" for name, value in lasting(cfg).items()
+              if name not in FREE and value != own.get(name)]
+    if cfg.init_from not in ("auto", own.get("init_from")):
+        differ.append(f"init_from {own.get('init_from')!r} (now {cfg.init_from!r})")
+    if saved.get("tokenizer_sha256") != vocabulary.sha256:
+        differ.append("vocabulary")
+    if differ:
+        print(f"a new run: the one in {cfg.out_dir}, at step {saved['iter_num']:,}, has other settings: "
+              + ", ".join(differ))
+        return None
+    return saved
 
 
 def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Give cfg the settings that the run was begun with, but for those that the command line names.
-
-    Only an explicit `resume` may change settings on the way: who edits the block and starts again
-    may have another run in mind.
-    """
-    if "state" not in saved:
-        raise UserError(f"{cfg.out_dir}/last.pt holds no run that could go on")
+    """Give cfg the settings that a run was begun with, but for those that the command line names."""
     own = {name: value for name, value in saved["config"].items() if name in lasting(cfg)}
-    own_start = own.pop("init_from")
-    differ = [f"{name} {value!r} (now {getattr(cfg, name)!r})" for name, value in own.items()
-              if value != getattr(cfg, name)]
-    if cfg.init_from not in ("auto", "resume", own_start):
-        differ.append(f"init_from {own_start!r} (now {cfg.init_from!r})")
-    if differ and cfg.init_from != "resume":
-        raise UserError(f"{cfg.out_dir} holds a run with other settings: {', '.join(differ)}\n"
-                        f"       go on with it as it is: python train.py --init_from resume --out_dir {cfg.out_dir}\n"
-                        "       begin another one:      python train.py --out_dir output/another\n"
-                        f"       begin anew here:        python train.py --init_from scratch (the old run moves to "
-                        f"{cfg.out_dir}/old-1)")
-    changed = [name for name in given if name in saved["model_args"] and name in own and given[name] != own[name]]
-    if changed:
-        raise UserError(f"the run in {cfg.out_dir} has a model of another shape; {', '.join(changed)} cannot change")
+    fixed = [name for name in given if name in saved["model_args"] and given[name] != own.get(name)]
+    if fixed:
+        raise UserError(f"{', '.join(fixed)} cannot change while a run goes on; begin another: --init_from scratch")
     for name, value in own.items():
-        if name not in given:
+        if name not in given or name == "init_from":
             setattr(cfg, name, value)
-    cfg.init_from = own_start
 
 
 def check_values(cfg: SimpleNamespace) -> list[str]:
@@ -126,23 +133,23 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
             + f", not {getattr(cfg, name)}" for name, low, high in in_range if not low <= getattr(cfg, name) < high]
 
 
-def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Tokenizer]:
+def find_data(cfg: SimpleNamespace) -> tuple[shards.ShardSet, Tokenizer]:
     path = find(cfg.data_dir, cfg.vocab_size)
     vocabulary = Tokenizer(path)
-    if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
-        raise UserError(f"the checkpoint was trained with another vocabulary than {path}")
     return shards.load(path.with_suffix(""), vocabulary.sha256), vocabulary
 
 
-def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, n_words: int) -> ModelArgs:
+def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: Tokenizer) -> ModelArgs:
     """The shape of the saved model, else that of the settings."""
     chosen = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}
+    if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
+        raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}")
     try:
-        args = ModelArgs(**(saved["model_args"] if saved else {**chosen, "vocab_size": n_words}))
+        args = ModelArgs(**(saved["model_args"] if saved else {**chosen, "vocab_size": vocabulary.n_words}))
     except (TypeError, ValueError) as error:
         raise UserError(f"model: {error}") from error
-    if args.vocab_size != n_words:
-        raise UserError(f"the checkpoint's model has {args.vocab_size} tokens, the vocabulary {n_words}")
+    if args.vocab_size != vocabulary.n_words:
+        raise UserError(f"the checkpoint's model has {args.vocab_size} tokens, the vocabulary {vocabulary.n_words}")
     return args
 
 

@@ -37,7 +37,7 @@ data_dir = "data"       # where step 1 wrote the vocabulary, and where the shard
 data = ""               # the text; empty: what step 1 read
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
 tokenizer = ""          # a SentencePiece model from elsewhere; it is copied to data_dir and used
-num_workers = 0         # processes; 0: one per core. Each takes about 150 MB
+num_workers = 0         # processes, at most 60; 0: one per core. Each takes about 150 MB
 verify = False          # decode documents of every shard and compare them with their source
 # ---- end of settings ----------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ def run(jobs: list[Job], workers: int) -> Iterator[tuple[int, list[Shard]]]:
     counter = context.Value("q", 0)
     total = sum(source.size for job in jobs for source in job.sources.values())
     with (tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar,
-          ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (counter,)) as pool):
+          ProcessPoolExecutor(min(workers, len(jobs), 60), context, _start_worker, (counter,)) as pool):
         waiting = {pool.submit(write_shards, job) for job in jobs}
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)

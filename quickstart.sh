@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From nothing to stories in one go: makes .venv, installs what is needed, runs the four steps on the
-# built-in text, and shows what the new model writes. Takes about 5 minutes on 2 CPU cores. Run it again
-# to see it again: what is done is not done twice. SETUP_ONLY=1 stops after the installation.
+# From nothing to stories: makes .venv, installs what is needed, runs the four steps on the built-in text
+# and shows what the new model writes. About 5 minutes on 2 CPU cores after the installation.
+# Run it again after a break: what is done is not done twice. `bash quickstart.sh --setup_only` only installs.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 say() { printf '\n== %s\n' "$*"; }
 
-say "1. Python packages, in .venv"
-if [ ! -d .venv ]; then
+say "Python packages, in .venv"
+if ! ls .venv/bin/python .venv/Scripts/python.exe >/dev/null 2>&1; then
     for candidate in python3 python; do
         "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
         candidate=
@@ -17,12 +17,36 @@ if [ ! -d .venv ]; then
     "$candidate" -m venv .venv
 fi
 python=.venv/bin/python
-[ -x "$python" ] || python=.venv/Scripts/python.exe    # Windows
-if ! "$python" -c 'import torch' 2>/dev/null && [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-    # PyPI's torch for Linux brings several GB of CUDA; without an NVIDIA GPU the CPU build is enough.
-    "$python" -m pip install --quiet --retries 0 --timeout 15 "$(grep '^torch' requirements.txt)" \
-        --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" ||
-        echo "the index of CPU builds cannot be reached; trying the usual one"
+[ -x "$python" ] || python=.venv/Scripts/python.exe     # Windows
+if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! "$python" -c 'import torch' 2>/dev/null; then
+    # PyPI's torch for Linux brings several GB of CUDA. Without an NVIDIA GPU the CPU build does the same.
+    "$python" -m pip install --quiet --retries 0 --timeout 20 \
+        --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" "$(grep '^torch==' requirements.txt)" \
+        2>/dev/null || echo "no CPU build of torch within reach; taking what pip finds"
 fi
-"$python" -m pip install --quiet -r requirements.txt ${EXTRA_REQUIREMENTS:-}
-[ -z "${SETUP_ONLY:-}" ] || exit 0
+"$python" -m pip install --quiet -r requirements.txt
+[ "${1:-}" != --setup_only ] || exit 0
+
+data=data/quickstart out=output/quickstart
+if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    model=(--max_minutes 2)
+else
+    model=(--max_minutes 4 --dim 128 --n_layers 2 --n_heads 2 --n_kv_heads 2
+           --batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-2)
+fi
+
+say "step 1 of 4: a vocabulary, from synthetic stories"
+"$python" train_vocab.py --data_dir $data --vocab_size 2048
+say "step 2 of 4: the text as token ids"
+"$python" preprocess.py --data_dir $data
+say "step 3 of 4: training"
+"$python" train.py --data_dir $data --out_dir $out --log_interval 50 --sample_tokens 0 "${model[@]}"
+say "step 4 of 4: what the model writes"
+"$python" sample.py --checkpoint $out/ckpt.pt --temperature 0.5 --num_samples 3 --prompt "Once upon a time"
+
+say "Done. The model is $out/ckpt.pt, the vocabulary in $data, the stories it learned from in data/demo."
+cat <<END
+Try:   $python sample.py --checkpoint $out/ckpt.pt --prompt "Lily was a brave girl"
+       $python train.py --init_from resume --out_dir $out --max_minutes 10     # the same model, longer
+Then:  $python train_vocab.py --download True --vocab_size 4096                # real stories: see README.md
+END

@@ -4,6 +4,7 @@ The log holds what a repetition of the run would give again, to the byte: the se
 line, then one JSON object per logged step or evaluation. What depends on the clock has its own file.
 """
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ class Record:
         for name, content in (("log.jsonl", entry), ("clock.jsonl", {"iter": entry["iter"], **clock})):
             with open(self.folder / name, "a", encoding="utf-8", newline="\n") as file:
                 file.write(_line(content))
+
+    def sync(self) -> None:
+        """Have the log on the disk before a checkpoint counts its lines."""
+        with open(self.folder / "log.jsonl", "ab") as file:
+            os.fsync(file.fileno())
 
     def draw(self) -> None:
         """Write samples.txt, and loss.png where matplotlib is installed, anew from the log."""

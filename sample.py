@@ -111,11 +111,12 @@ def main() -> None:
     start = read_prompt(cfg.prompt)
     generator = TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype)
     print(f"{cfg.checkpoint}: {generator.model.count_parameters():,} parameters, on {generator.where}", file=sys.stderr)
+    pieces = generator.stream(start, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p)
+    longest = max(len(generator.tokenizer.encode(text)) for text in write(pieces, cfg.num_samples))
     window = generator.model.args.max_seq_len
-    if len(generator.tokenizer.encode(start)) + 1 + cfg.max_new_tokens > window:
-        print(f"note: the model sees {window} tokens; a longer story goes on from its newer half", file=sys.stderr)
-    write(generator.stream(start, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p),
-          cfg.num_samples)
+    if longest > window:
+        print(f"note: the model sees {window} tokens; past them it went on from the beginning mark and the newer half",
+              file=sys.stderr)
 
 
 def read_prompt(text: str) -> str:
@@ -130,7 +131,7 @@ def read_prompt(text: str) -> str:
         raise UserError(f"{path} is not UTF-8 text") from error
 
 
-def write(pieces: Iterator[tuple[int, str]], count: int) -> None:
+def write(pieces: Iterator[tuple[int, str]], count: int) -> list[str]:
     """Print the first text as it comes, and the others, which end at about the same time, after it."""
     texts = [""] * count
     for row, piece in pieces:
@@ -138,6 +139,7 @@ def write(pieces: Iterator[tuple[int, str]], count: int) -> None:
         if row == 0:
             print(piece, end="", flush=True)
     print("", *texts[1:], sep="\n---\n", flush=True)
+    return texts
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python train.py --max_iters 20 --eval_interval 10       # a trial: does everything work?
     python train.py --max_minutes 20                        # what this machine can do in 20 minutes
-    python train.py                                         # the full run; Ctrl-C stops it safely
+    python train.py                                         # the full run; Ctrl-C stops it, nothing is lost
     python train.py                                         # the same command goes on where it stopped
     python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/mine    # fine-tune
     python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
@@ -37,8 +37,9 @@ from settings import UserError
 # files
 out_dir = "output"                  # one folder for each run
 data_dir = "data"                   # where steps 1 and 2 wrote
-init_from = "auto"                  # auto: go on with the run in out_dir if there is one; scratch; resume; or
-                                    # a checkpoint whose weights to begin with
+init_from = "auto"                  # auto: go on with the run in out_dir if its settings are these, else begin one;
+                                    # resume: go on, with its own settings; scratch: begin one; or a checkpoint,
+                                    # to begin with its weights. An old run is never overwritten, but put aside
 # length
 max_iters = 100_000                 # steps; 2,000 to 5,000 already make stories with the built-in text
 max_minutes = 0.0                   # wall time instead: the schedule fits itself to it; 0: max_iters alone counts
@@ -124,6 +125,11 @@ class Run:
     def tokens_per_step(self) -> int:
         return self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.model.args.max_seq_len
 
+    @property
+    def tokens(self) -> int:
+        """Tokens seen so far."""
+        return self.state.position * self.model.args.max_seq_len
+
     def seconds(self) -> float:
         """Wall time of the run so far, all its parts together."""
         return self.state.seconds + time.monotonic() - self.began
@@ -161,12 +167,11 @@ class Run:
         for x, y in tqdm(batches, total=total, desc="evaluating", leave=False, disable=None):
             with self.where.autocast():
                 _, loss = self.model(x, y)
-            count = (y != IGNORE).sum()
-            nats, scored = nats + loss.double() * count, scored + count
+            count = (y != IGNORE).sum().item()
+            nats, scored = nats + loss.item() * count, scored + count
         self.model.train()
-        loss = float(nats / scored)
-        return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)),
-                "bpb": float(nats) / math.log(2) / self.data.count("val", "bytes")}
+        return {"val_loss": nats / scored, "perplexity": math.exp(min(nats / scored, 700)),
+                "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
 
     def write_samples(self) -> list[str]:
         """Stories from the fixed prompts, with the same random numbers each time."""
@@ -208,9 +213,10 @@ def main() -> None:
     if cfg.eval_only:
         print_scores(run.evaluate())
     elif run.finished():
+        more = f"--max_minutes {2 * cfg.max_minutes:g}" if cfg.max_minutes else f"--max_iters {2 * cfg.max_iters}"
         print(f"the run in {cfg.out_dir} is finished, with step {run.state.iter_num:,}\n"
-              f"longer:  python train.py --init_from resume --out_dir {cfg.out_dir} --max_iters {2 * cfg.max_iters}\n"
-              "another: python train.py --out_dir output/another")
+              f"go on with it: python train.py --init_from resume --out_dir {cfg.out_dir} {more}\n"
+              f"begin anew:    python train.py --init_from scratch --out_dir {cfg.out_dir}")
     else:
         run.reserve = print_plan(run)
         if not run.state.iter_num:
@@ -249,11 +255,10 @@ def train(run: Run) -> None:
         # 3. log
         if logs:
             speed = (state.iter_num - marked) * run.tokens_per_step / (time.monotonic() - mark)
-            tokens = state.iter_num * run.tokens_per_step
-            record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens},
+            record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
                          {"seconds": run.seconds(), "tokens_per_second": speed})
             left = clock(run.seconds_left((time.monotonic() - mark) / (state.iter_num - marked)))
-            print(f"step {state.iter_num:,}/{cfg.max_iters:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  "
+            print(f"step {state.iter_num:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  "
                   f"{speed:,.0f} tokens/s  {left} left", flush=True)
 
         # 4. evaluate and save; an evaluation that only the end of the run brings is not part of its log
@@ -265,6 +270,7 @@ def train(run: Run) -> None:
         if ends and not run.stop:
             state.seconds += max(60 * cfg.max_minutes - run.seconds(), 0)       # what is left of it will not be used
         if saves or ends:
+            record.sync()
             run.save("last.pt")
         mark, marked = time.monotonic(), state.iter_num
 
@@ -297,8 +303,8 @@ def score(run: Run, record: Record) -> None:
     """Evaluate, write stories, and keep the model if it is the best so far."""
     began = time.monotonic()
     scores, samples = run.evaluate(), run.write_samples()
-    record.write({"iter": run.state.iter_num, **scores, "tokens": run.state.iter_num * run.tokens_per_step,
-                  "samples": samples}, {"seconds": run.seconds()})
+    record.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens, "samples": samples},
+                 {"seconds": run.seconds()})
     record.draw()
     print_scores(scores)
     if scores["val_loss"] < run.state.best_val_loss:
@@ -310,10 +316,9 @@ def score(run: Run, record: Record) -> None:
 def require_finite(run: Run, loss: float, norm: float) -> None:
     """Stop before weights that are no numbers reach a checkpoint. (A GradScaler skips bad gradients itself.)"""
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
-        out, slower = run.cfg.out_dir, run.cfg.learning_rate / 2
-        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; it is not saved\n"
-                        "       go on from the last good state, more slowly: "
-                        f"python train.py --init_from resume --out_dir {out} --learning_rate {slower:g}")
+        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; this is not "
+                        "saved\n       go on from the last good state, more slowly: python train.py --init_from resume "
+                        f"--out_dir {run.cfg.out_dir} --learning_rate {run.cfg.learning_rate / 2:g}")
 
 
 @contextmanager

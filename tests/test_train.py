@@ -116,7 +116,7 @@ def test_a_signal_saves_and_says_how_to_go_on(project, number):
     command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     for line in process.stdout:
-        if line.startswith("step 3/"):
+        if line.startswith("step 3 "):
             process.send_signal(number)
             break
     rest = process.communicate(timeout=60)[0]
@@ -135,15 +135,40 @@ def test_the_same_command_again_goes_on_or_says_it_is_finished(go, capsys):
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_other_settings_do_not_touch_an_old_run(go):
+def test_length_and_machine_may_change_while_a_run_goes_on(go, capsys):
+    go("out", "--max_iters", 3)
+    go("out", "--max_iters", 5, "--log_interval", 2, "--num_workers", 1)
+    assert state("out")["iter_num"] == 5 and [e["iter"] for e in log("out")[1:]] == [1, 2, 3, 4, 5]
+    assert not Path("out/old-1").exists()
+
+
+@pytest.mark.parametrize("change", [["--learning_rate", 0.1], ["--dim", 64], ["--seed", 2]])
+def test_other_settings_begin_another_run_and_keep_the_old(go, capsys, change):
     go("out", "--max_iters", 3)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    with pytest.raises(UserError, match=r"learning_rate 0.002 \(now 0.1\)") as error:
-        go("out", "--max_iters", 3, "--learning_rate", 0.1)
-    assert "--init_from resume" in str(error.value) and "old-1" in str(error.value)
+    capsys.readouterr()
+    go("out", "--max_iters", 2, *change)
+    printed = capsys.readouterr().out
+    assert f"{change[0][2:]} " in printed and f"(now {change[1]})" in printed and "old-1" in printed
+    assert {path.name: path.read_bytes() for path in Path("out/old-1").iterdir()} == before
+    assert state("out")["iter_num"] == 2
+
+
+def test_a_problem_leaves_an_old_run_where_it_is(go):
+    go("out", "--max_iters", 3)
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    with pytest.raises(UserError, match="dim 33"):
+        go("out", "--dim", 33)
     with pytest.raises(UserError, match="dim cannot change"):
         go("out", "--init_from", "resume", "--max_iters", 9, "--dim", 64)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_not_passed_over(go):
+    go("out", "--max_iters", 1)
+    Path("out/last.pt").write_bytes(Path("out/last.pt").read_bytes()[:-100])
+    with pytest.raises(UserError, match="last.pt .* damaged"):
+        go("out", "--max_iters", 3)
 
 
 def test_resume_takes_the_settings_of_the_run(call, project, capsys):
