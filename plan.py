@@ -126,11 +126,12 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
 def check_values(cfg: SimpleNamespace) -> list[str]:
     at_least_one = ("max_iters", "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
     not_negative = ("max_minutes", "checkpoint_minutes", "sample_tokens", "weight_decay", "grad_clip", "warmup_iters",
-                    "lr_decay_iters", "min_lr", "num_workers", "seed")
-    in_range = ([(name, 1, float("inf")) for name in at_least_one] + [(name, 0, float("inf")) for name in not_negative]
-                + [("beta1", 0, 1), ("beta2", 0, 1), ("dropout", 0, 1), ("learning_rate", 1e-30, float("inf"))])
-    return [f"{name} must be {low:g} or more" + (f" and below {high:g}" if high == 1 else "")
-            + f", not {getattr(cfg, name)}" for name, low, high in in_range if not low <= getattr(cfg, name) < high]
+                    "lr_decay_iters", "min_lr", "num_workers")
+    no_end = float("inf")
+    ranges = [*((name, 1, no_end) for name in at_least_one), *((name, 0, no_end) for name in not_negative),
+              ("beta1", 0, 1), ("beta2", 0, 1), ("dropout", 0, 1), ("learning_rate", 1e-30, no_end), ("seed", 0, 2**32)]
+    return [f"{name} must be {low:g} or more{f' and below {high}' if high < no_end else ''}, not {getattr(cfg, name)}"
+            for name, low, high in ranges if not low <= getattr(cfg, name) < high]
 
 
 def find_data(cfg: SimpleNamespace) -> tuple[shards.ShardSet, Tokenizer]:

@@ -63,6 +63,8 @@ class Job:
 
 def main() -> None:
     cfg, _ = settings.read(globals())
+    if cfg.num_workers < 0:
+        raise UserError(f"num_workers must be 0 (one per core) or more, not {cfg.num_workers}")
     start = time.time()
     model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
     vocabulary = Tokenizer(model_path)

@@ -22,6 +22,8 @@ from types import SimpleNamespace
 from typing import Any, Callable, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
+USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,    # a full disk, a closed door,
+                errno.EEXIST, errno.ENOTDIR, errno.EISDIR)                             # a file where a folder should be
 
 
 class UserError(Exception):
@@ -72,7 +74,7 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:             # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT):
+        if error.errno not in USERS_ERRNOS:
             raise
         sys.exit(f"error: {error.strerror}: {error.filename or 'a file'}")
 

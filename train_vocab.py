@@ -35,6 +35,8 @@ def main() -> None:
     cfg, _ = settings.read(globals())
     if cfg.data and cfg.download:
         raise UserError("--data and --download name two sources; give one of them")
+    if not cfg.sample_mb > 0:
+        raise UserError(f"sample_mb must be above 0, not {cfg.sample_mb}")
     start = time.time()
     source = find_source(cfg)
     files = corpus.find_files(source)

@@ -330,8 +330,9 @@ def test_no_numbers_stop_the_run_before_they_are_saved(go, monkeypatch, bad):
 
 def test_all_problems_are_reported_at_once(go):
     with pytest.raises(UserError) as error:
-        go("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--init_from", "nowhere.pt")
-    for part in ("dim 33", "learning_rate", "abacus", "beta2", "nowhere.pt"):
+        go("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--seed", 2**32,
+           "--max_minutes", "nan", "--init_from", "nowhere.pt")
+    for part in ("dim 33", "learning_rate", "abacus", "beta2", "seed", "max_minutes", "nowhere.pt"):
         assert part in str(error.value), part
     assert not Path("out").exists()
 
@@ -371,6 +372,8 @@ def test_from_the_command_line(project):
     result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--batch_size", "0", "--max_iter", "3")
     assert_user_error(result, "did you mean --max_iters?")
     assert_user_error(script("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
+    Path("a_file").write_text("x", encoding="utf-8")
+    assert_user_error(script("train", "--data_dir", project, *TINY, "--out_dir", "a_file"), "exists", "a_file")
     result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--compile", "False")
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):
