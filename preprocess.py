@@ -37,7 +37,7 @@ data_dir = "data"       # where step 1 wrote the vocabulary, and where the shard
 data = ""               # the text; empty: what step 1 read
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
 tokenizer = ""          # a SentencePiece model from elsewhere; it is copied to data_dir and used
-num_workers = 0         # processes, at most 60; 0: one per core. Each takes about 150 MB
+num_workers = 0         # processes, at most 60; 0: one per core. Each takes about 100 MB
 verify = False          # decode documents of every shard and compare them with their source
 # ---- end of settings ----------------------------------------------------------------------------
 
