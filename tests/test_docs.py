@@ -15,7 +15,8 @@ STEPS = ("train_vocab", "preprocess", "train", "sample")
 
 def commands() -> list[tuple[str, str, list[str]]]:
     """(page, script, arguments) of every call of a step in the pages and in the scripts' docstrings."""
-    pages = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = {path.name: path.read_text(encoding="utf-8") for path in files}
     for name in STEPS:
         pages[f"{name}.py"] = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
     return [(page, name, shlex.split(rest, comments=True)) for page, text in pages.items()

