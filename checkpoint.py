@@ -19,6 +19,7 @@ from settings import UserError
 from tokenizer import Tokenizer
 
 REQUIRED = ("model", "model_args", "iter_num", "config")
+TO_GO_ON = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokenizer_sha256", "data_sha256")
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -27,8 +28,8 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a state to the CPU. Nothing in the file can run code.
+def load(path: str | Path, required: tuple[str, ...] = REQUIRED) -> dict[str, Any]:
+    """Read a state to the CPU. Nothing in the file can run code. TO_GO_ON is what resuming a run requires.
 
     Raises:
         UserError: when the file is missing, damaged, or no checkpoint.
@@ -41,10 +42,9 @@ def load(path: str | Path) -> dict[str, Any]:
     except PermissionError:
         raise
     except Exception as error:      # a damaged file can fail in any way, and they all mean the same
-        line = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged, or not a checkpoint of plain tensors: "
-                        f"{type(error).__name__}: {line[:120]}") from error
-    missing = [key for key in REQUIRED if not isinstance(state, dict) or key not in state]
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged, or not a checkpoint of plain tensors "
+                        f"({type(error).__name__})") from error
+    missing = [key for key in required if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
     return state

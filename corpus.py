@@ -110,8 +110,9 @@ def _txt_records(stream: TextIO) -> Iterator[str]:
         *whole, rest = (rest + piece).split(SEPARATOR)
         yield from whole
         if len(rest) > 2 * LONGEST:         # hand out the beginning of a very long document early
-            *whole, rest = _pieces(rest)
+            *whole, left = _pieces(rest[:-len(SEPARATOR)])
             yield from whole
+            rest = left + rest[-len(SEPARATOR):]        # a separator may have come half
     yield rest
 
 

@@ -2,9 +2,8 @@
 
     python demo_stories.py          # print three of them
 
-Nobody wrote these stories one by one: a plot is drawn, then its people, things and phrases. They
-are good for trying the four steps and for seeing a model learn; for a model that can write about
-anything, use real text. The same seed gives the same stories on every platform and Python.
+A plot is drawn, then its people, things and phrases: good for seeing a model learn, while one that
+can write about anything needs real text. The same seed gives the same stories on every platform.
 
 The grammar: `== name` begins a plot; its slots come first, its paragraphs follow. A slot's values
 stand between ` | `, `a / b = x / y | ...` fills two slots together, so that what belongs together

@@ -21,7 +21,8 @@ from tokenizer import Tokenizer, find
 
 HERE = ("out_dir", "eval_only")             # settings of this command, not of the run
 FREE = ("init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes", "device",
-        "dtype", "compile", "num_workers", "sample_prompts", "sample_tokens")        # may change while a run goes on
+        "dtype", "compile", "num_workers", "sample_prompts", "sample_tokens",        # may change while a run goes on;
+        "data_dir", "vocab_size")           # what these two lead to may not
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each
 
 
@@ -66,10 +67,13 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
         attempt(lambda: take_over(cfg, given, saved))
     problems += check_values(cfg)
     where = attempt(lambda: devices.choose(cfg.device, cfg.dtype))
-    data, vocabulary = attempt(lambda: find_data(cfg), (None, None))
-    if vocabulary and not resumed:
-        last = attempt(lambda: find_unfinished(cfg, vocabulary))
-        saved, resumed = last or saved, bool(last)
+    last = None if resumed else attempt(lambda: find_last(cfg))
+    data, vocabulary = attempt(lambda: find_data(cfg, saved or last), (None, None))
+    if data and resumed and saved and saved["data_sha256"] != data.sha256:
+        problems.append(f"the text or the vocabulary in {cfg.data_dir} is not that of the run any more\n       to train "
+                        f"on it from here: python train.py --init_from {Path(cfg.out_dir) / 'last.pt'}")
+    if data and last and not problems and goes_on(cfg, last, data):
+        saved, resumed = last, True
     args = attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
     if args and not problems:
         attempt(lambda: PretokDataset(data, "train", cfg.batch_size, args.max_seq_len))
@@ -88,34 +92,45 @@ def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
     if cfg.eval_only:
         return checkpoint.load(cfg.init_from if named else Path(cfg.out_dir) / "ckpt.pt")
     if cfg.init_from == "resume":
-        return checkpoint.load(Path(cfg.out_dir) / "last.pt")
+        return checkpoint.load(Path(cfg.out_dir) / "last.pt", checkpoint.TO_GO_ON)
     return checkpoint.load(cfg.init_from) if named else None
 
 
-def find_unfinished(cfg: SimpleNamespace, vocabulary: Tokenizer) -> dict[str, Any] | None:
-    """The state in out_dir, if it is of the run that the settings describe; the same command goes on with it."""
+def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:
+    """The newest state in out_dir, if there is one and the settings allow to go on with it."""
     last = Path(cfg.out_dir) / "last.pt"
     if cfg.eval_only or cfg.init_from == "scratch" or not last.is_file():
         return None
-    saved = checkpoint.load(last)
-    own = saved["config"]
+    try:
+        return checkpoint.load(last, checkpoint.TO_GO_ON)
+    except UserError as error:
+        if cfg.init_from != "auto":
+            return None
+        best = last.with_name("ckpt.pt")
+        raise UserError(f"{error}\n       begin anew, and with the best weights if they are sound: python train.py "
+                        f"--out_dir {cfg.out_dir} --init_from {best if best.is_file() else 'scratch'}") from error
+
+
+def goes_on(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -> bool:
+    """Whether a state is of the run that the settings describe; the same command goes on with it."""
+    own = last["config"]
     differ = [f"{name} {own.get(name)!r} (now {value!r})" for name, value in lasting(cfg).items()
               if name not in FREE and value != own.get(name)]
     if cfg.init_from not in ("auto", own.get("init_from")):
         differ.append(f"init_from {own.get('init_from')!r} (now {cfg.init_from!r})")
-    if saved.get("tokenizer_sha256") != vocabulary.sha256:
-        differ.append("vocabulary")
+    if last["data_sha256"] != data.sha256:
+        differ.append("another text or vocabulary")
     if differ:
-        print(f"a new run: the one in {cfg.out_dir}, at step {saved['iter_num']:,}, has other settings: "
+        print(f"a new run: the one in {cfg.out_dir}, at step {last['iter_num']:,}, has other settings: "
               + ", ".join(differ))
-        return None
-    return saved
+    return not differ
 
 
 def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> None:
     """Give cfg the settings that a run was begun with, but for those that the command line names."""
     own = {name: value for name, value in saved["config"].items() if name in lasting(cfg)}
-    fixed = [name for name in given if name in saved["model_args"] and given[name] != own.get(name)]
+    fixed = [name for name in given
+             if name in saved["model_args"] and name not in FREE and given[name] != own.get(name)]
     if fixed:
         raise UserError(f"{', '.join(fixed)} cannot change while a run goes on; begin another: --init_from scratch")
     for name, value in own.items():
@@ -130,12 +145,13 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
     no_end = float("inf")
     ranges = [*((name, 1, no_end) for name in at_least_one), *((name, 0, no_end) for name in not_negative),
               ("beta1", 0, 1), ("beta2", 0, 1), ("dropout", 0, 1), ("learning_rate", 1e-30, no_end), ("seed", 0, 2**32)]
-    return [f"{name} must be {low:g} or more{f' and below {high}' if high < no_end else ''}, not {getattr(cfg, name)}"
-            for name, low, high in ranges if not low <= getattr(cfg, name) < high]
+    return [f"{name} must be {low:g} or more and {f'below {high}' if high < no_end else 'finite'}, "
+            f"not {getattr(cfg, name)}" for name, low, high in ranges if not low <= getattr(cfg, name) < high]
 
 
-def find_data(cfg: SimpleNamespace) -> tuple[shards.ShardSet, Tokenizer]:
-    path = find(cfg.data_dir, cfg.vocab_size)
+def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Tokenizer]:
+    """The shards, and their vocabulary; of several in data_dir that of the saved state."""
+    path = find(cfg.data_dir, cfg.vocab_size, (saved or {}).get("tokenizer_sha256", ""))
     vocabulary = Tokenizer(path)
     return shards.load(path.with_suffix(""), vocabulary.sha256), vocabulary
 

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -18,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,8 @@ def find_source(cfg, model_path: Path, vocabulary: Tokenizer) -> tuple[Path, int
             raise UserError(f"{notes} is damaged ({error!r})\n       run python train_vocab.py again") from error
         if digest != vocabulary.sha256:
             raise UserError(f"{notes} is not about {model_path}\n       run python train_vocab.py again")
+    elif not cfg.data and not cfg.tokenizer:
+        raise UserError(f"{notes} is gone, which tells what text {model_path.name} is for\n       name it: --data PATH")
     source = Path(cfg.data) if cfg.data else known or corpus.default_source(cfg.data_dir)
     return source, threshold if source == known else corpus.validation_threshold(corpus.find_files(source))
 
@@ -141,6 +144,7 @@ def make(target: ShardSet, jobs: list[Job], workers: int) -> None:
         done[index] = pair
         target.shards = [shard for index in sorted(done) for shard in done[index]]
         target.save(UNFINISHED)
+    target.require_both()
     target.save()
     (target.folder / UNFINISHED).unlink(missing_ok=True)
     for path in target.folder.glob("*_*.bin*"):
@@ -200,6 +204,12 @@ def _start_worker(counter) -> None:
     global _counter
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)                                         # else a worker would outlive a killed parent, and go on writing
 
 
 def _count(size: int) -> None:
@@ -240,9 +250,6 @@ def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, li
 def report(found: ShardSet) -> None:
     for split in SPLITS:
         documents, tokens, size = (found.count(split, what) for what in ("documents", "tokens", "bytes"))
-        if not documents:
-            raise UserError(f"no document is for {split}; is this the text of step 1?\n       run python "
-                            "train_vocab.py again")
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text, "
               f"{size / tokens:.2f} bytes per token")
 

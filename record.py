@@ -21,7 +21,7 @@ class Record:
         with whole_file(folder / "log.jsonl") as file:
             file.write("".join(map(_line, [first, *self.entries])).encode())
         step = self.entries[-1]["iter"] if self.entries else 0
-        clock = [entry for entry in _read(folder / "clock.jsonl") if entry["iter"] <= step]
+        clock = [entry for entry in _read(folder / "clock.jsonl") if entry.get("iter", 0) <= step]
         with whole_file(folder / "clock.jsonl") as file:
             file.write("".join(map(_line, clock)).encode())
 
@@ -72,7 +72,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
-                entries.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(entry, dict):
+                break
+            entries.append(entry)
     return entries

@@ -129,6 +129,8 @@ def _boolean(text: str) -> bool:
 
 
 def _suggest(arg: str, names: list[str]) -> str:
+    if not arg.startswith("-"):
+        return f"{arg!r} stands alone; settings are given as --name value"
     name = arg.lstrip("-").split("=")[0]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean --{close[0]}?" if close else ""

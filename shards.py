@@ -4,6 +4,7 @@ A folder `data/tok4096/` holds `train_0000.bin`, `val_0000.bin` and so on, each 
 few source files one after another, `bos ... eos` each, as uint16 (or uint32 for a large vocabulary);
 and `manifest.json`, written last: without it there is no data set.
 """
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,12 @@ class ShardSet:
     def dtype(self) -> np.dtype:
         return dtype(self.vocab_size)
 
+    @property
+    def sha256(self) -> str:
+        """A digest of what the shards were made from: the text, its order, the split and the vocabulary."""
+        made_of = [self.tokenizer_sha256, self.val_threshold, [asdict(shard) for shard in self.shards]]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
     def of(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
 
@@ -66,6 +73,13 @@ class ShardSet:
         """Whether the file of a shard is there in its full length."""
         path = self.folder / shard.file
         return path.is_file() and path.stat().st_size == shard.tokens * self.dtype.itemsize
+
+    def require_both(self) -> None:
+        """Raise UserError when a split has no document."""
+        for split in SPLITS:
+            if not self.count(split, "documents"):
+                raise UserError(f"no document in {self.folder} is for {split}; is this the text of step 1?\n"
+                                "       run python train_vocab.py again")
 
     def save(self, name: str = MANIFEST) -> None:
         content = {"format": FORMAT, "dtype": self.dtype.name, "tokenizer_sha256": self.tokenizer_sha256,
@@ -88,8 +102,9 @@ def read(folder: Path, name: str = MANIFEST) -> ShardSet:
         raise UserError(f"no {path}: the text is not tokenised yet, or not all of it{again}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} is of format {content['format']}, this code reads {FORMAT}{again}")
+        if (content["format"], content["dtype"]) != (FORMAT, dtype(content["vocab_size"]).name):
+            raise UserError(f"{path} is of format {content['format']} with {content['dtype']}, this code reads {FORMAT} "
+                            f"with {dtype(content['vocab_size']).name} for that vocabulary{again}")
         shards = [Shard(**{**entry, "sources": [Source(**s) for s in entry["sources"]]}) for entry in content["shards"]]
         found = ShardSet(folder, content["tokenizer_sha256"], content["vocab_size"], content["val_threshold"], shards)
     except (ValueError, KeyError, TypeError) as error:
@@ -113,4 +128,5 @@ def load(folder: Path, tokenizer_sha256: str) -> ShardSet:
         if not found.is_whole(shard):
             raise UserError(f"{folder / shard.file} is missing or cut: {shard.tokens:,} ids of {found.dtype.itemsize} "
                             "bytes were written\n       run python preprocess.py again")
+    found.require_both()
     return found

@@ -11,7 +11,7 @@ loses nothing: every string comes back exactly. Models trained elsewhere keep th
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -116,26 +116,42 @@ def train(documents: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=(text.replace("\n", f"{WALL}\n{WALL}") for text in texts), model_writer=model,
-        model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
-        byte_fallback=True, split_digits=True, required_chars="\n", pretokenization_delimiter=WALL,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1 << 30, minloglevel=2)
+    model, failures = io.BytesIO(), []
+
+    def sentences() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield text.replace("\n", f"{WALL}\n{WALL}")
+        except (Exception, KeyboardInterrupt) as error:     # SentencePiece would turn it into one of its own
+            failures.append(error)
+            raise
+
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=sentences(), model_writer=model,
+            model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
+            byte_fallback=True, split_digits=True, required_chars="\n", pretokenization_delimiter=WALL,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1 << 30, minloglevel=2)
+    except RuntimeError:
+        if failures:
+            raise failures[0] from None
+        raise
     return Tokenizer(model.getvalue())
 
 
-def find(data_dir: str | Path, vocab_size: int = 0) -> Path:
-    """The vocabulary of a data folder: the one of that size, or the only one.
+def find(data_dir: str | Path, vocab_size: int = 0, sha256: str = "") -> Path:
+    """The vocabulary of a data folder: the one of that size, or the only one, or of several that with the digest.
 
     Raises:
-        UserError: when there is none, or several and no size was named.
+        UserError: when there is none, or several and nothing tells which.
     """
     folder = Path(data_dir)
     found = sorted(folder.glob("tok*.model"))
     if vocab_size:
         found = [path for path in found if path.stem == f"tok{vocab_size}"]
+    elif len(found) > 1 and sha256:
+        found = [path for path in found if hashlib.sha256(path.read_bytes()).hexdigest() == sha256] or found
     if not found:
         size = f" of size {vocab_size}" if vocab_size else ""
         command = f"python train_vocab.py{f' --vocab_size {vocab_size}' if vocab_size else ''}"

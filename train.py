@@ -194,6 +194,7 @@ class Run:
             **checkpoint.model_state(self.model), "optimizer": self.optimizer.state_dict(),
             "iter_num": state.iter_num, "best_val_loss": state.best_val_loss, "config": lasting(self.cfg),
             "tokenizer": self.vocabulary.model, "tokenizer_sha256": self.vocabulary.sha256,
+            "data_sha256": self.data.sha256,
             "state": asdict(state), "scaler": self.scaler.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}})
         self.saved_at = time.monotonic()
@@ -218,10 +219,11 @@ def main() -> None:
               f"go on with it: python train.py --init_from resume --out_dir {cfg.out_dir} {more}\n"
               f"begin anew:    python train.py --init_from scratch --out_dir {cfg.out_dir}")
     else:
-        run.reserve = print_plan(run)
+        with enough_memory(run):
+            run.reserve = print_plan(run)
         if not run.state.iter_num:
             set_aside(cfg.out_dir)
-        with listening(run):
+        with listening(run), enough_memory(run):
             train(run)
         say_goodbye(run)
 
@@ -316,9 +318,25 @@ def score(run: Run, record: Record) -> None:
 def require_finite(run: Run, loss: float, norm: float) -> None:
     """Stop before weights that are no numbers reach a checkpoint. (A GradScaler skips bad gradients itself.)"""
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
-        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; this is not "
-                        "saved\n       go on from the last good state, more slowly: python train.py --init_from resume "
-                        f"--out_dir {run.cfg.out_dir} --learning_rate {run.cfg.learning_rate / 2:g}")
+        saved = (Path(run.cfg.out_dir) / "last.pt").exists()
+        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; this is not saved\n"
+                        f"       {'go on from the last good state' if saved else 'begin again'}, more slowly: python "
+                        f"train.py --init_from {'resume' if saved else 'scratch'} --out_dir {run.cfg.out_dir} "
+                        f"--learning_rate {run.cfg.learning_rate / 2:g}")
+
+
+@contextmanager
+def enough_memory(run: Run) -> Iterator[None]:
+    """Turn PyTorch's error about memory into what to type."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        size, times = run.cfg.batch_size, run.cfg.gradient_accumulation_steps
+        less = (f"the same steps in less: --batch_size {size // 2} --gradient_accumulation_steps {2 * times}"
+                if size % 2 == 0 else "use a smaller --batch_size, --max_seq_len or --dim")
+        raise UserError(f"{run.where.device} has not enough memory for batch_size {size}\n       {less}") from error
 
 
 @contextmanager
