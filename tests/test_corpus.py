@@ -171,3 +171,13 @@ def test_the_built_in_stories_are_the_last_resort(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     (tmp_path / "data" / corpus.FOLDER).mkdir()
     assert corpus.default_source("data").name == corpus.FOLDER
+
+
+def test_a_separator_that_comes_in_two_pieces_is_seen(tmp_path, monkeypatch):
+    """Text without a space is cut at LONGEST characters, which must not be in the middle of a separator."""
+    monkeypatch.setattr(corpus, "LONGEST", 64)
+    monkeypatch.setattr(corpus, "_READ", 256)
+    for length in range(230, 275):
+        (tmp_path / "a.txt").write_text("h" * length + corpus.SEPARATOR + "b" * 10, encoding="utf-8")
+        *first, last = corpus.documents(tmp_path / "a.txt")
+        assert ("".join(first), last) == ("h" * length, "b" * 10)

@@ -2,6 +2,9 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import corpus
 import demo_stories
 import preprocess
 import shards
-from conftest import assert_user_error, script
+from conftest import ROOT, assert_user_error, script
 from settings import UserError
 from tokenizer import Tokenizer
 
@@ -222,5 +225,34 @@ def test_a_split_without_documents_is_said(texts, call):
     for path in texts.iterdir():
         path.unlink()
     (texts / "a.json").write_text(json.dumps(train_only), encoding="utf-8")
-    with pytest.raises(UserError, match="no document is for val"):
+    with pytest.raises(UserError, match="is for val"):
         call("preprocess")
+    assert not Path("data/tok400/manifest.json").exists()
+
+
+def test_without_the_notes_of_step_1_the_text_must_be_named(texts, call):
+    call("preprocess")
+    before = contents()
+    Path("data/tok400.json").unlink()
+    with pytest.raises(UserError, match="--data PATH"):
+        call("preprocess")
+    assert contents() == before
+    call("preprocess", "--data", texts)
+
+
+def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
+    """They would go on writing into the files of the next run."""
+    for path in texts.iterdir():
+        path.unlink()
+    (texts / "long.jsonl").write_text("\n".join(map(json.dumps, STORIES * 100)), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(ROOT / "preprocess.py"), "--data", str(texts)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    temporary = Path("data/tok400/train_0000.bin.tmp")
+    while not (temporary.exists() and temporary.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    result = script("preprocess", "--data", texts)
+    assert result.returncode == 0, result.stderr
+    assert load()[0].count("train", "documents") + load()[0].count("val", "documents") == len(STORIES) * 100

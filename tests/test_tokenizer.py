@@ -151,3 +151,14 @@ def test_finding_the_vocabulary(vocabulary, tmp_path):
     assert tokenizer.find(tmp_path, 4096) == tmp_path / "tok4096.model"
     with pytest.raises(UserError, match="512"):
         tokenizer.find(tmp_path, 512)
+
+
+@pytest.mark.parametrize("error", [UserError("stories.txt is not UTF-8"), KeyboardInterrupt()])
+def test_an_error_of_the_text_stays_what_it_is(error):
+    """SentencePiece reads the text from C++, and would make a RuntimeError of whatever happens there."""
+    def broken():
+        yield from demo_stories.stories(20)
+        raise error
+    with pytest.raises(type(error)) as found:
+        tokenizer.train(broken, 512)
+    assert found.value is error

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -378,3 +379,54 @@ def test_from_the_command_line(project):
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):
         assert part in result.stdout, part
+
+
+def test_a_second_vocabulary_does_not_stop_a_run(go, call, project, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(project, data)
+    go("out", "--data_dir", data, "--max_iters", 4)
+    call("train_vocab", "--data", project / "stories.jsonl", "--data_dir", data, "--vocab_size", 300)
+    for args in (["--max_iters", 5], ["--max_iters", 6, "--vocab_size", 512]):
+        go("out", "--data_dir", data, *args)
+        call("train", "--out_dir", "out", "--init_from", "resume", *args)
+    call("train", "--eval_only", "--out_dir", "out", "--data_dir", data)
+    assert state("out")["iter_num"] == 6 and not Path("out/old-1").exists()
+    with pytest.raises(UserError, match="not that of the run"):
+        call("preprocess", "--data_dir", data, "--vocab_size", 300, "--data", project / "stories.jsonl")
+        call("train", "--out_dir", "out", "--init_from", "resume", "--vocab_size", 300)
+
+
+def test_changed_text_is_another_run(go, call, project, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(project, data)
+    go("out", "--data_dir", data, "--max_iters", 4)
+    stories = (project / "stories.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "fewer.jsonl").write_text("\n".join(stories[:200]), encoding="utf-8")
+    call("preprocess", "--data_dir", data, "--data", tmp_path / "fewer.jsonl")
+    with pytest.raises(UserError, match=f"--init_from {Path('out') / 'last.pt'}".replace("\\", ".")):
+        call("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 8)
+    go("out", "--data_dir", data, "--max_iters", 2)
+    assert "another text" in capsys.readouterr().out and state("out/old-1")["iter_num"] == 4
+
+
+def test_the_same_folder_spelled_otherwise_is_the_same_run(go, project):
+    go("out", "--max_iters", 4)
+    go("out", "--data_dir", f"{project}/", "--max_iters", 6)
+    assert state("out")["iter_num"] == 6 and not Path("out/old-1").exists()
+
+
+def test_a_sound_checkpoint_helps_past_a_damaged_one(go):
+    go("out", "--max_iters", 4, "--eval_interval", 2)
+    Path("out/last.pt").write_bytes(Path("out/last.pt").read_bytes()[:3000])
+    with pytest.raises(UserError, match="--init_from out.ckpt.pt"):
+        go("out", "--max_iters", 6, "--eval_interval", 2)
+    go("out", "--max_iters", 2, "--init_from", "out/ckpt.pt")
+    assert state("out")["iter_num"] == 2 and Path("out/old-1/last.pt").stat().st_size == 3000
+
+
+def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
+    def too_much(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "take_step", too_much)
+    with pytest.raises(UserError, match="--batch_size 2 --gradient_accumulation_steps 4"):
+        go("out", "--max_iters", 4)
