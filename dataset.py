@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from settings import UserError
 from shards import ShardSet
 
 IGNORE = -1     # a target that is not scored
@@ -23,13 +22,12 @@ IGNORE = -1     # a target that is not scored
 class PretokDataset(IterableDataset):
     """An endless stream of training batches, each of shape (batch_size, max_seq_len + 1), int64.
 
-    The ids of a shard are cut into windows that overlap by one token. Every epoch takes each window
-    once, in a new order. Batches are numbered from `position` (counted in windows) on; rank r of
-    `world_size` takes every world_size-th, and loader workers share a rank's batches in turn, so that
-    together they yield the same batches in the same order as one process would.
-
-    Raises:
-        UserError: when the split has no window of that length.
+    A window begins at each document, so that the model sees it as it will write it, from its first
+    word; a longer document goes on in further windows, a shorter one is followed by its neighbours.
+    Every epoch takes each window once, in a new order. Batches are numbered from `position` (counted
+    in windows) on; rank r of `world_size` takes every world_size-th, and loader workers share a
+    rank's batches in turn, so that together they yield the same batches in the same order as one
+    process would. Where a shard ends in a window, IGNORE fills it.
     """
 
     def __init__(self, shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *, seed: int = 0,
@@ -38,12 +36,9 @@ class PretokDataset(IterableDataset):
         self.shard_set, self.shards = shard_set, shard_set.of(split)
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.seed, self.position, self.rank, self.world_size = seed, position, rank, world_size
-        windows = [max(shard.tokens - 1, 0) // max_seq_len for shard in self.shards]
-        self.first_window = np.cumsum([0, *windows])            # of each shard; the last entry is the sum
-        self.n_windows = int(self.first_window[-1])             # in an epoch
-        if self.n_windows == 0:
-            raise UserError(f"the {split} text has {shard_set.count(split, 'tokens'):,} tokens, too few for a window "
-                            f"of --max_seq_len {max_seq_len} + 1")
+        self.starts = [_windows(shard_set.open(shard), max_seq_len)[0] for shard in self.shards]
+        self.first_window = np.cumsum([0, *map(len, self.starts)])      # of each shard; the last entry is the sum
+        self.n_windows = int(self.first_window[-1])                     # in an epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         worker = get_worker_info()
@@ -65,8 +60,8 @@ class PretokDataset(IterableDataset):
 
     def _window(self, ids: list[np.ndarray], index: int) -> np.ndarray:
         shard = int(np.searchsorted(self.first_window, index, side="right")) - 1
-        start = int(index - self.first_window[shard]) * self.max_seq_len
-        return ids[shard][start:start + self.max_seq_len + 1].astype(np.int64)
+        start = self.starts[shard][index - self.first_window[shard]]
+        return _padded(ids[shard][start:start + self.max_seq_len + 1], self.max_seq_len)
 
 
 class Task:
@@ -90,14 +85,14 @@ class Task:
                             generator=torch.Generator())        # else it would use up global random numbers
         for windows in loader:                                  # (batch_size, max_seq_len + 1)
             windows = windows.to(device, non_blocking=cuda)     # pinned, so the copy runs beside the compute
-            yield windows[:, :-1], windows[:, 1:]
+            yield windows[:, :-1].clamp(min=0), windows[:, 1:]
 
     @staticmethod
     def iter_once(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
                   device: str | torch.device = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield a whole split in order, every token but the first of a shard scored once.
+        """Yield a whole split in order: every token of every document once, after what its window has of it.
 
-        The last window of a shard is as long as the others; its missing targets are IGNORE.
+        No window holds two documents; the targets after the end of one are IGNORE.
         """
         rows = _rows(shard_set, split, max_seq_len)
         while batch := list(islice(rows, batch_size)):
@@ -112,6 +107,19 @@ def _start_worker(number: int) -> None:
 def _rows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndarray]:
     for shard in shard_set.of(split):
         ids = shard_set.open(shard)
-        for start in range(0, len(ids) - 1, max_seq_len):
-            window = ids[start:start + max_seq_len + 1].astype(np.int64)
-            yield np.pad(window, (0, max_seq_len + 1 - len(window)), constant_values=IGNORE)
+        for start, stop in zip(*_windows(ids, max_seq_len)):
+            yield _padded(ids[start:min(stop, start + max_seq_len + 1)], max_seq_len)
+
+
+def _windows(ids: np.ndarray, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the windows of a shard begin, and where the document of each ends."""
+    begins = np.flatnonzero(ids == ids[:1])                                             # the first id is a bos
+    ends = np.append(begins[1:], len(ids))[:len(begins)]
+    counts = np.maximum(-(-(ends - begins - 1) // max_seq_len), 1)                      # windows of each document
+    number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)      # 0, 1, ... in each
+    return np.repeat(begins, counts) + number * max_seq_len, np.repeat(ends, counts)
+
+
+def _padded(window: np.ndarray, max_seq_len: int) -> np.ndarray:
+    window = window.astype(np.int64)
+    return np.pad(window, (0, max_seq_len + 1 - len(window)), constant_values=IGNORE)

@@ -74,7 +74,7 @@ def _forward(model: Transformer, fresh: list[list[int]], cache: KVCache, context
     last = torch.tensor([len(ids) - 1 for ids in fresh], device=tokens.device)
     seen = [len(context) - len(ids) for context, ids in zip(contexts, fresh)]
     cache.lengths, cache.end = torch.tensor(seen, device=tokens.device), max(seen)
-    logits, _ = model(tokens, cache=cache, last=last)
+    logits = model(tokens, cache=cache, last=last)
     return logits[:, 0]
 
 

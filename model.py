@@ -1,7 +1,8 @@
 """A Llama 2 language model (Touvron et al. 2023, arXiv 2307.09288): ids in, logits out.
 
     model = Transformer(ModelArgs(dim=288, n_layers=8, n_heads=8, n_kv_heads=4, vocab_size=4096))
-    logits, loss = model(tokens, targets)                   # (B, T, vocab_size), scalar
+    logits = model(tokens)                                  # (B, T, vocab_size)
+    loss = model(tokens, targets)                           # scalar, nats per token
     story = model.generate(prompt, max_new_tokens=100, temperature=0.8, top_k=300)
 
 RMSNorm before each part (arXiv 1910.07467), rotary position embedding (arXiv 2104.09864), attention
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+BLOCK, BLOCKED_UP_TO = 64, 1024         # queries at a time in attention on a CPU, and the longest sequence for it
+LOGITS_AT_A_TIME = (1 << 20, 1 << 24)   # on a CPU: 4 MB in float32, about its cache; on a GPU: 64 MB
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,31 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attention of whole sequences, each token looking at itself and what is before it.
+
+    Args:
+        q: (B, H, T, D); k, v: (B, K, T, D), each shared by H / K heads.
+    Returns:
+        (B, H, T, D).
+    """
+    groups = q.shape[1] // k.shape[1]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > BLOCKED_UP_TO or dropout:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, dropout_p=dropout)
+    # PyTorch's fused kernel is slow in bfloat16 on a CPU. Plain products of a block of queries with the keys up to
+    # its end are faster, and leave out most of what the mask would hide. Heads that share keys are one longer block.
+    q = (q * q.shape[-1] ** -0.5).unflatten(1, (-1, groups))                        # (B, K, H / K, T, D)
+    out = []
+    for begin in range(0, q.shape[3], BLOCK):
+        block = q[:, :, :, begin:begin + BLOCK]
+        end = begin + block.shape[3]
+        hidden = torch.arange(end, device=q.device) > torch.arange(begin, end, device=q.device)[:, None]
+        scores = block.flatten(2, 3) @ k[:, :, :end].mT                             # (B, K, H / K * block, end)
+        scores = scores.float().unflatten(2, (groups, -1)).masked_fill(hidden, -math.inf)
+        out.append((scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v[:, :, :end]).unflatten(2, (groups, -1)))
+    return torch.cat(out, 3).flatten(1, 2)
+
+
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
@@ -153,9 +182,9 @@ class Attention(nn.Module):
         v = self.wv(x).unflatten(-1, split).transpose(1, 2)                         # (B, K, T, D)
         if cache:
             k, v = cache.append(self.layer, positions, k, v)                        # (B, K, end, D)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.args.n_kv_heads < self.args.n_heads,
-            dropout_p=self.args.dropout if self.training else 0.0)                  # (B, H, T, D)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
+        else:
+            out = causal_attention(q, k, v, self.args.dropout if self.training else 0.0)    # (B, H, T, D)
         return self.wo(out.transpose(1, 2).flatten(-2))                             # (B, T, dim)
 
 
@@ -184,6 +213,41 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy, in nats, of the logits h @ weight.T, which never exist all at once.
+
+    They are by far the largest array of a small model. Here they are made for a few rows at a time and turned
+    into gradients on the spot, while the processor has them at hand (as in Liger Kernel, arXiv 2410.10989).
+
+    Args of apply: h (N, dim) and weight (vocab_size, dim) of the same dtype; targets (N,), -1 is not scored.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        rows = max(1, LOGITS_AT_A_TIME[h.device.type == "cuda"] // len(weight))
+        scored = (targets >= 0)[:, None]                                            # (N, 1)
+        total, grad_h, grad_weight = 0.0, [], torch.zeros_like(weight, dtype=torch.float32)
+        for part, target, valid in zip(h.split(rows), targets.clamp(min=0)[:, None].split(rows), scored.split(rows)):
+            logits = (part @ weight.T).float()                                      # (rows, vocab_size)
+            log_sum = logits.logsumexp(-1, keepdim=True)                            # (rows, 1)
+            total = total + ((log_sum - logits.gather(1, target)) * valid).sum()
+            if ctx.needs_input_grad[0]:
+                grad = (logits - log_sum).exp()
+                grad = (grad.scatter_add(1, target, grad.new_full(target.shape, -1)) * valid).to(h.dtype)
+                grad_h.append(grad @ weight)
+                grad_weight += grad.T @ part
+        count = scored.sum()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(grad_h), grad_weight.to(weight.dtype), count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_h, grad_weight, count = ctx.saved_tensors
+        scale = (grad / count).to(grad_h.dtype)
+        return grad_h * scale, grad_weight * scale, None
+
+
 class Transformer(nn.Module):
     """The whole model. Weights start normal with std 0.02; `wo` and `w2`, which add to the residual
     stream of 2 * n_layers terms, with std 0.02 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019)."""
@@ -206,8 +270,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layers) if scaled else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
-                last: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Compute logits, and the loss if there are targets.
+                last: Tensor | None = None) -> Tensor:
+        """Compute logits, or the loss if there are targets.
 
         Args:
             tokens: (B, T) ids. With a cache, they continue each of its sequences.
@@ -215,8 +279,8 @@ class Transformer(nn.Module):
             cache: takes the keys and values of these tokens. The caller moves `lengths` and `end` on.
             last: (B,) the one place of each row whose logits are wanted.
         Returns:
-            logits (B, T, vocab_size), or (B, 1, vocab_size) with last; and the mean cross-entropy in
-            nats, or None.
+            logits (B, T, vocab_size), or (B, 1, vocab_size) with last; with targets the mean
+            cross-entropy in nats.
         Raises:
             ValueError: when the tokens do not fit into max_seq_len.
         """
@@ -235,10 +299,12 @@ class Transformer(nn.Module):
             h = layer(h, rope, cache, positions, mask)
         if last is not None:
             h = h[torch.arange(len(h), device=h.device), last][:, None]             # (B, 1, dim)
-        logits = self.output(self.norm(h))
+        h = self.norm(h)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self.output(h)
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        return LinearCrossEntropy.apply(h.flatten(0, 1).to(dtype), self.output.weight.to(dtype), targets.flatten())
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
@@ -250,7 +316,7 @@ class Transformer(nn.Module):
         cache = KVCache(self.args, len(tokens), tokens.device, self.output.weight.dtype)
         fresh = tokens
         for _ in range(max_new_tokens):
-            logits, _ = self(fresh, cache=cache)                                    # (B, T or 1, vocab_size)
+            logits = self(fresh, cache=cache)                                       # (B, T or 1, vocab_size)
             cache.lengths, cache.end = cache.lengths + fresh.shape[1], cache.end + fresh.shape[1]
             if temperature == 0:
                 fresh = logits[:, -1].argmax(-1, keepdim=True)                      # (B, 1)

@@ -76,7 +76,6 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
         saved, resumed = last, True
     args = attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
     if args and not problems:
-        attempt(lambda: PretokDataset(data, "train", cfg.batch_size, args.max_seq_len))
         attempt(lambda: check_disk(cfg, args))
     if problems:
         raise UserError("\n       ".join(problems))
@@ -216,10 +215,10 @@ def print_plan(run: Any) -> float:
     left = run.seconds_left(seconds * cfg.gradient_accumulation_steps)
     steps = round(left / seconds / cfg.gradient_accumulation_steps)
     windows = PretokDataset(data, "train", cfg.batch_size, args.max_seq_len).n_windows
-    epochs = steps * run.tokens_per_step / args.max_seq_len / windows
+    epochs = steps * cfg.batch_size * cfg.gradient_accumulation_steps / windows
     print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs"
           + (f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""), flush=True)
-    return seconds / 3 * val_tokens / cfg.batch_size / args.max_seq_len
+    return seconds / 3 * PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
 
 
 def try_out(run: Any) -> tuple[float, int]:
@@ -239,7 +238,7 @@ def try_out(run: Any) -> tuple[float, int]:
         for _ in range(2):                                  # the first one warms up, or compiles
             began = time.monotonic()
             with run.where.autocast():
-                _, loss = run.forward(tokens, tokens)
+                loss = run.forward(tokens, tokens)
             loss.backward()
             loss.item()
             seconds = time.monotonic() - began

@@ -161,12 +161,11 @@ class Run:
         """Score the whole val split; always the same windows, whatever the batch size."""
         self.model.eval()
         nats = scored = 0.0
-        total = -(-self.data.count("val", "tokens") // (self.cfg.batch_size * self.model.args.max_seq_len))
         batches = Task.iter_once(self.data, "val", self.cfg.batch_size, self.model.args.max_seq_len,
                                  device=self.where.device)
-        for x, y in tqdm(batches, total=total, desc="evaluating", leave=False, disable=None):
+        for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False, disable=None):
             with self.where.autocast():
-                _, loss = self.model(x, y)
+                loss = self.model(x, y)
             count = (y != IGNORE).sum().item()
             nats, scored = nats + loss.item() * count, scored + count
         self.model.train()
@@ -287,7 +286,7 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
     for _ in range(cfg.gradient_accumulation_steps):
         x, y = next(batches)                                    # (batch_size, max_seq_len) each
         with run.where.autocast():
-            _, loss = run.forward(x, y)
+            loss = run.forward(x, y)
         loss = loss / cfg.gradient_accumulation_steps           # so that the sum is the mean
         run.scaler.scale(loss).backward()
         total += loss.detach()

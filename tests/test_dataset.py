@@ -7,22 +7,25 @@ import pytest
 import torch
 
 from dataset import IGNORE, PretokDataset, Task
-from settings import UserError
 from shards import Shard, ShardSet
 
-LENGTHS = {"train": [103, 9, 2, 58], "val": [23, 11, 1]}     # tokens; none, one, and several windows of 10
+DOCUMENTS = {"train": [[23, 5, 75], [9], [2], [11, 12, 35]], "val": [[23, 2], [11], []]}    # tokens, by shard
 T = 10
+BOS = 0
 
 
 @pytest.fixture
 def numbers(tmp_path) -> ShardSet:
-    """Shards whose ids count up, so that each token tells where it comes from."""
-    found, at = ShardSet(tmp_path, "", 1000, 0, []), 0
-    for split, lengths in LENGTHS.items():
-        for i, length in enumerate(lengths):
-            np.arange(at, at + length, dtype="<u2").tofile(tmp_path / f"{split}_{i:04d}.bin")
-            found.shards.append(Shard(f"{split}_{i:04d}.bin", split, [], 1, length, length))
-            at += length
+    """Shards whose ids count up but for the BOS of each document, so that each token tells where it comes from."""
+    found, at = ShardSet(tmp_path, "", 1000, 0, []), 1
+    for split, of_shards in DOCUMENTS.items():
+        for i, lengths in enumerate(of_shards):
+            ids = []
+            for length in lengths:
+                ids += [BOS, *range(at + 1, at + length)]
+                at += length
+            np.array(ids, "<u2").tofile(tmp_path / f"{split}_{i:04d}.bin")
+            found.shards.append(Shard(f"{split}_{i:04d}.bin", split, [], len(lengths), len(ids), len(ids)))
     return found
 
 
@@ -32,13 +35,17 @@ def rows(dataset, batches: int) -> torch.Tensor:
 
 def test_every_window_once_an_epoch(numbers):
     dataset = PretokDataset(numbers, "train", 3, T, seed=1)
-    assert dataset.n_windows == 10 + 0 + 0 + 5
-    epochs = rows(dataset, 10).reshape(2, 15, T + 1)
-    starts = sorted([*range(0, 100, T), *range(114, 164, T)])
+    assert dataset.n_windows == (3 + 1 + 8) + 1 + 1 + (1 + 2 + 4)
+    epochs = rows(dataset, 14).reshape(2, 21, T + 1)
+    wanted = []
+    for shard in numbers.of("train"):
+        ids = [*numbers.open(shard).tolist(), *[IGNORE] * T]
+        begins = [at for at, id in enumerate(ids) if id == BOS]
+        for begin, end in zip(begins, [*begins[1:], shard.tokens]):
+            wanted += [ids[at:at + T + 1] for at in range(begin, end - 1, T)]
     for epoch in epochs:
-        assert sorted(epoch[:, 0].tolist()) == starts
-        assert (epoch == epoch[:, :1] + torch.arange(T + 1)).all()
-    assert not (epochs[0] == epochs[1]).all() and epochs[0][:, 0].tolist() != starts
+        assert sorted(epoch.tolist()) == sorted(wanted) and epoch.tolist() != wanted
+    assert not (epochs[0] == epochs[1]).all()
 
 
 def test_order_depends_on_seed_and_epoch_alone(numbers):
@@ -74,8 +81,8 @@ def test_loader_workers_yield_the_same_batches(numbers, workers):
 
 def test_targets_are_the_next_tokens(numbers):
     x, y = next(Task.iter_batches(numbers, "train", 2, T))
-    assert x.shape == y.shape == (2, T) and x.dtype == y.dtype == torch.int64
-    assert torch.equal(x + 1, y)
+    assert x.shape == y.shape == (2, T) and x.dtype == y.dtype == torch.int64 and x.min() >= 0
+    assert torch.equal(x[:, 1:], y[:, :-1].clamp(min=0)) and len(y.unique()) > T
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
@@ -83,14 +90,17 @@ def test_a_split_is_scored_whole_and_once(numbers, batch_size):
     scored = []
     for x, y in Task.iter_once(numbers, "val", batch_size, T):
         assert x.shape == y.shape and x.shape[1] == T and x.min() >= 0
-        assert torch.equal((x + 1)[y != IGNORE], y[y != IGNORE])
-        scored += y[y != IGNORE].tolist()
-    assert scored == [*range(172 + 1, 172 + 23), *range(195 + 1, 195 + 11)]
+        for window, targets in zip(x, y):
+            count = (targets != IGNORE).sum()
+            assert torch.equal(window[1:count], targets[:count - 1]) and (targets[count:] == IGNORE).all()
+            scored += targets[:count].tolist()
+    at = 1 + sum(map(sum, DOCUMENTS["train"]))
+    assert scored == [*range(at + 1, at + 23), at + 24, *range(at + 26, at + 36)]
 
 
-def test_too_little_text_is_said(numbers):
-    with pytest.raises(UserError, match="172 tokens, too few .* 500"):
-        PretokDataset(numbers, "train", 2, 500)
+def test_a_window_may_be_longer_than_the_text(numbers):
+    x, y = next(Task.iter_batches(numbers, "train", 2, 500))
+    assert x.shape == (2, 500) and (y != IGNORE).any(1).all() and (y[:, -1] == IGNORE).all()
 
 
 def test_ids_above_16_bits(tmp_path):

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from model import KVCache, ModelArgs, Transformer, rope_frequencies
+import model as model_module
+from model import KVCache, LinearCrossEntropy, ModelArgs, Transformer, causal_attention, rope_frequencies
 
 SMALL = dict(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=40, multiple_of=16)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -68,7 +69,7 @@ def reference(model: Transformer, ids: list[int]) -> torch.Tensor:
                                      {"rope_theta": 500.0, "norm_eps": 1e-3, "hidden_dim": 50}])
 def test_logits_equal_the_formulas(tokens, changes):
     model = build(**changes)
-    logits, _ = model(tokens)
+    logits = model(tokens)
     for row in range(len(tokens)):
         torch.testing.assert_close(logits[row].double(), reference(model, tokens[row].tolist()), **CLOSE)
 
@@ -100,7 +101,7 @@ def test_logits_and_gradients_equal_transformers(tokens, scaling):
             state[f"model.layers.{number}.{names[part]}.weight"] = halves(weight, heads) if heads else weight
     theirs.load_state_dict({name: weight.detach() for name, weight in state.items()})
 
-    logits, loss = model(tokens[:, :-1], tokens[:, 1:])
+    logits, loss = model(tokens[:, :-1]), model(tokens[:, :-1], tokens[:, 1:])
     other = theirs(input_ids=tokens[:, :-1])
     torch.testing.assert_close(logits, other.logits, **CLOSE)
     loss.backward()
@@ -131,10 +132,10 @@ def test_rope_scaling_is_that_of_llama_3():
 @pytest.mark.parametrize("pieces", [[25], [1] * 25, [10, 1, 1, 13], [3, 22]])
 def test_cache_equals_no_cache(tokens, pieces):
     model = build()
-    want, _ = model(tokens)
+    want = model(tokens)
     cache, at = KVCache(model.args, 3, tokens.device, torch.float32), 0
     for piece in pieces:
-        logits, _ = model(tokens[:, at:at + piece], cache=cache)
+        logits = model(tokens[:, at:at + piece], cache=cache)
         torch.testing.assert_close(logits, want[:, at:at + piece], **CLOSE)
         at += piece
         cache.lengths, cache.end = cache.lengths + piece, at
@@ -146,24 +147,24 @@ def test_ragged_prompts_share_a_cache(tokens):
     model, lengths = build(), [3, 25, 11]
     more = torch.randint(0, 97, (3, 5), generator=torch.Generator().manual_seed(3))
     cache = KVCache(model.args, 3, tokens.device, torch.float32)
-    first, _ = model(tokens, cache=cache, last=torch.tensor(lengths) - 1)
+    first = model(tokens, cache=cache, last=torch.tensor(lengths) - 1)
     found = [first]
     for i in range(5):
         cache.lengths, cache.end = torch.tensor(lengths) + i, 25 + i
-        found.append(model(more[:, i:i + 1], cache=cache)[0])
+        found.append(model(more[:, i:i + 1], cache=cache))
     for row, length in enumerate(lengths):
-        alone, _ = model(torch.cat((tokens[row:row + 1, :length], more[row:row + 1]), 1))
+        alone = model(torch.cat((tokens[row:row + 1, :length], more[row:row + 1]), 1))
         torch.testing.assert_close(torch.cat(found, 1)[row], alone[0, length - 1:], **CLOSE)
 
 
 @torch.no_grad()
 def test_a_later_token_never_changes_an_earlier_logit(tokens):
     model = build()
-    before, _ = model(tokens)
+    before = model(tokens)
     for at in (1, 12, 24):
         changed = tokens.clone()
         changed[:, at:] = (changed[:, at:] + 1) % 97
-        after, _ = model(changed)
+        after = model(changed)
         assert torch.equal(before[:, :at], after[:, :at]) and not torch.equal(before[:, at], after[:, at])
 
 
@@ -171,7 +172,7 @@ def test_loss_is_the_mean_over_scored_targets(tokens):
     model = build()
     targets = tokens.roll(-1, 1).clone()
     targets[:, -5:] = -1
-    logits, loss = model(tokens, targets)
+    logits, loss = model(tokens), model(tokens, targets)
     chances = logits.log_softmax(-1)[:, :-5].gather(2, targets[:, :-5, None])
     torch.testing.assert_close(loss, -chances.mean())
 
@@ -223,18 +224,62 @@ def test_too_many_tokens_are_refused_with_both_numbers():
 
 def test_dropout_only_in_training(tokens):
     model = build(dropout=0.5)
-    assert torch.equal(model(tokens)[0], model(tokens)[0])
+    assert torch.equal(model(tokens), model(tokens))
     model.train()
-    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    assert not torch.equal(model(tokens), model(tokens))
 
 
 def test_generate_takes_the_likeliest_token_at_temperature_0(tokens):
     model = build()
     story = model.generate(tokens[:, :5], 8, temperature=0)
     for i in range(5, 13):
-        logits, _ = model(story[:, :i])
+        logits = model(story[:, :i])
         assert torch.equal(logits[:, -1].argmax(-1), story[:, i])
     assert torch.equal(model.generate(tokens[:, :5], 8, temperature=0.7, top_k=1), story)
     torch.manual_seed(4)
     wild = model.generate(tokens[:, :5], 8, temperature=2.0)
     assert wild.shape == (3, 13) and torch.equal(wild[:, :5], tokens[:, :5]) and not torch.equal(wild, story)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 150])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
+def test_attention_in_blocks_is_attention(length, heads, kv_heads):
+    """What a CPU does in bfloat16, against PyTorch's own in float64, forward and backward."""
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(3, length, n, 16).bfloat16().transpose(1, 2) for n in (heads, kv_heads, kv_heads))
+    mine = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    found = causal_attention(*mine)
+    want.square().sum().backward()
+    found.square().sum().backward()
+    for a, b in zip([found, *(x.grad for x in mine)], [want, *(x.grad for x in exact)]):
+        assert a.shape == b.shape and (a.double() - b).norm() <= 0.01 * b.norm()
+
+
+@pytest.mark.parametrize("at_a_time", [1, 97 * 7, 1 << 20])
+def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", (at_a_time, at_a_time))
+    torch.manual_seed(5)
+    targets = torch.randint(-1, 97, (40,))
+    one = [torch.randn(40, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)]
+    two = [x.detach().clone().requires_grad_() for x in one]
+    mine = LinearCrossEntropy.apply(*one, targets)
+    want = torch.nn.functional.cross_entropy(two[0] @ two[1].T, targets, ignore_index=-1)
+    (3 * mine).backward()
+    (3 * want).backward()
+    for a, b in [(mine, want), (one[0].grad, two[0].grad), (one[1].grad, two[1].grad)]:
+        torch.testing.assert_close(a, b)
+
+
+def test_causal_in_blocks_too():
+    """As test_a_later_token_never_changes_an_earlier_logit, in the format in which a CPU trains."""
+    model = build(max_seq_len=200)
+    tokens = torch.randint(0, 97, (1, 200), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(tokens)
+        for at in (63, 64, 130, 199):
+            changed = tokens.clone()
+            changed[0, at] = (changed[0, at] + 1) % 97
+            after = model(changed)
+            assert torch.equal(after[:, :at], before[:, :at]) and not torch.equal(after[:, at], before[:, at])
