@@ -1,7 +1,9 @@
 """Before the first step of a training: everything is checked, and what will happen is printed."""
+import importlib.util
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,8 @@ HERE = ("out_dir", "eval_only")             # settings of this command, not of t
 FREE = ("init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes", "device",
         "dtype", "compile", "num_workers", "sample_prompts", "sample_tokens",        # may change while a run goes on;
         "data_dir", "vocab_size")           # what these two lead to may not
-STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each
+STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
+PAYS_AFTER = 100                            # seconds of training from which on compiling, 10 to 30 seconds, pays
 
 
 @dataclass
@@ -79,9 +82,6 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
         attempt(lambda: check_disk(cfg, args))
     if problems:
         raise UserError("\n       ".join(problems))
-    if cfg.compile and where.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        print("note: there is no C++ compiler, so compile is off")
-        cfg.compile = False
     return Plan(cfg, where, data, vocabulary, args, saved, resumed)
 
 
@@ -129,7 +129,7 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
     """Give cfg the settings that a run was begun with, but for those that the command line names."""
     own = {name: value for name, value in saved["config"].items() if name in lasting(cfg)}
     fixed = [name for name in given
-             if name in saved["model_args"] and name not in FREE and given[name] != own.get(name)]
+             if name in (*saved["model_args"], "optimizer") and name not in FREE and given[name] != own.get(name)]
     if fixed:
         raise UserError(f"{', '.join(fixed)} cannot change while a run goes on; begin another: --init_from scratch")
     for name, value in own.items():
@@ -143,9 +143,13 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
                     "lr_decay_iters", "min_lr", "num_workers")
     no_end = float("inf")
     ranges = [*((name, 1, no_end) for name in at_least_one), *((name, 0, no_end) for name in not_negative),
-              ("beta1", 0, 1), ("beta2", 0, 1), ("dropout", 0, 1), ("learning_rate", 1e-30, no_end), ("seed", 0, 2**32)]
-    return [f"{name} must be {low:g} or more and {f'below {high}' if high < no_end else 'finite'}, "
-            f"not {getattr(cfg, name)}" for name, low, high in ranges if not low <= getattr(cfg, name) < high]
+              *((name, 0, 1) for name in ("beta1", "beta2", "momentum", "dropout")),
+              ("learning_rate", 1e-30, no_end), ("seed", 0, 2**32)]
+    words = [("optimizer", ("muon", "adamw")), ("compile", ("auto", "true", "false"))]
+    wrong = [f"{name} must be one of {', '.join(known)}, not {getattr(cfg, name)}" for name, known in words
+             if getattr(cfg, name).lower() not in known]
+    return wrong + [f"{name} must be {low:g} or more and {f'below {high}' if high < no_end else 'finite'}, "
+                    f"not {getattr(cfg, name)}" for name, low, high in ranges if not low <= getattr(cfg, name) < high]
 
 
 def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Tokenizer]:
@@ -207,44 +211,74 @@ def print_plan(run: Any) -> float:
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
     print(f"data:   {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on")
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens")
-    if cfg.compile:
-        print("compiling: half a minute to two minutes", flush=True)
-    seconds, activations = try_out(run)
+    activations = count_activations(run)
     print(f"memory: {STATE_BYTES * parameters / 1e6:,.0f} MB for weights, gradients and optimizer, "
           f"about {activations / 1e6:,.0f} MB for a batch")
+    eager = seconds = try_out(run)
+    compiles, why = choose_compile(run, seconds * cfg.gradient_accumulation_steps)
+    print(f"compile: {'yes' if compiles else 'no'} ({why})", flush=True)
+    if compiles:
+        run.compile()
+        seconds = try_out(run)
     left = run.seconds_left(seconds * cfg.gradient_accumulation_steps)
     steps = round(left / seconds / cfg.gradient_accumulation_steps)
     windows = PretokDataset(data, "train", cfg.batch_size, args.max_seq_len).n_windows
     epochs = steps * cfg.batch_size * cfg.gradient_accumulation_steps / windows
     print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs"
           + (f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""), flush=True)
-    return seconds / 3 * PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
+    return eager / 3 * PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
 
 
-def try_out(run: Any) -> tuple[float, int]:
-    """Time one micro-batch, and count the bytes that are kept for its backward pass."""
-    shape = (run.cfg.batch_size, run.model.args.max_seq_len)
-    tokens = torch.zeros(shape, dtype=torch.long, device=run.where.device)
+def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
+    """Whether to compile the model, and why. A run that goes on keeps to what it began with."""
+    asked, kind, left = run.cfg.compile.lower(), run.where.device.type, run.seconds_left(seconds_per_step)
+    if asked == "auto" and run.state.iter_num:
+        return run.state.compiled, "as when the run began"
+    if asked != "auto":
+        return asked == "true", "as asked"
+    if kind == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        return False, "there is no C++ compiler; with one, training is 1.5 times faster"
+    if kind == "cuda" and not importlib.util.find_spec("triton"):
+        return False, "there is no triton package for it"
+    if kind not in ("cpu", "cuda"):
+        return False, f"not for {kind}"
+    return left > PAYS_AFTER, f"{clock(left)} of training is {'long' if left > PAYS_AFTER else 'not long'} enough to pay"
+
+
+def count_activations(run: Any) -> int:
+    """The bytes that a micro-batch keeps for its backward pass, on a window of each row."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    devices_with_state = [run.where.device] if run.where.device.type == "cuda" else []
-    with torch.random.fork_rng(devices_with_state):         # dropout must not use up the run's random numbers
-        with saved_tensors_hooks(note, lambda tensor: tensor), run.where.autocast():
-            run.model(tokens, tokens)
+    tokens = torch.zeros((run.cfg.batch_size, run.model.args.max_seq_len), dtype=torch.long, device=run.where.device)
+    with no_trace(run), saved_tensors_hooks(note, lambda tensor: tensor), run.where.autocast():
+        run.model(tokens, tokens)
+    weights = {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+def try_out(run: Any) -> float:
+    """Seconds that a micro-batch takes."""
+    tokens = torch.zeros((run.cfg.batch_size, run.model.args.max_seq_len), dtype=torch.long, device=run.where.device)
+    with no_trace(run):
         for _ in range(2):                                  # the first one warms up, or compiles
             began = time.monotonic()
             with run.where.autocast():
-                loss = run.forward(tokens, tokens)
+                loss = run.model(tokens, tokens)
             loss.backward()
             loss.item()
-            seconds = time.monotonic() - began
+        return time.monotonic() - began
+
+
+@contextmanager
+def no_trace(run: Any) -> Iterator[None]:
+    """Leave the run's random numbers and gradients as they were."""
+    with torch.random.fork_rng([run.where.device] if run.where.device.type == "cuda" else []):
+        yield
     run.model.zero_grad(set_to_none=True)
-    weights = {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
-    return seconds, sum(size for place, size in kept.items() if place not in weights)
 
 
 def clock(seconds: float) -> str:

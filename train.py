@@ -29,6 +29,7 @@ import engine
 import settings
 from dataset import IGNORE, Task
 from model import Transformer
+from muon import Muon
 from plan import Plan, clock, lasting, prepare, print_plan, set_aside
 from record import Record
 from settings import UserError
@@ -65,11 +66,13 @@ multiple_of = 32                    # hidden_dim is rounded up to it
 norm_eps = 1e-5
 rope_theta = 10000.0                # larger for windows of many thousand tokens
 dropout = 0.0                       # 0.1 when the text is small and is seen many times
-# optimizer: AdamW
-learning_rate = 2e-3                # smaller models like more (3e-3), larger less (5e-4); halve it if the loss jumps
+# optimizer
+optimizer = "muon"                  # muon: for the matrices, and AdamW for the rest; adamw: for all
+learning_rate = 4e-3                # smaller models like more, larger less; halve it if the loss jumps
 weight_decay = 0.1
-beta1 = 0.9
+beta1 = 0.9                         # of AdamW
 beta2 = 0.95
+momentum = 0.95                     # of Muon
 grad_clip = 1.0                     # longest gradient; 0: do not clip
 # learning rate schedule
 decay_lr = True                     # linearly down to min_lr
@@ -79,7 +82,7 @@ min_lr = 0.0
 # machine
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16
-compile = False                     # 1.3 to 2 times faster, after half a minute; needs a C++ compiler on the CPU
+compile = "auto"                    # auto: when it saves more time than it takes; True; False
 num_workers = 0                     # processes that prepare batches; 0 is fast enough for memory-mapped files
 seed = 1337
 # ---- end of settings ----------------------------------------------------------------------------
@@ -94,7 +97,9 @@ class State:
     position: int = 0                   # windows seen
     best_val_loss: float = math.inf
     seconds: float = 0.0                # wall time of the earlier parts of the run
+    setup: float = 0.0                  # seconds of it before the first step
     log_lines: int = 0                  # entries of the log that belong to the steps done
+    compiled: bool = False
 
 
 class Run:
@@ -106,13 +111,13 @@ class Run:
         torch.manual_seed(self.cfg.seed)
         model = checkpoint.build_model(plan.saved) if plan.saved else Transformer(plan.args)
         self.model = model.to(self.where.device)
-        self.forward = torch.compile(self.model, dynamic=False) if self.cfg.compile else self.model
-        self.optimizer = make_optimizer(self)
+        self.optimizers = make_optimizers(self)
         self.scaler = self.where.scaler()
         self.state = State()
         if plan.resumed:
             self.state = State(**plan.saved["state"])
-            self.optimizer.load_state_dict(plan.saved["optimizer"])
+            for optimizer, saved in zip(self.optimizers, plan.saved["optimizer"], strict=True):
+                optimizer.load_state_dict(saved)
             self.scaler.load_state_dict(plan.saved["scaler"])
             torch.set_rng_state(plan.saved["rng"]["cpu"])
             if plan.saved["rng"]["cuda"] and self.where.device.type == "cuda":
@@ -146,7 +151,8 @@ class Run:
         """How much of the run is done, 0 to 1, by steps or by the clock, whichever is further."""
         done = self.state.iter_num / (self.cfg.lr_decay_iters or self.cfg.max_iters)
         if self.cfg.max_minutes:
-            done = max(done, self.seconds() / max(60 * self.cfg.max_minutes - self.reserve, 1))
+            span = 60 * self.cfg.max_minutes - self.reserve - self.state.setup
+            done = max(done, (self.seconds() - self.state.setup) / max(span, 1e-9))
         return min(done, 1.0)
 
     def learning_rate(self) -> float:
@@ -156,7 +162,14 @@ class Run:
         decay = 1 - self.progress() if cfg.decay_lr else 1.0
         return warmup * (cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * decay)
 
+    def compile(self) -> None:
+        """Compile the layers, which are all alike, so that it takes the time of one."""
+        for layer in self.model.layers:
+            layer.compile(dynamic=False)
+        self.state.compiled = True
+
     @torch.inference_mode()
+    @torch.compiler.set_stance("force_eager")
     def evaluate(self) -> dict[str, float]:
         """Score the whole val split; always the same windows, whatever the batch size."""
         self.model.eval()
@@ -172,6 +185,7 @@ class Run:
         return {"val_loss": nats / scored, "perplexity": math.exp(min(nats / scored, 700)),
                 "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
 
+    @torch.compiler.set_stance("force_eager")
     def write_samples(self) -> list[str]:
         """Stories from the fixed prompts, with the same random numbers each time."""
         if not self.cfg.sample_tokens:
@@ -190,7 +204,7 @@ class Run:
         cuda = torch.cuda.get_rng_state_all() if self.where.device.type == "cuda" else []
         state = State(**{**asdict(self.state), "seconds": self.seconds()})
         checkpoint.save(Path(self.cfg.out_dir) / name, {
-            **checkpoint.model_state(self.model), "optimizer": self.optimizer.state_dict(),
+            **checkpoint.model_state(self.model), "optimizer": [each.state_dict() for each in self.optimizers],
             "iter_num": state.iter_num, "best_val_loss": state.best_val_loss, "config": lasting(self.cfg),
             "tokenizer": self.vocabulary.model, "tokenizer_sha256": self.vocabulary.sha256,
             "data_sha256": self.data.sha256,
@@ -199,12 +213,19 @@ class Run:
         self.saved_at = time.monotonic()
 
 
-def make_optimizer(run: Run) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101); matrices decay, the gains of the norms do not."""
-    cfg, weights = run.cfg, list(run.model.parameters())
-    groups = [{"params": [w for w in weights if w.dim() > 1], "weight_decay": cfg.weight_decay},
-              {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=run.where.device.type != "mps")
+def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
+    """AdamW (arXiv 1711.05101), and Muon for the matrices of the layers. What has one dimension does not decay."""
+    cfg, layers = run.cfg, run.model.layers
+    matrices = [w for w in layers.parameters() if w.dim() > 1] if cfg.optimizer == "muon" else []
+    chosen = set(map(id, matrices))
+    others = [w for w in run.model.parameters() if id(w) not in chosen]
+    groups = [{"params": [w for w in others if w.dim() > 1], "weight_decay": cfg.weight_decay},
+              {"params": [w for w in others if w.dim() <= 1], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=run.where.device.type != "mps")
+    if not matrices:
+        return [adamw]
+    products = torch.float32 if run.where.dtype == torch.float32 else torch.bfloat16
+    return [adamw, Muon(matrices, cfg.learning_rate, cfg.momentum, cfg.weight_decay, products)]
 
 
 def main() -> None:
@@ -221,6 +242,7 @@ def main() -> None:
         with enough_memory(run):
             run.reserve = print_plan(run)
         if not run.state.iter_num:
+            run.state.setup = run.seconds()
             set_aside(cfg.out_dir)
         with listening(run), enough_memory(run):
             train(run)
@@ -280,21 +302,23 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
     """One optimizer step; returns its learning rate, its loss and the length of its gradient."""
     cfg, device = run.cfg, run.where.device
     lr = run.learning_rate()
-    for group in run.optimizer.param_groups:
+    for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
         group["lr"] = lr
     total = torch.zeros((), device=device)
     for _ in range(cfg.gradient_accumulation_steps):
         x, y = next(batches)                                    # (batch_size, max_seq_len) each
         with run.where.autocast():
-            loss = run.forward(x, y)
+            loss = run.model(x, y)
         loss = loss / cfg.gradient_accumulation_steps           # so that the sum is the mean
         run.scaler.scale(loss).backward()
         total += loss.detach()
-    run.scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-    run.scaler.step(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
     run.state.iter_num += 1
     run.state.position += cfg.batch_size * cfg.gradient_accumulation_steps
     return lr, total, norm

@@ -14,7 +14,7 @@ import demo_stories  # noqa: E402
 
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32",
         "--batch_size", "4", "--gradient_accumulation_steps", "2", "--warmup_iters", "2", "--sample_tokens", "8",
-        "--device", "cpu", "--log_interval", "1"]
+        "--device", "cpu", "--log_interval", "1", "--compile", "False"]
 
 
 @pytest.fixture(autouse=True)
