@@ -213,15 +213,21 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(nn.Module):
     """Mean cross-entropy, in nats, of the logits h @ weight.T, which never exist all at once.
 
     They are by far the largest array of a small model. Here they are made for a few rows at a time and turned
     into gradients on the spot, while the processor has them at hand (as in Liger Kernel, arXiv 2410.10989).
-
-    Args of apply: h (N, dim) and weight (vocab_size, dim) of the same dtype; targets (N,), -1 is not scored.
     """
 
+    def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), -1 is not scored."""
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        return _LinearCrossEntropy.apply(h.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows = max(1, LOGITS_AT_A_TIME[h.device.type == "cuda"] // len(weight))
@@ -260,6 +266,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.loss = LinearCrossEntropy()
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float64), rope_frequencies(args))
@@ -302,9 +309,7 @@ class Transformer(nn.Module):
         h = self.norm(h)
         if targets is None:
             return self.output(h)
-        kind = h.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-        return LinearCrossEntropy.apply(h.flatten(0, 1).to(dtype), self.output.weight.to(dtype), targets.flatten())
+        return self.loss(h, self.output.weight, targets)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:

@@ -22,9 +22,9 @@ from settings import UserError
 from tokenizer import Tokenizer, find
 
 HERE = ("out_dir", "eval_only")             # settings of this command, not of the run
-FREE = ("init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes", "device",
-        "dtype", "compile", "num_workers", "sample_prompts", "sample_tokens",        # may change while a run goes on;
-        "data_dir", "vocab_size")           # what these two lead to may not
+FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
+        "device", "dtype", "compile", "num_workers", "sample_prompts", "sample_tokens",  # may change in a run, and
+        "data_dir", "vocab_size")           # these two, but not what they lead to
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
 PAYS_AFTER = 100                            # seconds of training from which on compiling, 10 to 30 seconds, pays
 
@@ -73,8 +73,8 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
     last = None if resumed else attempt(lambda: find_last(cfg))
     data, vocabulary = attempt(lambda: find_data(cfg, saved or last), (None, None))
     if data and resumed and saved and saved["data_sha256"] != data.sha256:
-        problems.append(f"the text or the vocabulary in {cfg.data_dir} is not that of the run any more\n       to train "
-                        f"on it from here: python train.py --init_from {Path(cfg.out_dir) / 'last.pt'}")
+        problems.append(f"the text or the vocabulary in {cfg.data_dir} is not that of the run any more\n       "
+                        f"to train on it from here: python train.py --init_from {Path(cfg.out_dir) / 'last.pt'}")
     if data and last and not problems and goes_on(cfg, last, data):
         saved, resumed = last, True
     args = attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
@@ -140,7 +140,7 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
 def check_values(cfg: SimpleNamespace) -> list[str]:
     at_least_one = ("max_iters", "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
     not_negative = ("max_minutes", "checkpoint_minutes", "sample_tokens", "weight_decay", "grad_clip", "warmup_iters",
-                    "lr_decay_iters", "min_lr", "num_workers")
+                    "lr_decay_iters", "min_lr", "num_workers", "embedding_lr_ratio")
     no_end = float("inf")
     ranges = [*((name, 1, no_end) for name in at_least_one), *((name, 0, no_end) for name in not_negative),
               *((name, 0, 1) for name in ("beta1", "beta2", "momentum", "dropout")),
@@ -242,7 +242,7 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
         return False, "there is no triton package for it"
     if kind not in ("cpu", "cuda"):
         return False, f"not for {kind}"
-    return left > PAYS_AFTER, f"{clock(left)} of training is {'long' if left > PAYS_AFTER else 'not long'} enough to pay"
+    return left > PAYS_AFTER, f"{clock(left)} of training {'makes' if left > PAYS_AFTER else 'does not make'} up for it"
 
 
 def count_activations(run: Any) -> int:

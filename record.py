@@ -5,6 +5,7 @@ line, then one JSON object per logged step or evaluation. What depends on the cl
 """
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ class Record:
         with whole_file(folder / "log.jsonl") as file:
             file.write("".join(map(_line, [first, *self.entries])).encode())
         step = self.entries[-1]["iter"] if self.entries else 0
-        clock = [entry for entry in _read(folder / "clock.jsonl") if entry.get("iter", 0) <= step]
+        self.clock = [entry for entry in _read(folder / "clock.jsonl") if entry.get("iter", 0) <= step]
         with whole_file(folder / "clock.jsonl") as file:
-            file.write("".join(map(_line, clock)).encode())
+            file.write("".join(map(_line, self.clock)).encode())
 
     @property
     def lines(self) -> int:
@@ -31,8 +32,10 @@ class Record:
 
     def write(self, entry: dict[str, Any], clock: dict[str, Any]) -> None:
         """Append an entry to the log, and what the clock said to the other file."""
+        clock = {"iter": entry["iter"], **clock}
         self.entries.append(entry)
-        for name, content in (("log.jsonl", entry), ("clock.jsonl", {"iter": entry["iter"], **clock})):
+        self.clock.append(clock)
+        for name, content in (("log.jsonl", entry), ("clock.jsonl", clock)):
             with open(self.folder / name, "a", encoding="utf-8", newline="\n") as file:
                 file.write(_line(content))
 
@@ -41,8 +44,12 @@ class Record:
         with open(self.folder / "log.jsonl", "ab") as file:
             os.fsync(file.fileno())
 
-    def draw(self) -> None:
-        """Write samples.txt, and loss.png where matplotlib is installed, anew from the log."""
+    def draw(self, expected: Sequence[tuple[float, float]] = ()) -> None:
+        """Write samples.txt, and loss.png where matplotlib is installed, anew from the log.
+
+        Args:
+            expected: (minutes, bits per byte) of the run to compare with, drawn in grey.
+        """
         evaluations = [entry for entry in self.entries if "val_loss" in entry]
         with whole_file(self.folder / "samples.txt") as file:
             for entry in evaluations:
@@ -52,12 +59,18 @@ class Record:
             from matplotlib.figure import Figure
         except ImportError:
             return
-        axes = (figure := Figure(figsize=(8, 5), layout="constrained")).add_subplot()
         steps = [entry for entry in self.entries if "loss" in entry]
-        axes.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], label="train", color="0.6", linewidth=1)
-        axes.plot([e["tokens"] for e in evaluations], [e["val_loss"] for e in evaluations], "o-", label="val")
-        axes.set(xlabel="tokens", ylabel="loss (nats per token)", ylim=(0, None))
-        axes.legend()
+        minutes = {entry["iter"]: entry["seconds"] / 60 for entry in self.clock}
+        timed = [entry for entry in evaluations if entry["iter"] in minutes]
+        left, right = (figure := Figure(figsize=(11, 4.5), layout="constrained")).subplots(1, 2)
+        left.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], label="train", color="C1", linewidth=1)
+        left.plot([e["tokens"] for e in evaluations], [e["val_loss"] for e in evaluations], "o-", label="val")
+        left.set(xlabel="tokens", ylabel="loss (nats per token)", ylim=(0, None))
+        right.plot([minutes[e["iter"]] for e in timed], [e["bpb"] for e in timed], "o-", label="val")
+        right.plot(*zip(*expected) if expected else ([], []), color="0.6", label="the preset, where it was measured")
+        right.set(xlabel="minutes", ylabel="bits per byte", ylim=(0, None))
+        left.legend()
+        right.legend()
         with whole_file(self.folder / "loss.png") as file:
             figure.savefig(file, format="png", dpi=100)
 

@@ -35,26 +35,32 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}\n       python {self.prog} --help lists the settings")
 
 
-def read(script: dict[str, Any], argv: list[str] | None = None,
-         out: TextIO | None = None) -> tuple[SimpleNamespace, dict[str, Any]]:
+def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | None = None,
+         presets: dict[str, dict[str, Any]] | None = None, epilog: str = "") -> tuple[SimpleNamespace, dict[str, Any]]:
     """Read a script's settings block and the command line.
 
     Args:
         script: the `globals()` of the script; `__file__` and `__doc__` are used too.
         argv: the arguments; those of the process when None.
         out: where the settings that differ from the block are printed; stdout when None.
+        presets: settings by name, one of which a setting `preset` may choose; what the command line gives goes first.
+        epilog: what --help shows at its end.
     Returns:
-        all settings as attributes, and a dict of those that the command line gave.
+        all settings as attributes, and a dict of those that the command line gave, or the preset.
     Raises:
         UserError: for an unknown name, a missing value or a value of the wrong type.
     """
     comments = _comments(Path(script["__file__"]).read_text(encoding="utf-8"))
     defaults = {name: script[name] for name in comments}
-    parser = _parser(script, comments)
+    parser = _parser(script, comments, epilog)
     known, unknown = parser.parse_known_args([_normal(a) for a in (sys.argv[1:] if argv is None else argv)])
     if unknown:
         parser.error(_suggest(unknown[0], list(defaults)))
     given = vars(known)
+    if preset := given.get("preset", defaults.get("preset", "")):
+        if preset not in presets:
+            parser.error(f"there is no preset {preset!r}; there are {', '.join(presets)}")
+        given = {**presets[preset], **given}
     changed = [f"{k}={given[k]!r} (default {v!r})" for k, v in defaults.items() if given.get(k, v) != v]
     if changed:
         print("settings:", ", ".join(changed), file=out or sys.stdout)
@@ -101,9 +107,10 @@ def _following(lines: list[str], start: int) -> list[str]:
     return lines[start:end]
 
 
-def _parser(script: dict[str, Any], comments: dict[str, str]) -> _Parser:
-    parser = _Parser(prog=Path(script["__file__"]).name, description=script["__doc__"], allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser(script: dict[str, Any], comments: dict[str, str], epilog: str) -> _Parser:
+    parser = _Parser(prog=Path(script["__file__"]).name, description=script["__doc__"], epilog=epilog,
+                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, comment in comments.items():
         default = script[name]
         text = f"{comment} (default: {default!r})".replace("%", "%%")

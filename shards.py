@@ -103,8 +103,8 @@ def read(folder: Path, name: str = MANIFEST) -> ShardSet:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (content["format"], content["dtype"]) != (FORMAT, dtype(content["vocab_size"]).name):
-            raise UserError(f"{path} is of format {content['format']} with {content['dtype']}, this code reads {FORMAT} "
-                            f"with {dtype(content['vocab_size']).name} for that vocabulary{again}")
+            raise UserError(f"{path} is of format {content['format']} with {content['dtype']}, this code reads "
+                            f"{FORMAT} with {dtype(content['vocab_size']).name} for that vocabulary{again}")
         shards = [Shard(**{**entry, "sources": [Source(**s) for s in entry["sources"]]}) for entry in content["shards"]]
         found = ShardSet(folder, content["tokenizer_sha256"], content["vocab_size"], content["val_threshold"], shards)
     except (ValueError, KeyError, TypeError) as error:

@@ -26,15 +26,19 @@ from tqdm import tqdm
 
 import checkpoint
 import engine
+import presets
 import settings
 from dataset import IGNORE, Task
 from model import Transformer
 from muon import Muon
 from plan import Plan, clock, lasting, prepare, print_plan, set_aside
+from presets import PRESETS
 from record import Record
 from settings import UserError
 
 # ---- settings -----------------------------------------------------------------------------------
+preset = ""                         # settings for a machine and a time, listed at the end of --help; the rest counts
+                                    # where they say nothing
 # files
 out_dir = "output"                  # one folder for each run
 data_dir = "data"                   # where steps 1 and 2 wrote
@@ -68,7 +72,8 @@ rope_theta = 10000.0                # larger for windows of many thousand tokens
 dropout = 0.0                       # 0.1 when the text is small and is seen many times
 # optimizer
 optimizer = "muon"                  # muon: for the matrices, and AdamW for the rest; adamw: for all
-learning_rate = 4e-3                # smaller models like more, larger less; halve it if the loss jumps
+learning_rate = 6e-3                # smaller models like more, larger less; halve it if the loss jumps
+embedding_lr_ratio = 3.0            # so many times learning_rate for the embedding and the gains of the norms
 weight_decay = 0.1
 beta1 = 0.9                         # of AdamW
 beta2 = 0.95
@@ -163,9 +168,9 @@ class Run:
         return warmup * (cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * decay)
 
     def compile(self) -> None:
-        """Compile the layers, which are all alike, so that it takes the time of one."""
-        for layer in self.model.layers:
-            layer.compile(dynamic=False)
+        """Compile the layers, which are all alike, so that it takes the time of one; and the loss."""
+        for part in (*self.model.layers, self.model.loss):
+            part.compile(dynamic=False)
         self.state.compiled = True
 
     @torch.inference_mode()
@@ -215,21 +220,23 @@ class Run:
 
 def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv 1711.05101), and Muon for the matrices of the layers. What has one dimension does not decay."""
-    cfg, layers = run.cfg, run.model.layers
-    matrices = [w for w in layers.parameters() if w.dim() > 1] if cfg.optimizer == "muon" else []
-    chosen = set(map(id, matrices))
-    others = [w for w in run.model.parameters() if id(w) not in chosen]
-    groups = [{"params": [w for w in others if w.dim() > 1], "weight_decay": cfg.weight_decay},
-              {"params": [w for w in others if w.dim() <= 1], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=run.where.device.type != "mps")
-    if not matrices:
+    cfg, parameters = run.cfg, list(run.model.parameters())
+    matrices = [w for w in run.model.layers.parameters() if w.dim() > 1]
+    embeddings = [w for w in parameters if w.dim() > 1 and all(w is not matrix for matrix in matrices)]
+    of_layers = {"params": matrices, "weight_decay": cfg.weight_decay, "ratio": 1.0}
+    groups = [{"params": embeddings, "weight_decay": cfg.weight_decay, "ratio": cfg.embedding_lr_ratio},
+              {"params": [w for w in parameters if w.dim() <= 1], "weight_decay": 0.0, "ratio": cfg.embedding_lr_ratio}]
+    adamw = torch.optim.AdamW(groups + [of_layers] * (cfg.optimizer == "adamw"), cfg.learning_rate,
+                              (cfg.beta1, cfg.beta2), fused=run.where.device.type != "mps")
+    if cfg.optimizer == "adamw":
         return [adamw]
     products = torch.float32 if run.where.dtype == torch.float32 else torch.bfloat16
-    return [adamw, Muon(matrices, cfg.learning_rate, cfg.momentum, cfg.weight_decay, products)]
+    return [adamw, Muon([of_layers], cfg.learning_rate, cfg.momentum, dtype=products)]
 
 
 def main() -> None:
-    cfg, given = settings.read(globals())
+    cfg, given = settings.read(globals(), presets={name: preset.settings for name, preset in PRESETS.items()},
+                               epilog=presets.table())
     run = Run(prepare(cfg, given))
     if cfg.eval_only:
         print_scores(run.evaluate())
@@ -303,7 +310,7 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
     cfg, device = run.cfg, run.where.device
     lr = run.learning_rate()
     for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
-        group["lr"] = lr
+        group["lr"] = lr * group["ratio"]
     total = torch.zeros((), device=device)
     for _ in range(cfg.gradient_accumulation_steps):
         x, y = next(batches)                                    # (batch_size, max_seq_len) each
@@ -330,8 +337,10 @@ def score(run: Run, record: Record) -> None:
     scores, samples = run.evaluate(), run.write_samples()
     record.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens, "samples": samples},
                  {"seconds": run.seconds()})
-    record.draw()
+    record.draw(presets.curve(run.cfg.preset))
     print_scores(scores)
+    if expected := presets.expected(run.cfg.preset, run.seconds() / 60):
+        print(f"for comparison: {run.cfg.preset} was at {expected:.3f} bits per byte by now ({presets.MEASURED_ON})")
     if scores["val_loss"] < run.state.best_val_loss:
         run.state.best_val_loss = scores["val_loss"]
         run.save("ckpt.pt")
@@ -342,9 +351,9 @@ def require_finite(run: Run, loss: float, norm: float) -> None:
     """Stop before weights that are no numbers reach a checkpoint. (A GradScaler skips bad gradients itself.)"""
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
         saved = (Path(run.cfg.out_dir) / "last.pt").exists()
-        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; this is not saved\n"
-                        f"       {'go on from the last good state' if saved else 'begin again'}, more slowly: python "
-                        f"train.py --init_from {'resume' if saved else 'scratch'} --out_dir {run.cfg.out_dir} "
+        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; this is not "
+                        f"saved\n       {'go on from the last good state' if saved else 'begin again'}, more slowly: "
+                        f"python train.py --init_from {'resume' if saved else 'scratch'} --out_dir {run.cfg.out_dir} "
                         f"--learning_rate {run.cfg.learning_rate / 2:g}")
 
 
