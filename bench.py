@@ -165,7 +165,7 @@ def bench_quality(cfg: SimpleNamespace) -> None:
         raise UserError("bench.py quality needs real stories: --data PATH")
     print("| preset | vocabulary | parameters | tokens/s | wall minutes | bpb at minutes |\n|---|---|---|---|---|---|")
     for name, preset in PRESETS.items():
-        if preset.settings["max_minutes"] <= cfg.minutes:
+        if preset.settings.get("max_minutes", float("inf")) <= cfg.minutes:
             print(quality_row(name, preset.vocab_size, Path(cfg.out_dir), cfg.data), flush=True)
 
 

@@ -25,15 +25,22 @@ PRESETS = {
     "cpu_3min": Preset(
         "a first story, on any computer", 2048,
         dict(max_minutes=3.0, dim=128, n_layers=4, n_heads=2, n_kv_heads=2, batch_size=8,
-             gradient_accumulation_steps=1, learning_rate=8e-3, eval_interval=1000)),
+             gradient_accumulation_steps=1, learning_rate=6e-3, eval_interval=500)),
     "cpu_10min": Preset(
         "a coffee break", 2048,
-        dict(max_minutes=10.0, dim=192, n_layers=6, n_heads=3, n_kv_heads=3, batch_size=8,
-             gradient_accumulation_steps=1, learning_rate=8e-3, eval_interval=1000)),
+        dict(max_minutes=10.0, dim=192, n_layers=4, n_heads=3, n_kv_heads=3, batch_size=8,
+             gradient_accumulation_steps=1, learning_rate=6e-3, eval_interval=1000)),
     "cpu_30min": Preset(
         "a lunch break", 4096,
-        dict(max_minutes=30.0, dim=256, n_layers=8, n_heads=4, n_kv_heads=4, batch_size=8,
-             gradient_accumulation_steps=1, learning_rate=6e-3, eval_interval=1000)),
+        dict(max_minutes=30.0, dim=256, n_layers=4, n_heads=4, n_kv_heads=4, batch_size=8,
+             gradient_accumulation_steps=1, learning_rate=5e-3, eval_interval=1500)),
+    "gpu_2gb": Preset(
+        "the model of the settings block, on a GPU with 2 to 6 GB; not measured", 4096,
+        dict(batch_size=32, gradient_accumulation_steps=1, max_iters=20_000)),
+    "gpu_large": Preset(
+        "a model of 30 million parameters, on a GPU with 24 GB or more; not measured", 4096,
+        dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, batch_size=128, gradient_accumulation_steps=1,
+             learning_rate=4e-3, max_iters=20_000)),
 }
 
 

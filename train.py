@@ -73,7 +73,7 @@ dropout = 0.0                       # 0.1 when the text is small and is seen man
 # optimizer
 optimizer = "muon"                  # muon: for the matrices, and AdamW for the rest; adamw: for all
 learning_rate = 6e-3                # smaller models like more, larger less; halve it if the loss jumps
-embedding_lr_ratio = 3.0            # so many times learning_rate for the embedding and the gains of the norms
+embedding_lr_ratio = 2.0            # so many times learning_rate for the embedding and the gains of the norms
 weight_decay = 0.1
 beta1 = 0.9                         # of AdamW
 beta2 = 0.95
