@@ -246,7 +246,7 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
 
 
 def count_activations(run: Any) -> int:
-    """The bytes that a micro-batch keeps for its backward pass, on a window of each row."""
+    """The bytes that a micro-batch keeps for its backward pass."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Step 3 of 4: train the model.
 
     python train.py --max_iters 20 --eval_interval 10       # a trial: does everything work?
-    python train.py --max_minutes 20                        # what this machine can do in 20 minutes
+    python train.py --preset cpu_3min                       # a first story; --help lists the presets
+    python train.py --max_minutes 60                        # what this machine can do in an hour
     python train.py                                         # the full run; Ctrl-C stops it, nothing is lost
     python train.py                                         # the same command goes on where it stopped
     python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/mine    # fine-tune

@@ -445,3 +445,17 @@ def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
     monkeypatch.setattr(train, "take_step", too_much)
     with pytest.raises(UserError, match="--batch_size 2 --gradient_accumulation_steps 4"):
         go("out", "--max_iters", 4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_a_compiled_run_is_the_same_run(go):
+    """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
+    options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32"]
+    go("eager", "--max_iters", 8, *options)
+    go("whole", "--max_iters", 8, *options, "--compile", "True")
+    go("parts", "--max_iters", 4, *options, "--compile", "True")
+    go("parts", "--max_iters", 8, *options, "--compile", "auto")
+    assert state("parts")["state"]["compiled"] and not state("eager")["state"]["compiled"]
+    assert_same({**state("whole"), "config": 0}, {**state("parts"), "config": 0})
+    for a, b in zip(log("eager")[1:], log("whole")[1:], strict=True):
+        assert a.get("loss", a.get("val_loss")) == pytest.approx(b.get("loss", b.get("val_loss")), rel=1e-3)

@@ -1,0 +1,68 @@
+"""What is measured is what it says: real steps, of the same model, in turn."""
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+import device as devices
+import settings
+from conftest import ROOT
+from model import ModelArgs
+from settings import UserError
+
+ARGS = ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
+
+
+@pytest.fixture
+def batch():
+    tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.fixture
+def where():
+    return devices.choose("cpu", "float32")
+
+
+def test_a_step_of_each_contender_trains_its_model(batch, where):
+    pytest.importorskip("transformers")
+    block, _ = settings.read(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
+    own = bench.own_step(block, where, ARGS, batch, False)
+    losses = [own()[1].item() for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.1
+    for make in (bench.transformers_step, lambda *args: bench.peer_step(ROOT, *args)):
+        step = make(where, ARGS, batch)
+        model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+        before = [weight.clone() for weight in model.parameters()]
+        step()
+        assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert sum(weight.numel() for weight in before) == sum(map(torch.numel, block_model().parameters()))
+
+
+def block_model():
+    from model import Transformer
+    return Transformer(ARGS)
+
+
+def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where):
+    calls, now = [], [0.0]
+
+    def step(name, seconds):
+        calls.append(name)
+        now[0] += seconds if len(calls) > 4 else 100.0
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = bench.take_turns({"a": lambda: step("a", 1.0), "b": lambda: step("b", 3.0)}, where, 3)
+    assert calls == ["a", "b"] * 5 and found == {"a": 1.0, "b": 3.0}
+
+
+@pytest.mark.parametrize("argv, message", [([], "bench.py train | quality"), (["quality"], "--data PATH"),
+                                           (["train", "--peer", "nowhere"], "no model.py in")])
+def test_mistakes_are_said(monkeypatch, argv, message):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
+    monkeypatch.setattr(bench, "own_step", lambda *args: None)
+    with pytest.raises(UserError) as found:
+        bench.main()
+    assert message in str(found.value)

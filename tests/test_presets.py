@@ -1,0 +1,54 @@
+"""Presets: settings that exist, and what they lead one to expect."""
+import importlib
+
+import pytest
+
+import presets
+import settings
+from model import ModelArgs
+from presets import PRESETS, Preset
+from settings import UserError
+
+KNOWN = {name: preset.settings for name, preset in PRESETS.items()}
+
+
+def read(*argv):
+    return settings.read(vars(importlib.import_module("train")), argv, presets=KNOWN)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_overrides_the_block_and_the_command_line_overrides_it(name):
+    plain, _ = read()
+    cfg, given = read("--preset", name, "--seed", "7", "--batch_size", "3")
+    assert (cfg.seed, cfg.batch_size, given["batch_size"]) == (7, 3, 3)
+    for setting, value in KNOWN[name].items():
+        assert isinstance(value, type(getattr(plain, setting))), setting
+        assert setting == "batch_size" or getattr(cfg, setting) == given[setting] == value
+    assert set(given) == {"preset", "seed", "batch_size", *KNOWN[name]}
+    ModelArgs(dim=cfg.dim, n_layers=cfg.n_layers, n_heads=cfg.n_heads, n_kv_heads=cfg.n_kv_heads)
+
+
+def test_an_unknown_preset_is_refused_with_the_list():
+    with pytest.raises(UserError, match="no preset 'cpu_3'; there are cpu_3min, cpu_10min"):
+        read("--preset", "cpu_3")
+
+
+def test_what_to_expect_is_read_off_the_curve(monkeypatch):
+    monkeypatch.setitem(PRESETS, "mine", Preset("", 512, {}, ((1.0, 2.0), (3.0, 1.0))))
+    assert [presets.expected("mine", minutes) for minutes in (0.5, 1, 2, 3, 9)] == [None, 2.0, 1.5, 1.0, 1.0]
+    assert presets.expected("", 2) is None
+
+
+def test_help_lists_them(capsys):
+    with pytest.raises(SystemExit):
+        settings.read(vars(importlib.import_module("train")), ["--help"], presets=KNOWN, epilog=presets.table())
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in PRESETS) and "--dim 128 --n_layers 4" in shown
+
+
+def test_training_says_how_the_preset_did(call, project, monkeypatch, capsys):
+    tiny = dict(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, max_seq_len=32, batch_size=2, max_iters=4, eval_interval=2,
+                sample_tokens=0, compile="False")
+    monkeypatch.setitem(PRESETS, "mine", Preset("", 512, tiny, ((0.0, 1.25), (9.0, 1.25))))
+    call("train", "--preset", "mine", "--data_dir", project)
+    assert capsys.readouterr().out.count("mine was at 1.250 bits per byte by now") == 2
