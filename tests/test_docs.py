@@ -40,8 +40,9 @@ def test_there_are_commands_for_every_step():
 def test_the_settings_of_quickstart_exist():
     text = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
     known = {name for step in STEPS for name in settings._comments((ROOT / f"{step}.py").read_text(encoding="utf-8"))}
-    used = set(re.findall(r" --(\w+_\w+|dim|compile)", text)) - {"setup_only"}
+    used = set(re.findall(r" --(\w+_\w+|preset|prompt|seed)", text)) - {"setup_only"}
     assert len(used) > 8 and used <= known
+    assert set(re.findall(r"--preset (\w+)", text)) <= set(presets.PRESETS)
 
 
 def test_ci_calls_the_test_command_of_the_readme():

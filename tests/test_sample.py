@@ -75,8 +75,8 @@ def test_a_character_of_several_tokens_comes_whole(bytewise, monkeypatch):
 def test_stories_end_where_the_model_ends_them(trained, monkeypatch):
     generator = TextGenerator(trained)
     eos = generator.tokenizer.eos_id
-    monkeypatch.setattr(generator.model, "forward", lambda tokens, **k: (
-        torch.nn.functional.one_hot(torch.full((len(tokens), 1), eos), generator.tokenizer.n_words).float() * 99, None))
+    monkeypatch.setattr(generator.model, "forward", lambda tokens, **k: 99.0 * (
+        torch.nn.functional.one_hot(torch.full((len(tokens), 1), eos), generator.tokenizer.n_words)))
     assert generator.sample("Once upon", 2, 50) == ["Once upon"] * 2
 
 

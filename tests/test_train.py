@@ -259,7 +259,8 @@ def test_a_step_is_adamw_on_the_mean_loss(prepared):
     for (name, weight), after in zip(twin.named_parameters(), run.model.parameters(), strict=True):
         decay = run.cfg.weight_decay if weight.dim() > 1 else 0.0
         # the first step of Adam: the moments, corrected, are the gradient and its square
-        want = weight * (1 - lr * decay) - lr * weight.grad / (weight.grad.abs() + 1e-8)
+        rate = lr if name.startswith("layers") and weight.dim() > 1 else lr * run.cfg.embedding_lr_ratio
+        want = weight * (1 - rate * decay) - rate * weight.grad / (weight.grad.abs() + 1e-8)
         torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-6, msg=name)
 
 
