@@ -1,8 +1,9 @@
 """Muon, an optimizer for the matrices of a model (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 It is momentum whose steps are made orthogonal, so that a step turns all directions of a matrix by the same
-amount, also those whose gradients are small. Like this it needs about two thirds of AdamW's steps. PyTorch has
-it too (torch.optim.Muon); here matrices of one shape are handled together, which is twice as fast.
+amount, also those whose gradients are small. After as many steps a small model had 0.985 bits per byte instead
+of AdamW's 1.078 (docs/benchmarks.md). PyTorch has it too, as torch.optim.Muon; here matrices of one shape are
+handled together, which takes less time.
 """
 from collections.abc import Iterable
 
