@@ -189,7 +189,8 @@ def run(jobs: list[Job], workers: int) -> Iterator[tuple[int, list[Shard]]]:
                     yield future.result()
                 elif not future.cancelled():
                     failure = failure or future.exception()
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    for other in waiting:
+                        other.cancel()
     if isinstance(failure, BrokenProcessPool):
         raise UserError("a worker process was killed, most likely for want of memory\n       run this again with "
                         "--num_workers 1; it continues with what is missing")
