@@ -6,9 +6,8 @@ A plot is drawn, then its people, things and phrases: good for seeing a model le
 can write about anything needs real text. The same seed gives the same stories on every platform.
 
 The grammar: `== name` begins a plot; its slots come first, its paragraphs follow. A slot's values
-stand between ` | `, `a / b = x / y | ...` fills two slots together, so that what belongs together
-stays together. In a text, `[a|b]` picks one, `{slot}` is filled, `{Slot}` the same with a capital
-letter. `{he} {him} {his}` follow the hero, `{fhe} ...` the friend, `{hhe} ...` the helper.
+stand between ` | `, `a / b = x / y | ...` fills two slots together. In a text, `[a|b]` picks one,
+`{slot}` is filled, `{Slot}` with a capital. `{he} {him} {his}` follow the hero, `{fhe}` the friend, `{hhe}` the helper.
 """
 import random
 import re
