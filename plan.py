@@ -237,7 +237,7 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
     if asked != "auto":
         return asked == "true", "as asked"
     if kind == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        return False, "there is no C++ compiler; with one, training is 1.5 times faster"
+        return False, "there is no C++ compiler; with one, training is faster"
     if kind == "cuda" and not importlib.util.find_spec("triton"):
         return False, "there is no triton package for it"
     if kind not in ("cpu", "cuda"):

@@ -57,7 +57,7 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
     if unknown:
         parser.error(_suggest(unknown[0], list(defaults)))
     given = vars(known)
-    if preset := given.get("preset", defaults.get("preset", "")):
+    if presets and (preset := given.get("preset", defaults.get("preset", ""))):
         if preset not in presets:
             parser.error(f"there is no preset {preset!r}; there are {', '.join(presets)}")
         given = {**presets[preset], **given}

@@ -59,7 +59,9 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where)
 
 
 @pytest.mark.parametrize("argv, message", [([], "bench.py train | quality"), (["quality"], "--data PATH"),
-                                           (["train", "--peer", "nowhere"], "no model.py in")])
+                                           (["train", "--peer", "nowhere"], "no model.py in"),
+                                           (["train", "--preset", "cpu_3min", "--peer", "nowhere"], "no model.py in"),
+                                           (["train", "--preset", "cpu_4"], "no preset 'cpu_4'")])
 def test_mistakes_are_said(monkeypatch, argv, message):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
     monkeypatch.setattr(bench, "own_step", lambda *args: None)
