@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ import device as devices
 import settings
 import train
 from model import ModelArgs
-from plan import Plan
+from plan import Plan, memory
 from presets import PRESETS
 from settings import UserError
 
@@ -60,8 +61,9 @@ def bench_train(cfg: SimpleNamespace) -> None:
                      | {"vocab_size": vocab_size})
     tokens = torch.randint(0, vocab_size, (block.batch_size, args.max_seq_len + 1), device=where.device)
     batch = (tokens[:, :-1], tokens[:, 1:])
-    steps = {"compiled": own_step(block, where, args, batch, True), "eager": own_step(block, where, args, batch, False),
-             "transformers, float32": transformers_step(where, args, batch)}
+    runs = {"compiled": own_run(block, where, args, True), "eager": own_run(block, where, args, False)}
+    steps = {name: partial(train.take_step, run, repeat(batch)) for name, run in runs.items()}
+    steps["transformers, float32"] = transformers_step(where, args, batch)
     if cfg.peer:
         steps[f"{cfg.peer}, float32"] = peer_step(Path(cfg.peer), where, args, batch)
     times = take_turns(steps, where, cfg.rounds)
@@ -71,18 +73,18 @@ def bench_train(cfg: SimpleNamespace) -> None:
         print(f"{name:24} {count / seconds:10,.0f} tokens/s "
               f"{times['transformers, float32'] / seconds:6.2f} x transformers "
               f"{limit / seconds:6.0%} of what the matrix products allow")
+    print(f"memory: {memory(runs['eager'])}")
     if where.device.type == "cuda":
-        print(f"peak memory of all of them: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
+        print(f"peak of all of them: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 
 
-def own_step(block: SimpleNamespace, where: devices.Device, args: ModelArgs, batch: tuple[Tensor, Tensor],
-             compiled: bool) -> Callable[[], object]:
-    """A step as train.py takes it, of one micro-batch."""
+def own_run(block: SimpleNamespace, where: devices.Device, args: ModelArgs, compiled: bool) -> train.Run:
+    """What train.py trains, with steps of one micro-batch."""
     once = SimpleNamespace(**{**vars(block), "gradient_accumulation_steps": 1})
     run = train.Run(Plan(once, where, None, None, args, None, False))
     if compiled:
         run.compile()
-    return lambda: train.take_step(run, repeat(batch))
+    return run
 
 
 def transformers_step(where: devices.Device, args: ModelArgs, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:

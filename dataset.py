@@ -41,22 +41,43 @@ class PretokDataset(IterableDataset):
         self.n_windows = int(self.first_window[-1])                     # in an epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        ids = [self.shard_set.open(shard) for shard in self.shards]
+        for numbers in self.order():
+            yield torch.from_numpy(np.stack([self._window(ids, number) for number in numbers]))
+
+    def order(self) -> Iterator[list[int]]:
+        """Yield the numbers of the windows of each batch, without end."""
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
-        ids = [self.shard_set.open(shard) for shard in self.shards]
         epoch, order = -1, np.empty(0, np.int64)
-        number = self.rank + turn * self.world_size
+        batch = self.rank + turn * self.world_size
         while True:
-            rows = []
-            first = self.position + number * self.batch_size
+            numbers = []
+            first = self.position + batch * self.batch_size
             for place in range(first, first + self.batch_size):
                 if place // self.n_windows != epoch:
                     epoch = place // self.n_windows
                     # RandomState, because numpy promises that its stream will never change
                     order = np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
-                rows.append(self._window(ids, order[place % self.n_windows]))
-            yield torch.from_numpy(np.stack(rows))
-            number += turns * self.world_size
+                numbers.append(order[place % self.n_windows])
+            yield numbers
+            batch += turns * self.world_size
+
+    def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
+        """The same batches, cut on the device out of ids that all lie there: a step waits for no copy."""
+        parts = [self.shard_set.open(shard) for shard in self.shards]
+        signed = f"i{parts[0].itemsize}"                        # indexing knows no unsigned integers
+        ids = torch.cat([torch.from_numpy(np.array(part).view(signed)).to(device) for part in parts])
+        offsets = np.cumsum([0, *map(len, parts)])
+        starts = np.concatenate([start + offset for start, offset in zip(self.starts, offsets)])
+        stops = np.repeat(offsets[1:], [len(start) for start in self.starts])      # where the shard of each ends
+        starts, stops = torch.from_numpy(starts).to(device), torch.from_numpy(stops).to(device)
+        span = torch.arange(self.max_seq_len + 1, device=device)
+        for numbers in self.order():
+            numbers = _send(torch.tensor(numbers), device)
+            places = starts[numbers, None] + span                                   # (batch_size, max_seq_len + 1)
+            windows = ids[places.clamp(max=len(ids) - 1)].long() & (256 ** parts[0].itemsize - 1)
+            yield windows.where(places < stops[numbers, None], IGNORE)
 
     def _window(self, ids: list[np.ndarray], index: int) -> np.ndarray:
         shard = int(np.searchsorted(self.first_window, index, side="right")) - 1
@@ -78,13 +99,16 @@ class Task:
             options: seed, position, rank, world_size of `PretokDataset`.
         """
         dataset = PretokDataset(shard_set, split, batch_size, max_seq_len, **options)
-        cuda = torch.device(device).type == "cuda"
-        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=cuda,
-                            multiprocessing_context="spawn" if num_workers else None,
-                            worker_init_fn=_start_worker,
-                            generator=torch.Generator())        # else it would use up global random numbers
-        for windows in loader:                                  # (batch_size, max_seq_len + 1)
-            windows = windows.to(device, non_blocking=cuda)     # pinned, so the copy runs beside the compute
+        device = torch.device(device)
+        if num_workers == 0 and fits(shard_set, split, device):
+            batches = dataset.on_device(device)
+        else:
+            batches = DataLoader(dataset, batch_size=None, num_workers=num_workers,
+                                 multiprocessing_context="spawn" if num_workers else None,
+                                 worker_init_fn=_start_worker,
+                                 generator=torch.Generator())   # else it would use up global random numbers
+        for windows in batches:                                 # (batch_size, max_seq_len + 1)
+            windows = _send(windows, device)
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
 
     @staticmethod
@@ -96,8 +120,21 @@ class Task:
         """
         rows = _rows(shard_set, split, max_seq_len)
         while batch := list(islice(rows, batch_size)):
-            windows = torch.from_numpy(np.stack(batch)).to(device)
+            windows = _send(torch.from_numpy(np.stack(batch)), torch.device(device))
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
+
+
+def fits(shard_set: ShardSet, split: str, device: torch.device) -> bool:
+    """Whether the ids of a split take less than a quarter of a GPU's free memory."""
+    size = sum(shard_set.open(shard).nbytes for shard in shard_set.of(split))
+    return device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor to the device; to a GPU from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _start_worker(number: int) -> None:

@@ -1,4 +1,5 @@
 """Where the numbers are crunched and in which format, chosen by what the machine has, with the reason."""
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -7,6 +8,11 @@ import torch
 from settings import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# 16-bit products with sums in float32 and without sparsity, 10^12 operations a second: NVIDIA's data sheets
+PEAK_TFLOPS = {r"\bB200\b": 2250, r"\bH200\b": 989, r"\bH100 PCIe": 756, r"\bH100\b": 989, r"\bA100\b": 312,
+               r"\bL40S\b": 362, r"\bL4\b": 121, r"\bV100\b": 125, r"\bT4\b": 65, r"\bRTX 4090$": 165,
+               r"\bRTX 3090$": 71}
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,17 @@ class Device:
     def autocast(self) -> AbstractContextManager:
         """Matrix products in `dtype`, everything delicate in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def mfu(self, flops: float) -> float | None:
+        """Model FLOP utilisation (PaLM, arXiv 2204.02311): `flops` a second, as a share of what the device can do.
+
+        None for a device or a format whose peak is not known here.
+        """
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peaks = [peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name)]
+        return flops / (peaks[0] * 1e12) if peaks else None
 
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps float16 gradients from vanishing; does nothing for the other formats."""

@@ -1,6 +1,6 @@
 """A Llama 2 language model (Touvron et al. 2023, arXiv 2307.09288): ids in, logits out.
 
-    model = Transformer(ModelArgs(dim=288, n_layers=8, n_heads=8, n_kv_heads=4, vocab_size=4096))
+    model = Transformer(ModelArgs(dim=288, n_layers=8, n_heads=6, n_kv_heads=3, vocab_size=4096))
     logits = model(tokens)                                  # (B, T, vocab_size)
     loss = model(tokens, targets)                           # scalar, nats per token
     story = model.generate(prompt, max_new_tokens=100, temperature=0.8, top_k=300)
@@ -27,8 +27,8 @@ class ModelArgs:
     """The shape of a model. Raises ValueError, naming the numbers, where they do not fit together."""
     dim: int = 288
     n_layers: int = 8
-    n_heads: int = 8
-    n_kv_heads: int = 4             # fewer than n_heads: groups of heads share keys and values
+    n_heads: int = 6
+    n_kv_heads: int = 3             # fewer than n_heads: groups of heads share keys and values
     vocab_size: int = 4096
     hidden_dim: int = 0             # of the feed-forward; 0: 8/3 of dim, rounded up to multiple_of
     multiple_of: int = 32
@@ -220,38 +220,55 @@ class LinearCrossEntropy(nn.Module):
     into gradients on the spot, while the processor has them at hand (as in Liger Kernel, arXiv 2410.10989).
     """
 
+    def __init__(self):
+        super().__init__()
+        self.part = PartOfCrossEntropy()        # a module by itself, to be compiled once for all parts
+
     def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), -1 is not scored."""
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-        return _LinearCrossEntropy.apply(h.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten())
+        return _LinearCrossEntropy.apply(h.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten(), self.part)
+
+
+class PartOfCrossEntropy(nn.Module):
+    def forward(self, h: Tensor, weight: Tensor, targets: Tensor, grad_weight: Tensor | None
+                ) -> tuple[Tensor, Tensor | None]:
+        """Sum of the losses of some rows, and its gradient for h; the one for weight is added to grad_weight.
+
+        h: (rows, dim); weight: (vocab_size, dim); targets: (rows,), -1 is not scored. Without grad_weight, the loss
+        alone.
+        """
+        scored, target = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]     # (rows, 1)
+        logits = (h @ weight.T).float()                                             # (rows, vocab_size)
+        log_sum = logits.logsumexp(-1, keepdim=True)                                # (rows, 1)
+        loss = ((log_sum - logits.gather(1, target)) * scored).sum()
+        if grad_weight is None:
+            return loss, None
+        grad = (logits - log_sum).exp()
+        grad = (grad.scatter_add(1, target, grad.new_full(target.shape, -1)) * scored).to(h.dtype)
+        grad_weight += grad.T @ h
+        return loss, grad @ weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, LOGITS_AT_A_TIME[h.device.type == "cuda"] // len(weight))
-        scored = (targets >= 0)[:, None]                                            # (N, 1)
-        total, grad_h, grad_weight = 0.0, [], torch.zeros_like(weight, dtype=torch.float32)
-        for part, target, valid in zip(h.split(rows), targets.clamp(min=0)[:, None].split(rows), scored.split(rows)):
-            logits = (part @ weight.T).float()                                      # (rows, vocab_size)
-            log_sum = logits.logsumexp(-1, keepdim=True)                            # (rows, 1)
-            total = total + ((log_sum - logits.gather(1, target)) * valid).sum()
-            if ctx.needs_input_grad[0]:
-                grad = (logits - log_sum).exp()
-                grad = (grad.scatter_add(1, target, grad.new_full(target.shape, -1)) * valid).to(h.dtype)
-                grad_h.append(grad @ weight)
-                grad_weight += grad.T @ part
-        count = scored.sum()
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(grad_h), grad_weight.to(weight.dtype), count)
-        return total / count
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, part: PartOfCrossEntropy) -> Tensor:
+        rows = LOGITS_AT_A_TIME[h.device.type == "cuda"] // len(weight)
+        rows = 1 << max(rows, 1).bit_length() - 1           # a power of two, so that parts are mostly of one size
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        losses, grads = zip(*(part(few, weight, some, grad_weight)
+                              for few, some in zip(h.split(rows), targets.split(rows))))
+        count = (targets >= 0).sum()
+        if grad_weight is not None:
+            ctx.save_for_backward(torch.cat(grads), grad_weight.to(weight.dtype), count)
+        return torch.stack(losses).sum() / count
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_weight, count = ctx.saved_tensors
         scale = (grad / count).to(grad_h.dtype)
-        return grad_h * scale, grad_weight * scale, None
+        return grad_h * scale, grad_weight * scale, None, None
 
 
 class Transformer(nn.Module):
@@ -334,3 +351,10 @@ class Transformer(nn.Module):
     def count_parameters(self) -> int:
         """Number of weights; those that are used twice count once."""
         return sum(weight.numel() for weight in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating point operations to train on one token: products with the weights, and causal attention over
+        max_seq_len tokens, forward and backward."""
+        attention = self.args.n_layers * self.args.n_heads * self.args.head_dim * self.args.max_seq_len
+        products = self.count_parameters() - (0 if self.args.tie_embeddings else self.tok_embeddings.weight.numel())
+        return 6 * (products + attention)

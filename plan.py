@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import checkpoint
 import device as devices
 import shards
-from dataset import PretokDataset
+from dataset import PretokDataset, fits
 from files import replace
 from model import ModelArgs, Transformer
 from settings import UserError
@@ -209,11 +209,10 @@ def print_plan(run: Any) -> float:
     print(f"device: {run.where}")
     print(f"model:  {parameters:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
-    print(f"data:   {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on")
+    print(f"data:   {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on"
+          + (", all in the GPU's memory" if not cfg.num_workers and fits(data, "train", run.where.device) else ""))
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens")
-    activations = count_activations(run)
-    print(f"memory: {STATE_BYTES * parameters / 1e6:,.0f} MB for weights, gradients and optimizer, "
-          f"about {activations / 1e6:,.0f} MB for a batch")
+    print(f"memory: {memory(run)}")
     eager = seconds = try_out(run)
     compiles, why = choose_compile(run, seconds * cfg.gradient_accumulation_steps)
     print(f"compile: {'yes' if compiles else 'no'} ({why})", flush=True)
@@ -245,8 +244,13 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
     return left > PAYS_AFTER, f"{clock(left)} of training {'makes' if left > PAYS_AFTER else 'does not make'} up for it"
 
 
+def memory(run: Any) -> str:
+    return (f"{STATE_BYTES * run.model.count_parameters() / 1e6:,.0f} MB for weights, gradients and optimizer, "
+            f"about {count_activations(run) / 1e6:,.0f} MB for {run.cfg.batch_size} windows")
+
+
 def count_activations(run: Any) -> int:
-    """The bytes that a micro-batch keeps for its backward pass."""
+    """The bytes that a micro-batch keeps for its backward pass; a compiled model keeps less."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ PRESETS = {
         "but they didn't know how to play them."),
     "gpu_2gb": Preset(
         "the model of the settings block, on a GPU with 2 to 6 GB; not measured", 4096,
-        dict(batch_size=32, gradient_accumulation_steps=1, max_iters=20_000)),
+        dict(batch_size=16, gradient_accumulation_steps=2, max_iters=20_000)),
     "gpu_large": Preset(
         "a model of 30 million parameters, on a GPU with 24 GB or more; not measured", 4096,
         dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, batch_size=128, gradient_accumulation_steps=1,

@@ -57,15 +57,15 @@ checkpoint_minutes = 5.0            # last.pt is written at least so often; what
 sample_prompts = "|Once upon a time|One day, Lily met a Shoggoth"   # stories begun at each evaluation, with | between
 sample_tokens = 200                 # length of these stories; 0: none
 # batch: one step sees batch_size * gradient_accumulation_steps windows
-batch_size = 16                     # windows at a time; halve it when memory runs out ...
-gradient_accumulation_steps = 2     # ... and double this: the steps stay the same
+batch_size = 32                     # windows at a time; halve it when memory runs out ...
+gradient_accumulation_steps = 1     # ... and double this: the steps stay the same
 max_seq_len = 256                   # tokens the model can look back on; time and memory grow with it
 vocab_size = 0                      # which vocabulary of data_dir, when there are several; 0: the only one
 # model: the defaults have 8.5 million parameters; dim 128, n_layers 4 (1.3 million) suits a few CPU minutes
 dim = 288
 n_layers = 8
-n_heads = 8                         # dim / n_heads is best 32 to 128
-n_kv_heads = 4                      # n_heads: plain attention; fewer: a smaller cache and faster sampling
+n_heads = 6                         # dim / n_heads is best 32 to 128
+n_kv_heads = 3                      # n_heads: plain attention; fewer: a smaller cache and faster sampling
 hidden_dim = 0                      # width of the feed-forward; 0: 8/3 of dim
 multiple_of = 32                    # hidden_dim is rounded up to it
 norm_eps = 1e-5
@@ -169,8 +169,8 @@ class Run:
         return warmup * (cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * decay)
 
     def compile(self) -> None:
-        """Compile the layers, which are all alike, so that it takes the time of one; and the loss."""
-        for part in (*self.model.layers, self.model.loss):
+        """Compile the layers, which are all alike, so that it takes the time of one; and a part of the loss."""
+        for part in (*self.model.layers, self.model.loss.part):
             part.compile(dynamic=False)
         self.state.compiled = True
 
@@ -289,8 +289,9 @@ def train(run: Run) -> None:
             record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
                          {"seconds": run.seconds(), "tokens_per_second": speed})
             left = clock(run.seconds_left((time.monotonic() - mark) / (state.iter_num - marked)))
-            print(f"step {state.iter_num:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  "
-                  f"{speed:,.0f} tokens/s  {left} left", flush=True)
+            mfu = run.where.mfu(speed * run.model.flops_per_token())
+            print(f"step {state.iter_num:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  {speed:,.0f} tokens/s  "
+                  + (f"{mfu:.0%} MFU  " if mfu else "") + f"{left} left", flush=True)
 
         # 4. evaluate and save; an evaluation that only the end of the run brings is not part of its log
         if evaluates:
@@ -389,6 +390,8 @@ def listening(run: Run) -> Iterator[None]:
 
 def say_goodbye(run: Run) -> None:
     out = run.cfg.out_dir
+    if run.where.device.type == "cuda":
+        print(f"peak of the GPU's memory: {torch.cuda.max_memory_reserved(run.where.device) / 1e6:,.0f} MB")
     if run.stop:
         print(f"saved step {run.state.iter_num:,} in {out}/last.pt\n"
               f"go on: python train.py --init_from resume --out_dir {out}")

@@ -1,6 +1,7 @@
 """What is measured is what it says: real steps, of the same model, in turn."""
 import importlib
 import sys
+from itertools import repeat
 from types import SimpleNamespace
 
 import pytest
@@ -30,8 +31,8 @@ def where():
 def test_a_step_of_each_contender_trains_its_model(batch, where):
     pytest.importorskip("transformers")
     block, _ = settings.read(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
-    own = bench.own_step(block, where, ARGS, batch, False)
-    losses = [own()[1].item() for _ in range(20)]
+    run = bench.own_run(block, where, ARGS, False)
+    losses = [bench.train.take_step(run, repeat(batch))[1].item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1
     for make in (bench.transformers_step, lambda *args: bench.peer_step(ROOT, *args)):
         step = make(where, ARGS, batch)
@@ -64,7 +65,7 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where)
                                            (["train", "--preset", "cpu_4"], "no preset 'cpu_4'")])
 def test_mistakes_are_said(monkeypatch, argv, message):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
-    monkeypatch.setattr(bench, "own_step", lambda *args: None)
+    monkeypatch.setattr(bench, "own_run", lambda *args: None)
     with pytest.raises(UserError) as found:
         bench.main()
     assert message in str(found.value)

@@ -50,3 +50,19 @@ def test_what_is_not_there_is_said(machine, name, kind, message):
     machine(cuda=name == "cuda:3", bf16=True)
     with pytest.raises(UserError, match=message):
         device.choose(name, kind)
+
+
+@pytest.mark.parametrize("name, mfu", [("NVIDIA H200", 0.5), ("NVIDIA A100-SXM4-80GB", 494.5 / 312),
+                                       ("NVIDIA H100 PCIe", 494.5 / 756), ("NVIDIA GeForce RTX 3090", 494.5 / 71),
+                                       ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A10", None)])
+def test_share_of_what_the_gpu_can_do(machine, monkeypatch, name, mfu):
+    machine(cuda=True, bf16=True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: name)
+    assert device.choose().mfu(494.5e12) == (mfu and pytest.approx(mfu))
+
+
+def test_no_share_where_the_peak_is_not_known(machine, monkeypatch):
+    machine(cuda=True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA H200")
+    assert device.choose("cuda", "float32").mfu(1e12) is None
+    assert device.choose("cpu").mfu(1e12) is None

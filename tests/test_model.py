@@ -192,7 +192,8 @@ def test_exactly_the_residual_projections_start_smaller():
 
 def test_the_default_model_is_the_known_one():
     model = Transformer(ModelArgs())
-    assert model.count_parameters() == 8_483_616 and model.args.ffn_dim == 768 and model.args.head_dim == 36
+    assert model.count_parameters() == 8_483_616 and model.args.ffn_dim == 768 and model.args.head_dim == 48
+    assert model.flops_per_token() == 6 * 8_483_616 + 6 * 8 * 288 * 256
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert {"tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.7.feed_forward.w1.weight",
             "layers.3.ffn_norm.weight", "norm.weight", "output.weight"} <= names
