@@ -25,7 +25,7 @@ PRESETS = {
     "cpu_3min": Preset(
         "a first story, on any computer", 2048,
         dict(max_minutes=3.0, dim=128, n_layers=4, n_heads=2, n_kv_heads=2, batch_size=8,
-             gradient_accumulation_steps=1, learning_rate=6e-3, eval_interval=500),
+             gradient_accumulation_steps=1, learning_rate=6e-3, eval_interval=600),
         ((1.9, 0.986), (3.0, 0.870)),
         "Once upon a time, there was a little girl named Lily. Lily liked to share the garden with her mom."),
     "cpu_10min": Preset(
@@ -35,7 +35,7 @@ PRESETS = {
     "cpu_30min": Preset(
         "a lunch break", 4096,
         dict(max_minutes=30.0, dim=256, n_layers=4, n_heads=4, n_kv_heads=4, batch_size=8,
-             gradient_accumulation_steps=1, learning_rate=5e-3, eval_interval=1500),
+             gradient_accumulation_steps=1, learning_rate=5e-3, eval_interval=2000),
         ((8.5, 0.923), (15.9, 0.820), (23.1, 0.755), (30.0, 0.693)),
         "Once upon a time, there was a little girl who was very upset. One day she went out to play with her friends, "
         "but they didn't know how to play them."),
