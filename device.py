@@ -58,8 +58,8 @@ def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> 
         chosen, format_why = DTYPES[dtype], "as asked"
     else:
         raise UserError(f"--dtype {dtype} is unknown; use auto, {', '.join(DTYPES)}")
-    if chosen == torch.float16 and where.type == "cpu":
-        raise UserError("--dtype float16 needs a GPU; use auto, bfloat16 or float32 on the CPU")
+    if chosen == torch.float16 and where.type == "cpu" and (training or not _has_fbgemm()):
+        raise UserError("--dtype float16 needs a GPU here; use auto, bfloat16 or float32 on the CPU")
     return Device(where, chosen, f"{why}; {format_why}")
 
 
@@ -94,4 +94,11 @@ def _dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]:
             if has.get(feature):
                 return torch.bfloat16, f"it has {feature}"
         return torch.float32, "no 16-bit products in hardware"
+    if device.type == "cpu" and _has_fbgemm():
+        return torch.float16, "for the weights; all else is float32"
     return torch.float32, "exact" if device.type == "cpu" else "the safe choice there"
+
+
+def _has_fbgemm() -> bool:
+    """Whether this PyTorch multiplies weights in float16 with float32 on a CPU: on x86 it does."""
+    return "fbgemm" in torch.backends.quantized.supported_engines

@@ -104,40 +104,12 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
     Args:
         x: (B, T, H, D).
-        rope: (2, B or 1, T, 1, D / 2), cosines and sines, float32.
+        rope: (2, 1, T, 1, D / 2), cosines and sines, float32.
     """
     cos, sin = rope
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)      # each (B, T, H, D / 2)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).type_as(x)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for B sequences that may differ in length.
-
-    Prompts of different length are padded on the right. What the padding wrote is never seen: a
-    query at position p looks at positions up to p only, and by then they are overwritten.
-
-    Attributes:
-        lengths: (B,) tokens seen of each sequence.
-        end: the largest of them, known without asking the device.
-    """
-
-    def __init__(self, args: ModelArgs, batch_size: int, device: torch.device, dtype: torch.dtype):
-        shape = (args.n_layers, batch_size, args.n_kv_heads, args.max_seq_len, args.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.end = 0
-
-    def append(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) keys and values at positions (B, T); return all up to the last."""
-        keys, values = self.keys[layer], self.values[layer]                         # (B, K, max_seq_len, D)
-        rows = torch.arange(len(positions), device=positions.device)[:, None]       # (B, 1)
-        keys[rows, :, positions] = k.transpose(1, 2)                                # indexed: (B, T, K, D)
-        values[rows, :, positions] = v.transpose(1, 2)
-        end = self.end + k.shape[2]
-        return keys[:, :, :end], values[:, :, :end]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -166,25 +138,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 
 
 class Attention(nn.Module):
-    def __init__(self, args: ModelArgs, layer: int):
+    def __init__(self, args: ModelArgs):
         super().__init__()
-        self.args, self.layer = args, layer
+        self.args = args
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, positions: Tensor | None,
-                mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         split = (-1, self.args.head_dim)
         q = apply_rope(self.wq(x).unflatten(-1, split), rope).transpose(1, 2)      # (B, H, T, D)
         k = apply_rope(self.wk(x).unflatten(-1, split), rope).transpose(1, 2)      # (B, K, T, D)
         v = self.wv(x).unflatten(-1, split).transpose(1, 2)                         # (B, K, T, D)
-        if cache:
-            k, v = cache.append(self.layer, positions, k, v)                        # (B, K, end, D)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
-        else:
-            out = causal_attention(q, k, v, self.args.dropout if self.training else 0.0)    # (B, H, T, D)
+        out = causal_attention(q, k, v, self.args.dropout if self.training else 0.0)        # (B, H, T, D)
         return self.wo(out.transpose(1, 2).flatten(-2))                             # (B, T, dim)
 
 
@@ -200,16 +167,16 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, layer: int):
+    def __init__(self, args: ModelArgs):
         super().__init__()
-        self.attention = Attention(args, layer)
+        self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.dropout = nn.Dropout(args.dropout)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), *context))
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -280,7 +247,7 @@ class Transformer(nn.Module):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.dropout = nn.Dropout(args.dropout)
-        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.loss = LinearCrossEntropy()
@@ -293,36 +260,24 @@ class Transformer(nn.Module):
                 scaled = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layers) if scaled else 0.02)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
-                last: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits, or the loss if there are targets.
 
         Args:
-            tokens: (B, T) ids. With a cache, they continue each of its sequences.
+            tokens: (B, T) ids.
             targets: (B, T) the ids that should come next; -1 is not scored.
-            cache: takes the keys and values of these tokens. The caller moves `lengths` and `end` on.
-            last: (B,) the one place of each row whose logits are wanted.
         Returns:
-            logits (B, T, vocab_size), or (B, 1, vocab_size) with last; with targets the mean
-            cross-entropy in nats.
+            logits (B, T, vocab_size); with targets the mean cross-entropy in nats.
         Raises:
             ValueError: when the tokens do not fit into max_seq_len.
         """
-        length = tokens.shape[1] + (cache.end if cache else 0)
+        length = tokens.shape[1]
         if length > self.args.max_seq_len:
             raise ValueError(f"{length} tokens do not fit into max_seq_len {self.args.max_seq_len}")
-        if cache:
-            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)    # (B, T)
-            rope = self.rope[:, positions, None]                                    # (2, B, T, 1, D / 2)
-            mask = torch.arange(length, device=tokens.device) <= positions[:, None, :, None]    # (B, 1, T, end)
-        else:
-            positions = mask = None
-            rope = self.rope[:, None, :length, None]                                # (2, 1, T, 1, D / 2)
+        rope = self.rope[:, None, :length, None]                                    # (2, 1, T, 1, D / 2)
         h = self.dropout(self.tok_embeddings(tokens))                               # (B, T, dim)
         for layer in self.layers:
-            h = layer(h, rope, cache, positions, mask)
-        if last is not None:
-            h = h[torch.arange(len(h), device=h.device), last][:, None]             # (B, 1, dim)
+            h = layer(h, rope)
         h = self.norm(h)
         if targets is None:
             return self.output(h)
@@ -332,18 +287,15 @@ class Transformer(nn.Module):
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
         """Continue prompts of equal length: (B, T) ids become (B, T + max_new_tokens).
 
-        The plain form, to read and to compare with; engine.py has stop tokens, streams and more.
+        The plain form, to read and to compare with; engine.py is many times faster and has more to offer.
         temperature 0 takes the likeliest token; top_k > 0 draws from the k likeliest only.
         """
-        cache = KVCache(self.args, len(tokens), tokens.device, self.output.weight.dtype)
-        fresh = tokens
         for _ in range(max_new_tokens):
-            logits = self(fresh, cache=cache)                                       # (B, T or 1, vocab_size)
-            cache.lengths, cache.end = cache.lengths + fresh.shape[1], cache.end + fresh.shape[1]
+            logits = self(tokens)[:, -1]                                            # (B, vocab_size)
             if temperature == 0:
-                fresh = logits[:, -1].argmax(-1, keepdim=True)                      # (B, 1)
+                fresh = logits.argmax(-1, keepdim=True)                             # (B, 1)
             else:
-                best, ids = logits[:, -1].float().topk(top_k or self.args.vocab_size)
+                best, ids = logits.float().topk(top_k or self.args.vocab_size)
                 fresh = ids.gather(1, torch.multinomial((best / temperature).softmax(-1), 1))
             tokens = torch.cat((tokens, fresh), dim=1)
         return tokens

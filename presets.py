@@ -1,7 +1,7 @@
 """Settings for a machine and a span of time, found by measuring (docs/benchmarks.md), and what they gave.
 
-`python train.py --preset cpu_3min` uses one; any setting beside it goes first. Each curve holds
-(minutes, bits per byte on held-out TinyStories): what to expect at that time of such a run.
+`python train.py --preset cpu_3min` uses one; any setting beside it goes first. A curve tells what to expect
+of such a run, minute by minute: bits per byte on held-out TinyStories, and what it writes.
 """
 from dataclasses import dataclass
 from typing import Any
@@ -17,41 +17,52 @@ class Preset:
     about: str
     vocab_size: int
     settings: dict[str, Any]
-    curve: tuple[tuple[float, float], ...] = ()
-    story: str = ""
+    curve: tuple[tuple[float, float, str], ...] = ()        # minutes, bits per byte, how a story began then
 
 
 PRESETS = {
     "cpu_3min": Preset(
         "a first story, on any computer", 2048,
-        dict(max_minutes=3.0, dim=128, n_layers=4, n_heads=2, n_kv_heads=2, batch_size=8,
-             gradient_accumulation_steps=1, learning_rate=6e-3, eval_interval=600),
-        ((1.9, 0.986), (3.0, 0.870)),
-        "Once upon a time, there was a little girl named Lily. Lily liked to share the garden with her mom."),
+        dict(max_minutes=3.0, dim=128, n_layers=4, n_heads=2, n_kv_heads=2, batch_size=8, learning_rate=6e-3,
+             eval_interval=600),
+        ((1.5, 1.131, "Once upon a time, there was a little girl named Amy. Amy liked to go on a trick."),
+         (2.3, 0.941, "One day, a small boy named Tim and his dog, Spot, were playing in the garden. They saw a big, "
+                      "red ball in the grass. Tim wanted to make the ball very hard."),
+         (3.0, 0.870, "One day, a small girl named Amy went to the park with her mom. They saw a big peddle. Amy was "
+                      "very excited and wanted to play with her peddle."))),
     "cpu_10min": Preset(
-        "a coffee break; not measured", 2048,
-        dict(max_minutes=10.0, dim=192, n_layers=4, n_heads=3, n_kv_heads=3, batch_size=8,
-             gradient_accumulation_steps=1, learning_rate=6e-3, eval_interval=1000)),
+        "a coffee break", 2048,
+        dict(max_minutes=10.0, dim=192, n_layers=4, n_heads=3, n_kv_heads=3, batch_size=8, learning_rate=6e-3,
+             eval_interval=1000),
+        ((3.4, 1.019, "One day, Jrizz saw a big, red vais. It was a bird, a bird named Brizz. Brizz was very sad."),
+         (6.2, 0.873, "One day, a small dog named Max went for a walk. Max saw a big tree. He wanted to climb it."),
+         (9.0, 0.783, "One day, a dog named Spot went for a walk. He saw a big tree with many leaves. Spot wanted to "
+                      "play with the leaves, but he was too big and strong."),
+         (10.0, 0.765, "One day, a small dog named Max went for a walk. He saw a big tree. Max was very happy to find "
+                       "the tree. He went inside the tree and picked it up. He saw it was empty."))),
     "cpu_30min": Preset(
         "a lunch break", 4096,
-        dict(max_minutes=30.0, dim=256, n_layers=4, n_heads=4, n_kv_heads=4, batch_size=8,
-             gradient_accumulation_steps=1, learning_rate=5e-3, eval_interval=2000),
-        ((8.5, 0.923), (15.9, 0.820), (23.1, 0.755), (30.0, 0.693)),
-        "Once upon a time, there was a little girl who was very upset. One day she went out to play with her friends, "
-        "but they didn't know how to play them."),
+        dict(max_minutes=30.0, dim=256, n_layers=4, n_heads=4, n_kv_heads=4, batch_size=8, learning_rate=5e-3,
+             eval_interval=2000),
+        ((8.5, 0.923, "One day, a little girl named Lucy went outside to play in her room."),
+         (15.9, 0.820, "One day, Tom and his dog, Max were walking in a park. Max saw a big, shiny vine. He wanted to "
+                       "pick it up and see what was behind it."),
+         (23.1, 0.755, "One day, a little boy named Tim went to the park. He saw a big pile of luhes. He wanted to see "
+                       "what was inside the luhes, so he started to peek into the luhes."),
+         (30.0, 0.693, "One day, a little boy named Tim went to the park. He saw a big tree with lots of luxury. Tim "
+                       "wanted to make a luxury cake. He thought it would be a good place to draw."))),
     "gpu_2gb": Preset(
-        "the model of the settings block, on a GPU with 2 to 6 GB; not measured", 4096,
+        "the model of the settings block in half the memory, for a GPU with 2 to 6 GB; not measured", 4096,
         dict(batch_size=16, gradient_accumulation_steps=2, max_iters=20_000)),
     "gpu_large": Preset(
-        "a model of 30 million parameters, on a GPU with 24 GB or more; not measured", 4096,
-        dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, batch_size=128, gradient_accumulation_steps=1,
-             learning_rate=4e-3, max_iters=20_000)),
+        "a model of 30 million parameters, for a GPU with 24 GB or more; not measured", 4096,
+        dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, batch_size=128, learning_rate=4e-3, max_iters=20_000)),
 }
 
 
-def curve(name: str) -> tuple[tuple[float, float], ...]:
-    """The curve of a preset; empty where there is no preset."""
-    return PRESETS[name].curve if name in PRESETS else ()
+def curve(name: str) -> list[tuple[float, float]]:
+    """Minutes and bits per byte of a preset; empty where there is no preset."""
+    return [(minutes, bpb) for minutes, bpb, _ in PRESETS[name].curve] if name in PRESETS else []
 
 
 def expected(name: str, minutes: float) -> float | None:
@@ -66,8 +77,8 @@ def table() -> str:
     """The list of presets for --help."""
     lines = [f"presets (measured with {MEASURED_ON}):"]
     for name, preset in PRESETS.items():
-        end = f"; {preset.curve[-1][1]:.2f} bits per byte" if preset.curve else ""
-        lines += [f"  {name:10} {preset.about}; made for train_vocab.py --vocab_size {preset.vocab_size}{end}",
+        lines += [f"  {name:10} {preset.about}; made for train_vocab.py --vocab_size {preset.vocab_size}",
                   f"             {' '.join(f'--{key} {value}' for key, value in preset.settings.items())}"]
-        lines += [f"             {preset.story}"] if preset.story else []
+        lines += [f"             after {minutes:g} minutes {bpb:.2f} bits per byte: {story}"
+                  for minutes, bpb, story in preset.curve]
     return "\n".join(lines)

@@ -3,35 +3,86 @@
     python sample.py                                                  # a story from nothing
     python sample.py --prompt "One day, Lily met a Shoggoth"          # one that begins like this
     python sample.py --prompt FILE:beginning.txt --num_samples 3 --temperature 0.7 --seed 7
+    python sample.py --interactive                                    # you and the model take turns
+    python sample.py --input_file prompts.txt --output_file stories.jsonl       # a story for each line of a file
+    python sample.py --show_probs                                     # how sure the model was of each token
+    python sample.py --score story.txt                                # how well it expects a text that is there
+    python sample.py --quantize int8                                  # faster on a CPU, and nearly the same
 
 Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stories go to stdout, a line
 `---` between them; everything else goes to stderr. The same seed gives the same stories.
 """
+import json
+import math
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
 
 import checkpoint as checkpoints
 import device as devices
-import engine
 import settings
+from engine import Engine, Sampling
 from settings import UserError
 from tokenizer import Tokenizer
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best
 tokenizer = ""                  # a .model file; empty: the vocabulary inside the checkpoint
+# what to do
 prompt = ""                     # how the stories begin; FILE:path reads a file
 num_samples = 1                 # stories, written at the same time
+interactive = False             # type beginnings, and the model goes on
+input_file = ""                 # a prompt in each line; a story is written for each
+output_file = ""                # with input_file: JSON lines; a run that was interrupted goes on in it
+score = ""                      # a text file: print how well the model expects it, and write nothing
+# how to choose tokens
 max_new_tokens = 256            # a story may end sooner
 temperature = 0.8               # 0: always the likeliest token; 1: as the model sees it; more: wilder
 top_k = 300                     # draw from the k likeliest tokens; 0: from all
 top_p = 1.0                     # draw from the likeliest tokens that together have this probability
+min_p = 0.0                     # draw from the tokens that have this share of the likeliest one's probability
+repetition_penalty = 1.0        # 1.1 to 1.3 when the model repeats itself
+stop = ""                       # a text that ends a story and is not shown; several with | between
 seed = 1337                     # another one gives other stories
+# what to show
+stream = True                   # show the first story as it grows
+echo = True                     # show the prompt too
+logprobs = False                # show each token's log-probability (nats)
+show_probs = False              # colour tokens by their probability, and list what else was likely
+# machine
+quantize = ""                   # int8: weights of 8 bits, on a CPU
+batch_size = 32                 # prompts of input_file that are continued at the same time
 device = "auto"                 # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                  # auto, float32, bfloat16, float16
 # ---- end of settings ----------------------------------------------------------------------------
+
+
+@dataclass
+class Completion:
+    """A text that the model wrote: `text` is what comes after the prompt.
+
+    Attributes:
+        logprobs: of each token, in nats, as the model sees it without any filter.
+        stop_reason: eos, stop (a text that ends it) or length.
+    """
+    prompt: str
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: str = "length"
+
+
+class Token(NamedTuple):
+    """A token of a text, its log-probability in nats, and the likeliest tokens in its place with probabilities."""
+    piece: str
+    logprob: float
+    likeliest: list[tuple[str, float]]
 
 
 class TextGenerator:
@@ -39,23 +90,29 @@ class TextGenerator:
 
         generator = TextGenerator("output/ckpt.pt")
         stories = generator.sample("Once upon a time", num_samples=3)
+        for row, piece in generator.stream("Once upon a time"):
+            print(piece, end="", flush=True)
+        answers = generator.completions(["The cat", "A dog"], temperature=0, stop=["."])
     """
 
     def __init__(self, checkpoint: str | Path = checkpoint, tokenizer_model_path: str | Path | None = None,
-                 seed: int = seed, device: str = device, dtype: str = dtype):
+                 seed: int = seed, device: str = device, dtype: str = dtype, quantize: str = quantize):
         """Load a checkpoint. Raises UserError when it, the vocabulary or the device cannot be used."""
         self.where = devices.choose(device, dtype, training=False)
+        if quantize not in ("", "int8") or quantize and self.where.device.type != "cpu":
+            raise UserError(f"--quantize {quantize} is not for {self.where.device}; there is int8, for a CPU")
         state = checkpoints.load(checkpoint)
         self.tokenizer = Tokenizer(tokenizer_model_path) if tokenizer_model_path else checkpoints.build_tokenizer(state)
-        self.model = checkpoints.build_model(state).to(self.where.device, self.where.dtype).eval()
-        self.seed = seed
         expected = state.get("tokenizer_sha256")
         if expected and expected != self.tokenizer.sha256:
             raise UserError(f"{tokenizer_model_path} is not the vocabulary that {checkpoint} was trained with\n"
                             "       leave --tokenizer out: the right one is inside the checkpoint")
-        if self.tokenizer.n_words != self.model.args.vocab_size:
+        model = checkpoints.build_model(state).to(self.where.device)
+        if self.tokenizer.n_words != model.args.vocab_size:
             raise UserError(f"the vocabulary has {self.tokenizer.n_words} entries, the model "
-                            f"{self.model.args.vocab_size}; they do not belong together")
+                            f"{model.args.vocab_size}; they do not belong together")
+        self.seed, self.parameters = seed, model.count_parameters()
+        self.engine = Engine(model, self.where.dtype, quantize)
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *rest, **options) -> list[str]:
         """Write num_samples texts and return them, `start` included. Takes the arguments of `stream`."""
@@ -64,82 +121,274 @@ class TextGenerator:
             texts[row] += piece
         return texts
 
-    def stream(self, start: str = prompt, num_samples: int = num_samples, max_new_tokens: int = max_new_tokens,
-               temperature: float = temperature, top_k: int = top_k, top_p: float = top_p,
-               seed: int | None = None) -> Iterator[tuple[int, str]]:
-        """Yield (number of the text, what is new in it) as the texts grow, in whole characters.
+    def stream(self, start: str = prompt, num_samples: int = num_samples, *rest,
+               **options) -> Iterator[tuple[int, str]]:
+        """Yield (number of the text, what is new in it) as the texts grow, in whole characters; first, `start`.
 
-        Args: as in the settings block; seed None is the one of the generator.
+        Takes the further arguments of `grow`.
+        """
+        pieces = self.grow([Completion(start) for _ in range(num_samples)], *rest, **options)
+        return chain(((row, start) for row in range(num_samples)), pieces)
+
+    def completions(self, prompts: list[str], *rest, **options) -> list[Completion]:
+        """Continue each of the prompts, all at the same time. Takes the further arguments of `grow`."""
+        done = [Completion(prompt) for prompt in prompts]
+        for _ in self.grow(done, *rest, **options):
+            pass
+        return done
+
+    def grow(self, done: list[Completion], max_new_tokens: int = max_new_tokens, temperature: float = temperature,
+             top_k: int = top_k, top_p: float = top_p, min_p: float = min_p,
+             repetition_penalty: float = repetition_penalty, stop: list[str] | tuple[str, ...] = (),
+             seed: int | None = None, rows: list[int] | None = None) -> Iterator[tuple[int, str]]:
+        """Write on completions that have a prompt only; yield (number, new text) on the way.
+
+        Args: as in the settings block; seed None is the one of the generator, and rows choose the random numbers.
         Raises: UserError for a setting that cannot be used.
         """
-        check(num_samples, max_new_tokens, temperature, top_k, top_p)
-        first = [self.tokenizer.bos_id] + self.tokenizer.encode(start)
-        rows, shown = [list(first) for _ in range(num_samples)], [0] * num_samples
+        how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, self.seed if seed is None else seed)
+        check(len(done), max_new_tokens, how)
+        return self._grow(done, max_new_tokens, how, [text for text in stop if text], rows)
 
-        def news(row: int, unfinished: str) -> Iterator[tuple[int, str]]:
-            """What a text has more than was shown, without the beginning of a character if that is all there is."""
-            text = self.tokenizer.decode(rows[row]).rstrip(unfinished)
-            if len(text) > shown[row]:
-                yield row, text[shown[row]:]
-                shown[row] = len(text)
+    def _grow(self, done: list[Completion], max_new_tokens: int, how: Sampling, stop: list[str],
+              rows: list[int] | None) -> Iterator[tuple[int, str]]:
+        heads = [[self.tokenizer.bos_id] + ids for ids in self.tokenizer.encode_batch([one.prompt for one in done])]
+        readers, writing = [Reader(self.tokenizer, head, stop) for head in heads], set(range(len(done)))
+        for step in self.engine.generate(heads, max_new_tokens, how, self.tokenizer.eos_id, rows):
+            chosen = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)[:, None]
+            likely = step.logits.log_softmax(-1).gather(1, chosen).flatten().tolist()
+            for row in sorted(writing):
+                one, reader, token = done[row], readers[row], step.tokens[row]
+                if token is None:
+                    piece, one.stop_reason = reader.rest(), "eos"
+                else:
+                    piece = reader.add(token)
+                    one.tokens.append(token)
+                    one.logprobs.append(likely[row])
+                if reader.stopped:
+                    one.stop_reason = "stop"
+                if one.stop_reason != "length":
+                    writing.remove(row)
+                one.text += piece
+                if piece:
+                    yield row, piece
+            if not writing:
+                return
+        for row in sorted(writing):                         # they have ended together, or there is no more room
+            if len(done[row].tokens) < max_new_tokens:
+                done[row].stop_reason = "eos"
+            if piece := readers[row].rest():
+                done[row].text += piece
+                yield row, piece
 
-        steps = engine.generate(self.model, rows, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                eos_id=self.tokenizer.eos_id, seed=self.seed if seed is None else seed)
-        for step in chain([[None] * num_samples], steps):
-            for row, token in enumerate(step):
-                rows[row] += [token] if token is not None else []
-                yield from news(row, "\ufffd")
-        for row in range(num_samples):
-            yield from news(row, "")
+    def read(self, ids: list[int], alternatives: int = 3) -> list[Token]:
+        """How the model expects each of the ids after those before it; the first one, bos, is only read.
+
+        What is longer than the model's window is read in pieces of that length, each without what is before it.
+        """
+        found = []
+        for logprobs in self.engine.read(ids):                                      # (n, vocab_size)
+            chosen = ids[len(found) + 1:][:len(logprobs)]
+            of_chosen = logprobs.gather(1, torch.tensor(chosen, device=logprobs.device)[:, None]).flatten().tolist()
+            best, best_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))
+            for token, logprob, chances, others in zip(chosen, of_chosen, best.exp().tolist(), best_ids.tolist()):
+                likeliest = [(self.tokenizer.piece(other), chance) for other, chance in zip(others, chances)]
+                found.append(Token(self.tokenizer.piece(token), logprob, likeliest))
+        return found
 
 
-def check(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+class Reader:
+    """Turns the tokens of one text into whole characters, and ends it where one of the texts `stop` begins."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: list[int], stop: list[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids, self.begin, self.seen = list(ids), 0, len(ids)    # ids up to `seen` are text; `begin`: a bit before
+        self.held, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """What can be shown now: not the bytes of a character that has more, and not what may become a stop."""
+        self.ids.append(token)
+        new = self._new()
+        if new.endswith("\ufffd"):
+            return ""
+        self.begin, self.seen = self.seen - 1, len(self.ids)
+        self.held += new
+        ends = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        self.stopped = bool(ends)
+        shown = min(ends) if ends else len(self.held) - self._may_become_stop()
+        piece, self.held = self.held[:shown], "" if ends else self.held[shown:]
+        return piece
+
+    def rest(self) -> str:
+        """What was held back, when no more comes."""
+        return self.held + self._new()
+
+    def _new(self) -> str:
+        # one token that was shown before goes along, since the first one of a text loses its space
+        return self.tokenizer.decode(self.ids[self.begin:])[len(self.tokenizer.decode(self.ids[self.begin:self.seen])):]
+
+    def _may_become_stop(self) -> int:
+        """The length of the longest end of `held` with which one of the stops begins."""
+        longest = max(map(len, self.stop), default=0)
+        return next((n for n in range(min(longest - 1, len(self.held)), 0, -1)
+                     if any(text.startswith(self.held[-n:]) for text in self.stop)), 0)
+
+
+def check(num_samples: int, max_new_tokens: int, how: Sampling) -> None:
     """Raise UserError with every setting that cannot be used."""
-    problems = [text for wrong, text in [
-        (num_samples < 1, f"num_samples must be at least 1, not {num_samples}"),
-        (max_new_tokens < 0, f"max_new_tokens must not be negative, not {max_new_tokens}"),
-        (not 0 <= temperature < float("inf"), f"temperature must be 0 or more, not {temperature}"),
-        (top_k < 0, f"top_k must be 0 (all) or more, not {top_k}"),
-        (not 0 < top_p <= 1, f"top_p must be above 0 and at most 1, not {top_p}")] if wrong]
+    inf = math.inf
+    problems = [text for right, text in [
+        (num_samples >= 1, f"num_samples must be at least 1, not {num_samples}"),
+        (max_new_tokens >= 0, f"max_new_tokens must not be negative, not {max_new_tokens}"),
+        (0 <= how.temperature < inf, f"temperature must be 0 or more, not {how.temperature}"),
+        (how.top_k >= 0, f"top_k must be 0 (all) or more, not {how.top_k}"),
+        (0 < how.top_p <= 1, f"top_p must be above 0 and at most 1, not {how.top_p}"),
+        (0 <= how.min_p <= 1, f"min_p must be from 0 to 1, not {how.min_p}"),
+        (0 < how.repetition_penalty < inf, f"repetition_penalty must be above 0, not {how.repetition_penalty}")]
+        if not right]
     if problems:
         raise UserError("; ".join(problems))
 
 
+# ---- the command line ---------------------------------------------------------------------------
+
 def main() -> None:
     cfg, _ = settings.read(globals(), out=sys.stderr)
-    check(cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p)
-    start = read_prompt(cfg.prompt)
-    generator = TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype)
-    print(f"{cfg.checkpoint}: {generator.model.count_parameters():,} parameters, on {generator.where}", file=sys.stderr)
-    pieces = generator.stream(start, cfg.num_samples, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p)
-    longest = max(len(generator.tokenizer.encode(text)) for text in write(pieces, cfg.num_samples))
-    window = generator.model.args.max_seq_len
-    if longest > window:
+    start = read_text(cfg.prompt.removeprefix("FILE:")) if cfg.prompt.startswith("FILE:") else cfg.prompt
+    text = read_text(cfg.score) if cfg.score else ""
+    prompts = read_text(cfg.input_file).splitlines() if cfg.input_file else []
+    if cfg.output_file and not cfg.input_file:
+        raise UserError("--output_file needs the prompts of --input_file; one story can go there by > file")
+    check_settings(cfg)
+    generator = TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype, cfg.quantize)
+    print(f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {generator.where}"
+          + (f", weights in {cfg.quantize}" if cfg.quantize else ""), file=sys.stderr)
+    if cfg.score:
+        print_score(generator, text)
+    elif cfg.interactive:
+        import interactive
+        interactive.talk(generator, cfg)
+    elif cfg.input_file:
+        write_all(generator, prompts, cfg)
+    else:
+        write_stories(generator, start, cfg)
+
+
+def check_settings(cfg: SimpleNamespace) -> None:
+    check(cfg.num_samples, cfg.max_new_tokens,
+          Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty))
+    if cfg.batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {cfg.batch_size}")
+
+
+def options(cfg: SimpleNamespace) -> dict[str, Any]:
+    """The arguments of TextGenerator.grow."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {**{name: getattr(cfg, name) for name in names}, "stop": cfg.stop.split("|")}
+
+
+def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) -> None:
+    """Print the first story as it grows, and the others, which end at about the same time, after it."""
+    done = [Completion(start) for _ in range(cfg.num_samples)]
+    streams, head = cfg.stream and not cfg.logprobs and not cfg.show_probs, start if cfg.echo else ""
+    if streams:
+        print(head, end="", flush=True)
+    for row, piece in generator.grow(done, **options(cfg)):
+        if streams and row == 0:
+            print(piece, end="", flush=True)
+    for row, one in enumerate(done):
+        if row:
+            print("---")
+        if cfg.logprobs or cfg.show_probs:
+            print_tokens(generator, one, cfg)
+        else:
+            print("" if streams and row == 0 else head + one.text, flush=True)
+    longest = max(len(one.tokens) for one in done) + len(generator.tokenizer.encode(start, bos=True))
+    if longest > (window := generator.engine.args.max_seq_len):
         print(f"note: the model sees {window} tokens; past them it went on from the beginning mark and the newer half",
               file=sys.stderr)
 
 
-def read_prompt(text: str) -> str:
-    if not text.startswith("FILE:"):
-        return text
-    path = Path(text.removeprefix("FILE:"))
+def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
+    """Continue each prompt, some at a time; those of similar length together, the results in order.
+
+    With an output file, what is in it already is not written again.
+    """
+    path = Path(cfg.output_file) if cfg.output_file else None
+    done = whole_lines(path, prompts) if path else 0
+    if done:
+        print(f"{done} of {len(prompts)} are in {path} already", file=sys.stderr)
+    for first in range(done, len(prompts), 8 * cfg.batch_size):
+        chunk = [Completion(prompt) for prompt in prompts[first:first + 8 * cfg.batch_size]]
+        order = sorted(range(len(chunk)), key=lambda row: len(chunk[row].prompt))
+        for begin in range(0, len(order), cfg.batch_size):
+            rows = order[begin:begin + cfg.batch_size]
+            for _ in generator.grow([chunk[row] for row in rows], **options(cfg), rows=[first + row for row in rows]):
+                pass
+        if path:
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in chunk)
+        else:
+            print(*((one.prompt if cfg.echo else "") + one.text for one in chunk), sep="\n---\n",
+                  end="\n---\n" if first + len(chunk) < len(prompts) else "\n", flush=True)
+
+
+def whole_lines(path: Path, prompts: list[str]) -> int:
+    """How many of the prompts an output file has; a line that was cut off is removed from it."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
     try:
-        return path.read_text(encoding="utf-8")
+        found = [json.loads(line)["prompt"] for line in whole.decode().splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is there, and not from this command; name another --output_file") from error
+    if found != prompts[:len(found)]:
+        raise UserError(f"{path} has stories of other prompts; name another --output_file")
+    if len(whole) < len(content):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    return len(found)
+
+
+def print_tokens(generator: TextGenerator, one: Completion, cfg: SimpleNamespace) -> None:
+    """A line for each token, in colours if asked for."""
+    head = generator.tokenizer.encode(one.prompt)
+    eos = [generator.tokenizer.eos_id] if one.stop_reason == "eos" else []
+    tokens = generator.read([generator.tokenizer.bos_id] + head + one.tokens + eos)[0 if cfg.echo else len(head):]
+    if cfg.show_probs:
+        print("".join(painted(token) for token in tokens).removeprefix(" "))
+    for token in tokens:
+        others = ", ".join(f"{piece} {chance:.0%}" for piece, chance in token.likeliest)
+        print(f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"
+              + (f"   likeliest: {others}" if cfg.show_probs else ""), flush=True)
+
+
+def painted(token: Token) -> str:
+    """The token's text, red where the model did not expect it, green where it did."""
+    text = token.piece.replace("\u2581", " ")
+    level = min(int(6 * math.exp(token.logprob)), 5)
+    return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def print_score(generator: TextGenerator, text: str) -> None:
+    tokens = generator.read(generator.tokenizer.encode(text, bos=True, eos=True))
+    nats, size = -sum(token.logprob for token in tokens), len(text.encode())
+    print(f"{len(tokens)} tokens, {size} bytes: loss {nats / len(tokens):.4f}  "
+          f"perplexity {math.exp(nats / len(tokens)):.2f}  bits per byte {nats / math.log(2) / max(size, 1):.4f}")
+    print("least expected:")
+    for place in sorted(range(len(tokens)), key=lambda place: tokens[place].logprob)[:10]:
+        before = "".join(token.piece for token in tokens[max(place - 8, 0):place]).replace("\u2581", " ")
+        print(f"{tokens[place].logprob:8.3f}  {before!r} -> {tokens[place].piece!r}")
+
+
+def read_text(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"no prompt file at {path.resolve()}") from error
+        raise UserError(f"no file at {Path(name).resolve()}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text") from error
-
-
-def write(pieces: Iterator[tuple[int, str]], count: int) -> list[str]:
-    """Print the first text as it comes, and the others, which end at about the same time, after it."""
-    texts = [""] * count
-    for row, piece in pieces:
-        texts[row] += piece
-        if row == 0:
-            print(piece, end="", flush=True)
-    print("", *texts[1:], sep="\n---\n", flush=True)
-    return texts
+        raise UserError(f"{name} is not UTF-8 text") from error
 
 
 if __name__ == "__main__":

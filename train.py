@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import engine
 import presets
 import settings
 from dataset import IGNORE, Task
+from engine import Engine, Sampling
 from model import Transformer
 from muon import Muon
 from plan import Plan, clock, lasting, prepare, print_plan, set_aside
@@ -196,13 +196,11 @@ class Run:
         """Stories from the fixed prompts, with the same random numbers each time."""
         if not self.cfg.sample_tokens:
             return []
-        self.model.eval()
         rows = [[self.vocabulary.bos_id] + self.vocabulary.encode(text) for text in self.cfg.sample_prompts.split("|")]
-        for step in engine.generate(self.model, rows, self.cfg.sample_tokens, temperature=SAMPLE_TEMPERATURE,
-                                    eos_id=self.vocabulary.eos_id, seed=self.cfg.seed):
-            for row, token in zip(rows, step):
+        how = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.cfg.seed)
+        for step in Engine(self.model).generate(rows, self.cfg.sample_tokens, how, self.vocabulary.eos_id):
+            for row, token in zip(rows, step.tokens):
                 row += [token] if token is not None else []
-        self.model.train()
         return [self.vocabulary.decode(row) for row in rows]
 
     def save(self, name: str) -> None:

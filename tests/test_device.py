@@ -32,9 +32,14 @@ def test_the_best_that_is_there(machine, hardware, expected):
     assert chosen.scaler().is_enabled() == (chosen.dtype == torch.float16)
 
 
-def test_sampling_on_a_cpu_is_exact(machine):
+def test_sampling_on_a_cpu_rounds_the_weights_at_most(machine, monkeypatch):
     machine(features=["amx_bf16"])
+    monkeypatch.setattr(device, "_has_fbgemm", lambda: False)
     assert device.choose(training=False).dtype == torch.float32
+    with pytest.raises(UserError, match="needs a GPU"):
+        device.choose("cpu", "float16", training=False)
+    monkeypatch.setattr(device, "_has_fbgemm", lambda: True)
+    assert device.choose(training=False).dtype == torch.float16
 
 
 def test_what_is_asked_for_counts(machine):

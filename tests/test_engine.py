@@ -4,8 +4,11 @@ import math
 import pytest
 import torch
 
-from engine import choose, generate
+import engine as engine_module
+from engine import Engine, Sampling, choose
 from model import ModelArgs, Transformer
+
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -17,88 +20,142 @@ def model():
     return model
 
 
+@pytest.fixture(scope="module")
+def engine(model):
+    return Engine(model)
+
+
 def rows(steps, count):
     found = [[] for _ in range(count)]
     for step in steps:
-        for row, token in zip(found, step, strict=True):
+        for row, token in zip(found, step.tokens, strict=True):
             row += [token] if token is not None else []
     return found
 
 
-def draw(logits, count, **options):
-    """Draw `count` tokens, each with generators of its own."""
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    return choose(torch.tensor(logits).expand(count, -1), generators=generators, **options)
+def draw(logits, count, seen=(), **options):
+    """Draw `count` tokens."""
+    noise = torch.empty(count, options.get("top_k") or len(logits)).exponential_(
+        generator=torch.Generator().manual_seed(5))[:, :len(logits)]
+    was = torch.tensor([token in seen for token in range(len(logits))]).expand(count, -1)
+    return choose(torch.tensor(logits).expand(count, -1), Sampling(**options), noise, was if seen else None).tolist()
 
 
-def test_greedy_equals_the_plain_form(model):
+def plain(model, context, count):
+    """What the likeliest tokens are by the model's own forward, beyond the window too."""
+    window, found = model.args.max_seq_len, []
+    for _ in range(count):
+        if len(context) > window:
+            context = context[:1] + context[-(window // 2):]
+        found.append(model(torch.tensor([context]))[0, -1].argmax().item())
+        context = context + found[-1:]
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied, kv_heads, scaling", [(True, 2, None), (False, 4, None), (True, 1, {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16})])
+def test_the_engine_computes_what_the_model_does(tied, kv_heads, scaling):
+    """The logits of prompts, and then of one token after the other, also with gains that are not 1."""
+    torch.manual_seed(1)
+    model = Transformer(ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=kv_heads, vocab_size=61, max_seq_len=24,
+                                  tie_embeddings=tied, rope_scaling=scaling)).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 2)
+    prompts = [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
+    texts = [list(prompt) for prompt in prompts]
+    for step in Engine(model).generate(prompts, 15, Sampling(seed=2)):
+        for text, token, logits in zip(texts, step.tokens, step.logits):
+            torch.testing.assert_close(logits, model(torch.tensor([text]))[0, -1], atol=1e-4, rtol=1e-4)
+            text.append(token)
+
+
+def test_greedy_equals_the_plain_form(model, engine):
     prompts = [[1, 5, 9], [1, 7, 3]]
-    plain = model.generate(torch.tensor(prompts), 15, temperature=0)[:, 3:].tolist()
-    assert rows(generate(model, prompts, 15, temperature=0), 2) == plain
+    want = model.generate(torch.tensor(prompts), 15, temperature=0)[:, 3:].tolist()
+    assert rows(engine.generate(prompts, 15, GREEDY), 2) == want
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_ragged_prompts_give_what_each_gives_alone(model, temperature):
-    prompts = [[1], [1, 4, 8, 15, 16, 23, 42], [1, 30, 31], [1, 2, 2]]
-    together = rows(generate(model, prompts, 60, temperature=temperature, eos_id=7), 4)
+def test_ragged_prompts_give_what_each_gives_alone(engine, temperature):
+    prompts, how = [[1], [1, 4, 8, 15, 16, 23, 42], [1, 30, 31], [1, 2, 2]], Sampling(temperature, seed=4)
+    together = rows(engine.generate(prompts, 60, how, 7), 4)
     for i, prompt in enumerate(prompts):
-        # alone it has the same place in the batch, and so the same random numbers
-        neighbours = [[1]] * i + [prompt]
-        assert rows(generate(model, neighbours, 60, temperature=temperature, eos_id=7), i + 1)[i] == together[i]
-    assert len({len(row) for row in together}) > 1 and max(map(len, together)) > model.args.max_seq_len
+        assert rows(engine.generate([prompt], 60, how, 7, rows=[i]), 1)[0] == together[i]
+    assert len({len(row) for row in together}) > 1 and max(map(len, together)) > engine.args.max_seq_len
 
 
-def test_a_row_stops_at_eos_by_itself(model):
-    prompts = [[1, i] for i in range(10, 30)]
-    free = rows(generate(model, prompts, 20, seed=3), 20)
+def test_a_row_stops_at_eos_by_itself(engine):
+    prompts, how = [[1, i] for i in range(10, 30)], Sampling(seed=3)
+    free = rows(engine.generate(prompts, 20, how), 20)
     eos = free[0][5]
-    stopped = rows(generate(model, prompts, 20, seed=3, eos_id=eos), 20)
+    stopped = rows(engine.generate(prompts, 20, how, eos), 20)
     for long, short in zip(free, stopped):
         assert short == (long[:long.index(eos)] if eos in long else long)
     assert len({len(row) for row in stopped}) > 1
 
 
-def test_steps_end_when_all_rows_have(model):
-    first = rows(generate(model, [[1, 2]], 1, temperature=0), 1)[0][0]
-    assert list(generate(model, [[1, 2]], 50, temperature=0, eos_id=first)) == []
-    assert len(list(generate(model, [[1, 2]], 7))) == 7 and list(generate(model, [[1, 2]], 0)) == []
+def test_steps_end_when_all_rows_have(engine):
+    first = rows(engine.generate([[1, 2]], 1, GREEDY), 1)[0][0]
+    assert list(engine.generate([[1, 2]], 50, GREEDY, first)) == []
+    assert len(list(engine.generate([[1, 2]], 7))) == 7 and list(engine.generate([[1, 2]], 0)) == []
 
 
-def test_beyond_the_window_bos_and_the_newer_half_stay(model):
-    window = model.args.max_seq_len
-    context, expected = [1, 5, 9], []
-    for _ in range(70):
-        if len(context) > window:
-            context = context[:1] + context[-(window // 2):]
-        logits = model(torch.tensor([context]))
-        expected.append(logits[0, -1].argmax().item())
-        context.append(expected[-1])
-    assert rows(generate(model, [[1, 5, 9]], 70, temperature=0), 1)[0] == expected
+@torch.no_grad()
+def test_beyond_the_window_bos_and_the_newer_half_stay(model, engine):
+    prompts = [[1, 5, 9], [1, 6], [1, 7, 7, 7, 7, 7]]           # which get there at different times
+    assert rows(engine.generate(prompts, 70, GREEDY), 3) == [plain(model, prompt, 70) for prompt in prompts]
 
 
-def test_a_prompt_longer_than_the_window_is_shortened_the_same_way(model):
-    prompt = [1] + [i % 40 + 5 for i in range(60)]
-    window = model.args.max_seq_len
-    assert rows(generate(model, [prompt], 5, temperature=0), 1) == \
-        rows(generate(model, [[1] + prompt[-(window // 2):]], 5, temperature=0), 1)
+@torch.no_grad()
+def test_a_prompt_longer_than_the_window_is_shortened_the_same_way(model, engine):
+    prompts = [[1] + [i % 40 + 5 for i in range(60)], [1, 3]]
+    assert rows(engine.generate(prompts, 5, GREEDY), 2) == [plain(model, prompt, 5) for prompt in prompts]
 
 
-def test_seeds(model):
+def test_seeds(engine):
     prompts = [[1, 5]] * 3
-    first = rows(generate(model, prompts, 20, seed=1), 3)
-    assert rows(generate(model, prompts, 20, seed=1), 3) == first != rows(generate(model, prompts, 20, seed=2), 3)
-    assert first[0] != first[1]
+    first = rows(engine.generate(prompts, 20, Sampling(seed=1)), 3)
+    assert rows(engine.generate(prompts, 20, Sampling(seed=1)), 3) == first
+    assert rows(engine.generate(prompts, 20, Sampling(seed=2)), 3) != first and first[0] != first[1]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert rows(generate(model, prompts[:1], 20, seed=1), 1) == first[:1]
+    assert rows(engine.generate(prompts[:1], 20, Sampling(seed=1)), 1) == first[:1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_each_token_of_a_row_has_random_numbers_of_its_own():
+    """A model without an opinion draws evenly, over many tokens of one row and over rows."""
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=8, max_seq_len=16))
+    torch.nn.init.zeros_(model.output.weight)
+    found = torch.tensor(rows(Engine(model).generate([[1]] * 20, 400), 20))
+    for counts in (torch.bincount(found.flatten(), minlength=8), torch.bincount(found[0], minlength=8) * 20):
+        assert (counts - 1000).abs().max() < 350
+    pairs = torch.bincount((8 * found[:, :-1] + found[:, 1:]).flatten(), minlength=64)
+    assert (pairs - 7980 / 64).abs().max() < 70
+
+
+@pytest.mark.parametrize("rows_of_x", [1, 3, 200])
+def test_integers_are_near_the_weights(rows_of_x):
+    """Rounding to 255 levels moves a product by well under a hundredth of its size."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64) * torch.rand(96, 1), torch.randn(rows_of_x, 64)
+    found, want = engine_module._int8(weight, torch.float32)(x), x @ weight.T
+    assert found.shape == want.shape and (found - want).norm() < 0.015 * want.norm()
+
+
+def test_formats_agree(model):
+    prompts = [[1, 5, 9], [1, 7]]
+    want = next(Engine(model).generate(prompts, 1)).logits
+    for options in ({"dtype": torch.bfloat16}, {"quantize": "int8"}):
+        found = next(Engine(model, **options).generate(prompts, 1)).logits
+        assert (found - want).norm() < 0.1 * want.norm() and not torch.equal(found, want)
+
+
 def test_draws_follow_the_distribution():
-    """Chi-square over 20,000 draws; the 99.99 % point for 9 degrees of freedom is 33.7."""
+    """Chi-square over 100,000 draws; the 99.99 % point for 9 degrees of freedom is 33.7."""
     logits = [0.0, 1.0, 2.0, -1.0, 0.5, 1.5, -2.0, 0.1, 0.2, 2.5]
-    temperature, count = 1.3, 20_000
+    temperature, count = 1.3, 100_000
     counts = torch.bincount(torch.tensor(draw(logits, count, temperature=temperature)), minlength=10)
     expected = (torch.tensor(logits) / temperature).softmax(0) * count
     assert ((counts - expected) ** 2 / expected).sum() < 33.7
@@ -125,13 +182,21 @@ def test_temperature():
     assert set(draw(logits, 300, temperature=1e6)) == {0, 1, 2}
 
 
-def test_the_cache_is_used(model, monkeypatch):
-    """After the prompt, each step computes one token of each row and no more."""
-    widths, forward = [], model.forward
+def test_min_p_keeps_what_has_its_share_of_the_likeliest():
+    logits = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
+    assert set(draw(logits, 2000, min_p=0.05)) == {0, 1, 2, 3} and set(draw(logits, 1000, min_p=0.2)) == {0, 1, 2}
+    assert set(draw(logits, 500, min_p=0.59)) == {0, 1} and set(draw(logits, 200, min_p=1.0)) == {0}
 
-    def counted(tokens, **options):
-        widths.append(tokens.shape[1])
-        return forward(tokens, **options)
-    monkeypatch.setattr(model, "forward", counted)
-    list(generate(model, [[1, 2, 3, 4, 5]], 10))
-    assert widths == [5] + [1] * 9
+
+def test_repetition_makes_old_tokens_less_likely():
+    assert draw([1.0, 0.9, -1.0], 1, temperature=0, seen=[0], repetition_penalty=1.2) == [1]
+    assert draw([1.0, 0.9, -1.0], 1, temperature=0, seen=[0], repetition_penalty=1.1) == [0]
+    assert draw([-1.0, -1.1], 1, temperature=0, seen=[0, 0], repetition_penalty=1.2) == [1]    # once, however often
+    assert draw([1.0, 0.9, -1.0], 1, temperature=0, seen=[], repetition_penalty=9.0) == [0]
+
+
+def test_filters_apply_to_each_row_by_itself():
+    logits = torch.tensor([[5.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]).repeat(500, 1)
+    noise = torch.empty(1000, 4).exponential_(generator=torch.Generator().manual_seed(5))
+    found = choose(logits, Sampling(top_p=0.9), noise)
+    assert set(found[::2].tolist()) == {0} and set(found[1::2].tolist()) == {0, 1, 2, 3}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import model as model_module
-from model import KVCache, LinearCrossEntropy, ModelArgs, Transformer, causal_attention, rope_frequencies
+from model import LinearCrossEntropy, ModelArgs, Transformer, causal_attention, rope_frequencies
 
 SMALL = dict(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=40, multiple_of=16)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -126,35 +126,6 @@ def test_rope_scaling_is_that_of_llama_3():
         else:
             smooth = (8192 / wave - 1) / (4 - 1)
             assert slow == pytest.approx((1 - smooth) * speed / 8 + smooth * speed)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("pieces", [[25], [1] * 25, [10, 1, 1, 13], [3, 22]])
-def test_cache_equals_no_cache(tokens, pieces):
-    model = build()
-    want = model(tokens)
-    cache, at = KVCache(model.args, 3, tokens.device, torch.float32), 0
-    for piece in pieces:
-        logits = model(tokens[:, at:at + piece], cache=cache)
-        torch.testing.assert_close(logits, want[:, at:at + piece], **CLOSE)
-        at += piece
-        cache.lengths, cache.end = cache.lengths + piece, at
-
-
-@torch.no_grad()
-def test_ragged_prompts_share_a_cache(tokens):
-    """Prompts of 3, 25 and 11 tokens, padded on the right, then 5 single tokens each."""
-    model, lengths = build(), [3, 25, 11]
-    more = torch.randint(0, 97, (3, 5), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(model.args, 3, tokens.device, torch.float32)
-    first = model(tokens, cache=cache, last=torch.tensor(lengths) - 1)
-    found = [first]
-    for i in range(5):
-        cache.lengths, cache.end = torch.tensor(lengths) + i, 25 + i
-        found.append(model(more[:, i:i + 1], cache=cache))
-    for row, length in enumerate(lengths):
-        alone = model(torch.cat((tokens[row:row + 1, :length], more[row:row + 1]), 1))
-        torch.testing.assert_close(torch.cat(found, 1)[row], alone[0, length - 1:], **CLOSE)
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
 """Step 4: what a user sees, from Python and from the command line."""
+import ast
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +10,10 @@ import pytest
 import torch
 
 import checkpoint
-import sample
+import shards
 import tokenizer
 from conftest import ROOT, TINY, assert_user_error, script
+from engine import Step
 from model import ModelArgs, Transformer
 from sample import TextGenerator
 from settings import UserError
@@ -34,6 +38,14 @@ def bytewise(tmp_path_factory) -> Path:
     checkpoint.save(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {}, "tokenizer": vocabulary.model,
                            "tokenizer_sha256": vocabulary.sha256})
     return path
+
+
+def dictate(monkeypatch, generator, *rows):
+    """Have the engine yield these tokens, one list for each text."""
+    size = generator.tokenizer.n_words
+    steps = [Step([row[i] if i < len(row) else None for row in rows], torch.zeros(len(rows), size))
+             for i in range(max(map(len, rows)))]
+    monkeypatch.setattr(generator.engine, "generate", lambda *args: iter(steps))
 
 
 def test_samples_are_texts_that_begin_with_the_prompt(trained):
@@ -66,18 +78,139 @@ def test_a_character_of_several_tokens_comes_whole(bytewise, monkeypatch):
     generator = TextGenerator(bytewise)
     ids = generator.tokenizer.encode("好😀!")[1:]       # without the space in front
     assert len(ids) == 3 + 4 + 1
-    monkeypatch.setattr(sample.engine, "generate", lambda *a, **k: iter([[token] for token in ids]))
+    dictate(monkeypatch, generator, ids)
     assert [piece for _, piece in generator.stream("x", 1, 9)] == ["x", "好", "😀", "!"]
-    monkeypatch.setattr(sample.engine, "generate", lambda *a, **k: iter([[token] for token in ids[:2]]))
+    dictate(monkeypatch, generator, ids[:2])
     assert "".join(piece for _, piece in generator.stream("x", 1, 9)) == "x\ufffd\ufffd"
 
 
 def test_stories_end_where_the_model_ends_them(trained, monkeypatch):
     generator = TextGenerator(trained)
-    eos = generator.tokenizer.eos_id
-    monkeypatch.setattr(generator.model, "forward", lambda tokens, **k: 99.0 * (
-        torch.nn.functional.one_hot(torch.full((len(tokens), 1), eos), generator.tokenizer.n_words)))
+    eos = torch.tensor(generator.tokenizer.eos_id)
+    monkeypatch.setattr(generator.engine, "output", lambda x: 99.0 * (
+        torch.nn.functional.one_hot(eos.expand(len(x)), generator.tokenizer.n_words)))
     assert generator.sample("Once upon", 2, 50) == ["Once upon"] * 2
+    assert [one.stop_reason for one in generator.completions(["a", "b"])] == ["eos"] * 2
+
+
+def test_a_stop_text_ends_a_story_and_is_not_shown(bytewise, monkeypatch):
+    """Also when it comes in several tokens, and when what looked like its beginning was none."""
+    generator = TextGenerator(bytewise)
+    ids = generator.tokenizer.encode("a cab ca. cat b")
+    assert len(ids) > 6
+    for stop, text in [(["cat"], "a cab ca. "), (["ca"], "a "), (["b c", "zz"], "a ca"), (["cat b", "t b"], "a cab ca. "),
+                       (["dog"], "a cab ca. cat b"), (["", "cat bb"], "a cab ca. cat b"), ([], "a cab ca. cat b")]:
+        dictate(monkeypatch, generator, ids)
+        one, = generator.completions(["x"], 99, stop=stop)
+        assert (one.text, one.stop_reason) == (" " + text, "stop" if len(text) < 15 else "eos"), stop
+        dictate(monkeypatch, generator, ids)
+        pieces = [piece for _, piece in generator.stream("", 1, 99, stop=stop)]
+        assert "".join(pieces) == text and not any("cat" in piece for piece in pieces[1:-1])
+
+
+@torch.no_grad()
+def test_completions_tell_what_happened(trained):
+    generator = TextGenerator(trained, dtype="float32")
+    prompts = ["Once upon a time", "", "The dog and the cat went out to play. They"]
+    done = generator.completions(prompts, 12, temperature=1.0)
+    model = checkpoint.build_model(checkpoint.load(trained))
+    for one, prompt in zip(done, prompts, strict=True):
+        head = generator.tokenizer.encode(prompt, bos=True)
+        assert one.prompt == prompt and (one.stop_reason == "length") == (len(one.tokens) == 12)
+        assert generator.tokenizer.decode(head + one.tokens) == prompt + one.text
+        logprobs = model(torch.tensor([head + one.tokens]))[0].log_softmax(-1)
+        for place, (token, found) in enumerate(zip(one.tokens, one.logprobs, strict=True), len(head) - 1):
+            assert found == pytest.approx(logprobs[place, token].item(), abs=1e-4)
+    assert generator.completions(prompts[1:2], 12, temperature=1.0, rows=[1])[0].tokens == done[1].tokens
+
+
+def test_a_text_is_scored_as_an_evaluation_scores_it(trained, project):
+    """Over the whole val split, by documents."""
+    state = checkpoint.load(trained)
+    vocabulary = checkpoint.build_tokenizer(state)
+    data = shards.load(project / "tok512", vocabulary.sha256)
+    generator, nats, tokens = TextGenerator(trained, dtype="float32"), 0.0, 0
+    for shard in data.of("val"):
+        ids = data.open(shard).tolist()
+        begins = [at for at, id in enumerate(ids) if id == vocabulary.bos_id]
+        for begin, end in zip(begins, [*begins[1:], len(ids)]):
+            found = generator.read(ids[begin:end])
+            nats, tokens = nats - sum(token.logprob for token in found), tokens + len(found)
+    assert nats / tokens == pytest.approx(json.loads((trained.parent / "log.jsonl").read_text(
+        encoding="utf-8").splitlines()[-1])["val_loss"], rel=0.01)
+
+
+def test_a_score_from_the_command_line(trained):
+    Path("story.txt").write_text("The dog and the cat went out — to play.", encoding="utf-8")
+    result = script("sample", "--checkpoint", trained, "--score", "story.txt")
+    tokens = TextGenerator(trained).read(TextGenerator(trained).tokenizer.encode(
+        "The dog and the cat went out — to play.", bos=True, eos=True))
+    loss = -sum(token.logprob for token in tokens) / len(tokens)
+    assert result.stdout.startswith(f"{len(tokens)} tokens, 41 bytes: loss {loss:.4f}  "), result.stderr
+    assert f"bits per byte {loss * len(tokens) / math.log(2) / 41:.4f}" in result.stdout
+    worst = min(tokens, key=lambda token: token.logprob)
+    assert result.stdout.splitlines()[2].strip().startswith(f"{worst.logprob:.3f}")
+
+
+def test_tokens_are_listed_with_their_probability(trained):
+    plain = script("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6")
+    listed = script("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--logprobs")
+    pieces = [ast.literal_eval(line.split("  ")[-1]) for line in listed.stdout.splitlines()]
+    assert "".join(pieces).replace("\u2581", " ").strip() == plain.stdout.strip()
+    shown = script("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--show_probs",
+                   "--no_echo").stdout.splitlines()
+    assert shown[0] == plain.stdout.rstrip("\n").removeprefix("The dog").removeprefix(" ") and "likeliest:" in shown[1]
+    assert len(shown) == 1 + 6
+
+
+def test_how_stories_are_shown(trained):
+    command = ["sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "20", "--num_samples", "2"]
+    plain = script(*command).stdout
+    assert script(*command, "--stream", "False").stdout == plain
+    assert script(*command, "--echo", "False").stdout == plain.replace("The dog", "")
+    assert script(*command, "--quantize", "int8").stdout.count("The dog") == 2
+
+
+def test_prompts_from_a_file(trained):
+    prompts = ["The dog", "", "Once upon a time there was", "A cat", "Tom ☃ and Mia"]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    command = ["sample", "--checkpoint", trained, "--input_file", "prompts.txt", "--max_new_tokens", "9",
+               "--batch_size", "2", "--output_file", "out.jsonl"]
+    assert script(*command).returncode == 0
+    whole = Path("out.jsonl").read_bytes()
+    records = [json.loads(line) for line in whole.decode().splitlines()]
+    assert [record["prompt"] for record in records] == prompts
+    assert set(records[0]) == {"prompt", "text", "tokens", "logprobs", "stop_reason"}
+    alone = TextGenerator(trained).completions(["A cat"], 9, rows=[3])[0]
+    assert records[3]["text"] == alone.text and records[3]["tokens"] == alone.tokens
+    for size in (10, whole.index(b"\n") + 30, len(whole)):                     # as an interrupted run leaves it
+        Path("out.jsonl").write_bytes(whole[:size])
+        result = script(*command)
+        texts = [json.loads(line)["text"] for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert texts == [record["text"] for record in records], (size, result.stderr)
+    shown = script(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
+    assert shown == [record["prompt"] + record["text"] for record in records]
+    Path("prompts.txt").write_text("Another\n", encoding="utf-8")
+    assert_user_error(script(*command), "out.jsonl", "other prompts")
+    Path("out.jsonl").write_text("my notes\n", encoding="utf-8")
+    assert_user_error(script(*command), "out.jsonl", "not from this command")
+    assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes\n"
+
+
+def test_taking_turns(trained):
+    """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
+    lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x", "The dog",
+             " and", "/clear", "The dog", "/what", "/exit", "never"]
+    result = script("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", input="\n".join(lines))
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    generator = TextGenerator(trained)
+    first = generator.sample("The dog", 1, 8, temperature=0)[0]
+    second = generator.sample("The dogThe dog", 1, 8, temperature=0)[0]     # after the answer that top_p forbade
+    third = generator.sample(second + " and", 1, 8, temperature=0)[0]
+    assert ">>> " + third.removeprefix(second + " and") + "\n" in result.stdout
+    assert ">>> " + first.removeprefix("The dog") + "\n" in result.stdout
+    assert "top_p must be" in result.stderr and "top_k cannot be 'x'" in result.stderr
+    assert "temperature = 0.0" in result.stdout and "/clear   " in result.stdout
 
 
 def test_longer_than_the_window(trained):
@@ -87,7 +220,8 @@ def test_longer_than_the_window(trained):
 
 @pytest.mark.parametrize("options, message", [
     ({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_p": 0}, "top_p"),
-    ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"max_new_tokens": -1}, "max_new_tokens")])
+    ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"max_new_tokens": -1}, "max_new_tokens"),
+    ({"min_p": 1.1}, "min_p"), ({"repetition_penalty": 0}, "repetition_penalty"), ({"num_samples": 0}, "num_samples")])
 def test_settings_out_of_range(trained, options, message):
     with pytest.raises(UserError, match=message):
         TextGenerator(trained).sample("x", **options)
@@ -128,6 +262,9 @@ def test_mistakes_are_one_clear_line(trained, tmp_path):
                       "top_p")
     assert_user_error(script("sample", "--checkpoint", trained, "--device", "cuda:9"), "cuda:9")
     assert_user_error(script("sample", "--checkpoint", trained, "--tokenizer", "none.model"), "none.model")
+    assert_user_error(script("sample", "--checkpoint", trained, "--quantize", "int3"), "int3", "int8")
+    assert_user_error(script("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
+    assert_user_error(script("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
 
 
 def test_a_closed_pipe_ends_quietly(trained):
