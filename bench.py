@@ -3,36 +3,51 @@
     python bench.py train                           # a training step, and that of transformers.LlamaForCausalLM
     python bench.py train --peer ../llama2.c        # and that of the model.py in another folder
     python bench.py quality --data my_stories --minutes 3      # trains the presets of up to 3 minutes
+    python bench.py sample                          # writing, alone and 32 at a time, and that of transformers
+    python bench.py sample --peer ../llama2.c       # and that of the run.c in another folder (needs gcc)
+    python bench.py sample --checkpoint output/ckpt.pt         # and the val loss of each format of the weights
 
 Contenders take turns, so that a machine that slows down slows all of them; medians are printed.
 """
 import importlib.util
 import json
+import os
 import statistics
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import checkpoint as checkpoints
 import device as devices
 import settings
+import shards
 import train
-from model import ModelArgs
+from dataset import IGNORE, Task
+from engine import Engine, Sampling
+from model import ModelArgs, Transformer
 from plan import Plan, memory
 from presets import PRESETS
 from settings import UserError
+from tokenizer import find
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""             # train: the model and batch of a preset; empty: the defaults of train.py
 peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss or returned)
-rounds = 10             # train: steps of each contender
+                        # sample: a folder with llama2.c's run.c
+rounds = 10             # turns of each contender
+checkpoint = ""         # sample: a trained model; empty: the default one, untrained
+data_dir = "data"       # sample: where the val split of the checkpoint's vocabulary is
 data = ""               # quality: real stories, as for train_vocab.py
 minutes = 3.0           # quality: the longest preset to train
 out_dir = "output/bench"            # quality: the runs
@@ -42,7 +57,7 @@ dtype = "auto"
 
 
 def main() -> None:
-    commands = {"train": bench_train, "quality": bench_quality}
+    commands = {"train": bench_train, "quality": bench_quality, "sample": bench_sample}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         commands[sys.argv[1]](settings.read(globals(), sys.argv[2:])[0])
     else:
@@ -67,10 +82,10 @@ def bench_train(cfg: SimpleNamespace) -> None:
     if cfg.peer:
         steps[f"{cfg.peer}, float32"] = peer_step(Path(cfg.peer), where, args, batch)
     times = take_turns(steps, where, cfg.rounds)
-    limit, count = matrix_seconds(args, where, batch[0].numel()), batch[0].numel()
-    print(f"{where}: dim {args.dim}, {args.n_layers} layers, {count:,} tokens, one micro-batch a step")
+    limit, rows = matrix_seconds(args, where, batch[0].numel()), batch[0].numel()
+    print(f"{where}: dim {args.dim}, {args.n_layers} layers, {rows:,} tokens, one micro-batch a step")
     for name, seconds in times.items():
-        print(f"{name:24} {count / seconds:10,.0f} tokens/s "
+        print(f"{name:24} {rows / seconds:10,.0f} tokens/s "
               f"{times['transformers, float32'] / seconds:6.2f} x transformers "
               f"{limit / seconds:6.0%} of what the matrix products allow")
     print(f"memory: {memory(runs['eager'])}")
@@ -88,16 +103,20 @@ def own_run(block: SimpleNamespace, where: devices.Device, args: ModelArgs, comp
 
 
 def transformers_step(where: devices.Device, args: ModelArgs, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
+    model = transformers_model(args, where)
+    return adamw_step(model, lambda: torch.nn.functional.cross_entropy(
+        model(input_ids=batch[0]).logits.flatten(0, 1), batch[1].flatten()))
+
+
+def transformers_model(args: ModelArgs, where: devices.Device) -> torch.nn.Module:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise UserError("bench.py train needs the package transformers: pip install transformers") from error
-    model = LlamaForCausalLM(LlamaConfig(
+        raise UserError("bench.py needs the package transformers: pip install transformers") from error
+    return LlamaForCausalLM(LlamaConfig(
         vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_dim, rms_norm_eps=args.norm_eps,
         num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads,
         max_position_embeddings=args.max_seq_len, tie_word_embeddings=args.tie_embeddings)).to(where.device)
-    return adamw_step(model, lambda: torch.nn.functional.cross_entropy(
-        model(input_ids=batch[0]).logits.flatten(0, 1), batch[1].flatten()))
 
 
 def peer_step(folder: Path, where: devices.Device, args: ModelArgs,
@@ -146,17 +165,108 @@ def matrix_seconds(args: ModelArgs, where: devices.Device, rows: int) -> float:
 
 
 def take_turns(steps: dict[str, Callable[[], object]], where: devices.Device, rounds: int) -> dict[str, float]:
-    """Median seconds of each, after two turns that do not count."""
+    """Median seconds of each, after two turns that do not count. A step that returns a float has measured itself."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         for name, step in steps.items():
             began = time.perf_counter()
-            step()
+            own = step()
             if where.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn > 1:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(own if isinstance(own, float) else time.perf_counter() - began)
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+PROMPT, LENGTH, HOW = [1, 403, 407, 261, 378], 256, Sampling(temperature=0.8, top_k=300)
+
+
+def bench_sample(cfg: SimpleNamespace) -> None:
+    """Tokens per second from a prompt of 5 tokens to 256, the prompt's time included; a batch counts all its tokens."""
+    where = devices.choose(cfg.device, cfg.dtype, training=False)
+    state = checkpoints.load(cfg.checkpoint) if cfg.checkpoint else None
+    model = (checkpoints.build_model(state) if state else Transformer(ModelArgs())).to(where.device)
+    engines = {str(where.dtype).removeprefix("torch."): Engine(model, where.dtype)}
+    if where.device.type == "cpu":
+        engines |= {"float32": Engine(model), "int8": Engine(model, quantize="int8")}
+    theirs = transformers_model(model.args, where).eval()
+    for batch in (1, 32):
+        steps = {name: partial(write, engine, batch) for name, engine in engines.items()}
+        steps["transformers, float32"] = partial(write_with_transformers, theirs, batch)
+        if cfg.peer and batch == 1:
+            steps["run.c, float32"] = run_c(Path(cfg.peer), model)
+        times = take_turns(steps, where, cfg.rounds)
+        print(f"{where}: dim {model.args.dim}, {model.args.n_layers} layers, {batch} at a time")
+        for name, seconds in times.items():
+            print(f"{name:24} {batch * (LENGTH - len(PROMPT)) / seconds:10,.0f} tokens/s "
+                  f"{times['transformers, float32'] / seconds:6.2f} x transformers")
+    if state:
+        for name, engine in engines.items():
+            print(f"{name:24} val loss {val_loss(engine, state, cfg.data_dir):.4f}")
+
+
+def write(engine: Engine, batch: int) -> None:
+    for _ in engine.generate([PROMPT] * batch, LENGTH - len(PROMPT), HOW):
+        pass
+
+
+@torch.inference_mode()
+def write_with_transformers(model: torch.nn.Module, batch: int) -> None:
+    count = LENGTH - len(PROMPT)
+    model.generate(torch.tensor([PROMPT] * batch, device=model.device), max_new_tokens=count, min_new_tokens=count,
+                   do_sample=True, temperature=HOW.temperature, top_k=HOW.top_k, pad_token_id=0)
+
+
+def run_c(folder: Path, model: Transformer) -> Callable[[], float]:
+    """Build llama2.c's run.c, give it the model, and return what runs it and reads the time that it reports."""
+    if not (folder / "run.c").is_file():
+        raise UserError(f"no run.c in {folder.resolve()}")
+    home = Path(tempfile.mkdtemp())
+    subprocess.run(["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", home / "run"], check=True)
+    write_for_run_c(model, home)
+    seeds = count(1)
+
+    def step() -> float:
+        while True:         # a text that ends early is too short to time
+            done = subprocess.run([home / "run", home / "model.bin", "-z", home / "tokenizer.bin", "-n", str(LENGTH),
+                                   "-t", str(HOW.temperature), "-p", "1", "-s", str(next(seeds))], capture_output=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, check=True)
+            if len(done.stdout) > LENGTH:
+                return (LENGTH - len(PROMPT)) / float(done.stderr.split()[-1])
+    return step
+
+
+def write_for_run_c(model: Transformer, home: Path) -> None:
+    """The first format of llama2.c: 7 numbers, then all weights in float32; and a vocabulary of two-letter words."""
+    args, layers = model.args, model.layers
+    of_layers = [[layer.attention_norm for layer in layers], *([getattr(layer.attention, name) for layer in layers]
+                 for name in ("wq", "wk", "wv", "wo")), [layer.ffn_norm for layer in layers],
+                 *([getattr(layer.feed_forward, name) for layer in layers] for name in ("w1", "w2", "w3"))]
+    weights = [model.tok_embeddings.weight, *(part.weight for kind in of_layers for part in kind), model.norm.weight,
+               torch.zeros(args.max_seq_len * args.head_dim)]           # once the rotary table; not read any more
+    if not args.tie_embeddings:
+        weights.append(model.output.weight)
+    with open(home / "model.bin", "wb") as file:
+        file.write(struct.pack("7i", args.dim, args.ffn_dim, args.n_layers, args.n_heads, args.n_kv_heads,
+                               args.vocab_size if args.tie_embeddings else -args.vocab_size, args.max_seq_len))
+        for weight in weights:
+            file.write(weight.detach().float().cpu().numpy().tobytes())
+    with open(home / "tokenizer.bin", "wb") as file:
+        file.write(struct.pack("i", 2) + b"".join(struct.pack("fi2s", 0.0, 2, b"aa") for _ in range(args.vocab_size)))
+
+
+def val_loss(engine: Engine, state: dict[str, Any], data_dir: str) -> float:
+    """Nats per token over the val split, as train.py scores it."""
+    vocabulary = checkpoints.build_tokenizer(state)
+    data = shards.load(find(data_dir, sha256=vocabulary.sha256).with_suffix(""), vocabulary.sha256)
+    nats = scored = 0.0
+    for x, y in Task.iter_once(data, "val", 1, engine.args.max_seq_len):
+        targets = y[0][y[0] != IGNORE]
+        logprobs = next(engine.read([*x[0].tolist(), 0]))[:len(targets)]
+        nats, scored = nats - logprobs.gather(1, targets.to(engine.device)[:, None]).sum().item(), scored + len(targets)
+    return nats / scored
 
 
 # ---- what a span of time gives ------------------------------------------------------------------

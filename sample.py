@@ -266,8 +266,8 @@ def main() -> None:
     if cfg.score:
         print_score(generator, text)
     elif cfg.interactive:
-        import interactive
-        interactive.talk(generator, cfg)
+        import dialogue
+        dialogue.talk(generator, cfg)
     elif cfg.input_file:
         write_all(generator, prompts, cfg)
     else:

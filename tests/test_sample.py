@@ -98,8 +98,9 @@ def test_a_stop_text_ends_a_story_and_is_not_shown(bytewise, monkeypatch):
     generator = TextGenerator(bytewise)
     ids = generator.tokenizer.encode("a cab ca. cat b")
     assert len(ids) > 6
-    for stop, text in [(["cat"], "a cab ca. "), (["ca"], "a "), (["b c", "zz"], "a ca"), (["cat b", "t b"], "a cab ca. "),
-                       (["dog"], "a cab ca. cat b"), (["", "cat bb"], "a cab ca. cat b"), ([], "a cab ca. cat b")]:
+    for stop, text in [
+            (["cat"], "a cab ca. "), (["ca"], "a "), (["b c", "zz"], "a ca"), (["cat b", "t b"], "a cab ca. "),
+            (["dog"], "a cab ca. cat b"), (["", "cat bb"], "a cab ca. cat b"), ([], "a cab ca. cat b")]:
         dictate(monkeypatch, generator, ids)
         one, = generator.completions(["x"], 99, stop=stop)
         assert (one.text, one.stop_reason) == (" " + text, "stop" if len(text) < 15 else "eos"), stop
@@ -199,8 +200,8 @@ def test_prompts_from_a_file(trained):
 
 def test_taking_turns(trained):
     """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
-    lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x", "The dog",
-             " and", "/clear", "The dog", "/what", "/exit", "never"]
+    lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x",
+             "The dog", " and", "/clear", "The dog", "/what", "/exit", "never"]
     result = script("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", input="\n".join(lines))
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     generator = TextGenerator(trained)
