@@ -11,13 +11,16 @@ Contenders take turns, so that a machine that slows down slows all of them; medi
 """
 import importlib.util
 import json
+import math
 import os
+import shutil
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from itertools import count, repeat
@@ -59,7 +62,10 @@ dtype = "auto"
 def main() -> None:
     commands = {"train": bench_train, "quality": bench_quality, "sample": bench_sample}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
-        commands[sys.argv[1]](settings.read(globals(), sys.argv[2:])[0])
+        cfg, _ = settings.read(globals(), sys.argv[2:])
+        if cfg.rounds < 1:
+            raise UserError(f"rounds must be at least 1, not {cfg.rounds}")
+        commands[sys.argv[1]](cfg)
     else:
         settings.read(globals(), [arg for arg in sys.argv[1:] if arg in ("-h", "--help")])
         raise UserError(f"what is to be measured? python bench.py {' | '.join(commands)}")
@@ -180,7 +186,7 @@ def take_turns(steps: dict[str, Callable[[], object]], where: devices.Device, ro
 
 # ---- writing ------------------------------------------------------------------------------------
 
-PROMPT, LENGTH, HOW = [1, 403, 407, 261, 378], 256, Sampling(temperature=0.8, top_k=300)
+PROMPT, LENGTH, HOW = [1, 10, 20, 30, 40], 256, Sampling(temperature=0.8, top_k=300)
 
 
 def bench_sample(cfg: SimpleNamespace) -> None:
@@ -195,9 +201,10 @@ def bench_sample(cfg: SimpleNamespace) -> None:
     for batch in (1, 32):
         steps = {name: partial(write, engine, batch) for name, engine in engines.items()}
         steps["transformers, float32"] = partial(write_with_transformers, theirs, batch)
-        if cfg.peer and batch == 1:
-            steps["run.c, float32"] = run_c(Path(cfg.peer), model)
-        times = take_turns(steps, where, cfg.rounds)
+        with tempfile.TemporaryDirectory() as home:
+            if cfg.peer and batch == 1:
+                steps["run.c, float32"] = run_c(Path(cfg.peer), model, Path(home))
+            times = take_turns(steps, where, cfg.rounds)
         print(f"{where}: dim {model.args.dim}, {model.args.n_layers} layers, {batch} at a time")
         for name, seconds in times.items():
             print(f"{name:24} {batch * (LENGTH - len(PROMPT)) / seconds:10,.0f} tokens/s "
@@ -219,12 +226,15 @@ def write_with_transformers(model: torch.nn.Module, batch: int) -> None:
                    do_sample=True, temperature=HOW.temperature, top_k=HOW.top_k, pad_token_id=0)
 
 
-def run_c(folder: Path, model: Transformer) -> Callable[[], float]:
-    """Build llama2.c's run.c, give it the model, and return what runs it and reads the time that it reports."""
-    if not (folder / "run.c").is_file():
-        raise UserError(f"no run.c in {folder.resolve()}")
-    home = Path(tempfile.mkdtemp())
-    subprocess.run(["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", home / "run"], check=True)
+def run_c(folder: Path, model: Transformer, home: Path) -> Callable[[], float]:
+    """Build llama2.c's run.c in home, give it the model, and return what runs it and reads the time that it reports.
+
+    It begins with bos alone and draws from all tokens.
+    """
+    if not (folder / "run.c").is_file() or not shutil.which("gcc"):
+        raise UserError(f"--peer needs gcc, and a run.c in {folder.resolve()}")
+    build = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", home / "run"]
+    subprocess.run(build, check=True)
     write_for_run_c(model, home)
     seeds = count(1)
 
@@ -233,7 +243,7 @@ def run_c(folder: Path, model: Transformer) -> Callable[[], float]:
             done = subprocess.run([home / "run", home / "model.bin", "-z", home / "tokenizer.bin", "-n", str(LENGTH),
                                    "-t", str(HOW.temperature), "-p", "1", "-s", str(next(seeds))], capture_output=True,
                                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, check=True)
-            if len(done.stdout) > LENGTH:
+            if len(done.stdout) > min(LENGTH, model.args.max_seq_len):          # two letters for each token
                 return (LENGTH - len(PROMPT)) / float(done.stderr.split()[-1])
     return step
 
@@ -275,19 +285,23 @@ def bench_quality(cfg: SimpleNamespace) -> None:
     """Train each preset up to cfg.minutes from nothing, and print what it reached and when."""
     if not cfg.data:
         raise UserError("bench.py quality needs real stories: --data PATH")
+    chosen = [name for name, preset in PRESETS.items() if preset.settings.get("max_minutes", math.inf) <= cfg.minutes]
+    if not chosen:
+        raise UserError(f"no preset is as short as {cfg.minutes:g} minutes; the shortest takes 3: --minutes 3")
     print("| preset | vocabulary | parameters | tokens/s | wall minutes | bpb at minutes |\n|---|---|---|---|---|---|")
-    for name, preset in PRESETS.items():
-        if preset.settings.get("max_minutes", float("inf")) <= cfg.minutes:
-            print(quality_row(name, preset.vocab_size, Path(cfg.out_dir), cfg.data), flush=True)
+    for name in chosen:
+        print(quality_row(name, PRESETS[name].vocab_size, Path(cfg.out_dir), cfg.data), flush=True)
 
 
 def quality_row(name: str, vocab_size: int, folder: Path, text: str) -> str:
-    data_dir, out = folder / f"data{vocab_size}", folder / name
+    source = zlib.crc32(str(Path(text).resolve()).encode())
+    data_dir, out = folder / f"data-{source:08x}", folder / name
     if not (data_dir / f"tok{vocab_size}" / "manifest.json").exists():
         run_step("train_vocab.py", "--data", text, "--data_dir", data_dir, "--vocab_size", vocab_size)
-        run_step("preprocess.py", "--data_dir", data_dir)
+        run_step("preprocess.py", "--data_dir", data_dir, "--vocab_size", vocab_size)
     began = time.monotonic()
-    run_step("train.py", "--preset", name, "--init_from", "scratch", "--data_dir", data_dir, "--out_dir", out)
+    run_step("train.py", "--preset", name, "--init_from", "scratch", "--data_dir", data_dir, "--out_dir", out,
+             "--vocab_size", vocab_size)
     wall = (time.monotonic() - began) / 60
     log, clock = ([json.loads(line) for line in (out / file).read_text(encoding="utf-8").splitlines()]
                   for file in ("log.jsonl", "clock.jsonl"))

@@ -132,9 +132,9 @@ def fits(shard_set: ShardSet, split: str, device: torch.device) -> bool:
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move a tensor to the device; to a GPU from pinned memory, so that nobody waits for the copy."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _start_worker(number: int) -> None:

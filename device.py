@@ -37,7 +37,8 @@ class Device:
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)
-        peaks = [peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name)]
+        whole = not re.search(r"\b(MIG|NVL)\b", name)             # a part of a GPU, or another model of that name
+        peaks = [peak for pattern, peak in PEAK_TFLOPS.items() if whole and re.search(pattern, name)]
         return flops / (peaks[0] * 1e12) if peaks else None
 
     def scaler(self) -> torch.amp.GradScaler:

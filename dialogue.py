@@ -6,20 +6,21 @@
     >>> /exit                           or Ctrl-D; Ctrl-C only ends an answer
 """
 import sys
+from collections.abc import Callable
 from itertools import islice
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from settings import UserError
 
 if TYPE_CHECKING:
     from sample import TextGenerator
 
-CHANGEABLE = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+Options = Callable[[SimpleNamespace], dict[str, Any]]
 
 
-def talk(generator: "TextGenerator", cfg: SimpleNamespace) -> None:
-    """Read lines until /exit or the end of the input."""
+def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> None:
+    """Read lines until /exit or the end of the input. `options` makes the generator's arguments of the settings."""
     try:
         import readline     # noqa: F401    gives input() line editing and history; Windows has its own
     except ImportError:
@@ -40,36 +41,37 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace) -> None:
         if command == "/clear":
             story = ""
         elif command == "/set":
-            change(cfg, words)
+            change(generator, cfg, options, words)
         elif command.startswith("/"):
             print(__doc__.partition("\n\n")[2], end="")
         else:
-            story = go_on(generator, cfg, story + line)
+            gap = " " if story and not story[-1].isspace() else ""
+            story = go_on(generator, story + gap + line, options(cfg))
+            cfg.seed += 1                       # the same beginning shall not always get the same answer
 
 
-def go_on(generator: "TextGenerator", cfg: SimpleNamespace, story: str) -> str:
+def go_on(generator: "TextGenerator", story: str, options: dict[str, Any]) -> str:
     """Print how the model continues the story, and return all of it. Ctrl-C ends the answer, not the program."""
-    options = {name: getattr(cfg, name) for name in CHANGEABLE} | {"stop": cfg.stop.split("|")}
     try:
         for _, piece in islice(generator.stream(story, 1, **options), 1, None):
             print(piece, end="", flush=True)
             story += piece
     except KeyboardInterrupt:
         pass
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
     print()
-    cfg.seed += 1                       # the same beginning shall not always get the same answer
     return story
 
 
-def change(cfg: SimpleNamespace, words: list[str]) -> None:
-    """/set NAME VALUE, with the value read as the type that the setting has."""
+def change(generator: "TextGenerator", cfg: SimpleNamespace, options: Options, words: list[str]) -> None:
+    """/set NAME VALUE, with the value read as the type that the setting has, and taken if the generator takes it."""
     name, value = words[0] if words else "", " ".join(words[1:])
-    if name not in CHANGEABLE or not value:
-        print(*(f"{known} = {getattr(cfg, known)!r}" for known in CHANGEABLE), sep="\n")
+    if name not in options(cfg) or not value and name != "stop":
+        print(*(f"{known} = {getattr(cfg, known)!r}" for known in options(cfg)), sep="\n")
         return
+    old = getattr(cfg, name)
     try:
-        setattr(cfg, name, type(getattr(cfg, name))(value))
-    except ValueError:
-        print(f"error: {name} cannot be {value!r}", file=sys.stderr)
+        setattr(cfg, name, type(old)(value))
+        generator.completions([], **options(cfg))
+    except (ValueError, UserError) as error:
+        setattr(cfg, name, old)
+        print(f"error: {error if isinstance(error, UserError) else f'{name} cannot be {value!r}'}", file=sys.stderr)

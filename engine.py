@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Transformer, TransformerBlock
+from model import RMSNorm, Transformer, TransformerBlock
 
 DRAWS_AT_A_TIME = 16        # tokens for which the random numbers are drawn together
-INT8_ROWS = 64              # up to so many rows the product with 8-bit integers is faster
 
 Product = Callable[[Tensor], Tensor]                # (rows, in) -> (rows, out)
 Attend = Callable[[int, Tensor, Tensor], Tensor]    # layer, queries, keys and values
@@ -51,25 +50,25 @@ class Sampling:
 
 
 class Step(NamedTuple):
-    """A token for each sequence, None where one has ended, and the logits (B, vocab_size) before filters."""
+    """A token for each sequence, None where one has ended; and the logits (B, vocab_size) that they were drawn from."""
     tokens: list[int | None]
     logits: Tensor
 
 
 class Engine:
-    """A model arranged for writing. It has weights of its own: a model that learns on needs a new one."""
+    """A model arranged for writing. Some weights are copies: when the model learns on, make another engine."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32, quantize: str = ""):
         """Arrange the weights: in `dtype`, or with quantize "int8" as 8-bit integers with a scale for each row."""
         self.args, self.device = model.args, model.rope.device
         on_cpu = self.device.type == "cpu"
         self.numbers = torch.float32 if on_cpu else dtype                   # the format of the cache
-        self.eps = torch.tensor(model.args.norm_eps, device=self.device)
+        self.floor = torch.tensor((self.args.dim * self.args.norm_eps) ** 0.5, device=self.device)
         pack = _int8 if quantize == "int8" else _half if on_cpu and dtype == torch.float16 else _plain
         with torch.no_grad():
             self.embeddings = model.tok_embeddings.weight.detach().to(self.numbers)
             self.layers = [[pack(weight.float(), dtype) for weight in _arrange(layer)] for layer in model.layers]
-            self.output = pack(model.output.weight.float() * model.norm.weight, dtype)
+            self.output = pack(model.output.weight.float() * _gain(model.norm), dtype)
             # rotary embedding is a product with complex numbers; values go along, and are not turned
             turns = torch.view_as_complex(model.rope.movedim(0, -1).contiguous())[:, None]  # (max_seq_len, 1, D / 2)
             still = torch.ones_like(turns).expand(-1, self.args.n_kv_heads, -1)
@@ -128,7 +127,7 @@ class Engine:
             tokens = torch.tensor([ids[:-1][begin:begin + self.args.max_seq_len]], device=self.device)
             x = self._layers(tokens, self.turns[:tokens.shape[1]],
                              lambda _, *qkv: self._causal(*qkv))
-            yield self.output(_norm(x, self.eps)).float().log_softmax(-1)
+            yield self.output(_norm(x, self.floor)).float().log_softmax(-1)
 
     def _prefill(self, contexts: list[list[int]], rows: list[int], cache: Tensor) -> Tensor:
         """Run contexts from their beginning; return the logits (rows, vocab_size) after each."""
@@ -142,7 +141,7 @@ class Engine:
         tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in contexts], device=self.device)
         x = self._layers(tokens, self.turns[:width], attend)
         last = torch.tensor([row * width + len(ids) - 1 for row, ids in enumerate(contexts)], device=self.device)
-        return self.output(_norm(x[last], self.eps)).float()
+        return self.output(_norm(x[last], self.floor)).float()
 
     def _step(self, tokens: Tensor, cache: Tensor, lengths: list[int]) -> Tensor:
         """Run one more token (B,) of each sequence; return the logits (B, vocab_size) after it."""
@@ -161,7 +160,7 @@ class Engine:
             # heads that share keys are taken as queries of one head
             return F.scaled_dot_product_attention(q.view(shape), k, v, mask, scale=1.0).reshape(q.shape)
 
-        return self.output(_norm(self._layers(tokens[:, None], turns, attend), self.eps)).float()
+        return self.output(_norm(self._layers(tokens[:, None], turns, attend), self.floor)).float()
 
     def _causal(self, q: Tensor, kv: Tensor) -> Tensor:
         """Attention of whole sequences: (B, H, T, D) queries, (B, 2 K, T, D) keys and values."""
@@ -173,11 +172,11 @@ class Engine:
         args, shape = self.args, (*tokens.shape, -1, self.args.head_dim // 2, 2)
         x = F.embedding(tokens.flatten(), self.embeddings).float()                          # (B * T, dim)
         for number, (qkv, out, up, down) in enumerate(self.layers):
-            pairs = torch.view_as_complex(qkv(_norm(x, self.eps)).float().view(shape))     # (B, T, H + 2 K, D / 2)
+            pairs = torch.view_as_complex(qkv(_norm(x, self.floor)).float().view(shape))     # (B, T, H + 2 K, D / 2)
             heads = torch.view_as_real(pairs * turns).flatten(-2).transpose(1, 2).to(self.numbers)
             q, kv = heads.split_with_sizes((args.n_heads, 2 * args.n_kv_heads), 1)
             x = x + out(attend(number, q, kv).transpose(1, 2).reshape(x.shape[0], -1))
-            gate, value = up(_norm(x, self.eps)).chunk(2, -1)
+            gate, value = up(_norm(x, self.floor)).chunk(2, -1)
             x = x + down(F.silu(gate) * value)
         return x
 
@@ -218,9 +217,14 @@ def _arrange(layer: TransformerBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four matrices of a layer: to queries, keys and values; from attention; to both of w1 and w3; w2."""
     attention, feed_forward = layer.attention, layer.feed_forward
     wq = attention.wq.weight * attention.args.head_dim ** -0.5
-    qkv = torch.cat((wq, attention.wk.weight, attention.wv.weight)) * layer.attention_norm.weight
-    up = torch.cat((feed_forward.w1.weight, feed_forward.w3.weight)) * layer.ffn_norm.weight
+    qkv = torch.cat((wq, attention.wk.weight, attention.wv.weight)) * _gain(layer.attention_norm)
+    up = torch.cat((feed_forward.w1.weight, feed_forward.w3.weight)) * _gain(layer.ffn_norm)
     return qkv, attention.wo.weight, up, feed_forward.w2.weight
+
+
+def _gain(norm: RMSNorm) -> Tensor:
+    """What is left of a norm after `_norm`: its gain, and the factor that makes a sum of squares a mean."""
+    return norm.weight * norm.weight.numel() ** 0.5
 
 
 def _plain(weight: Tensor, dtype: torch.dtype) -> Product:
@@ -235,22 +239,17 @@ def _half(weight: Tensor, dtype: torch.dtype) -> Product:
 
 
 def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
-    """8-bit integers with a scale for each row, multiplied with bfloat16; many rows of x take the usual product."""
+    """Weights as 8-bit integers with a scale for each row, inputs and results in bfloat16."""
+    if weight.shape[1] % 16:                # PyTorch's kernel reads beyond the end of such rows
+        return _plain(weight, torch.float32)
     scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-    packed = (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
-
-    def product(x: Tensor) -> Tensor:
-        x = x.bfloat16()
-        if len(x) > INT8_ROWS:
-            return F.linear(x, packed.bfloat16()) * scale
-        return torch._weight_int8pack_mm(x, packed, scale)
-    return product
+    packed = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), packed, scale)
 
 
-def _norm(x: Tensor, eps: Tensor) -> Tensor:
-    """RMSNorm without a gain, in fewer operations than F.rms_norm on a CPU."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+def _norm(x: Tensor, floor: Tensor) -> Tensor:
+    """x / sqrt(sum of x^2 + floor^2): RMSNorm but for a factor that is inside the matrices, in three operations."""
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
@@ -262,4 +261,4 @@ def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Te
 
 
 def _shorten(context: list[int], window: int) -> list[int]:
-    return context if len(context) <= window else context[:1] + context[-(window // 2):]
+    return context if len(context) <= window else context[:1] + context[len(context) - window // 2:]

@@ -223,7 +223,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, part: PartOfCrossEntropy) -> Tensor:
         rows = LOGITS_AT_A_TIME[h.device.type == "cuda"] // len(weight)
         rows = 1 << max(rows, 1).bit_length() - 1           # a power of two, so that parts are mostly of one size
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
         losses, grads = zip(*(part(few, weight, some, grad_weight)
                               for few, some in zip(h.split(rows), targets.split(rows))))
         count = (targets >= 0).sum()

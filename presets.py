@@ -55,7 +55,7 @@ PRESETS = {
         "the model of the settings block in half the memory, for a GPU with 2 to 6 GB; not measured", 4096,
         dict(batch_size=16, gradient_accumulation_steps=2, max_iters=20_000)),
     "gpu_large": Preset(
-        "a model of 30 million parameters, for a GPU with 24 GB or more; not measured", 4096,
+        "a model of 27 million parameters, for a GPU with 24 GB or more; not measured", 4096,
         dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, batch_size=128, learning_rate=4e-3, max_iters=20_000)),
 }
 

@@ -53,8 +53,8 @@ seed = 1337                     # another one gives other stories
 # what to show
 stream = True                   # show the first story as it grows
 echo = True                     # show the prompt too
-logprobs = False                # show each token's log-probability (nats)
-show_probs = False              # colour tokens by their probability, and list what else was likely
+logprobs = False                # list all tokens with their log-probability (nats), also those of `stop`
+show_probs = False              # the same in colours by probability, and with what else was likely
 # machine
 quantize = ""                   # int8: weights of 8 bits, on a CPU
 batch_size = 32                 # prompts of input_file that are continued at the same time
@@ -127,6 +127,8 @@ class TextGenerator:
 
         Takes the further arguments of `grow`.
         """
+        if num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, not {num_samples}")
         pieces = self.grow([Completion(start) for _ in range(num_samples)], *rest, **options)
         return chain(((row, start) for row in range(num_samples)), pieces)
 
@@ -139,7 +141,7 @@ class TextGenerator:
 
     def grow(self, done: list[Completion], max_new_tokens: int = max_new_tokens, temperature: float = temperature,
              top_k: int = top_k, top_p: float = top_p, min_p: float = min_p,
-             repetition_penalty: float = repetition_penalty, stop: list[str] | tuple[str, ...] = (),
+             repetition_penalty: float = repetition_penalty, stop: str | list[str] | tuple[str, ...] = (),
              seed: int | None = None, rows: list[int] | None = None) -> Iterator[tuple[int, str]]:
         """Write on completions that have a prompt only; yield (number, new text) on the way.
 
@@ -147,8 +149,9 @@ class TextGenerator:
         Raises: UserError for a setting that cannot be used.
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, self.seed if seed is None else seed)
-        check(len(done), max_new_tokens, how)
-        return self._grow(done, max_new_tokens, how, [text for text in stop if text], rows)
+        check(max_new_tokens, how)
+        stops = [stop] if isinstance(stop, str) else stop
+        return self._grow(done, max_new_tokens, how, [text for text in stops if text], rows) if done else iter(())
 
     def _grow(self, done: list[Completion], max_new_tokens: int, how: Sampling, stop: list[str],
               rows: list[int] | None) -> Iterator[tuple[int, str]]:
@@ -234,7 +237,7 @@ class Reader:
                      if any(text.startswith(self.held[-n:]) for text in self.stop)), 0)
 
 
-def check(num_samples: int, max_new_tokens: int, how: Sampling) -> None:
+def check(max_new_tokens: int, how: Sampling, num_samples: int = 1) -> None:
     """Raise UserError with every setting that cannot be used."""
     inf = math.inf
     problems = [text for right, text in [
@@ -256,18 +259,17 @@ def main() -> None:
     cfg, _ = settings.read(globals(), out=sys.stderr)
     start = read_text(cfg.prompt.removeprefix("FILE:")) if cfg.prompt.startswith("FILE:") else cfg.prompt
     text = read_text(cfg.score) if cfg.score else ""
-    prompts = read_text(cfg.input_file).splitlines() if cfg.input_file else []
-    if cfg.output_file and not cfg.input_file:
-        raise UserError("--output_file needs the prompts of --input_file; one story can go there by > file")
+    *prompts, last = read_text(cfg.input_file).split("\n") if cfg.input_file else [""]
+    prompts += [last] if last else []
     check_settings(cfg)
     generator = TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype, cfg.quantize)
-    print(f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {generator.where}"
-          + (f", weights in {cfg.quantize}" if cfg.quantize else ""), file=sys.stderr)
+    where = f"{generator.where.device} with {cfg.quantize}" if cfg.quantize else generator.where
+    print(f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {where}", file=sys.stderr)
     if cfg.score:
         print_score(generator, text)
     elif cfg.interactive:
         import dialogue
-        dialogue.talk(generator, cfg)
+        dialogue.talk(generator, cfg, options)
     elif cfg.input_file:
         write_all(generator, prompts, cfg)
     else:
@@ -275,10 +277,22 @@ def main() -> None:
 
 
 def check_settings(cfg: SimpleNamespace) -> None:
-    check(cfg.num_samples, cfg.max_new_tokens,
-          Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty))
+    """Raise UserError for values that cannot be, and for settings that nothing would come of."""
+    check(cfg.max_new_tokens, sampling(cfg), cfg.num_samples)
+    modes = [name for name in ("score", "interactive", "input_file") if getattr(cfg, name)]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} do not go together")
+    for name in ("prompt", "num_samples", "logprobs", "show_probs") if modes else ():
+        if getattr(cfg, name) != globals()[name]:
+            raise UserError(f"--{name} has no effect with --{modes[0]}; leave it out")
+    if cfg.output_file and not cfg.input_file:
+        raise UserError("--output_file needs the prompts of --input_file; one story can go there by > file")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {cfg.batch_size}")
+
+
+def sampling(cfg: SimpleNamespace) -> Sampling:
+    return Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, cfg.seed)
 
 
 def options(cfg: SimpleNamespace) -> dict[str, Any]:
@@ -316,10 +330,13 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
     """
     path = Path(cfg.output_file) if cfg.output_file else None
     done = whole_lines(path, prompts) if path else 0
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     if done:
         print(f"{done} of {len(prompts)} are in {path} already", file=sys.stderr)
-    for first in range(done, len(prompts), 8 * cfg.batch_size):
-        chunk = [Completion(prompt) for prompt in prompts[first:first + 8 * cfg.batch_size]]
+    for first in range(done, len(prompts), 4 * cfg.batch_size):
+        chunk = [Completion(prompt) for prompt in prompts[first:first + 4 * cfg.batch_size]]
         order = sorted(range(len(chunk)), key=lambda row: len(chunk[row].prompt))
         for begin in range(0, len(order), cfg.batch_size):
             rows = order[begin:begin + cfg.batch_size]
@@ -327,7 +344,8 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
                 pass
         if path:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in chunk)
+                file.writelines(json.dumps(asdict(one)) + "\n" for one in chunk)
+            print(f"{first + len(chunk)} of {len(prompts)}", file=sys.stderr)
         else:
             print(*((one.prompt if cfg.echo else "") + one.text for one in chunk), sep="\n---\n",
                   end="\n---\n" if first + len(chunk) < len(prompts) else "\n", flush=True)
@@ -338,14 +356,15 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
     if not path.exists():
         return 0
     content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
+    whole, rest = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
     try:
-        found = [json.loads(line)["prompt"] for line in whole.decode().splitlines()]
+        found = [json.loads(line)["prompt"] for line in whole.decode().split("\n")[:-1]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is there, and not from this command; name another --output_file") from error
-    if found != prompts[:len(found)]:
-        raise UserError(f"{path} has stories of other prompts; name another --output_file")
-    if len(whole) < len(content):
+    cut_off = json.dumps({"prompt": prompts[len(found)]})[:-1].encode() if len(found) < len(prompts) else b""
+    if found != prompts[:len(found)] or rest[:len(cut_off)] != cut_off[:len(rest)]:
+        raise UserError(f"{path} is there, and from other prompts; name another --output_file")
+    if rest:
         with open(path, "r+b") as file:
             file.truncate(len(whole))
     return len(found)
@@ -354,12 +373,13 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
 def print_tokens(generator: TextGenerator, one: Completion, cfg: SimpleNamespace) -> None:
     """A line for each token, in colours if asked for."""
     head = generator.tokenizer.encode(one.prompt)
-    eos = [generator.tokenizer.eos_id] if one.stop_reason == "eos" else []
-    tokens = generator.read([generator.tokenizer.bos_id] + head + one.tokens + eos)[0 if cfg.echo else len(head):]
+    tokens = generator.read([generator.tokenizer.bos_id] + head + one.tokens)
+    written = [token._replace(logprob=logprob) for token, logprob in zip(tokens[len(head):], one.logprobs)]
+    tokens = (tokens[:len(head)] if cfg.echo else []) + written
     if cfg.show_probs:
-        print("".join(painted(token) for token in tokens).removeprefix(" "))
+        print("".join(painted(token) for token in tokens))
     for token in tokens:
-        others = ", ".join(f"{piece} {chance:.0%}" for piece, chance in token.likeliest)
+        others = ", ".join(f"{piece!r} {chance:.0%}" for piece, chance in token.likeliest)
         print(f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"
               + (f"   likeliest: {others}" if cfg.show_probs else ""), flush=True)
 
@@ -374,8 +394,10 @@ def painted(token: Token) -> str:
 def print_score(generator: TextGenerator, text: str) -> None:
     tokens = generator.read(generator.tokenizer.encode(text, bos=True, eos=True))
     nats, size = -sum(token.logprob for token in tokens), len(text.encode())
+    if not text:
+        raise UserError("there is no text in the file to score")
     print(f"{len(tokens)} tokens, {size} bytes: loss {nats / len(tokens):.4f}  "
-          f"perplexity {math.exp(nats / len(tokens)):.2f}  bits per byte {nats / math.log(2) / max(size, 1):.4f}")
+          f"perplexity {math.exp(nats / len(tokens)):.2f}  bits per byte {nats / math.log(2) / size:.4f}")
     print("least expected:")
     for place in sorted(range(len(tokens)), key=lambda place: tokens[place].logprob)[:10]:
         before = "".join(token.piece for token in tokens[max(place - 8, 0):place]).replace("\u2581", " ")
@@ -384,7 +406,7 @@ def print_score(generator: TextGenerator, text: str) -> None:
 
 def read_text(name: str) -> str:
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"no file at {Path(name).resolve()}") from error
     except UnicodeDecodeError as error:

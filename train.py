@@ -191,7 +191,6 @@ class Run:
         return {"val_loss": nats / scored, "perplexity": math.exp(min(nats / scored, 700)),
                 "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
 
-    @torch.compiler.set_stance("force_eager")
     def write_samples(self) -> list[str]:
         """Stories from the fixed prompts, with the same random numbers each time."""
         if not self.cfg.sample_tokens:
@@ -297,7 +296,7 @@ def train(run: Run) -> None:
         state.log_lines = record.lines
         if ends and not evaluates and not run.stop:
             score(run, record)
-        if ends and not run.stop:
+        if ends and not run.stop and state.iter_num < cfg.max_iters:
             state.seconds += max(60 * cfg.max_minutes - run.seconds(), 0)       # what is left of it will not be used
         if saves or ends:
             record.sync()

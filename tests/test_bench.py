@@ -60,6 +60,8 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where)
 
 
 @pytest.mark.parametrize("argv, message", [([], "bench.py train | quality"), (["quality"], "--data PATH"),
+                                           (["quality", "--data", "x", "--minutes", "1"], "--minutes 3"),
+                                           (["train", "--rounds", "0"], "rounds must be"),
                                            (["train", "--peer", "nowhere"], "no model.py in"),
                                            (["train", "--preset", "cpu_3min", "--peer", "nowhere"], "no model.py in"),
                                            (["train", "--preset", "cpu_4"], "no preset 'cpu_4'")])

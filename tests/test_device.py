@@ -59,7 +59,8 @@ def test_what_is_not_there_is_said(machine, name, kind, message):
 
 @pytest.mark.parametrize("name, mfu", [("NVIDIA H200", 0.5), ("NVIDIA A100-SXM4-80GB", 494.5 / 312),
                                        ("NVIDIA H100 PCIe", 494.5 / 756), ("NVIDIA GeForce RTX 3090", 494.5 / 71),
-                                       ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A10", None)])
+                                       ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A10", None),
+                                       ("NVIDIA H200 MIG 1g.18gb", None), ("NVIDIA H100 NVL", None)])
 def test_share_of_what_the_gpu_can_do(machine, monkeypatch, name, mfu):
     machine(cuda=True, bf16=True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: name)

@@ -122,6 +122,7 @@ def test_completions_tell_what_happened(trained):
         logprobs = model(torch.tensor([head + one.tokens]))[0].log_softmax(-1)
         for place, (token, found) in enumerate(zip(one.tokens, one.logprobs, strict=True), len(head) - 1):
             assert found == pytest.approx(logprobs[place, token].item(), abs=1e-4)
+    assert generator.completions([]) == [] and generator.completions(["The"], stop="e")[0].text.count("e") == 0
     assert generator.completions(prompts[1:2], 12, temperature=1.0, rows=[1])[0].tokens == done[1].tokens
 
 
@@ -173,7 +174,7 @@ def test_how_stories_are_shown(trained):
 
 
 def test_prompts_from_a_file(trained):
-    prompts = ["The dog", "", "Once upon a time there was", "A cat", "Tom ☃ and Mia"]
+    prompts = ["The dog", "", "Once upon a time there was", "A cat", "Tom ☃ and\u2028Mia"]
     Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     command = ["sample", "--checkpoint", trained, "--input_file", "prompts.txt", "--max_new_tokens", "9",
                "--batch_size", "2", "--output_file", "out.jsonl"]
@@ -193,6 +194,9 @@ def test_prompts_from_a_file(trained):
     assert shown == [record["prompt"] + record["text"] for record in records]
     Path("prompts.txt").write_text("Another\n", encoding="utf-8")
     assert_user_error(script(*command), "out.jsonl", "other prompts")
+    Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
+    assert_user_error(script(*command), "out.jsonl", "other prompts")
+    assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes, on one line"
     Path("out.jsonl").write_text("my notes\n", encoding="utf-8")
     assert_user_error(script(*command), "out.jsonl", "not from this command")
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes\n"
@@ -206,9 +210,9 @@ def test_taking_turns(trained):
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     generator = TextGenerator(trained)
     first = generator.sample("The dog", 1, 8, temperature=0)[0]
-    second = generator.sample("The dogThe dog", 1, 8, temperature=0)[0]     # after the answer that top_p forbade
-    third = generator.sample(second + " and", 1, 8, temperature=0)[0]
-    assert ">>> " + third.removeprefix(second + " and") + "\n" in result.stdout
+    second = generator.sample(first + " The dog", 1, 8, temperature=0)[0]
+    third = generator.sample(second + "  and", 1, 8, temperature=0)[0]
+    assert ">>> " + third.removeprefix(second + "  and") + "\n" in result.stdout
     assert ">>> " + first.removeprefix("The dog") + "\n" in result.stdout
     assert "top_p must be" in result.stderr and "top_k cannot be 'x'" in result.stderr
     assert "temperature = 0.0" in result.stdout and "/clear   " in result.stdout
@@ -266,6 +270,7 @@ def test_mistakes_are_one_clear_line(trained, tmp_path):
     assert_user_error(script("sample", "--checkpoint", trained, "--quantize", "int3"), "int3", "int8")
     assert_user_error(script("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
     assert_user_error(script("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
+    assert_user_error(script("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
 
 
 def test_a_closed_pipe_ends_quietly(trained):
