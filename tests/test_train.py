@@ -297,6 +297,13 @@ def test_max_minutes_fits_the_schedule_to_the_time(go, ticking, minutes):
     assert state("out")["iter_num"] == len(rates)
 
 
+def test_steps_may_end_a_run_that_has_minutes_left(go):
+    go("out", "--max_minutes", 30, "--max_iters", 3)
+    assert state("out")["iter_num"] == 3 and state("out")["state"]["seconds"] < 600
+    go("out", "--init_from", "resume", "--max_iters", 5)
+    assert state("out")["iter_num"] == 5
+
+
 def test_evaluation_scores_every_token_whatever_the_batch(prepared):
     scores = [prepared("--dtype", "float32", "--batch_size", size).evaluate() for size in (1, 5, 64)]
     for other in scores[1:]:
