@@ -92,7 +92,8 @@ class Engine:
         texts = [list(prompt) for prompt in prompts]
         noise = _noise(sampling, rows or everyone, self.args.vocab_size, self.device)
         seen = _seen(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
-        cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.args.n_kv_heads, window, self.args.head_dim,
+        room = min(window, max(map(len, prompts)) + max_new_tokens)
+        cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.args.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.numbers)         # keys, and then values
         lengths, ended = [window] * len(prompts), [False] * len(prompts)    # of what the cache holds of each; none yet
         for _ in range(max_new_tokens):
@@ -125,8 +126,7 @@ class Engine:
         """Yield the log-probabilities (n, vocab_size) of what comes after each id but the last, a window at a time."""
         for begin in range(0, len(ids) - 1, self.args.max_seq_len):
             tokens = torch.tensor([ids[:-1][begin:begin + self.args.max_seq_len]], device=self.device)
-            x = self._layers(tokens, self.turns[:tokens.shape[1]],
-                             lambda _, *qkv: self._causal(*qkv))
+            x = self._layers(tokens, self.turns[:tokens.shape[1]], lambda _, *qkv: self._causal(*qkv))
             yield self.output(_norm(x, self.floor)).float().log_softmax(-1)
 
     def _prefill(self, contexts: list[list[int]], rows: list[int], cache: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Engine:
     def _step(self, tokens: Tensor, cache: Tensor, lengths: list[int]) -> Tensor:
         """Run one more token (B,) of each sequence; return the logits (B, vocab_size) after it."""
         end, shape = max(lengths) + 1, (len(tokens), self.args.n_kv_heads, -1, self.args.head_dim)
-        keys_and_values = cache[:, :, :, :end].unbind()             # of each layer, (B, 2 K, end, D)
+        keys_and_values = cache[:, :, :, :end].unbind()                         # of each layer, (B, 2 K, end, D)
         if same := min(lengths) == end - 1:
             turns, mask, fresh = self.turns[end - 1:end], None, cache[:, :, :, end - 1:end].unbind()
         else:
@@ -155,7 +155,10 @@ class Engine:
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-            fresh[layer].copy_(kv) if same else keys_and_values[layer].scatter_(2, places, kv)
+            if same:
+                fresh[layer].copy_(kv)
+            else:
+                keys_and_values[layer].scatter_(2, places, kv)
             k, v = keys_and_values[layer].chunk(2, 1)
             # heads that share keys are taken as queries of one head
             return F.scaled_dot_product_attention(q.view(shape), k, v, mask, scale=1.0).reshape(q.shape)
