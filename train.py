@@ -339,7 +339,8 @@ def score(run: Run, record: Record) -> None:
     record.draw(presets.curve(run.cfg.preset))
     print_scores(scores)
     if expected := presets.expected(run.cfg.preset, run.seconds() / 60):
-        print(f"for comparison: {run.cfg.preset} was at {expected:.3f} bits per byte by now ({presets.MEASURED_ON})")
+        print(f"for comparison: {run.cfg.preset} was at {expected:.3f} bits per byte by now, with "
+              f"{presets.MEASURED_ON}; other text has other figures")
     if scores["val_loss"] < run.state.best_val_loss:
         run.state.best_val_loss = scores["val_loss"]
         run.save("ckpt.pt")
