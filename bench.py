@@ -221,8 +221,8 @@ def write(engine: Engine, batch: int) -> None:
 
 @torch.inference_mode()
 def write_with_transformers(model: torch.nn.Module, batch: int) -> None:
-    count = LENGTH - len(PROMPT)
-    model.generate(torch.tensor([PROMPT] * batch, device=model.device), max_new_tokens=count, min_new_tokens=count,
+    new = LENGTH - len(PROMPT)
+    model.generate(torch.tensor([PROMPT] * batch, device=model.device), max_new_tokens=new, min_new_tokens=new,
                    do_sample=True, temperature=HOW.temperature, top_k=HOW.top_k, pad_token_id=0)
 
 

@@ -126,8 +126,10 @@ class Task:
 
 def fits(shard_set: ShardSet, split: str, device: torch.device) -> bool:
     """Whether the ids of a split take less than a quarter of a GPU's free memory."""
+    if device.type != "cuda":
+        return False
     size = sum(shard_set.open(shard).nbytes for shard in shard_set.of(split))
-    return device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4
+    return size < torch.cuda.mem_get_info(device)[0] / 4
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

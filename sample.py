@@ -361,8 +361,9 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
         found = [json.loads(line)["prompt"] for line in whole.decode().split("\n")[:-1]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is there, and not from this command; name another --output_file") from error
-    cut_off = json.dumps({"prompt": prompts[len(found)]})[:-1].encode() if len(found) < len(prompts) else b""
-    if found != prompts[:len(found)] or rest[:len(cut_off)] != cut_off[:len(rest)]:
+    begun = [json.dumps({"prompt": prompt})[:-1].encode() for prompt in prompts[len(found):len(found) + 1]]
+    own = not rest or any(rest[:len(line)] == line[:len(rest)] for line in begun)
+    if found != prompts[:len(found)] or not own:
         raise UserError(f"{path} is there, and from other prompts; name another --output_file")
     if rest:
         with open(path, "r+b") as file:
@@ -392,10 +393,10 @@ def painted(token: Token) -> str:
 
 
 def print_score(generator: TextGenerator, text: str) -> None:
-    tokens = generator.read(generator.tokenizer.encode(text, bos=True, eos=True))
-    nats, size = -sum(token.logprob for token in tokens), len(text.encode())
     if not text:
         raise UserError("there is no text in the file to score")
+    tokens = generator.read(generator.tokenizer.encode(text, bos=True, eos=True))
+    nats, size = -sum(token.logprob for token in tokens), len(text.encode())
     print(f"{len(tokens)} tokens, {size} bytes: loss {nats / len(tokens):.4f}  "
           f"perplexity {math.exp(nats / len(tokens)):.2f}  bits per byte {nats / math.log(2) / size:.4f}")
     print("least expected:")

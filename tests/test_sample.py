@@ -197,6 +197,9 @@ def test_prompts_from_a_file(trained):
     Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
     assert_user_error(script(*command), "out.jsonl", "other prompts")
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes, on one line"
+    Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
+    Path("prompts.txt").write_text("", encoding="utf-8")                        # nothing to write, nothing to lose
+    assert_user_error(script(*command), "out.jsonl", "other prompts")
     Path("out.jsonl").write_text("my notes\n", encoding="utf-8")
     assert_user_error(script(*command), "out.jsonl", "not from this command")
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes\n"
