@@ -194,12 +194,17 @@ def bench_sample(cfg: SimpleNamespace) -> None:
     where = devices.choose(cfg.device, cfg.dtype, training=False)
     state = checkpoints.load(cfg.checkpoint) if cfg.checkpoint else None
     model = (checkpoints.build_model(state) if state else Transformer(ModelArgs())).to(where.device)
-    engines = {str(where.dtype).removeprefix("torch."): Engine(model, where.dtype)}
+    name = str(where.dtype).removeprefix("torch.")
+    engines = {name: Engine(model, where.dtype)}
     if where.device.type == "cpu":
         engines |= {"float32": Engine(model), "int8": Engine(model, quantize="int8")}
+    compiled = {f"{name}, compiled": Engine(model, where.dtype, compiled=True)}
+    if where.device.type == "cpu":
+        compiled["int8, compiled"] = Engine(model, quantize="int8", compiled=True)
     theirs = transformers_model(model.args, where).eval()
     for batch in (1, 32):
-        steps = {name: partial(write, engine, batch) for name, engine in engines.items()}
+        alone = compiled if batch == 1 or where.device.type == "cuda" else {}
+        steps = {name: partial(write, engine, batch) for name, engine in {**engines, **alone}.items()}
         steps["transformers, float32"] = partial(write_with_transformers, theirs, batch)
         with tempfile.TemporaryDirectory() as home:
             if cfg.peer and batch == 1:

@@ -1,5 +1,6 @@
 """Where the numbers are crunched and in which format, chosen by what the machine has, with the reason."""
 import re
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -103,3 +104,8 @@ def _dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]:
 def _has_fbgemm() -> bool:
     """Whether this PyTorch multiplies weights in float16 with float32 on a CPU: on x86 it does."""
     return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return any(map(shutil.which, ("c++", "g++", "clang++", "cl")))

@@ -11,22 +11,28 @@ the norms and the scale of attention are multiplied into them.
 Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compiled import CompiledLayers, RecordedStep, to_int8
 from model import RMSNorm, Transformer, TransformerBlock
 
 DRAWS_AT_A_TIME = 16        # tokens for which the random numbers are drawn together
 
+# PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `_half`, the answer comes
+# as a C++ exception, which takes longer than the product; so the engine asks nobody.
+_PLAIN_CALLS = torch._C.DisableTorchFunctionSubclass
+
 Product = Callable[[Tensor], Tensor]                # (rows, in) -> (rows, out)
-Attend = Callable[[int, Tensor, Tensor], Tensor]    # layer, queries, keys and values
+Attend = Callable[[int, Tensor], Tensor]            # layer, (B, T, H + 2 K, D) -> (B * T, dim)
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,26 @@ class Step(NamedTuple):
 class Engine:
     """A model arranged for writing. Some weights are copies: when the model learns on, make another engine."""
 
-    def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32, quantize: str = ""):
-        """Arrange the weights: in `dtype`, or with quantize "int8" as 8-bit integers with a scale for each row."""
+    def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32, quantize: str = "",
+                 compiled: bool = False):
+        """Arrange the weights: in `dtype`, or with quantize "int8" as 8-bit integers with a scale for each row.
+
+        compiled: write with compiled.py: single texts on a CPU, batches too on an NVIDIA GPU.
+        """
         self.args, self.device = model.args, model.rope.device
         on_cpu = self.device.type == "cpu"
+        self.records = compiled and not on_cpu
         self.numbers = torch.float32 if on_cpu else dtype                   # the format of the cache
         self.floor = torch.tensor((self.args.dim * self.args.norm_eps) ** 0.5, device=self.device)
         pack = _int8 if quantize == "int8" else _half if on_cpu and dtype == torch.float16 else _plain
         with torch.no_grad():
             self.embeddings = model.tok_embeddings.weight.detach().to(self.numbers)
-            self.layers = [[pack(weight.float(), dtype) for weight in _arrange(layer)] for layer in model.layers]
+            self.layers, self.alone = [], CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
+            for layer in model.layers:
+                matrices = [weight.float() for weight in _arrange(layer)]
+                self.layers.append([pack(weight, dtype) for weight in matrices])
+                if self.alone:
+                    self.alone.add(matrices)
             self.output = pack(model.output.weight.float() * _gain(model.norm), dtype)
             # rotary embedding is a product with complex numbers; values go along, and are not turned
             turns = torch.view_as_complex(model.rope.movedim(0, -1).contiguous())[:, None]  # (max_seq_len, 1, D / 2)
@@ -95,20 +111,22 @@ class Engine:
         room = min(window, max(map(len, prompts)) + max_new_tokens)
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.args.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.numbers)         # keys, and then values
+        step = RecordedStep(self._extend, cache) if self.records else partial(self._step, cache)
         lengths, ended = [window] * len(prompts), [False] * len(prompts)    # of what the cache holds of each; none yet
         for _ in range(max_new_tokens):
             # 1. logits: of one more token where the cache has room for it, else of the text so far
             full = [row for row in everyone if lengths[row] == window]
-            if len(full) < len(prompts):
-                logits = self._step(tokens, cache, [min(length, window - 1) for length in lengths])
-                lengths = [length + 1 for length in lengths]
-            if full:
-                contexts = [_shorten(texts[row], window) for row in full]
-                fresh = self._prefill(contexts, full, cache)
-                logits = fresh if len(full) == len(prompts) else logits.index_copy(
-                    0, torch.tensor(full, device=self.device), fresh)
-                for row, context in zip(full, contexts):
-                    lengths[row] = len(context)
+            with _PLAIN_CALLS():
+                if len(full) < len(prompts):
+                    logits = step(tokens, [min(length, window - 1) for length in lengths])
+                    lengths = [length + 1 for length in lengths]
+                if full:
+                    contexts = [_shorten(texts[row], window) for row in full]
+                    fresh = self._prefill(contexts, full, cache)
+                    logits = fresh if len(full) == len(prompts) else logits.index_copy(
+                        0, torch.tensor(full, device=self.device), fresh)
+                    for row, context in zip(full, contexts):
+                        lengths[row] = len(context)
             # 2. tokens
             tokens = choose(logits, sampling, next(noise), seen)            # (B,)
             found = tokens.tolist()
@@ -126,62 +144,77 @@ class Engine:
         """Yield the log-probabilities (n, vocab_size) of what comes after each id but the last, a window at a time."""
         for begin in range(0, len(ids) - 1, self.args.max_seq_len):
             tokens = torch.tensor([ids[:-1][begin:begin + self.args.max_seq_len]], device=self.device)
-            x = self._layers(tokens, self.turns[:tokens.shape[1]], lambda _, *qkv: self._causal(*qkv))
-            yield self.output(_norm(x, self.floor)).float().log_softmax(-1)
+            with _PLAIN_CALLS():
+                x = self._layers(tokens, self.turns[:tokens.shape[1]], lambda _, heads: self._causal(heads))
+                logprobs = self._logits(x).log_softmax(-1)
+            yield logprobs
 
     def _prefill(self, contexts: list[list[int]], rows: list[int], cache: Tensor) -> Tensor:
         """Run contexts from their beginning; return the logits (rows, vocab_size) after each."""
         width = max(map(len, contexts))
         places = slice(None) if len(rows) == cache.shape[1] else torch.tensor(rows, device=self.device)
 
-        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-            cache[layer, places, :, :width] = kv
-            return self._causal(q, kv)
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            cache[layer, places, :, :width] = heads[:, :, self.args.n_heads:].transpose(1, 2)
+            return self._causal(heads)
 
         tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in contexts], device=self.device)
         x = self._layers(tokens, self.turns[:width], attend)
         last = torch.tensor([row * width + len(ids) - 1 for row, ids in enumerate(contexts)], device=self.device)
-        return self.output(_norm(x[last], self.floor)).float()
+        return self._logits(x[last])
 
-    def _step(self, tokens: Tensor, cache: Tensor, lengths: list[int]) -> Tensor:
+    def _step(self, cache: Tensor, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Run one more token (B,) of each sequence; return the logits (B, vocab_size) after it."""
-        end, shape = max(lengths) + 1, (len(tokens), self.args.n_kv_heads, -1, self.args.head_dim)
-        keys_and_values = cache[:, :, :, :end].unbind()                         # of each layer, (B, 2 K, end, D)
-        if same := min(lengths) == end - 1:
-            turns, mask, fresh = self.turns[end - 1:end], None, cache[:, :, :, end - 1:end].unbind()
+        if self.alone and len(tokens) == 1:
+            return self._logits(self.alone(F.embedding(tokens, self.embeddings), lengths[0], cache))
+        end = max(lengths) + 1
+        if min(lengths) == end - 1:
+            return self._extend(cache[:, :, :, :end], tokens, end - 1)
+        return self._extend(cache[:, :, :, :end], tokens, torch.tensor(lengths, device=self.device)[:, None])
+
+    def _extend(self, cache: Tensor, tokens: Tensor, at: int | Tensor) -> Tensor:
+        """Run tokens that come at a place of the cache: the last one for all, or one for each (B, 1)."""
+        batch, groups = len(tokens), self.args.n_heads // self.args.n_kv_heads
+        keys_and_values = cache.unbind()                                        # of each layer, (B, 2 K, end, D)
+        if isinstance(at, int):
+            turns, mask, fresh = self.turns[at:at + 1], None, cache[:, :, :, at].unbind()
         else:
-            at = torch.tensor(lengths, device=self.device)[:, None]                         # (B, 1)
-            turns, mask = self.turns[at], (torch.arange(end, device=self.device) <= at)[:, None, None]
+            turns, mask = self.turns[at], (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
 
-        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-            if same:
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            q, kv = heads[:, 0].split_with_sizes((self.args.n_heads, cache.shape[2]), 1)
+            if mask is None:
                 fresh[layer].copy_(kv)
             else:
-                keys_and_values[layer].scatter_(2, places, kv)
+                keys_and_values[layer].scatter_(2, places, kv[:, :, None])
             k, v = keys_and_values[layer].chunk(2, 1)
             # heads that share keys are taken as queries of one head
-            return F.scaled_dot_product_attention(q.view(shape), k, v, mask, scale=1.0).reshape(q.shape)
+            q = q.unflatten(1, (-1, groups))                                                # (B, K, H / K, D)
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0).reshape(batch, -1)
 
-        return self.output(_norm(self._layers(tokens[:, None], turns, attend), self.floor)).float()
+        return self._logits(self._layers(tokens[:, None], turns, attend))
 
-    def _causal(self, q: Tensor, kv: Tensor) -> Tensor:
-        """Attention of whole sequences: (B, H, T, D) queries, (B, 2 K, T, D) keys and values."""
-        k, v = kv.chunk(2, 1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] > k.shape[1])
+    def _causal(self, heads: Tensor) -> Tensor:
+        """Attention of whole sequences."""
+        q, k, v = heads.transpose(1, 2).split((self.args.n_heads, self.args.n_kv_heads, self.args.n_kv_heads), 1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] > k.shape[1])
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _layers(self, tokens: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         """What the layers make of tokens (B, T): (B * T, dim), before the last norm."""
-        args, shape = self.args, (*tokens.shape, -1, self.args.head_dim // 2, 2)
+        pairs_of = (*tokens.shape, -1, self.args.head_dim // 2, 2)
         x = F.embedding(tokens.flatten(), self.embeddings).float()                          # (B * T, dim)
         for number, (qkv, out, up, down) in enumerate(self.layers):
-            pairs = torch.view_as_complex(qkv(_norm(x, self.floor)).float().view(shape))     # (B, T, H + 2 K, D / 2)
-            heads = torch.view_as_real(pairs * turns).flatten(-2).transpose(1, 2).to(self.numbers)
-            q, kv = heads.split_with_sizes((args.n_heads, 2 * args.n_kv_heads), 1)
-            x = x + out(attend(number, q, kv).transpose(1, 2).reshape(x.shape[0], -1))
+            pairs = torch.view_as_complex(qkv(_norm(x, self.floor)).float().view(pairs_of))  # (B, T, H + 2 K, D / 2)
+            heads = torch.view_as_real(pairs * turns).flatten(-2).to(self.numbers)
+            x += out(attend(number, heads))
             gate, value = up(_norm(x, self.floor)).chunk(2, -1)
-            x = x + down(F.silu(gate) * value)
+            x += down(F.silu(gate).mul_(value))
         return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.output(_norm(x, self.floor)).float()
 
 
 def choose(logits: Tensor, how: Sampling, noise: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -195,13 +228,22 @@ def choose(logits: Tensor, how: Sampling, noise: Tensor, seen: Tensor | None = N
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if how.temperature == 0:
         return logits.argmax(-1)
-    best, ids = logits.topk(noise.shape[-1])                                # (B, k), sorted
+    best, ids = _largest(logits, noise.shape[-1])                           # (B, k), sorted
     p = ((best - best[:, :1]) / how.temperature).softmax(-1)
     if how.top_p < 1:
         p = p.masked_fill(p.cumsum(-1) - p >= how.top_p, 0)                 # what comes before already reaches top_p
     if how.min_p > 0:
         p = p.masked_fill(p < how.min_p * p[:, :1], 0)
     return ids.gather(1, (p / noise).argmax(-1, keepdim=True)).flatten()
+
+
+def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """topk, which on a CPU is slower than NumPy's selection."""
+    if logits.device.type != "cpu":
+        return logits.topk(k)
+    ids = torch.from_numpy(np.argpartition(logits.numpy(), -k)[:, -k:])
+    best, order = logits.gather(1, ids).sort(descending=True)
+    return best, ids.gather(1, order)
 
 
 def _noise(how: Sampling, rows: Iterable[int], vocab_size: int, device: torch.device) -> Iterator[Tensor]:
@@ -212,8 +254,8 @@ def _noise(how: Sampling, rows: Iterable[int], vocab_size: int, device: torch.de
     seeds = [hashlib.sha256(f"{how.seed} {row}".encode()).digest()[:8] for row in rows]
     generators = [torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1) for seed in seeds]
     while True:
-        yield from torch.stack([torch.empty(DRAWS_AT_A_TIME, k).exponential_(generator=generator)
-                                for generator in generators], 1).to(device)
+        drawn = [torch.rand(DRAWS_AT_A_TIME, k, generator=generator) for generator in generators]
+        yield from torch.stack(drawn, 1).log_().neg_().to(device)
 
 
 def _arrange(layer: TransformerBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,7 +278,7 @@ def _plain(weight: Tensor, dtype: torch.dtype) -> Product:
 
 
 def _half(weight: Tensor, dtype: torch.dtype) -> Product:
-    """Weights in float16, everything else in float32, on a CPU (FBGEMM, arXiv 2101.05615)."""
+    """Weights in float16, everything else in float32, on a CPU (FBGEMM, arXiv 2101.05615). For use in _PLAIN_CALLS."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
@@ -245,9 +287,8 @@ def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
     """Weights as 8-bit integers with a scale for each row, inputs and results in bfloat16."""
     if weight.shape[1] % 16:                # PyTorch's kernel reads beyond the end of such rows
         return _plain(weight, torch.float32)
-    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-    packed = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), packed, scale)
+    levels, scale = to_int8(weight)
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), levels, scale)
 
 
 def _norm(x: Tensor, floor: Tensor) -> Tensor:

@@ -235,7 +235,7 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
         return run.state.compiled, "as when the run began"
     if asked != "auto":
         return asked == "true", "as asked"
-    if kind == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+    if kind == "cpu" and not devices.has_compiler():
         return False, "there is no C++ compiler; with one, training is faster"
     if kind == "cuda" and not importlib.util.find_spec("triton"):
         return False, "there is no triton package for it"

@@ -1,0 +1,196 @@
+"""A layer's work on one token as one C++ function: `python sample.py --compile`.
+
+    layers = CompiledLayers(args, rope)
+    for layer in model.layers:
+        layers.add(matrices of the layer)
+    x = layers(x, length, cache)                # what engine.py does with some 30 operations a layer
+
+A small model's token costs engine.py more time for starting operations than for their arithmetic. PyTorch's compiler
+makes one function of them all, as long as none is a call into a library: so the products are spelled out, multiply
+and sum. With a single token nothing is lost by that, since each weight is read once and reading is what takes the time.
+
+The function takes the weights as arguments. One is enough for all layers and for every checkpoint of that shape, and is
+kept in a file: compiling takes about 15 seconds, loading a few milliseconds.
+"""
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import device
+from files import replace
+from model import ModelArgs
+from settings import UserError
+
+FOLDER = Path.home() / ".cache" / "tiny-llm"
+
+
+class CompiledLayers:
+    """The layers of a model for one token of one text, on a CPU."""
+
+    def __init__(self, args: ModelArgs, rope: Tensor, dtype: torch.dtype = torch.float32, quantize: str = ""):
+        """Weights are kept in `dtype`, or with quantize "int8" in 8 bits. rope: (2, max_seq_len, D / 2)."""
+        self.args, self.quantize, self.dtype = args, quantize, torch.float32 if quantize else dtype
+        self.turns = rope.movedim(1, 0).contiguous()                        # (max_seq_len, 2, D / 2)
+        self.weights: list[list[Tensor]] = []
+        self.run: Callable[[list[Tensor]], list[Tensor]] | None = None
+
+    def add(self, matrices: list[Tensor]) -> None:
+        """Add a layer, as engine.py arranges its matrices. Compiles at the first one.
+
+        Raises:
+            UserError: when that cannot be done here.
+        """
+        for_bits = [_pack if self.quantize and matrix.shape[1] % 16 == 0 else self._plain for matrix in matrices]
+        self.weights.append([part for pack, matrix in zip(for_bits, matrices) for part in pack(matrix)])
+        if self.run is None:
+            past = torch.zeros(1, 2 * self.args.n_kv_heads, 16, self.args.head_dim)
+            self.run = _load(OneLayer(self.args), (torch.zeros(1, self.args.dim), self.turns[0], torch.tensor([1]), past,
+                                                   *self.weights[0]))
+
+    def __call__(self, x: Tensor, length: int, cache: Tensor) -> Tensor:
+        """Run a token after `length` others.
+
+        Args:
+            x: (1, dim).
+            cache: (n_layers, 1, 2 K, room, D), keys and then values; those of the token are added.
+        Returns:
+            (1, dim), before the last norm.
+        """
+        turns, at = self.turns[length], torch.tensor([length])
+        for weights, past, place in zip(self.weights, cache.unbind(), cache[:, :, :, length].unbind()):
+            x, fresh = self.run([x, turns, at, past, *weights])
+            place.copy_(fresh)
+        return x
+
+    def _plain(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return matrix.to(self.dtype).contiguous(), torch.ones(1)
+
+
+class RecordedStep:
+    """A step of a batch on an NVIDIA GPU, as a CUDA graph: all its kernels are started at once, as one thing.
+
+    Recording fixes the addresses, so the tokens and their places are copied to where they were the first time, and
+    attention goes over all the room of the cache.
+    """
+
+    def __init__(self, extend: Callable[[Tensor, Tensor, Tensor], Tensor], cache: Tensor):
+        """extend(cache, tokens (B,), places (B, 1)) gives logits (B, vocab_size), without a word to the CPU."""
+        self.extend, self.cache = extend, cache
+        self.graph = None
+
+    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        places = torch.tensor(lengths)[:, None]
+        if self.graph is None:
+            self.tokens, self.places = tokens.clone(), places.to(tokens.device)
+            self._record()
+        self.tokens.copy_(tokens)
+        self.places.copy_(places)
+        self.graph.replay()
+        return self.logits.clone()
+
+    def _record(self) -> None:
+        with torch.cuda.device(self.tokens.device):
+            aside = torch.cuda.Stream()                 # libraries set themselves up in a first run, outside the graph
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self.extend(self.cache, self.tokens, self.places)
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.extend(self.cache, self.tokens, self.places)
+
+
+class OneLayer(nn.Module):
+    """The arithmetic of a layer, in words that the compiler can join: no library calls, no views of complex numbers."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+
+    def forward(self, x: Tensor, turns: Tensor, length: Tensor, past: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (1, dim); turns: (2, D / 2); length: (1,); past: (1, 2 K, room, D); weights and scales of four matrices.
+
+        Returns x after the layer, and the token's keys and values (1, 2 K, D).
+        """
+        n_heads, n_kv, size = self.args.n_heads, self.args.n_kv_heads, self.args.head_dim
+        qkv, out, up, down = zip(weights[::2], weights[1::2])
+        heads = (_product(x, *qkv) * self._norm(x)).view(1, -1, size)                       # (1, H + 2 K, D)
+        even, odd = heads[:, :n_heads + n_kv].unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = turns
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+        q = turned[:, :n_heads].view(1, n_kv, -1, size)                                     # (1, K, H / K, D)
+        k, v = turned[:, n_heads:], heads[:, n_heads + n_kv:]                               # (1, K, D)
+        # the token's own key and value are not in the cache yet
+        keys, values = past.chunk(2, 1)                                                     # (1, K, room, D)
+        scores = (q[:, :, :, None] * keys[:, :, None]).sum(-1)                              # (1, K, H / K, room)
+        scores = torch.where(torch.arange(past.shape[2]) < length, scores, -torch.inf)
+        own = (q * k[:, :, None]).sum(-1, keepdim=True)                                     # (1, K, H / K, 1)
+        top = torch.maximum(scores.amax(-1, keepdim=True), own)
+        scores, own = (scores - top).exp(), (own - top).exp()
+        mixed = (scores[..., None] * values[:, :, None]).sum(-2) + own * v[:, :, None]      # (1, K, H / K, D)
+        x = x + _product((mixed / (scores.sum(-1, keepdim=True) + own)).reshape(1, -1), *out)
+        gate, value = (_product(x, *up) * self._norm(x)).chunk(2, -1)
+        return x + _product(F.silu(gate) * value, *down), torch.cat((k, v), 1)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """What a product of x is multiplied with, so that it is one of the normed x."""
+        return torch.rsqrt((x * x).sum(-1, keepdim=True) + self.args.dim * self.args.norm_eps)
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ weight.T of a single row; weight as plain numbers, or from `_pack`."""
+    if weight.shape[1] == x.shape[1]:
+        return (x[:, None] * weight.float()).sum(-1)
+    four, quarter = weight.view(torch.int32), weight.shape[1]
+    parts = [x[:, None, i * quarter:(i + 1) * quarter] * (four << 24 - 8 * i >> 24) for i in range(4)]
+    return (parts[0] + parts[1] + (parts[2] + parts[3])).sum(-1) * scale
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to 255 levels: the levels, int8, and the scale of each row, bfloat16."""
+    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of 8 bits, four to a word, and the scale of each row.
+
+    Byte i of a row's words holds its i-th quarter, so that a shift of several words gives neighbours. The words go by
+    as float32, a type that the compiler's C++ loads without detours; nothing computes with them as such.
+    """
+    levels, scale = to_int8(weight)
+    words = levels.unflatten(1, (4, -1)).transpose(1, 2).contiguous().view(torch.float32)   # (rows, width / 4, 1)
+    return words.squeeze(-1), scale.float()
+
+
+def _load(layer: OneLayer, example: tuple[Tensor, ...]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The compiled layer, from its file if there is one for this shape and machine."""
+    shapes = [(tuple(tensor.shape), tensor.dtype) for i, tensor in enumerate(example) if i != 3]
+    key = repr([shapes, layer.args.norm_eps, torch.__version__, torch.get_num_threads(),
+                sorted(torch.cpu.get_capabilities().items()), Path(__file__).read_bytes()])
+    path = FOLDER / f"layer-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
+    if not path.exists():
+        _compile(layer, example, path)
+    # the class that torch._inductor.aoti_load_package wraps, without the two seconds of that import
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
+
+
+def _compile(layer: OneLayer, example: tuple[Tensor, ...], path: Path) -> None:
+    if not device.has_compiler():
+        raise UserError("--compile needs a C++ compiler, and there is none here; leave it out, or install g++ or clang")
+    print("compiling for a model of this shape, once: about 15 seconds", file=sys.stderr, flush=True)
+    room = {2: torch.export.Dim.DYNAMIC}
+    temporary = path.with_suffix(f".{os.getpid()}.pt2")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(layer, example, dynamic_shapes=(None, None, None, room, (None,) * 8))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+    replace(temporary, path)
