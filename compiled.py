@@ -58,16 +58,16 @@ class CompiledLayers:
         """Run a token after `length` others.
 
         Args:
-            x: (1, dim).
+            x: (1, dim + 1); what is beyond dim stays.
             cache: (n_layers, 1, 2 K, room, D), keys and then values; those of the token are added.
         Returns:
-            (1, dim), before the last norm.
+            x, before the last norm.
         """
-        turns, at = self.turns[length], torch.tensor([length])
+        turns, at, stream = self.turns[length], torch.tensor([length]), x[:, :-1]
         for weights, past, place in zip(self.weights, cache.unbind(), cache[:, :, :, length].unbind()):
-            x, fresh = self.run([x, turns, at, past, *weights])
+            stream, fresh = self.run([stream, turns, at, past, *weights])
             place.copy_(fresh)
-        return x
+        return torch.cat((stream, x[:, -1:]), 1)
 
     def _plain(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         return matrix.to(self.dtype).contiguous(), torch.ones(1)
@@ -171,9 +171,12 @@ def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _load(layer: OneLayer, example: tuple[Tensor, ...]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The compiled layer, from its file if there is one for this shape and machine."""
-    shapes = [(tuple(tensor.shape), tensor.dtype) for i, tensor in enumerate(example) if i != 3]
-    key = repr([shapes, layer.args.norm_eps, torch.__version__, torch.get_num_threads(),
+    """The compiled layer, from its file if there is one.
+
+    The function checks nothing that it is given, so all that it was made for is in the file's name.
+    """
+    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in example]
+    key = repr([layer.args, shapes, torch.__version__, torch.get_num_threads(),
                 sorted(torch.cpu.get_capabilities().items()), Path(__file__).read_bytes()])
     path = FOLDER / f"layer-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
     if not path.exists():
@@ -192,5 +195,8 @@ def _compile(layer: OneLayer, example: tuple[Tensor, ...], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(layer, example, dynamic_shapes=(None, None, None, room, (None,) * 8))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+        except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
+            raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error
     replace(temporary, path)

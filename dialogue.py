@@ -53,7 +53,7 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
 def go_on(generator: "TextGenerator", story: str, options: dict[str, Any]) -> str:
     """Print how the model continues the story, and return all of it. Ctrl-C ends the answer, not the program."""
     try:
-        for _, piece in islice(generator.stream(story, 1, **options), 1, None):
+        for piece in islice(generator.stream(story, **options), 1, None):
             print(piece, end="", flush=True)
             story += piece
     except KeyboardInterrupt:

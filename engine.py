@@ -74,10 +74,11 @@ class Engine:
         on_cpu = self.device.type == "cpu"
         self.records = compiled and not on_cpu
         self.numbers = torch.float32 if on_cpu else dtype                   # the format of the cache
-        self.floor = torch.tensor((self.args.dim * self.args.norm_eps) ** 0.5, device=self.device)
         pack = _int8 if quantize == "int8" else _half if on_cpu and dtype == torch.float16 else _plain
         with torch.no_grad():
-            self.embeddings = model.tok_embeddings.weight.detach().to(self.numbers)
+            # one number more than dim, which makes the norm of such a row that of RMSNorm, with its eps
+            floor = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5)
+            self.embeddings = torch.cat((model.tok_embeddings.weight, floor.to(self.device)), 1)
             self.layers, self.alone = [], CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
             for layer in model.layers:
                 matrices = [weight.float() for weight in _arrange(layer)]
@@ -103,7 +104,12 @@ class Engine:
             prompts: ids, at least one each.
             eos_id: the token that ends a sequence; -1 for none.
             rows: the number of each sequence, which chooses its random numbers; 0, 1, ... when left out.
+        Raises:
+            ValueError: when a prompt has no ids, or some that the vocabulary has not.
         """
+        for prompt in prompts:
+            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.args.vocab_size:
+                raise ValueError(f"a prompt needs ids from 0 to {self.args.vocab_size - 1}, not {prompt[:20]}")
         window, everyone = self.args.max_seq_len, range(len(prompts))
         texts = [list(prompt) for prompt in prompts]
         noise = _noise(sampling, rows or everyone, self.args.vocab_size, self.device)
@@ -202,19 +208,21 @@ class Engine:
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _layers(self, tokens: Tensor, turns: Tensor, attend: Attend) -> Tensor:
-        """What the layers make of tokens (B, T): (B * T, dim), before the last norm."""
+        """What the layers make of tokens (B, T): (B * T, dim + 1), before the last norm."""
         pairs_of = (*tokens.shape, -1, self.args.head_dim // 2, 2)
-        x = F.embedding(tokens.flatten(), self.embeddings).float()                          # (B * T, dim)
+        x = F.embedding(tokens.flatten(), self.embeddings)                                  # (B * T, dim + 1)
+        stream = x[:, :-1]
         for number, (qkv, out, up, down) in enumerate(self.layers):
-            pairs = torch.view_as_complex(qkv(_norm(x, self.floor)).float().view(pairs_of))  # (B, T, H + 2 K, D / 2)
+            pairs = torch.view_as_complex(qkv(_norm(x)).float().view(pairs_of))             # (B, T, H + 2 K, D / 2)
             heads = torch.view_as_real(pairs * turns).flatten(-2).to(self.numbers)
-            x += out(attend(number, heads))
-            gate, value = up(_norm(x, self.floor)).chunk(2, -1)
-            x += down(F.silu(gate).mul_(value))
+            stream += out(attend(number, heads))
+            gate, value = up(_norm(x)).chunk(2, -1)
+            stream += down(F.silu(gate).mul_(value))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.output(_norm(x, self.floor)).float()
+        """x: (rows, dim + 1), from `_layers`."""
+        return self.output(_norm(x)).float()
 
 
 def choose(logits: Tensor, how: Sampling, noise: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -280,7 +288,8 @@ def _plain(weight: Tensor, dtype: torch.dtype) -> Product:
 def _half(weight: Tensor, dtype: torch.dtype) -> Product:
     """Weights in float16, everything else in float32, on a CPU (FBGEMM, arXiv 2101.05615). For use in _PLAIN_CALLS."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    product = torch.ops.quantized.linear_dynamic_fp16.default._op       # without a look at each argument, in Python
+    return lambda x: product(x, packed)
 
 
 def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
@@ -291,9 +300,9 @@ def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), levels, scale)
 
 
-def _norm(x: Tensor, floor: Tensor) -> Tensor:
-    """x / sqrt(sum of x^2 + floor^2): RMSNorm but for a factor that is inside the matrices, in three operations."""
-    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+def _norm(x: Tensor) -> Tensor:
+    """(rows, dim + 1) -> (rows, dim): RMSNorm, but for a factor that is inside the matrices."""
+    return x[:, :-1] / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:

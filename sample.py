@@ -92,7 +92,7 @@ class TextGenerator:
 
         generator = TextGenerator("output/ckpt.pt")
         stories = generator.sample("Once upon a time", num_samples=3)
-        for row, piece in generator.stream("Once upon a time"):
+        for piece in generator.stream("Once upon a time"):
             print(piece, end="", flush=True)
         answers = generator.completions(["The cat", "A dog"], temperature=0, stop=["."])
     """
@@ -120,22 +120,14 @@ class TextGenerator:
         self.engine = Engine(model, self.where.dtype, quantize, compile)
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *rest, **options) -> list[str]:
-        """Write num_samples texts and return them, `start` included. Takes the arguments of `stream`."""
-        texts = [""] * num_samples
-        for row, piece in self.stream(start, num_samples, *rest, **options):
-            texts[row] += piece
-        return texts
-
-    def stream(self, start: str = prompt, num_samples: int = num_samples, *rest,
-               **options) -> Iterator[tuple[int, str]]:
-        """Yield (number of the text, what is new in it) as the texts grow, in whole characters; first, `start`.
-
-        Takes the further arguments of `grow`.
-        """
+        """Write num_samples texts and return them, `start` included. Takes the further arguments of `grow`."""
         if num_samples < 1:
             raise UserError(f"num_samples must be at least 1, not {num_samples}")
-        pieces = self.grow([Completion(start) for _ in range(num_samples)], *rest, **options)
-        return chain(((row, start) for row in range(num_samples)), pieces)
+        return [start + one.text for one in self.completions([start] * num_samples, *rest, **options)]
+
+    def stream(self, start: str = prompt, *rest, **options) -> Iterator[str]:
+        """Yield a text as it grows, in whole characters; first, `start`. Takes the further arguments of `grow`."""
+        return chain([start], (piece for _, piece in self.grow([Completion(start)], *rest, **options)))
 
     def completions(self, prompts: list[str], *rest, **options) -> list[Completion]:
         """Continue each of the prompts, all at the same time. Takes the further arguments of `grow`."""
@@ -270,6 +262,7 @@ def main() -> None:
     generator = TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype, cfg.quantize,
                               cfg.compile)
     where = f"{generator.where.device} with {cfg.quantize}" if cfg.quantize else generator.where
+    where = f"{where}, compiled" if cfg.compile else where
     print(f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {where}", file=sys.stderr)
     if cfg.score:
         print_score(generator, text)

@@ -15,7 +15,7 @@ import tokenizer
 from conftest import ROOT, TINY, assert_user_error, script
 from engine import Step
 from model import ModelArgs, Transformer
-from sample import TextGenerator
+from sample import Completion, TextGenerator
 from settings import UserError
 
 
@@ -68,10 +68,13 @@ def test_greedy_needs_no_seed(trained):
 def test_the_stream_is_the_sample_in_whole_characters(bytewise):
     generator = TextGenerator(bytewise)
     want = generator.sample("你好", 3, 120, 1.5, top_k=0)
-    pieces = list(generator.stream("你好", 3, 120, 1.5, top_k=0))
+    done = [Completion("你好") for _ in range(3)]
+    pieces = list(generator.grow(done, 120, 1.5, top_k=0))
     for row in range(3):
         mine = [piece for number, piece in pieces if number == row]
-        assert "".join(mine) == want[row] and all(mine) and mine[0] == "你好"
+        assert "你好" + "".join(mine) == want[row] and all(mine) and "".join(mine) == done[row].text
+    streamed = list(generator.stream("你好", 120, 1.5, top_k=0))
+    assert "".join(streamed) == want[0] and all(streamed) and streamed[0] == "你好"
 
 
 def test_a_character_of_several_tokens_comes_whole(bytewise, monkeypatch):
@@ -79,9 +82,9 @@ def test_a_character_of_several_tokens_comes_whole(bytewise, monkeypatch):
     ids = generator.tokenizer.encode("好😀!")[1:]       # without the space in front
     assert len(ids) == 3 + 4 + 1
     dictate(monkeypatch, generator, ids)
-    assert [piece for _, piece in generator.stream("x", 1, 9)] == ["x", "好", "😀", "!"]
+    assert list(generator.stream("x", 9)) == ["x", "好", "😀", "!"]
     dictate(monkeypatch, generator, ids[:2])
-    assert "".join(piece for _, piece in generator.stream("x", 1, 9)) == "x\ufffd\ufffd"
+    assert "".join(generator.stream("x", 9)) == "x\ufffd\ufffd"
 
 
 def test_stories_end_where_the_model_ends_them(trained, monkeypatch):
@@ -105,7 +108,7 @@ def test_a_stop_text_ends_a_story_and_is_not_shown(bytewise, monkeypatch):
         one, = generator.completions(["x"], 99, stop=stop)
         assert (one.text, one.stop_reason) == (" " + text, "stop" if len(text) < 15 else "eos"), stop
         dictate(monkeypatch, generator, ids)
-        pieces = [piece for _, piece in generator.stream("", 1, 99, stop=stop)]
+        pieces = list(generator.stream("", 99, stop=stop))
         assert "".join(pieces) == text and not any("cat" in piece for piece in pieces[1:-1])
 
 

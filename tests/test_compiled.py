@@ -1,0 +1,109 @@
+"""--compile: other arithmetic, the same texts."""
+import shutil
+
+import pytest
+import torch
+
+import compiled
+from engine import Engine, Sampling
+from model import ModelArgs, Transformer
+from settings import UserError
+
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+PROMPT, LENGTH = [1, 5, 9, 30], 40          # beyond the window of the model
+
+
+def make(**shape) -> Transformer:
+    torch.manual_seed(1)
+    model = Transformer(ModelArgs(**{"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61,
+                                     "max_seq_len": 24, **shape})).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 2)
+    return model
+
+
+
+
+def logits(engine: Engine, prompt=PROMPT, count=LENGTH) -> torch.Tensor:
+    return torch.cat([step.logits for step in engine.generate([prompt], count, Sampling(seed=2))])
+
+
+@pytest.fixture
+def spelled_out(monkeypatch):
+    """The arithmetic of the compiled layer, run by Python."""
+    monkeypatch.setattr(compiled, "_load", lambda layer, example: lambda inputs: layer(*inputs))
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 4, "tie_embeddings": False}, {"n_kv_heads": 1, "norm_eps": 0.1},
+                                   {"dim": 36, "n_heads": 2}])
+def test_a_layer_spelled_out_computes_what_the_engine_does(spelled_out, shape):
+    model = make(**shape)
+    torch.testing.assert_close(logits(Engine(model, compiled=True)), logits(Engine(model)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [16, 48, 288])
+def test_four_weights_in_a_word_are_the_four_that_went_in(width):
+    weight, x = torch.randn(9, width) * torch.rand(9, 1), torch.randn(1, width)
+    levels, scale = compiled.to_int8(weight)
+    want = x.double() @ (levels.double() * scale[:, None]).T
+    words, scales = compiled._pack(weight)
+    assert words.shape == (9, width // 4) and levels.min() >= -127
+    torch.testing.assert_close(compiled._product(x, words, scales).double(), want, atol=1e-4, rtol=1e-4)
+
+
+def test_batches_are_written_as_without(spelled_out):
+    model, prompts = make(), [[1, 5], [1, 7, 9]]
+    with_it, without = ([step.tokens for step in Engine(model, compiled=flag).generate(prompts, LENGTH)]
+                        for flag in (True, False))
+    assert with_it == without
+
+
+@COMPILER
+def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
+    model = make()
+    engine = Engine(model, compiled=True)
+    assert "once" in capsys.readouterr().err
+    torch.testing.assert_close(logits(engine), logits(Engine(model)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(engine, [1], 2), logits(Engine(model), [1], 2), atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(compiled, "_compile", lambda *args: pytest.fail("it was there already"))
+    torch.testing.assert_close(logits(Engine(model, compiled=True)), logits(engine), atol=0, rtol=0)
+    assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".pt2"]
+    for shape in ({"n_kv_heads": 1}, {"norm_eps": 1e-3}, {"hidden_dim": 64}):
+        with pytest.raises(pytest.fail.Exception, match="already"):
+            Engine(make(**shape), compiled=True)
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
+    monkeypatch.setattr(compiled.device, "has_compiler", lambda: False)
+    with pytest.raises(UserError, match="C\\+\\+ compiler"):
+        Engine(make(), compiled=True)
+    assert not (tmp_path / "kept").exists()
+
+
+class Graph:
+    """torch.cuda's graph as far as a CPU can: what is recorded runs again, on the same tensors, into the same ones."""
+
+    def replay(self) -> None:
+        self.result.copy_(self.work())
+
+
+def test_a_recorded_step_gives_what_a_step_does(monkeypatch):
+    """Also for rows of different lengths, which reach the end of the window one after the other."""
+    graphs, prompts = [], [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
+
+    def record(self) -> None:
+        self.extend(self.cache, self.tokens, self.places)
+        self.graph = Graph()
+        self.graph.work = lambda: self.extend(self.cache, self.tokens, self.places)
+        self.logits = self.graph.result = torch.full_like(self.graph.work(), torch.nan)
+        graphs.append(self.graph)
+
+    monkeypatch.setattr(compiled.RecordedStep, "_record", record)
+    engine = Engine(make())
+    want = [step.logits for step in engine.generate(prompts, LENGTH, Sampling(seed=2))]
+    engine.records = True
+    found = [step.logits for step in engine.generate(prompts, LENGTH, Sampling(seed=2))]
+    assert len(graphs) == 1
+    torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=1e-4, rtol=1e-4)
