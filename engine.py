@@ -32,7 +32,7 @@ DRAWS_AT_A_TIME = 16        # tokens for which the random numbers are drawn toge
 _PLAIN_CALLS = torch._C.DisableTorchFunctionSubclass
 
 Product = Callable[[Tensor], Tensor]                # (rows, in) -> (rows, out)
-Attend = Callable[[int, Tensor], Tensor]            # layer, (B, T, H + 2 K, D) -> (B * T, dim)
+Attend = Callable[[int, Tensor], Tensor]            # layer, (B * T, H + 2 K, D) -> (B * T, dim)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Engine:
         for begin in range(0, len(ids) - 1, self.args.max_seq_len):
             tokens = torch.tensor([ids[:-1][begin:begin + self.args.max_seq_len]], device=self.device)
             with _PLAIN_CALLS():
-                x = self._layers(tokens, self.turns[:tokens.shape[1]], lambda _, heads: self._causal(heads))
+                x = self._layers(tokens, self.turns[:tokens.shape[1]], lambda _, heads: self._causal(heads[None]))
                 logprobs = self._logits(x).log_softmax(-1)
             yield logprobs
 
@@ -161,6 +161,7 @@ class Engine:
         places = slice(None) if len(rows) == cache.shape[1] else torch.tensor(rows, device=self.device)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
+            heads = heads.unflatten(0, (-1, width))
             cache[layer, places, :, :width] = heads[:, :, self.args.n_heads:].transpose(1, 2)
             return self._causal(heads)
 
@@ -181,7 +182,7 @@ class Engine:
     def _extend(self, cache: Tensor, tokens: Tensor, at: int | Tensor) -> Tensor:
         """Run tokens that come at a place of the cache: the last one for all, or one for each (B, 1)."""
         batch, groups = len(tokens), self.args.n_heads // self.args.n_kv_heads
-        keys_and_values = cache.unbind()                                        # of each layer, (B, 2 K, end, D)
+        keys, values = (part.unbind() for part in cache.chunk(2, 2))            # of each layer, (B, K, end, D)
         if isinstance(at, int):
             turns, mask, fresh = self.turns[at:at + 1], None, cache[:, :, :, at].unbind()
         else:
@@ -189,20 +190,19 @@ class Engine:
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
-            q, kv = heads[:, 0].split_with_sizes((self.args.n_heads, cache.shape[2]), 1)
+            q, kv = heads.split_with_sizes((self.args.n_heads, cache.shape[2]), 1)
             if mask is None:
                 fresh[layer].copy_(kv)
             else:
-                keys_and_values[layer].scatter_(2, places, kv[:, :, None])
-            k, v = keys_and_values[layer].chunk(2, 1)
+                cache[layer].scatter_(2, places, kv[:, :, None])
             # heads that share keys are taken as queries of one head
             q = q.unflatten(1, (-1, groups))                                                # (B, K, H / K, D)
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0).reshape(batch, -1)
+            return F.scaled_dot_product_attention(q, keys[layer], values[layer], mask, scale=1.0).reshape(batch, -1)
 
         return self._logits(self._layers(tokens[:, None], turns, attend))
 
     def _causal(self, heads: Tensor) -> Tensor:
-        """Attention of whole sequences."""
+        """Attention of whole sequences: (B, T, H + 2 K, D) -> (B * T, dim)."""
         q, k, v = heads.transpose(1, 2).split((self.args.n_heads, self.args.n_kv_heads, self.args.n_kv_heads), 1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] > k.shape[1])
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -213,16 +213,16 @@ class Engine:
         x = F.embedding(tokens.flatten(), self.embeddings)                                  # (B * T, dim + 1)
         stream = x[:, :-1]
         for number, (qkv, out, up, down) in enumerate(self.layers):
-            pairs = torch.view_as_complex(qkv(_norm(x)).float().view(pairs_of))             # (B, T, H + 2 K, D / 2)
-            heads = torch.view_as_real(pairs * turns).flatten(-2).to(self.numbers)
+            pairs = torch.view_as_complex(qkv(_norm(stream, x)).float().view(pairs_of))     # (B, T, H + 2 K, D / 2)
+            heads = torch.view_as_real(pairs * turns).view(len(x), -1, self.args.head_dim).to(self.numbers)
             stream += out(attend(number, heads))
-            gate, value = up(_norm(x)).chunk(2, -1)
+            gate, value = up(_norm(stream, x)).chunk(2, -1)
             stream += down(F.silu(gate).mul_(value))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
         """x: (rows, dim + 1), from `_layers`."""
-        return self.output(_norm(x)).float()
+        return self.output(_norm(x[:, :-1], x)).float()
 
 
 def choose(logits: Tensor, how: Sampling, noise: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -300,9 +300,9 @@ def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), levels, scale)
 
 
-def _norm(x: Tensor) -> Tensor:
-    """(rows, dim + 1) -> (rows, dim): RMSNorm, but for a factor that is inside the matrices."""
-    return x[:, :-1] / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+def _norm(stream: Tensor, x: Tensor) -> Tensor:
+    """RMSNorm of (rows, dim), but for a factor that is inside the matrices; x is the same with the floor beside it."""
+    return stream / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
