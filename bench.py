@@ -37,10 +37,11 @@ import settings
 import shards
 import train
 from dataset import IGNORE, Task
-from engine import Engine, Sampling
+from engine import Engine
 from model import ModelArgs, Transformer
 from plan import Plan, memory
 from presets import PRESETS
+from sampling import Sampling
 from settings import UserError
 from tokenizer import find
 

@@ -50,9 +50,8 @@ class CompiledLayers:
         for_bits = [_pack if self.quantize and matrix.shape[1] % 16 == 0 else self._plain for matrix in matrices]
         self.weights.append([part for pack, matrix in zip(for_bits, matrices) for part in pack(matrix)])
         if self.run is None:
-            past = torch.zeros(1, 2 * self.args.n_kv_heads, 16, self.args.head_dim)
-            self.run = _load(OneLayer(self.args), (torch.zeros(1, self.args.dim), self.turns[0], torch.tensor([1]), past,
-                                                   *self.weights[0]))
+            x, past = torch.zeros(1, self.args.dim), torch.zeros(1, 2 * self.args.n_kv_heads, 16, self.args.head_dim)
+            self.run = _load(OneLayer(self.args), (x, self.turns[0], torch.tensor([1]), past, *self.weights[0]))
 
     def __call__(self, x: Tensor, length: int, cache: Tensor) -> Tensor:
         """Run a token after `length` others.
@@ -114,7 +113,8 @@ class OneLayer(nn.Module):
         super().__init__()
         self.args = args
 
-    def forward(self, x: Tensor, turns: Tensor, length: Tensor, past: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, turns: Tensor, length: Tensor, past: Tensor,
+                *weights: Tensor) -> tuple[Tensor, Tensor]:
         """x: (1, dim); turns: (2, D / 2); length: (1,); past: (1, 2 K, room, D); weights and scales of four matrices.
 
         Returns x after the layer, and the token's keys and values (1, 2 K, D).
@@ -181,6 +181,14 @@ def _load(layer: OneLayer, example: tuple[Tensor, ...]) -> Callable[[list[Tensor
     path = FOLDER / f"layer-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
     if not path.exists():
         _compile(layer, example, path)
+    try:
+        return _open(path)
+    except RuntimeError:                    # a file that something has damaged
+        _compile(layer, example, path)
+        return _open(path)
+
+
+def _open(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
     # the class that torch._inductor.aoti_load_package wraps, without the two seconds of that import
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
 

@@ -10,22 +10,17 @@ the norms and the scale of attention are multiplied into them.
 
 Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import repeat
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compiled import CompiledLayers, RecordedStep, to_int8
 from model import RMSNorm, Transformer, TransformerBlock
-
-DRAWS_AT_A_TIME = 16        # tokens for which the random numbers are drawn together
+from sampling import Sampling, choose, draws, mark
 
 # PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `_half`, the answer comes
 # as a C++ exception, which takes longer than the product; so the engine asks nobody.
@@ -33,26 +28,6 @@ _PLAIN_CALLS = torch._C.DisableTorchFunctionSubclass
 
 Product = Callable[[Tensor], Tensor]                # (rows, in) -> (rows, out)
 Attend = Callable[[int, Tensor], Tensor]            # layer, (B * T, H + 2 K, D) -> (B * T, dim)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen.
-
-    Attributes:
-        temperature: 0 always takes the likeliest token.
-        top_k: draw from the k likeliest only; 0 for all.
-        top_p: draw from the likeliest that together reach this probability (arXiv 1904.09751).
-        min_p: draw from those that have this share of the likeliest one's probability (arXiv 2407.01082).
-        repetition_penalty: above 1, tokens that were there before become less likely (arXiv 1909.05858).
-        seed: of the random numbers.
-    """
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
 
 
 class Step(NamedTuple):
@@ -79,7 +54,8 @@ class Engine:
             # one number more than dim, which makes the norm of such a row that of RMSNorm, with its eps
             floor = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5)
             self.embeddings = torch.cat((model.tok_embeddings.weight, floor.to(self.device)), 1)
-            self.layers, self.alone = [], CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
+            self.layers: list[list[Product]] = []
+            self.alone = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
             for layer in model.layers:
                 matrices = [weight.float() for weight in _arrange(layer)]
                 self.layers.append([pack(weight, dtype) for weight in matrices])
@@ -112,8 +88,8 @@ class Engine:
                 raise ValueError(f"a prompt needs ids from 0 to {self.args.vocab_size - 1}, not {prompt[:20]}")
         window, everyone = self.args.max_seq_len, range(len(prompts))
         texts = [list(prompt) for prompt in prompts]
-        noise = _noise(sampling, rows or everyone, self.args.vocab_size, self.device)
-        seen = _seen(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
+        noise = draws(sampling, rows or everyone, self.args.vocab_size, self.device)
+        seen = mark(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
         room = min(window, max(map(len, prompts)) + max_new_tokens)
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.args.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.numbers)         # keys, and then values
@@ -225,47 +201,6 @@ class Engine:
         return self.output(_norm(x[:, :-1], x)).float()
 
 
-def choose(logits: Tensor, how: Sampling, noise: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Choose a token for each row: (B,) of logits (B, vocab_size), noise (B, k), and seen (B, vocab_size), boolean.
-
-    The largest of p / e with e exponentially distributed is a draw from p (Gumbel-max trick, arXiv 1611.01144);
-    with p and e sorted alike it takes exactly k numbers, also where logits are equal.
-    """
-    if seen is not None:
-        penalty = how.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if how.temperature == 0:
-        return logits.argmax(-1)
-    best, ids = _largest(logits, noise.shape[-1])                           # (B, k), sorted
-    p = ((best - best[:, :1]) / how.temperature).softmax(-1)
-    if how.top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= how.top_p, 0)                 # what comes before already reaches top_p
-    if how.min_p > 0:
-        p = p.masked_fill(p < how.min_p * p[:, :1], 0)
-    return ids.gather(1, (p / noise).argmax(-1, keepdim=True)).flatten()
-
-
-def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """topk, which on a CPU is slower than NumPy's selection."""
-    if logits.device.type != "cpu":
-        return logits.topk(k)
-    ids = torch.from_numpy(np.argpartition(logits.numpy(), -k)[:, -k:])
-    best, order = logits.gather(1, ids).sort(descending=True)
-    return best, ids.gather(1, order)
-
-
-def _noise(how: Sampling, rows: Iterable[int], vocab_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Exponentially distributed numbers (B, k) for each token; each row has a generator of its own."""
-    k = min(how.top_k or vocab_size, vocab_size)
-    if how.temperature == 0:
-        yield from repeat(torch.empty(0, k))
-    seeds = [hashlib.sha256(f"{how.seed} {row}".encode()).digest()[:8] for row in rows]
-    generators = [torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1) for seed in seeds]
-    while True:
-        drawn = [torch.rand(DRAWS_AT_A_TIME, k, generator=generator) for generator in generators]
-        yield from torch.stack(drawn, 1).log_().neg_().to(device)
-
-
 def _arrange(layer: TransformerBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four matrices of a layer: to queries, keys and values; from attention; to both of w1 and w3; w2."""
     attention, feed_forward = layer.attention, layer.feed_forward
@@ -303,14 +238,6 @@ def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
 def _norm(stream: Tensor, x: Tensor) -> Tensor:
     """RMSNorm of (rows, dim), but for a factor that is inside the matrices; x is the same with the floor beside it."""
     return stream / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-
-
-def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
-    """Which ids each prompt has, (B, vocab_size)."""
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-    for row, ids in zip(seen, prompts):
-        row[ids] = True
-    return seen.to(device)
 
 
 def _shorten(context: list[int], window: int) -> list[int]:

@@ -27,7 +27,8 @@ import torch
 import checkpoint as checkpoints
 import device as devices
 import settings
-from engine import Engine, Sampling
+from engine import Engine
+from sampling import Sampling
 from settings import UserError
 from tokenizer import Tokenizer
 

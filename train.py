@@ -29,12 +29,13 @@ import checkpoint
 import presets
 import settings
 from dataset import IGNORE, Task
-from engine import Engine, Sampling
+from engine import Engine
 from model import Transformer
 from muon import Muon
 from plan import Plan, clock, lasting, prepare, print_plan, set_aside
 from presets import PRESETS
 from record import Record
+from sampling import Sampling
 from settings import UserError
 
 # ---- settings -----------------------------------------------------------------------------------
