@@ -22,8 +22,8 @@ from compiled import CompiledLayers, RecordedStep, to_int8
 from model import RMSNorm, Transformer, TransformerBlock
 from sampling import Sampling, choose, draws, mark
 
-# PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `_half`, the answer comes
-# as a C++ exception, which takes longer than the product; so the engine asks nobody.
+# PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `_half`, the answer
+# comes as a C++ exception, which takes longer than the product; so the engine asks nobody.
 _PLAIN_CALLS = torch._C.DisableTorchFunctionSubclass
 
 Product = Callable[[Tensor], Tensor]                # (rows, in) -> (rows, out)
@@ -94,7 +94,8 @@ class Engine:
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.args.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.numbers)         # keys, and then values
         step = RecordedStep(self._extend, cache) if self.records else partial(self._step, cache)
-        lengths, ended = [window] * len(prompts), [False] * len(prompts)    # of what the cache holds of each; none yet
+        lengths, tokens = [window] * len(prompts), torch.empty(0)           # of what the cache holds of each; none yet
+        ended = [False] * len(prompts)
         for _ in range(max_new_tokens):
             # 1. logits: of one more token where the cache has room for it, else of the text so far
             full = [row for row in everyone if lengths[row] == window]
