@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+import tokenizer
 from files import whole_file
 from model import ModelArgs, Transformer
 from settings import UserError
-from tokenizer import Tokenizer
+from tokenizer import Vocabulary
 
 REQUIRED = ("model", "model_args", "iter_num", "config")
 TO_GO_ON = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokenizer_sha256", "data_sha256")
@@ -47,6 +48,7 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED) -> dict[str, An
     missing = [key for key in required if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
+    state["model"] = {name.removeprefix("_orig_mod."): weight for name, weight in state["model"].items()}
     return state
 
 
@@ -55,18 +57,26 @@ def model_state(model: Transformer) -> dict[str, Any]:
     return {"model": model.state_dict(), "model_args": asdict(model.args)}
 
 
-def build_model(state: dict[str, Any]) -> Transformer:
-    """Make the model of a state. Raises UserError when weights and shape do not belong together."""
+def build_model(state: dict[str, Any], own: bool = True) -> Transformer:
+    """Make the model of a state.
+
+    own: with weights of its own, in float32, for training; else with those of the state, in their format, so that
+        they are not twice in memory.
+    Raises UserError when weights and shape do not belong together.
+    """
     try:
-        model = Transformer(ModelArgs(**state["model_args"]))
-        model.load_state_dict(state["model"])
+        with torch.device("cpu" if own else "meta"):
+            model = Transformer(ModelArgs(**state["model_args"]))
+        model.load_state_dict(state["model"], assign=not own)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the checkpoint's weights do not fit its model_args: {error}") from error
+    if model.args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
     return model
 
 
-def build_tokenizer(state: dict[str, Any]) -> Tokenizer:
+def build_tokenizer(state: dict[str, Any]) -> Vocabulary:
     """The vocabulary inside a state. Raises UserError when there is none, as in files of other projects."""
     if not state.get("tokenizer"):
         raise UserError("the checkpoint carries no vocabulary; name one: --tokenizer data/tok4096.model")
-    return Tokenizer(state["tokenizer"])
+    return tokenizer.load(state["tokenizer"])

@@ -37,8 +37,8 @@ class ModelArgs:
     max_seq_len: int = 256
     dropout: float = 0.0
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None     # Llama 3.1: factor, low_freq_factor, high_freq_factor,
-    tie_embeddings: bool = True          # original_max_position_embeddings
+    rope_scaling: dict | None = None     # see rope_frequencies
+    tie_embeddings: bool = True
 
     def __post_init__(self):
         problems = [f"{name} must be at least 1, not {getattr(self, name)}" for name in
@@ -81,14 +81,19 @@ class RMSNorm(nn.Module):
 def rope_frequencies(args: ModelArgs) -> Tensor:
     """Radians per token of each pair of dimensions, shape (D / 2,), float64.
 
-    With rope_scaling, as in Llama 3.1 (meta-llama/llama-models): waves longer than the original
-    context / low_freq_factor are slowed down by factor, those shorter than the original context /
-    high_freq_factor stay, between them it goes over smoothly.
+    With rope_scaling they are slowed down: all by `factor` (arXiv 2306.15595), or each pair by its own of
+    `factors`; or, with low_freq_factor, high_freq_factor and original_max_position_embeddings too, as in Llama
+    3.1 (meta-llama/llama-models): waves longer than the original context / low_freq_factor by factor, those
+    shorter than the original context / high_freq_factor not, and between them it goes over smoothly.
     """
-    pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64)
+    pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device="cpu")
     speed = args.rope_theta ** (-pairs / args.head_dim)
-    if args.rope_scaling:
-        scale = args.rope_scaling
+    scale = args.rope_scaling or {}
+    if "factors" in scale:
+        speed = speed / torch.tensor(scale["factors"], dtype=torch.float64, device="cpu")
+    elif "low_freq_factor" not in scale:
+        speed = speed / scale.get("factor", 1)
+    else:
         low, high = scale["low_freq_factor"], scale["high_freq_factor"]
         turns = speed / (2 * math.pi) * scale["original_max_position_embeddings"]    # in the original context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -253,7 +258,8 @@ class Transformer(nn.Module):
         self.loss = LinearCrossEntropy()
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float64), rope_frequencies(args))
+        places = torch.arange(args.max_seq_len, dtype=torch.float64, device="cpu")
+        angles = torch.outer(places, rope_frequencies(args))                        # (max_seq_len, D / 2)
         self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
         for name, weight in self.named_parameters():
             if weight.dim() > 1:

@@ -26,15 +26,17 @@ import torch
 
 import checkpoint as checkpoints
 import device as devices
+import formats
 import settings
 from engine import Engine
 from sampling import Sampling
 from settings import UserError
-from tokenizer import Tokenizer
+from tokenizer import Vocabulary
 
 # ---- settings -----------------------------------------------------------------------------------
-checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best
-tokenizer = ""                  # a .model file; empty: the vocabulary inside the checkpoint
+checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
+                                # of Hugging Face, and whatever else convert.py reads
+tokenizer = ""                  # file of the vocabulary, where the checkpoint has none
 # what to do
 prompt = ""                     # how the stories begin; FILE:path reads a file
 num_samples = 1                 # stories, written at the same time
@@ -107,16 +109,9 @@ class TextGenerator:
             raise UserError(f"--quantize {quantize} is not for {self.where.device}; there is int8, for a CPU")
         if compile and self.where.device.type not in ("cpu", "cuda"):
             raise UserError(f"--compile is not for {self.where.device}; leave it out")
-        state = checkpoints.load(checkpoint)
-        self.tokenizer = Tokenizer(tokenizer_model_path) if tokenizer_model_path else checkpoints.build_tokenizer(state)
-        expected = state.get("tokenizer_sha256")
-        if expected and expected != self.tokenizer.sha256:
-            raise UserError(f"{tokenizer_model_path} is not the vocabulary that {checkpoint} was trained with\n"
-                            "       leave --tokenizer out: the right one is inside the checkpoint")
-        model = checkpoints.build_model(state).to(self.where.device)
-        if self.tokenizer.n_words != model.args.vocab_size:
-            raise UserError(f"the vocabulary has {self.tokenizer.n_words} entries, the model "
-                            f"{model.args.vocab_size}; they do not belong together")
+        state = formats.read(checkpoint, tokenizer_model_path or "")
+        self.tokenizer = checkpoints.build_tokenizer(state)
+        model = checkpoints.build_model(state, own=False).to(self.where.device)
         self.seed, self.parameters = seed, model.count_parameters()
         self.engine = Engine(model, self.where.dtype, quantize, compile)
 
@@ -201,7 +196,7 @@ class TextGenerator:
 class Reader:
     """Turns the tokens of one text into whole characters, and ends it where one of the texts `stop` begins."""
 
-    def __init__(self, tokenizer: Tokenizer, ids: list[int], stop: list[str]):
+    def __init__(self, tokenizer: Vocabulary, ids: list[int], stop: list[str]):
         self.tokenizer, self.stop = tokenizer, stop
         self.ids, self.begin, self.seen = list(ids), 0, len(ids)    # ids up to `seen` are text; `begin`: a bit before
         self.held, self.stopped = "", False

@@ -36,7 +36,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | None = None,
-         presets: dict[str, dict[str, Any]] | None = None, epilog: str = "") -> tuple[SimpleNamespace, dict[str, Any]]:
+         presets: dict[str, dict[str, Any]] | None = None, epilog: str = "", positional: tuple[str, ...] = ()
+         ) -> tuple[SimpleNamespace, dict[str, Any]]:
     """Read a script's settings block and the command line.
 
     Args:
@@ -45,6 +46,7 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
         out: where the settings that differ from the block are printed; stdout when None.
         presets: settings by name, one of which a setting `preset` may choose; what the command line gives goes first.
         epilog: what --help shows at its end.
+        positional: settings that may stand without their names, in this order.
     Returns:
         all settings as attributes, and a dict of those that the command line gave, or the preset.
     Raises:
@@ -53,6 +55,8 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
     comments = _comments(Path(script["__file__"]).read_text(encoding="utf-8"))
     defaults = {name: script[name] for name in comments}
     parser = _parser(script, comments, epilog)
+    for name in positional:
+        parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"the same as --{name}")
     known, unknown = parser.parse_known_args([_normal(a) for a in (sys.argv[1:] if argv is None else argv)])
     if unknown:
         parser.error(_suggest(unknown[0], list(defaults)))

@@ -1,6 +1,7 @@
-"""Text to token ids and back, with SentencePiece.
+"""Text to token ids and back.
 
-    tokenizer = Tokenizer("data/tok4096.model")
+    tokenizer = Tokenizer("data/tok4096.model")         # SentencePiece: what step 1 makes, and Llama 2
+    tokenizer = load("tokenizer.json")                  # of any kind: also Llama 3's, and those of Hugging Face
     ids = tokenizer.encode("Once upon a time", bos=True, eos=False)
     assert tokenizer.decode(ids) == "Once upon a time"
 
@@ -8,11 +9,17 @@ A vocabulary trained by `train` is byte-pair encoding (Sennrich et al. 2016, arX
 Llama 2's layout: 0 unknown, 1 bos, 2 eos, 3 to 258 the single bytes, then the learned pieces. It
 loses nothing: every string comes back exactly. Models trained elsewhere keep their own behaviour.
 """
+import base64
+import binascii
 import hashlib
+import importlib
 import io
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
@@ -21,34 +28,26 @@ from settings import UserError
 SPACE = "\u2581"        # SentencePiece writes a space as this character
 WALL = "\x1f"           # ends a word while training, and is dropped from the text
 RESERVED = 3 + 256      # unknown, bos, eos, and a piece for each byte
+NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6      # kinds of pieces in SentencePiece's file
 
 
-class Tokenizer:
-    """A SentencePiece model.
+class Vocabulary:
+    """What all kinds of tokenizer have in common.
 
     Attributes:
         n_words: size of the vocabulary; ids run from 0 to n_words - 1.
-        bos_id, eos_id, pad_id: special ids, -1 where the model has none.
+        bos_id, eos_id, pad_id: special ids, -1 where there are none.
+        adds_bos: whether the model expects bos before a text.
         exact: whether it was trained by `train`, so that no text is lost.
         model: the bytes of the model file; sha256: their digest in hex.
     """
+    n_words: int
+    bos_id = eos_id = pad_id = -1
+    adds_bos = True
+    exact = False
 
-    def __init__(self, model: str | Path | bytes):
-        """Load a `.model` file, or its bytes. Raises UserError when it is not one."""
-        self.model = model if isinstance(model, bytes) else _read(Path(model))
-        name = "the tokenizer" if isinstance(model, bytes) else str(model)
-        try:
-            self._sp = SentencePieceProcessor(model_proto=self.model)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{name} is not a SentencePiece model ({len(self.model)} bytes)") from error
-        if not self.model or self._sp.vocab_size() == 0:
-            raise UserError(f"{name} is an empty SentencePiece model")
-        self.sha256 = hashlib.sha256(self.model).hexdigest()
-        self.n_words: int = self._sp.vocab_size()
-        self.bos_id: int = self._sp.bos_id()
-        self.eos_id: int = self._sp.eos_id()
-        self.pad_id: int = self._sp.pad_id()
-        self.exact = self._sp.encode("\n", out_type=str) == [SPACE, "\n"]   # only `train` makes a piece of it
+    def __init__(self, model: bytes):
+        self.model, self.sha256 = model, hashlib.sha256(model).hexdigest()
 
     def encode(self, s: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of a string, between bos and eos if asked for."""
@@ -57,11 +56,52 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
         """Ids of each string; faster than one call each."""
         head, tail = [self.bos_id] * bos, [self.eos_id] * eos
+        return [head + ids + tail for ids in self._encode(texts)]
+
+    def begin(self, text: str) -> list[int]:
+        """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it."""
+        ids = self.encode(text)
+        return [self.bos_id] + ids if self.adds_bos or not ids else ids
+
+    def id_of(self, special: str) -> int:
+        """The id of a special token. Raises UserError when there is none of that name."""
+        raise UserError(f"this vocabulary has no special token {special}")
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids; special ids are left out, unfinished characters become U+FFFD."""
+        raise NotImplementedError
+
+    def piece(self, token: int) -> str:
+        """The text of one entry of the vocabulary, a space shown as U+2581."""
+        raise NotImplementedError
+
+
+class Tokenizer(Vocabulary):
+    """A SentencePiece model."""
+
+    def __init__(self, model: str | Path | bytes):
+        """Load a `.model` file, or its bytes. Raises UserError when it is not one."""
+        super().__init__(model if isinstance(model, bytes) else _read(Path(model)))
+        name = "the tokenizer" if isinstance(model, bytes) else str(model)
+        try:
+            self._sp = SentencePieceProcessor(model_proto=self.model)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{name} is not a SentencePiece model ({len(self.model)} bytes)") from error
+        if not self.model or self._sp.vocab_size() == 0:
+            raise UserError(f"{name} is an empty SentencePiece model")
+        self.n_words = self._sp.vocab_size()
+        self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
+        self.exact = self._sp.encode("\n", out_type=str) == [SPACE, "\n"]   # only `train` makes a piece of it
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         batch = self._sp.encode(texts)
         for i, text in enumerate(texts):
             if self.exact and SPACE in text:
                 batch[i] = self._encode_with_space_mark(text)
-        return [head + ids + tail for ids in batch]
+        return batch
 
     def _encode_with_space_mark(self, text: str) -> list[int]:
         """Encode a text that holds the very character that stands for a space: spell it in bytes.
@@ -77,12 +117,152 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of the ids; special ids are left out, unfinished characters become U+FFFD."""
         return self._sp.decode(ids)
 
     def piece(self, token: int) -> str:
-        """The text of one entry of the vocabulary, a space shown as U+2581."""
         return self._sp.id_to_piece(token)
+
+    def id_of(self, special: str) -> int:
+        found = self._sp.piece_to_id(special)
+        return found if self._sp.id_to_piece(found) == special else super().id_of(special)
+
+    def pieces(self) -> list[tuple[str, float, int]]:
+        """Text, score and kind of each entry; the kinds are those of SentencePiece's file."""
+        sp = self._sp
+        kinds = ((sp.is_unknown, UNKNOWN), (sp.is_control, CONTROL), (sp.is_byte, BYTE), (sp.is_unused, UNUSED))
+        return [(sp.id_to_piece(i), sp.get_score(i), next((kind for has, kind in kinds if has(i)), NORMAL))
+                for i in range(self.n_words)]
+
+
+class JsonTokenizer(Vocabulary):
+    """A `tokenizer.json` of Hugging Face (package tokenizers).
+
+    What such a file leaves to others, it has under the key OWN: the special tokens bos and eos, and adds_bos.
+    """
+    OWN = "tiny-llm"
+
+    def __init__(self, model: bytes):
+        """Raises UserError when the package is missing, or the bytes are no such file."""
+        super().__init__(model)
+        tokenizers = extra("tokenizers", "this vocabulary, a tokenizer.json,")
+        try:
+            content = json.loads(model)
+            own = content.pop(self.OWN, {})
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:          # the package raises nothing more special
+            raise UserError(f"the vocabulary is no tokenizer.json that the package tokenizers reads: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True        # what looks like a special token in a text is text
+        self.n_words = self._tokenizer.get_vocab_size()
+        self.bos_id, self.eos_id = (self.id_of(own[name]) if own.get(name) else -1 for name in ("bos", "eos"))
+        self.adds_bos = self.bos_id >= 0 and own.get("adds_bos", True)
+        self._spells_bytes = b'"ByteLevel"' in model
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def piece(self, token: int) -> str:
+        text = self.decode([token]).replace(" ", SPACE) if self._spells_bytes else ""
+        return text or self._tokenizer.id_to_token(token) or ""
+
+    def id_of(self, special: str) -> int:
+        found = self._tokenizer.token_to_id(special)
+        return super().id_of(special) if found is None else found
+
+
+class TiktokenTokenizer(Vocabulary):
+    """Llama 3's vocabulary: lines of a token in base64 and its rank, and 256 special tokens after them.
+
+    Pattern, names and numbers are those of meta-llama/llama3 (package tiktoken).
+    """
+    PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+               "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+               *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]
+    # time and stack of the pattern grow by the square of a run of one kind, so that long texts and runs are cut
+    AT_A_TIME, LONG_RUN = 400_000, re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
+
+    def __init__(self, model: bytes):
+        """Raises UserError when the package is missing, or the bytes are no such file."""
+        super().__init__(model)
+        tiktoken = extra("tiktoken", "Llama 3's vocabulary")
+        self.ranks = _ranks(model)
+        self.special = {name: len(self.ranks) + i for i, name in enumerate(self.SPECIAL)}
+        self._encoding = tiktoken.Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
+                                           special_tokens=self.special)
+        self.n_words = self._encoding.n_vocab
+        self.bos_id, self.eos_id = self.id_of("<|begin_of_text|>"), self.id_of("<|end_of_text|>")
+
+    def encode(self, s: str, bos: bool = False, eos: bool = False, *, allowed_special: str | Collection[str] = (),
+               disallowed_special: str | Collection[str] = ()) -> list[int]:
+        """Ids of a string, between bos and eos if asked for.
+
+        Args:
+            allowed_special: special tokens that become their ids where they stand in the text, or "all".
+            disallowed_special: special tokens that are an error there, or "all". Others are text.
+        Raises:
+            ValueError: when the text has one of disallowed_special.
+        """
+        allowed = allowed_special if allowed_special == "all" else set(allowed_special)
+        ids = [i for part in self._parts(s)
+               for i in self._encoding.encode(part, allowed_special=allowed, disallowed_special=disallowed_special)]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def _parts(self, s: str) -> Iterator[str]:
+        for begin in range(0, len(s), self.AT_A_TIME):
+            text, place = s[begin:begin + self.AT_A_TIME], 0
+            for cut in [*(run.end() for run in self.LONG_RUN.finditer(text)), len(text)]:
+                yield text[place:cut]
+                place = cut
+
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """The text of the ids, with special tokens by name if asked for."""
+        kept = ids if special else [i for i in ids if i < len(self.ranks)]
+        return self._encoding.decode_bytes(kept).decode("utf-8", errors="replace")
+
+    def piece(self, token: int) -> str:
+        return self.decode([token], special=True).replace(" ", SPACE)
+
+    def id_of(self, special: str) -> int:
+        return self.special[special] if special in self.special else super().id_of(special)
+
+
+def load(source: str | Path | bytes) -> Vocabulary:
+    """A vocabulary of any kind, from its file, bytes, or the folder that has it. Which kind it is, the content says.
+
+    Raises:
+        UserError: when there is none, or it is damaged, or its package is missing.
+    """
+    model = source if isinstance(source, bytes) else _read(Path(source))
+    if model.lstrip()[:1] == b"{":
+        return JsonTokenizer(model)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
+        return TiktokenTokenizer(model)
+    return Tokenizer(model if isinstance(source, bytes) else source)
+
+
+def extra(package: str, what: str) -> Any:
+    """Import a package that only some things need. Raises UserError, with what to type, when it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{what} needs the package {package}\n       pip install {package}") from error
+
+
+def _ranks(model: bytes) -> dict[bytes, int]:
+    try:
+        pairs = [line.split() for line in model.splitlines() if line]
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error) as error:
+        raise UserError(f"the vocabulary is no tiktoken file: {error}") from error
 
 
 def train(documents: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
