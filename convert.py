@@ -1,14 +1,14 @@
 """Weights in and out: the same model as a file of another project.
 
-    python convert.py SmolLM2-135M-Instruct.Q4_1.gguf output/smol.pt    # in: this or a folder, to sample and to train on
+    python convert.py SmolLM2-135M-Instruct.Q4_1.gguf output/smol.pt    # in: from a file or folder of others
     python convert.py output/ckpt.pt output/hf                          # out: a folder for transformers
     python convert.py output/ckpt.pt story.gguf                         # for llama.cpp, Ollama, LM Studio
-    python convert.py output/ckpt.pt story.bin                          # for llama2.c's run; beside it story.tokenizer.bin
+    python convert.py output/ckpt.pt story.bin                          # for llama2.c; beside it story.tokenizer.bin
     python convert.py model.bin output/story.pt --tokenizer tokenizer.bin
 
 What is read: our checkpoints and those of llama2.c; folders of Meta (Llama 2 and 3) and Hugging Face (Llama, GPT-2);
-GGUF; llama2.c's .bin. After writing, the target is read again and its logits are compared with those of the source: what
-differs by more than its number format explains is not kept.
+GGUF; llama2.c's .bin. After writing, the target is read again and its logits are compared with those of the source:
+what differs by more than its number format explains is not kept.
 """
 import shutil
 from pathlib import Path
@@ -27,8 +27,8 @@ from settings import UserError
 # ---- settings -----------------------------------------------------------------------------------
 source = ""                     # a model that is there: a file or a folder
 target = ""                     # what to write
-to = "auto"                     # pt, hf, gguf, gguf-f16, gguf-q8_0, llama2c, llama2c-v1, llama2c-int8; auto: by the name
-                                # of the target: .pt, .gguf, .bin, and a folder for hf
+to = "auto"                     # pt, hf, gguf, gguf-f16, gguf-q8_0, llama2c, llama2c-v1, llama2c-int8; auto: by the
+                                # name of the target: .pt, .gguf, .bin, and a folder for hf
 tokenizer = ""                  # file of the vocabulary, where the source has none
 force = False                   # replace a target that is there
 # ---- end of settings ----------------------------------------------------------------------------

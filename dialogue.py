@@ -1,13 +1,13 @@
-"""A story that you and the model write in turns: `python sample.py --interactive`.
+"""You and the model in turns: `python sample.py --interactive`. A story; or a chat, if the model was taught to.
 
     >>> One day, Lily met a dog.        the model goes on, then it is your turn again
     >>> /set temperature 0.5            change how tokens are chosen; /set alone shows what can be set
-    >>> /clear                          begin a new story
+    >>> /clear                          begin anew
     >>> /exit                           or Ctrl-D; Ctrl-C only ends an answer
 """
 import sys
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
         import readline     # noqa: F401    gives input() line editing and history; Windows has its own
     except ImportError:
         pass
-    story = ""
+    said: list[str] = []                        # by you and by the model, in turns
     while True:
         try:
             line = input(">>> ")
@@ -39,26 +39,43 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
         if command == "/exit":
             return
         if command == "/clear":
-            story = ""
+            said = []
         elif command == "/set":
             change(generator, cfg, options, words)
         elif command.startswith("/"):
             print(__doc__.partition("\n\n")[2], end="")
-        else:
-            gap = " " if story and not story[-1].isspace() else ""
-            story = go_on(generator, story + gap + line, options(cfg))
-            cfg.seed += 1                       # the same beginning shall not always get the same answer
+        elif line or not generator.chat:
+            said = go_on(generator, [*said, line], cfg.system, options(cfg))
+            cfg.seed += 1                       # the same words shall not always get the same answer
 
 
-def go_on(generator: "TextGenerator", story: str, options: dict[str, Any]) -> str:
-    """Print how the model continues the story, and return all of it. Ctrl-C ends the answer, not the program."""
+def go_on(generator: "TextGenerator", said: list[str], system: str, options: dict[str, Any]) -> list[str]:
+    """Print the model's turn, and return all that was said. Ctrl-C ends the answer, not the program."""
+    answer = ""
     try:
-        for piece in islice(generator.stream(story, **options), 1, None):
+        for piece in reply(generator, said, system, options):
             print(piece, end="", flush=True)
-            story += piece
+            answer += piece
     except KeyboardInterrupt:
         pass
     print()
+    return [*said, answer]
+
+
+def reply(generator: "TextGenerator", said: list[str], system: str, options: dict[str, Any]) -> Iterator[str]:
+    """What the model says: in a chat to the messages, else it goes on with all of it as one text."""
+    if not generator.chat:
+        return islice(generator.stream(joined(said), **options), 1, None)
+    dialog = [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), said)]
+    return generator.answer([{"role": "system", "content": system}] * bool(system) + dialog, **options)
+
+
+def joined(said: list[str]) -> str:
+    """One text; where a line of yours would stick to the text before it, a space comes between."""
+    story = ""
+    for number, text in enumerate(said):
+        gap = " " if number % 2 == 0 and story and not story[-1].isspace() else ""
+        story += gap + text
     return story
 
 

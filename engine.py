@@ -1,7 +1,7 @@
 """Sampling: prompts in, and one new token for each of them at a time.
 
     engine = Engine(model)                              # or Engine(model, quantize="int8")
-    for step in engine.generate([[1, 403, 407], [1, 291]], max_new_tokens=100, eos_id=2):
+    for step in engine.generate([[1, 403, 407], [1, 291]], max_new_tokens=100, ends=[2]):
         print(step.tokens)                              # e.g. [378, 17], then [261, None] once the second has ended
 
 The weights are those of model.py, arranged for few and large operations, because a token costs as much time for
@@ -10,7 +10,7 @@ the norms and the scale of attention are multiplied into them.
 
 Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -62,23 +62,20 @@ class Engine:
                 if self.alone:
                     self.alone.add(matrices)
             self.output = pack(model.output.weight.float() * _gain(model.norm), dtype)
-            # rotary embedding is a product with complex numbers; values go along, and are not turned
-            turns = torch.view_as_complex(model.rope.movedim(0, -1).contiguous())[:, None]  # (max_seq_len, 1, D / 2)
-            still = torch.ones_like(turns).expand(-1, self.args.n_kv_heads, -1)
-            self.turns = torch.cat((turns.expand(-1, self.args.n_heads + self.args.n_kv_heads, -1), still), 1)
+            # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
+            self.rope = torch.view_as_complex(model.rope.movedim(0, -1).contiguous())[:, None]
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
-                 eos_id: int = -1, rows: list[int] | None = None) -> Iterator[Step]:
+                 ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:
         """Continue prompts that may differ in length.
 
-        A sequence ends at eos, which is not yielded. What it gets depends on its prompt, the seed and its row number,
-        not on its neighbours. When it fills the model's window, it goes on with its first token (bos) and the newer
-        half.
+        A sequence ends at one of the ids `ends`, which is not yielded. What it gets depends on its prompt, the seed
+        and its row number, not on its neighbours. When it fills the model's window, it goes on with its first token
+        (bos) and the newer half.
 
         Args:
             prompts: ids, at least one each.
-            eos_id: the token that ends a sequence; -1 for none.
             rows: the number of each sequence, which chooses its random numbers; 0, 1, ... when left out.
         Raises:
             ValueError: when a prompt has no ids, or some that the vocabulary has not.
@@ -113,7 +110,7 @@ class Engine:
             # 2. tokens
             tokens = choose(logits, sampling, next(noise), seen)            # (B,)
             found = tokens.tolist()
-            ended = [end or token == eos_id for end, token in zip(ended, found)]
+            ended = [end or token in ends for end, token in zip(ended, found)]
             if all(ended):
                 return
             yield Step([None if end else token for end, token in zip(ended, found)], logits)
@@ -128,7 +125,8 @@ class Engine:
         for begin in range(0, len(ids) - 1, self.args.max_seq_len):
             tokens = torch.tensor([ids[:-1][begin:begin + self.args.max_seq_len]], device=self.device)
             with _PLAIN_CALLS():
-                x = self._layers(tokens, self.turns[:tokens.shape[1]], lambda _, heads: self._causal(heads[None]))
+                turns = self._turns(slice(tokens.shape[1]))
+                x = self._layers(tokens, turns, lambda _, heads: self._causal(heads[None]))
                 logprobs = self._logits(x).log_softmax(-1)
             yield logprobs
 
@@ -143,7 +141,7 @@ class Engine:
             return self._causal(heads)
 
         tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in contexts], device=self.device)
-        x = self._layers(tokens, self.turns[:width], attend)
+        x = self._layers(tokens, self._turns(slice(width)), attend)
         last = torch.tensor([row * width + len(ids) - 1 for row, ids in enumerate(contexts)], device=self.device)
         return self._logits(x[last])
 
@@ -161,9 +159,9 @@ class Engine:
         batch, groups = len(tokens), self.args.n_heads // self.args.n_kv_heads
         keys, values = (part.unbind() for part in cache.chunk(2, 2))            # of each layer, (B, K, end, D)
         if isinstance(at, int):
-            turns, mask, fresh = self.turns[at:at + 1], None, cache[:, :, :, at].unbind()
+            turns, mask, fresh = self._turns(slice(at, at + 1)), None, cache[:, :, :, at].unbind()
         else:
-            turns, mask = self.turns[at], (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
+            turns, mask = self._turns(at), (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
@@ -183,6 +181,13 @@ class Engine:
         q, k, v = heads.transpose(1, 2).split((self.args.n_heads, self.args.n_kv_heads, self.args.n_kv_heads), 1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] > k.shape[1])
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _turns(self, at: slice | Tensor) -> Tensor:
+        """What heads at some places are multiplied with: (..., H + 2 K, D / 2). Values are not turned."""
+        turns = self.rope[at]                                                               # (..., 1, D / 2)
+        both = [turns.expand(*turns.shape[:-2], self.args.n_heads + self.args.n_kv_heads, -1),
+                torch.ones_like(turns).expand(*turns.shape[:-2], self.args.n_kv_heads, -1)]
+        return torch.cat(both, -2)
 
     def _layers(self, tokens: Tensor, turns: Tensor, attend: Attend) -> Tensor:
         """What the layers make of tokens (B, T): (B * T, dim + 1), before the last norm."""

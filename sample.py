@@ -15,7 +15,7 @@ Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stori
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,8 @@ import checkpoint as checkpoints
 import device as devices
 import formats
 import settings
-from engine import Engine
+from chat import FORMATS, ChatFormat, Message
+from engine import Engine, Step
 from sampling import Sampling
 from settings import UserError
 from tokenizer import Vocabulary
@@ -40,7 +41,10 @@ tokenizer = ""                  # file of the vocabulary, where the checkpoint h
 # what to do
 prompt = ""                     # how the stories begin; FILE:path reads a file
 num_samples = 1                 # stories, written at the same time
-interactive = False             # type beginnings, and the model goes on
+interactive = False             # type beginnings, and the model goes on; or talk, with one that was taught to
+chat = "auto"                   # llama3 or chatml: the form of messages it was taught; auto: what the checkpoint says;
+                                # none: it goes on with what you type
+system = ""                     # in a chat: what the model is told beforehand
 input_file = ""                 # a prompt in each line; a story is written for each
 output_file = ""                # with input_file: JSON lines; a run that was interrupted goes on in it
 score = ""                      # a text file: print how well the model expects it, and write nothing
@@ -102,7 +106,7 @@ class TextGenerator:
 
     def __init__(self, checkpoint: str | Path = checkpoint, tokenizer_model_path: str | Path | None = None,
                  seed: int = seed, device: str = device, dtype: str = dtype, quantize: str = quantize,
-                 compile: bool = compile):
+                 compile: bool = compile, chat: str = chat):
         """Load a checkpoint. Raises UserError when it, the vocabulary or the device cannot be used."""
         self.where = devices.choose(device, dtype, training=False)
         if quantize not in ("", "int8") or quantize and self.where.device.type != "cpu":
@@ -112,6 +116,10 @@ class TextGenerator:
         state = formats.read(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(state)
         model = checkpoints.build_model(state, own=False).to(self.where.device)
+        if chat not in ("auto", "none", *FORMATS):
+            raise UserError(f"--chat {chat} is unknown; use auto, none, {', '.join(FORMATS)}")
+        form = state.get("chat", "") if chat == "auto" else chat
+        self.chat: ChatFormat | None = FORMATS[form](self.tokenizer) if form in FORMATS else None
         self.seed, self.parameters = seed, model.count_parameters()
         self.engine = Engine(model, self.where.dtype, quantize, compile)
 
@@ -125,6 +133,17 @@ class TextGenerator:
         """Yield a text as it grows, in whole characters; first, `start`. Takes the further arguments of `grow`."""
         return chain([start], (piece for _, piece in self.grow([Completion(start)], *rest, **options)))
 
+    def answer(self, dialog: list[Message], *rest, **options) -> Iterator[str]:
+        """Yield the answer to a dialog as it grows. Takes the further arguments of `grow`.
+
+        dialog: dicts with role (system, user, assistant) and content.
+        Raises UserError when the model was not taught to talk.
+        """
+        if not self.chat:
+            raise UserError("this model was not taught to talk; if it was, say in which form: --chat chatml")
+        heads, ends = [self.chat.encode_dialog_prompt(dialog)], [self.chat.end_id]
+        return (piece for _, piece in self.grow([Completion("")], *rest, **options, heads=heads, ends=ends))
+
     def completions(self, prompts: list[str], *rest, **options) -> list[Completion]:
         """Continue each of the prompts, all at the same time. Takes the further arguments of `grow`."""
         done = [Completion(prompt) for prompt in prompts]
@@ -135,22 +154,26 @@ class TextGenerator:
     def grow(self, done: list[Completion], max_new_tokens: int = max_new_tokens, temperature: float = temperature,
              top_k: int = top_k, top_p: float = top_p, min_p: float = min_p,
              repetition_penalty: float = repetition_penalty, stop: str | list[str] | tuple[str, ...] = (),
-             seed: int | None = None, rows: list[int] | None = None) -> Iterator[tuple[int, str]]:
+             seed: int | None = None, rows: list[int] | None = None, heads: list[list[int]] | None = None,
+             ends: Collection[int] = ()) -> Iterator[tuple[int, str]]:
         """Write on completions that have a prompt only; yield (number, new text) on the way.
 
-        Args: as in the settings block; seed None is the one of the generator, and rows choose the random numbers.
+        Args: as in the settings block; seed None is the one of the generator, rows choose the random numbers, heads
+            are ids to begin with instead of the prompts', and ends are ids that end a text as eos does.
         Raises: UserError for a setting that cannot be used.
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, self.seed if seed is None else seed)
         check(max_new_tokens, how)
         stops = [stop] if isinstance(stop, str) else stop
-        return self._grow(done, max_new_tokens, how, [text for text in stops if text], rows) if done else iter(())
+        heads = heads or [self.tokenizer.begin(one.prompt) for one in done]
+        steps = self.engine.generate(heads, max_new_tokens, how, {self.tokenizer.eos_id, *ends}, rows)
+        readers = [Reader(self.tokenizer, head, [text for text in stops if text]) for head in heads]
+        return self._grow(done, steps, readers, max_new_tokens) if done else iter(())
 
-    def _grow(self, done: list[Completion], max_new_tokens: int, how: Sampling, stop: list[str],
-              rows: list[int] | None) -> Iterator[tuple[int, str]]:
-        heads = [[self.tokenizer.bos_id] + ids for ids in self.tokenizer.encode_batch([one.prompt for one in done])]
-        readers, writing = [Reader(self.tokenizer, head, stop) for head in heads], set(range(len(done)))
-        for step in self.engine.generate(heads, max_new_tokens, how, self.tokenizer.eos_id, rows):
+    def _grow(self, done: list[Completion], steps: Iterator[Step], readers: list["Reader"],
+              max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        writing = set(range(len(done)))
+        for step in steps:
             chosen = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)[:, None]
             likely = step.logits.log_softmax(-1).gather(1, chosen).flatten().tolist()
             for row in sorted(writing):
@@ -256,7 +279,7 @@ def main() -> None:
     prompts += [last] if last else []
     check_settings(cfg)
     generator = TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype, cfg.quantize,
-                              cfg.compile)
+                              cfg.compile, cfg.chat)
     where = f"{generator.where.device} with {cfg.quantize}" if cfg.quantize else generator.where
     where = f"{where}, compiled" if cfg.compile else where
     print(f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {where}", file=sys.stderr)
@@ -312,7 +335,7 @@ def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) ->
             print_tokens(generator, one, cfg)
         else:
             print("" if streams and row == 0 else head + one.text, flush=True)
-    longest = max(len(one.tokens) for one in done) + len(generator.tokenizer.encode(start, bos=True))
+    longest = max(len(one.tokens) for one in done) + len(generator.tokenizer.begin(start))
     if longest > (window := generator.engine.args.max_seq_len):
         print(f"note: the model sees {window} tokens; past them it went on from the beginning mark and the newer half",
               file=sys.stderr)
@@ -368,10 +391,10 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
 
 def print_tokens(generator: TextGenerator, one: Completion, cfg: SimpleNamespace) -> None:
     """A line for each token, in colours if asked for."""
-    head = generator.tokenizer.encode(one.prompt)
-    tokens = generator.read([generator.tokenizer.bos_id] + head + one.tokens)
-    written = [token._replace(logprob=logprob) for token, logprob in zip(tokens[len(head):], one.logprobs)]
-    tokens = (tokens[:len(head)] if cfg.echo else []) + written
+    head = generator.tokenizer.begin(one.prompt)
+    tokens = generator.read(head + one.tokens)
+    written = [token._replace(logprob=logprob) for token, logprob in zip(tokens[len(head) - 1:], one.logprobs)]
+    tokens = (tokens[:len(head) - 1] if cfg.echo else []) + written
     if cfg.show_probs:
         print("".join(painted(token) for token in tokens))
     for token in tokens:

@@ -150,7 +150,7 @@ class JsonTokenizer(Vocabulary):
             own = content.pop(self.OWN, {})
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:          # the package raises nothing more special
-            raise UserError(f"the vocabulary is no tokenizer.json that the package tokenizers reads: {error}") from error
+            raise UserError(f"the vocabulary is no tokenizer.json that tokenizers can read: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True        # what looks like a special token in a text is text

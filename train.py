@@ -196,9 +196,9 @@ class Run:
         """Stories from the fixed prompts, with the same random numbers each time."""
         if not self.cfg.sample_tokens:
             return []
-        rows = [[self.vocabulary.bos_id] + self.vocabulary.encode(text) for text in self.cfg.sample_prompts.split("|")]
+        rows = [self.vocabulary.begin(text) for text in self.cfg.sample_prompts.split("|")]
         how = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.cfg.seed)
-        for step in Engine(self.model).generate(rows, self.cfg.sample_tokens, how, self.vocabulary.eos_id):
+        for step in Engine(self.model).generate(rows, self.cfg.sample_tokens, how, [self.vocabulary.eos_id]):
             for row, token in zip(rows, step.tokens):
                 row += [token] if token is not None else []
         return [self.vocabulary.decode(row) for row in rows]

@@ -52,7 +52,7 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
         if begin not in readers and llama2c.is_legacy(path):
             readers[begin] = llama2c.read
         state = readers.get(begin, checkpoint.load)(path)
-    return with_vocabulary(state, read_vocabulary(tokenizer), source) if tokenizer else state
+    return with_vocabulary(state, source, tokenizer) if tokenizer else state
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
@@ -61,10 +61,11 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
     return Tokenizer(model) if model else tokenizers.load(path)
 
 
-def with_vocabulary(state: State, vocabulary: Vocabulary, source: str | Path) -> State:
-    """The state with a vocabulary given from outside. Raises UserError when it is not the one of the state."""
+def with_vocabulary(state: State, source: str | Path, tokenizer: str | Path) -> State:
+    """The state of a source with the vocabulary of another file. Raises UserError when they do not belong together."""
+    vocabulary = read_vocabulary(tokenizer)
     if state.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
-        raise UserError(f"this is not the vocabulary that {source} was trained with\n"
+        raise UserError(f"{tokenizer} is not the vocabulary that {source} was trained with\n"
                         "       leave --tokenizer out: the right one is inside")
     if vocabulary.n_words != state["model_args"]["vocab_size"]:
         raise UserError(f"the vocabulary has {vocabulary.n_words} entries, the model "

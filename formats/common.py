@@ -1,7 +1,7 @@
 """What the readers and writers share: the state that they make, and vocabularies in the forms that they need."""
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ def check_names(found: Iterable[str], expected: Iterable[str], source: Path) -> 
         if names:
             some = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise UserError(f"{source} {problem} {len(names)} tensors: {some}")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError when it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def chat_of_template(template: Any) -> str:
@@ -94,12 +102,11 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def sentencepiece_json(vocabulary: Tokenizer) -> dict[str, Any]:
-    """A byte-pair SentencePiece model in other words. The merges are all ways to make a piece of two others."""
+    """A byte-pair SentencePiece model in other words."""
     pieces = vocabulary.pieces()
     ids = {text: i for i, (text, _, _) in enumerate(pieces)}
     learned = sorted((i for i, (_, _, kind) in enumerate(pieces) if kind == NORMAL), key=lambda i: -pieces[i][1])
-    halves = [(pieces[i][0][:cut], pieces[i][0][cut:]) for i in learned for cut in range(1, len(pieces[i][0]))]
-    merges = [pair for pair in halves if pair[0] in ids and pair[1] in ids]
+    merges = merges_of((pieces[i][0] for i in learned), ids)
     special = {text: i for text, i in ids.items() if pieces[i][2] in (UNKNOWN, CONTROL)}
     unknown = next(text for text, _, kind in pieces if kind == UNKNOWN)
     return {
@@ -146,24 +153,14 @@ def own_json(content: dict[str, Any], bos: str, eos: str, adds_bos: bool) -> byt
 def llama3_json(vocabulary: TiktokenTokenizer) -> dict[str, Any]:
     letters = byte_letters()
     ids = {"".join(letters[byte] for byte in token): rank for token, rank in vocabulary.ranks.items()}
-    merges = [tuple("".join(letters[byte] for byte in part) for part in pair) for pair in merges_of(vocabulary.ranks)]
-    return byte_level_json(ids, merges, vocabulary.special, LLAMA3, bos="<|begin_of_text|>", whole_words=True)
+    return byte_level_json(ids, merges_of(ids, ids), vocabulary.special, LLAMA3, bos=vocabulary.SPECIAL[0],
+                           whole_words=True)
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges of a byte-pair vocabulary that is given by ranks: each token is made of the two parts that it has
-    when only merges of lower rank are done."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            place = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            if ranks.get(parts[place] + parts[place + 1], rank) >= rank:
-                break                                       # an entry that no merges make
-            parts[place:place + 2] = [parts[place] + parts[place + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
+def merges_of(entries: Iterable[str], known: Collection[str]) -> list[tuple[str, str]]:
+    """All ways to make the entries, best first, of two that are known."""
+    halves = ((entry[:cut], entry[cut:]) for entry in entries for cut in range(1, len(entry)))
+    return [(left, right) for left, right in halves if left in known and right in known]
 
 
 def byte_letters() -> list[str]:

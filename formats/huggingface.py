@@ -1,17 +1,18 @@
 """Folders of Hugging Face: config.json, safetensors, tokenizer. Architecture LlamaForCausalLM, and GPT-2 to read.
 
-Needs the package safetensors. Their rotary embedding turns the pairs (0, D/2), (1, D/2 + 1), ..., ours the pairs (0, 1),
-(2, 3), ...: the rows of wq and wk have another order, which `to_pairs` and `to_halves` change.
+Needs the package safetensors. Their rotary embedding turns the pairs (0, D/2), (1, D/2 + 1), ..., ours the pairs
+(0, 1), (2, 3), ...: the rows of wq and wk have another order, which `to_pairs` and `to_halves` change.
 """
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from checkpoint import build_tokenizer
-from formats.common import chat_of_template, check_names, layer_names, make_state, own_json, tokenizer_json
+from formats.common import (chat_of_template, check_names, layer_names, make_state, own_json, read_json,
+                            tokenizer_json)
+from model import ModelArgs
 from settings import UserError
 from tokenizer import JsonTokenizer, Tokenizer, Vocabulary, extra
 
@@ -45,7 +46,8 @@ def read(folder: Path) -> dict[str, Any]:
     if args["tie_embeddings"] and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     check_names(tensors, names.values(), folder)
-    model = {ours: to_pairs(tensors[theirs], args) if turned(ours) else tensors[theirs] for ours, theirs in names.items()}
+    model = {ours: to_pairs(tensors[theirs], args) if turned(ours) else tensors[theirs]
+             for ours, theirs in names.items()}
     return make_state(model, args, *read_vocabulary(folder, args["vocab_size"]))
 
 
@@ -55,9 +57,10 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0),
                                              **(config.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    problems = [f"{name} {config[name]!r}" for name, known in
-                {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "quantization_config": (None,),
-                 "head_dim": (None, dim // heads)}.items() if name in config and config[name] not in known]
+    possible = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
+                "head_dim": (None, dim // heads), "quantization_config": (None,)}
+    problems = [f"{name} {config[name]!r}" for name, known in possible.items()
+                if config.get(name, known[0]) not in known]
     if kind not in ("default", "linear", "llama3"):
         problems.append(f"rope_type {kind!r}")
     if problems:
@@ -110,13 +113,6 @@ def read_vocabulary(folder: Path, vocab_size: int) -> tuple[Vocabulary | None, s
     return JsonTokenizer(own_json(content, bos, eos, adds_bos)), chat
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
 # ---- out ----------------------------------------------------------------------------------------
 
 def write(state: dict[str, Any], folder: Path) -> None:
@@ -140,7 +136,6 @@ def write(state: dict[str, Any], folder: Path) -> None:
 
 
 def make_config(args: dict[str, Any]) -> dict[str, Any]:
-    from model import ModelArgs
     shape, scaling = ModelArgs(**args), args.get("rope_scaling")
     if scaling and "factors" in scaling:
         raise UserError("the rotary embedding is slowed down by a table of factors (from a GGUF file), which a "
@@ -163,8 +158,8 @@ def write_vocabulary(vocabulary: Vocabulary, chat: str, max_seq_len: int, folder
     names = {token["id"]: token["content"] for token in content["added_tokens"]}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len,
               "clean_up_tokenization_spaces": False, "add_bos_token": vocabulary.adds_bos}
-    config |= {name: names[i] for name, i in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id),
-                                              ("unk_token", 0 if isinstance(vocabulary, Tokenizer) else -1)) if i in names}
+    config |= {name: names[i] for name, i in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id))
+               if i in names}
     if chat:
         config["chat_template"] = CHAT_TEMPLATES[chat]
     write_json(folder / "tokenizer_config.json", config)

@@ -71,9 +71,9 @@ def test_greedy_equals_the_plain_form(model, engine):
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_ragged_prompts_give_what_each_gives_alone(engine, temperature):
     prompts, how = [[1], [1, 4, 8, 15, 16, 23, 42], [1, 30, 31], [1, 2, 2]], Sampling(temperature, seed=4)
-    together = rows(engine.generate(prompts, 60, how, 7), 4)
+    together = rows(engine.generate(prompts, 60, how, [7]), 4)
     for i, prompt in enumerate(prompts):
-        assert rows(engine.generate([prompt], 60, how, 7, rows=[i]), 1)[0] == together[i]
+        assert rows(engine.generate([prompt], 60, how, [7], rows=[i]), 1)[0] == together[i]
     assert len({len(row) for row in together}) > 1 and max(map(len, together)) > engine.args.max_seq_len
 
 
@@ -81,7 +81,7 @@ def test_a_row_stops_at_eos_by_itself(engine):
     prompts, how = [[1, i] for i in range(10, 30)], Sampling(seed=3)
     free = rows(engine.generate(prompts, 20, how), 20)
     eos = free[0][5]
-    stopped = rows(engine.generate(prompts, 20, how, eos), 20)
+    stopped = rows(engine.generate(prompts, 20, how, [eos]), 20)
     for long, short in zip(free, stopped):
         assert short == (long[:long.index(eos)] if eos in long else long)
     assert len({len(row) for row in stopped}) > 1
@@ -89,7 +89,7 @@ def test_a_row_stops_at_eos_by_itself(engine):
 
 def test_steps_end_when_all_rows_have(engine):
     first = rows(engine.generate([[1, 2]], 1, GREEDY), 1)[0][0]
-    assert list(engine.generate([[1, 2]], 50, GREEDY, first)) == []
+    assert list(engine.generate([[1, 2]], 50, GREEDY, [first])) == []
     assert len(list(engine.generate([[1, 2]], 7))) == 7 and list(engine.generate([[1, 2]], 0)) == []
 
 
