@@ -31,13 +31,13 @@ import shards
 from files import replace, sha256, whole_file
 from settings import UserError
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tokenizer import Tokenizer, find
+from tokenizer import Vocabulary, find, load
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go
 data = ""               # the text; empty: what step 1 read
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
-tokenizer = ""          # a SentencePiece model from elsewhere; it is copied to data_dir and used
+tokenizer = ""          # a vocabulary from elsewhere, or a model that has one inside; it is copied to data_dir
 num_workers = 0         # processes, at most 60; 0: one per core. Each takes about 100 MB
 verify = False          # decode documents of every shard and compare them with their source
 # ---- end of settings ----------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def main() -> None:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {cfg.num_workers}")
     start = time.time()
     model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
-    vocabulary = Tokenizer(model_path)
+    vocabulary = load(model_path)
     source, threshold = find_source(cfg, model_path, vocabulary)
     files = corpus.find_files(source)
     print(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries")
@@ -88,18 +88,19 @@ def main() -> None:
 
 def adopt(path: Path, folder: str) -> Path:
     """Copy a vocabulary made elsewhere to <folder>/tok<size>.model, where all steps look for it."""
-    vocabulary = Tokenizer(path)
+    from formats import read_vocabulary     # here, because it brings torch, which the workers have no use for
+    vocabulary = read_vocabulary(path)
     if min(vocabulary.bos_id, vocabulary.eos_id) < 0:
         raise UserError(f"{path} has no bos or no eos; documents could not be told apart")
     target = Path(folder) / f"tok{vocabulary.n_words}.model"
-    if target.exists() and Tokenizer(target).sha256 != vocabulary.sha256:
+    if target.exists() and load(target).sha256 != vocabulary.sha256:
         raise UserError(f"{target} is another vocabulary of that size\n       name another --data_dir for {path}")
     with whole_file(target) as file:
         file.write(vocabulary.model)
     return target
 
 
-def find_source(cfg, model_path: Path, vocabulary: Tokenizer) -> tuple[Path, int]:
+def find_source(cfg, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int]:
     """The text to read and the rule of its validation split: those of step 1 unless told otherwise."""
     notes, known, threshold = model_path.with_suffix(".json"), None, 0
     if notes.exists():
@@ -220,7 +221,7 @@ def _count(size: int) -> None:
 
 def write_shards(job: Job) -> tuple[int, list[Shard]]:
     """Tokenize the files of a job into its train and its val shard. Runs in a worker process."""
-    vocabulary = Tokenizer(job.model_path)
+    vocabulary = load(job.model_path)
     dtype = shards.dtype(vocabulary.n_words)
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}          # documents, tokens, bytes of text
     with ExitStack() as stack:
@@ -255,7 +256,7 @@ def report(found: ShardSet) -> None:
               f"{size / tokens:.2f} bytes per token")
 
 
-def compare(job: Job, found: ShardSet, vocabulary: Tokenizer) -> int:
+def compare(job: Job, found: ShardSet, vocabulary: Vocabulary) -> int:
     """Decode a sample of a job's documents and compare them with their source; returns how many."""
     checked, number, chosen, ids, starts = 0, dict.fromkeys(SPLITS, 0), {}, {}, {}
     for split, name in job.names.items():
@@ -276,7 +277,7 @@ def compare(job: Job, found: ShardSet, vocabulary: Tokenizer) -> int:
     return checked
 
 
-def same(ids: list[int], text: str, vocabulary: Tokenizer) -> bool:
+def same(ids: list[int], text: str, vocabulary: Vocabulary) -> bool:
     """Whether ids stand for a text. A vocabulary that changes text on the way is compared by its ids."""
     return vocabulary.decode(ids) == text if vocabulary.exact else ids == vocabulary.encode(text, bos=True, eos=True)
 

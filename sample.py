@@ -116,6 +116,9 @@ class TextGenerator:
         state = formats.read(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(state)
         model = checkpoints.build_model(state, own=False).to(self.where.device)
+        if self.tokenizer.n_words > model.args.vocab_size:
+            raise UserError(f"the vocabulary has {self.tokenizer.n_words} entries, the model "
+                            f"{model.args.vocab_size}; they do not belong together")
         if chat not in ("auto", "none", *FORMATS):
             raise UserError(f"--chat {chat} is unknown; use auto, none, {', '.join(FORMATS)}")
         form = state.get("chat", "") if chat == "auto" else chat

@@ -56,8 +56,11 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
-    """A vocabulary from its file, of any kind. Raises UserError when it is none."""
-    model = llama2c.read_vocabulary(Path(path))
+    """A vocabulary from its file, or from a model that has it inside. Raises UserError when there is none."""
+    path = Path(path)
+    if path.is_dir() or path.suffix in (".pt", ".gguf"):
+        return checkpoint.build_tokenizer(read(path))
+    model = llama2c.read_vocabulary(path)
     return Tokenizer(model) if model else tokenizers.load(path)
 
 

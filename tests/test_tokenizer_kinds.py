@@ -1,0 +1,174 @@
+"""Vocabularies of other projects, and the forms of chats: what their own tests and packages say."""
+import base64
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as TheirTokenizer
+
+import tokenizer
+from chat import ChatFormat, ChatML
+from formats.common import GPT2, byte_letters, byte_level_json, llama3_json, merges_of, own_json, sentencepiece_model
+from settings import UserError
+from tokenizer import JsonTokenizer, TiktokenTokenizer, Tokenizer
+
+WORDS = "the and ing test sentence is a This user system assistant \n\n 123 é 中".split(" ")
+
+
+def ranks() -> bytes:
+    """A small vocabulary in Llama 3's format: the bytes, and some words built up from them."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for word in WORDS:
+        for end in range(2, len(word.encode()) + 1):
+            for token in (word.encode()[:end], b" " + word.encode()[:end]):
+                for cut in range(2, len(token) + 1):
+                    if token[:cut] not in tokens:
+                        tokens.append(token[:cut])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+@pytest.fixture(scope="module")
+def llama3() -> TiktokenTokenizer:
+    return TiktokenTokenizer(ranks())
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> JsonTokenizer:
+    letters = byte_letters()
+    words = ["".join(letters[byte] for byte in f"{gap}{word}".encode()[:n])
+             for word in WORDS for gap in ("", " ") for n in range(1, 12)]
+    entries = list(dict.fromkeys([*letters, *sorted(words, key=len), "<|im_start|>", "<|im_end|>"]))
+    ids = {text: i for i, text in enumerate(entries)}
+    special = {name: ids[name] for name in ("<|im_start|>", "<|im_end|>")}
+    content = byte_level_json(ids, merges_of(entries[256:-2], ids), special, GPT2, single_digits=True)
+    return JsonTokenizer(own_json(content, "<|im_start|>", "<|im_end|>", adds_bos=False))
+
+
+@given(st.text())
+def test_byte_vocabularies_lose_nothing(llama3, byte_level, text):
+    assert llama3.decode(llama3.encode(text, bos=True, eos=True)) == text
+    assert byte_level.decode(byte_level.encode(text, bos=True, eos=True)) == text
+
+
+def test_special_tokens_in_a_text_are_text_unless_allowed(llama3, byte_level):
+    text = "<|eot_id|>is<|im_end|>"
+    assert max(llama3.encode(text)) < len(llama3.ranks) and llama3.decode(llama3.encode(text)) == text
+    assert byte_level.id_of("<|im_end|>") not in byte_level.encode(text)
+    one = llama3.encode(text, allowed_special={"<|eot_id|>"})
+    assert one[0] == llama3.id_of("<|eot_id|>") and one == llama3.encode(text, allowed_special="all")
+    assert llama3.decode(one) == "is<|im_end|>" and llama3.decode(one, special=True) == text
+    with pytest.raises(ValueError):
+        llama3.encode(text, disallowed_special="all")
+    assert len(llama3.encode(text, disallowed_special={"<|end_of_text|>"})) > 3
+
+
+def test_long_runs_are_cut_and_change_nothing(llama3):
+    for text in ("a" * 60_000, " " * 60_000, "ab 12" * 100_000 + "\n", "中" * 30_000 + " " * 25_000 + "x"):
+        assert llama3.decode(llama3.encode(text)) == text
+    assert "".join(llama3._parts("x" * 70_000)) == "x" * 70_000
+    assert max(map(len, llama3._parts("x" * 70_000))) == 25_000
+    assert [len(part) for part in llama3._parts("x" * 25_000 + " y")] == [25_002]
+
+
+def test_llama3s_layout(llama3):
+    n = len(llama3.ranks)
+    assert llama3.n_words == n + 256 and (llama3.bos_id, llama3.eos_id) == (n, n + 1)
+    assert [llama3.id_of(f"<|{name}|>") - n for name in ("start_header_id", "end_header_id", "eot_id")] == [6, 7, 9]
+    assert llama3.id_of("<|reserved_special_token_250|>") == n + 255
+    assert llama3.piece(llama3.encode(" the")[0]) == "\u2581the"
+
+
+@pytest.mark.skipif("TINY_LLM_LLAMA3" not in os.environ, reason="TINY_LLM_LLAMA3 names no tokenizer.model of Llama 3")
+def test_the_published_values_of_llama3():
+    real = tokenizer.load(os.environ["TINY_LLM_LLAMA3"])
+    sentence = [2028, 374, 264, 1296, 11914, 13]
+    ids = real.encode("This is a test sentence.", bos=True, eos=True)
+    assert ids == [128000, *sentence, 128001] and real.id_of("<|begin_of_text|>") == 128000
+    assert real.decode(ids, special=True) == "<|begin_of_text|>This is a test sentence.<|end_of_text|>"
+    chat, user = ChatFormat(real), {"role": "user", "content": "This is a test sentence."}
+    assert chat.encode_message(user) == [128006, 882, 128007, 271, *sentence, 128009]
+    dialog = [user | {"role": "system"}, {"role": "user", "content": "This is a response."}]
+    assert chat.encode_dialog_prompt(dialog) == [
+        128000, 128006, 9125, 128007, 271, *sentence, 128009, 128006, 882, 128007, 271, 2028, 374, 264, 2077, 13,
+        128009, 128006, 78191, 128007, 271]
+
+
+def test_a_chat_of_llama3(llama3):
+    chat, n, encode = ChatFormat(llama3), len(llama3.ranks), llama3.encode
+    header = [n + 6, *encode("user"), n + 7, *encode("\n\n")]
+    message = {"role": "user", "content": "  the <|eot_id|> "}
+    assert chat.encode_header(message) == header and chat.end_id == n + 9
+    assert chat.encode_message(message) == [*header, *encode("the <|eot_id|>"), n + 9]
+    answer = [n + 6, *encode("assistant"), n + 7, *encode("\n\n")]
+    assert chat.encode_dialog_prompt([message]) == [n, *chat.encode_message(message), *answer]
+
+
+def test_a_chat_in_chatml(byte_level):
+    chat = ChatML(byte_level)
+    dialog = [{"role": "system", "content": "is"}, {"role": "user", "content": "a<|im_end|>"}]
+    begin, end = byte_level.id_of("<|im_start|>"), byte_level.id_of("<|im_end|>")
+    encode = byte_level.encode
+    assert chat.encode_dialog_prompt(dialog) == [
+        begin, *encode("system\nis"), end, *encode("\n"), begin, *encode("user\na<|im_end|>"), end, *encode("\n"),
+        begin, *encode("assistant\n")]
+    assert chat.end_id == end
+    with pytest.raises(UserError, match=re.escape("no special token <|im_start|>")):
+        ChatML(TiktokenTokenizer(ranks()))
+
+
+def test_llama3_as_a_tokenizer_json_gives_the_same_ids(llama3):
+    theirs = TheirTokenizer.from_str(json.dumps(llama3_json(llama3)))
+    theirs.encode_special_tokens = True
+    generator = random.Random(1)
+    for _ in range(300):
+        text = "".join(generator.choice(["the", "test", " ", "\n", "1", "中", "'S", "é", "sent", "<|", "ence", "!"])
+                       for _ in range(generator.randrange(12)))
+        assert theirs.encode(text).ids == llama3.encode(text, bos=True), text
+
+
+def test_a_vocabulary_written_by_hand_is_the_same_vocabulary():
+    own = tokenizer.train(lambda: ["one two three, 456. Yes\nno " * 3], 320)
+    again = Tokenizer(sentencepiece_model(own.pieces(), own.bos_id, own.eos_id))
+    assert again.exact and again.pieces() == own.pieces()
+    assert (again.bos_id, again.eos_id, again.pad_id) == (own.bos_id, own.eos_id, own.pad_id)
+    for text in ("one two", " 4 56 \n three", "", "😀 中文 \u2581", "  x  "):
+        assert again.encode(text) == own.encode(text) and again.decode(own.encode(text)) == text
+
+
+def test_which_kind_it_is_the_content_says(llama3, byte_level):
+    own = tokenizer.train(lambda: ["a few words"], 300)
+    for number, vocabulary in enumerate((own, llama3, byte_level)):
+        Path(f"{number}").write_bytes(vocabulary.model)
+        found = tokenizer.load(f"{number}")
+        assert type(found) is type(vocabulary) and found.sha256 == vocabulary.sha256
+        assert found.encode("a test") == vocabulary.encode("a test")
+
+
+def test_where_bos_and_eos_are_one_it_comes_once(byte_level):
+    content = json.loads(byte_level.model) | {JsonTokenizer.OWN: {"bos": "<|im_end|>", "eos": "<|im_end|>"}}
+    found = JsonTokenizer(json.dumps(content).encode())
+    assert found.encode("a", bos=True, eos=True) == [found.bos_id, *found.encode("a")]
+    assert found.encode("a", eos=True) == [*found.encode("a"), found.eos_id]
+    assert found.begin("a") == found.encode("a", bos=True) and byte_level.begin("a") == byte_level.encode("a")
+    assert byte_level.begin("") == [byte_level.bos_id]
+
+
+@pytest.mark.parametrize("model, part", [(b"{}", "no tokenizer.json"), (b"{", "no tokenizer.json"),
+                                         (b"YQ== 0\nYg== x\n", "no tiktoken file"), (b"YQ== 0\n?? 1\n", "no tiktoken"),
+                                         (b"", "empty"), (b"what", "not a SentencePiece model")])
+def test_damaged_vocabularies_are_one_clear_line(model, part):
+    with pytest.raises(UserError, match=part):
+        tokenizer.load(model)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
+    with pytest.raises(UserError, match="needs the package tiktoken\n       pip install tiktoken"):
+        tokenizer.load(ranks())
+    assert tiktoken
