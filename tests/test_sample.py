@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import shards
 import tokenizer
-from conftest import ROOT, TINY, assert_user_error, script
+from conftest import ROOT, TINY, assert_user_error, quickly, script
 from engine import Step
 from model import ModelArgs, Transformer
 from sample import Completion, TextGenerator
@@ -147,7 +147,7 @@ def test_a_text_is_scored_as_an_evaluation_scores_it(trained, project):
 
 def test_a_score_from_the_command_line(trained):
     Path("story.txt").write_text("The dog and the cat went out — to play.", encoding="utf-8")
-    result = script("sample", "--checkpoint", trained, "--score", "story.txt")
+    result = quickly("sample", "--checkpoint", trained, "--score", "story.txt")
     tokens = TextGenerator(trained).read(TextGenerator(trained).tokenizer.encode(
         "The dog and the cat went out — to play.", bos=True, eos=True))
     loss = -sum(token.logprob for token in tokens) / len(tokens)
@@ -158,11 +158,11 @@ def test_a_score_from_the_command_line(trained):
 
 
 def test_tokens_are_listed_with_their_probability(trained):
-    plain = script("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6")
-    listed = script("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--logprobs")
+    plain = quickly("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6")
+    listed = quickly("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--logprobs")
     pieces = [ast.literal_eval(line.split("  ")[-1]) for line in listed.stdout.splitlines()]
     assert "".join(pieces).replace("\u2581", " ").strip() == plain.stdout.strip()
-    shown = script("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--show_probs",
+    shown = quickly("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--show_probs",
                    "--no_echo").stdout.splitlines()
     assert shown[0] == plain.stdout.rstrip("\n").removeprefix("The dog").removeprefix(" ") and "likeliest:" in shown[1]
     assert len(shown) == 1 + 6
@@ -170,10 +170,10 @@ def test_tokens_are_listed_with_their_probability(trained):
 
 def test_how_stories_are_shown(trained):
     command = ["sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "20", "--num_samples", "2"]
-    plain = script(*command).stdout
-    assert script(*command, "--stream", "False").stdout == plain
-    assert script(*command, "--echo", "False").stdout == plain.replace("The dog", "")
-    assert script(*command, "--quantize", "int8").stdout.count("The dog") == 2
+    plain = quickly(*command).stdout
+    assert quickly(*command, "--stream", "False").stdout == plain
+    assert quickly(*command, "--echo", "False").stdout == plain.replace("The dog", "")
+    assert quickly(*command, "--quantize", "int8").stdout.count("The dog") == 2
 
 
 def test_prompts_from_a_file(trained):
@@ -181,7 +181,7 @@ def test_prompts_from_a_file(trained):
     Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     command = ["sample", "--checkpoint", trained, "--input_file", "prompts.txt", "--max_new_tokens", "9",
                "--batch_size", "2", "--output_file", "out.jsonl"]
-    assert script(*command).returncode == 0
+    assert quickly(*command).returncode == 0
     whole = Path("out.jsonl").read_bytes()
     records = [json.loads(line) for line in whole.decode().splitlines()]
     assert [record["prompt"] for record in records] == prompts
@@ -190,21 +190,21 @@ def test_prompts_from_a_file(trained):
     assert records[3]["text"] == alone.text and records[3]["tokens"] == alone.tokens
     for size in (10, whole.index(b"\n") + 30, len(whole)):                     # as an interrupted run leaves it
         Path("out.jsonl").write_bytes(whole[:size])
-        result = script(*command)
+        result = quickly(*command)
         texts = [json.loads(line)["text"] for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
         assert texts == [record["text"] for record in records], (size, result.stderr)
-    shown = script(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
+    shown = quickly(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
     assert shown == [record["prompt"] + record["text"] for record in records]
     Path("prompts.txt").write_text("Another\n", encoding="utf-8")
-    assert_user_error(script(*command), "out.jsonl", "other prompts")
+    assert_user_error(quickly(*command), "out.jsonl", "other prompts")
     Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
-    assert_user_error(script(*command), "out.jsonl", "other prompts")
+    assert_user_error(quickly(*command), "out.jsonl", "other prompts")
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes, on one line"
     Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
     Path("prompts.txt").write_text("", encoding="utf-8")                        # nothing to write, nothing to lose
-    assert_user_error(script(*command), "out.jsonl", "other prompts")
+    assert_user_error(quickly(*command), "out.jsonl", "other prompts")
     Path("out.jsonl").write_text("my notes\n", encoding="utf-8")
-    assert_user_error(script(*command), "out.jsonl", "not from this command")
+    assert_user_error(quickly(*command), "out.jsonl", "not from this command")
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes\n"
 
 
@@ -260,23 +260,23 @@ def test_stdout_holds_the_stories_and_nothing_else(trained):
 
 def test_a_prompt_from_a_file(trained):
     Path("prompt.txt").write_text("Tom — ein Bär\n雨", encoding="utf-8")
-    result = script("sample", "--checkpoint", trained, "--prompt", "FILE:prompt.txt", "--max_new_tokens", "5")
+    result = quickly("sample", "--checkpoint", trained, "--prompt", "FILE:prompt.txt", "--max_new_tokens", "5")
     assert result.stdout.startswith("Tom — ein Bär\n雨"), result.stderr
-    assert_user_error(script("sample", "--checkpoint", trained, "--prompt", "FILE:nowhere.txt"), "nowhere.txt")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--prompt", "FILE:nowhere.txt"), "nowhere.txt")
 
 
 def test_mistakes_are_one_clear_line(trained, tmp_path):
-    assert_user_error(script("sample"), "no checkpoint", "python train.py")
+    assert_user_error(quickly("sample"), "no checkpoint", "python train.py")
     Path("junk.pt").write_bytes(b"junk")
-    assert_user_error(script("sample", "--checkpoint", "junk.pt"), "junk.pt", "damaged")
-    assert_user_error(script("sample", "--checkpoint", trained, "--temperature", "-1", "--top_p", "2"), "temperature",
+    assert_user_error(quickly("sample", "--checkpoint", "junk.pt"), "junk.pt", "damaged")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--temperature", "-1", "--top_p", "2"), "temperature",
                       "top_p")
-    assert_user_error(script("sample", "--checkpoint", trained, "--device", "cuda:9"), "cuda:9")
-    assert_user_error(script("sample", "--checkpoint", trained, "--tokenizer", "none.model"), "none.model")
-    assert_user_error(script("sample", "--checkpoint", trained, "--quantize", "int3"), "int3", "int8")
-    assert_user_error(script("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
-    assert_user_error(script("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
-    assert_user_error(script("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--device", "cuda:9"), "cuda:9")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--tokenizer", "none.model"), "none.model")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--quantize", "int3"), "int3", "int8")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
 
 
 def test_a_closed_pipe_ends_quietly(trained):
