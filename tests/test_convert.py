@@ -1,0 +1,108 @@
+"""convert.py: a target is whole, proven and never overwritten by accident, or it is not there."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import convert
+import formats
+import tokenizer
+from conftest import assert_user_error, quickly, script
+from model import ModelArgs, Transformer
+from sample import TextGenerator
+from settings import UserError
+
+
+@pytest.fixture
+def source():
+    torch.manual_seed(1)
+    vocabulary = tokenizer.train(lambda: ["a few words of a story, and of another"], 300)
+    model = Transformer(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocabulary.n_words,
+                                  max_seq_len=48))
+    checkpoint.save("ckpt.pt", {**checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "",
+                                "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256})
+    return "ckpt.pt"
+
+
+@pytest.mark.parametrize("to", [kind for kind in formats.WRITERS if kind != "pt"])
+def test_there_and_back_writes_the_same_story(source, to):
+    result = quickly("convert", source, "there", "--to", to)
+    assert result.returncode == 0 and "largest difference" in result.stdout, result.stderr
+    assert quickly("convert", "there", "back.pt").returncode == 0
+    how = {"temperature": 0, "max_new_tokens": 30}
+    want, found = (TextGenerator(path, dtype="float32").completions(["a story"], **how)[0]
+                   for path in (source, "back.pt"))
+    exact = to in ("hf", "llama2c", "llama2c-v1", "gguf")
+    assert found.tokens == want.tokens if exact else found.tokens[:3] == want.tokens[:3]
+    assert torch.tensor(found.logprobs[:3]).sub(torch.tensor(want.logprobs[:3])).abs().max() < (1e-5 if exact else 0.05)
+
+
+def test_the_name_of_the_target_tells_the_format(source):
+    for name in ("a.gguf", "a.bin", "a", "a.pt"):
+        assert quickly("convert", source, name).returncode == 0
+    assert Path("a.gguf").read_bytes()[:4] == b"GGUF" and Path("a/config.json").is_file()
+    assert_user_error(quickly("convert", source, "a.safetensors"), "no format for a.safetensors", "llama2c-int8")
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a"])
+def test_what_is_there_is_kept_unless_forced(source, name):
+    assert quickly("convert", source, name).returncode == 0
+    there = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
+    there.write_bytes(b"mine")
+    assert_user_error(quickly("convert", source, name), f"{name} is there already", "--force")
+    assert there.read_bytes() == b"mine"
+    assert quickly("convert", source, name, "--force").returncode == 0 and there.read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
+def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
+    read = formats.read
+
+    def worse(path, *rest):
+        state = read(path, *rest)
+        if str(path) != source:
+            state["model"]["layers.1.feed_forward.w2.weight"] = state["model"]["layers.1.feed_forward.w2.weight"] + 0.01
+        return state
+    monkeypatch.setattr(formats, "read", worse)
+    before = set(Path().iterdir())
+    assert_user_error(quickly("convert", source, name), "more than", "not kept")
+    assert set(Path().iterdir()) == before
+
+
+def test_the_comparison_is_of_the_models_own_logits(source):
+    state = formats.read(source)
+    ids = torch.arange(48) * 7919 % state["model_args"]["vocab_size"]
+    with torch.no_grad():
+        want = checkpoint.build_model(state)(ids[None])
+    torch.testing.assert_close(convert.logits(state), want)
+    half = {**state, "model": {name: weight.bfloat16() for name, weight in state["model"].items()}}
+    found = convert.logits(half)
+    assert found.dtype == torch.float32 and 0 < (found - want).abs().max() < 0.1
+    assert {weight.dtype for weight in half["model"].values()} == {torch.bfloat16}
+    with pytest.raises(UserError):
+        convert.compare(want, want * float("nan"), "gguf")
+
+
+def test_mistakes_are_one_clear_line(source):
+    assert_user_error(quickly("convert"), "name a model", "python convert.py")
+    assert_user_error(script("convert", "nowhere.pt", "a.gguf"), "no checkpoint at")
+    assert_user_error(quickly("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
+    assert_user_error(quickly("convert", source, "a.gguf", "more"), "more")
+    Path("empty").mkdir()
+    assert_user_error(quickly("convert", "empty", "a.pt"), "config.json", "params.json")
+    assert not Path("a.gguf").exists() and not list(Path().glob("*.tmp"))
+
+
+def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, call, tmp_path):
+    """Step 1 is left out: step 2 takes the vocabulary out of the model, step 3 begins with its weights."""
+    stories = [json.dumps({"story": f"a story of {n} words and another"}) for n in range(400)]
+    Path("s.jsonl").write_text("\n".join(stories), encoding="utf-8")
+    call("convert", source, "theirs")
+    call("preprocess", "--tokenizer", "theirs", "--data", "s.jsonl", "--data_dir", "tuned")
+    call("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "out", "--max_iters", 3,
+         "--eval_interval", 3, "--batch_size", 4, "--learning_rate", 1e-3, "--sample_tokens", 0, "--device", "cpu", "--compile", "False")
+    tuned = checkpoint.load("out/last.pt")
+    assert tuned["iter_num"] == 3 and tuned["model_args"]["dim"] == 64
+    assert tuned["tokenizer_sha256"] == formats.read(source)["tokenizer_sha256"]
