@@ -8,6 +8,7 @@
     python sample.py --show_probs                                     # how sure the model was of each token
     python sample.py --score story.txt                                # how well it expects a text that is there
     python sample.py --quantize int8 --compile                        # faster on a CPU, and nearly the same
+    python sample.py --checkpoint gpt2 --prompt "The meaning of"      # GPT-2, which is downloaded
 
 Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stories go to stdout, a line
 `---` between them; everything else goes to stderr. The same seed gives the same stories.
@@ -28,14 +29,14 @@ import checkpoint as checkpoints
 import device as devices
 import formats
 import settings
-from engine import Engine
 from sampling import Sampling
 from settings import UserError
 from tokenizer import Vocabulary
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
-                                # of Hugging Face, and whatever else convert.py reads
+                                # of Hugging Face, and whatever else convert.py reads; gpt2, gpt2-medium, gpt2-large and
+                                # gpt2-xl are downloaded
 tokenizer = ""                  # file of the vocabulary, where the checkpoint has none
 # what to do
 prompt = ""                     # how the stories begin; FILE:path reads a file
@@ -113,7 +114,7 @@ class TextGenerator:
         self.tokenizer = checkpoints.build_tokenizer(state)
         model = checkpoints.build_model(state, own=False).to(self.where.device)
         self.seed, self.parameters = seed, model.count_parameters()
-        self.engine = Engine(model, self.where.dtype, quantize, compile)
+        self.engine = checkpoints.build_engine(model, self.where.dtype, quantize, compile)
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *rest, **options) -> list[str]:
         """Write num_samples texts and return them, `start` included. Takes the further arguments of `grow`."""
@@ -148,7 +149,7 @@ class TextGenerator:
 
     def _grow(self, done: list[Completion], max_new_tokens: int, how: Sampling, stop: list[str],
               rows: list[int] | None) -> Iterator[tuple[int, str]]:
-        heads = [[self.tokenizer.bos_id] + ids for ids in self.tokenizer.encode_batch([one.prompt for one in done])]
+        heads = [self.tokenizer.begin(one.prompt) for one in done]
         readers, writing = [Reader(self.tokenizer, head, stop) for head in heads], set(range(len(done)))
         for step in self.engine.generate(heads, max_new_tokens, how, self.tokenizer.eos_id, rows):
             chosen = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)[:, None]
