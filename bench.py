@@ -123,8 +123,9 @@ def transformers_model(args: ModelArgs | GPT2Args, where: devices.Device) -> tor
     except ImportError as error:
         raise UserError("bench.py needs the package transformers: pip install transformers") from error
     if isinstance(args, GPT2Args):
-        return GPT2LMHeadModel(GPT2Config(args.vocab_size, args.max_seq_len, args.dim, args.n_layers, args.n_heads)
-                               ).to(where.device)
+        return GPT2LMHeadModel(GPT2Config(
+            vocab_size=args.vocab_size, n_positions=args.max_seq_len, n_embd=args.dim, n_layer=args.n_layers,
+            n_head=args.n_heads)).to(where.device)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_dim, rms_norm_eps=args.norm_eps,
         num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads,

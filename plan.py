@@ -21,7 +21,7 @@ from files import replace
 from gpt2 import GPT2Args
 from model import ModelArgs
 from settings import UserError
-from tokenizer import Tokenizer, find
+from tokenizer import Vocabulary, find, load
 
 HERE = ("out_dir", "eval_only")             # settings of this command, not of the run
 FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
@@ -37,7 +37,7 @@ class Plan:
     cfg: SimpleNamespace
     where: devices.Device
     data: shards.ShardSet
-    vocabulary: Tokenizer
+    vocabulary: Vocabulary
     args: ModelArgs | GPT2Args
     saved: dict[str, Any] | None
     resumed: bool
@@ -154,14 +154,14 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
                     f"not {getattr(cfg, name)}" for name, low, high in ranges if not low <= getattr(cfg, name) < high]
 
 
-def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Tokenizer]:
+def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Vocabulary]:
     """The shards, and their vocabulary; of several in data_dir that of the saved state."""
     path = find(cfg.data_dir, cfg.vocab_size, (saved or {}).get("tokenizer_sha256", ""))
-    vocabulary = Tokenizer(path)
+    vocabulary = load(path)
     return shards.load(path.with_suffix(""), vocabulary.sha256), vocabulary
 
 
-def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: Tokenizer
+def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: Vocabulary
                ) -> ModelArgs | GPT2Args:
     """The shape of the saved model, else that of the settings."""
     chosen = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}

@@ -2,7 +2,7 @@
 
     python preprocess.py                          # the text and the vocabulary of step 1
     python preprocess.py --verify                 # and decode documents again to compare them
-    python preprocess.py --tokenizer llama.model --data my_texts      # a vocabulary made elsewhere
+    python preprocess.py --tokenizer llama.model --data my_texts      # a vocabulary made elsewhere, or that of a model
 
 Writes data/tok4096/: train_*.bin, val_*.bin and, when all of them are whole, manifest.json. A second
 run does only what is missing or changed, so after a break just run it again.
@@ -31,13 +31,13 @@ import shards
 from files import replace, sha256, whole_file
 from settings import UserError
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tokenizer import Tokenizer, find
+from tokenizer import Vocabulary, find, load
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go
 data = ""               # the text; empty: what step 1 read
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
-tokenizer = ""          # a SentencePiece model from elsewhere; it is copied to data_dir and used
+tokenizer = ""          # a vocabulary from elsewhere, or a model that has one; it is copied to data_dir and used
 num_workers = 0         # processes, at most 60; 0: one per core. Each takes about 100 MB
 verify = False          # decode documents of every shard and compare them with their source
 # ---- end of settings ----------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def main() -> None:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {cfg.num_workers}")
     start = time.time()
     model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
-    vocabulary = Tokenizer(model_path)
+    vocabulary = load(model_path)
     source, threshold = find_source(cfg, model_path, vocabulary)
     files = corpus.find_files(source)
     print(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries")
@@ -88,18 +88,25 @@ def main() -> None:
 
 def adopt(path: Path, folder: str) -> Path:
     """Copy a vocabulary made elsewhere to <folder>/tok<size>.model, where all steps look for it."""
-    vocabulary = Tokenizer(path)
+    vocabulary = of_model(path) if path.is_dir() else load(path)
     if min(vocabulary.bos_id, vocabulary.eos_id) < 0:
         raise UserError(f"{path} has no bos or no eos; documents could not be told apart")
     target = Path(folder) / f"tok{vocabulary.n_words}.model"
-    if target.exists() and Tokenizer(target).sha256 != vocabulary.sha256:
+    if target.exists() and load(target).sha256 != vocabulary.sha256:
         raise UserError(f"{target} is another vocabulary of that size\n       name another --data_dir for {path}")
     with whole_file(target) as file:
         file.write(vocabulary.model)
     return target
 
 
-def find_source(cfg, model_path: Path, vocabulary: Tokenizer) -> tuple[Path, int]:
+def of_model(folder: Path) -> Vocabulary:
+    """The vocabulary of a model. It takes PyTorch, which the worker processes do without."""
+    from checkpoint import build_tokenizer
+    from formats import read
+    return build_tokenizer(read(folder))
+
+
+def find_source(cfg, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int]:
     """The text to read and the rule of its validation split: those of step 1 unless told otherwise."""
     notes, known, threshold = model_path.with_suffix(".json"), None, 0
     if notes.exists():
@@ -220,7 +227,7 @@ def _count(size: int) -> None:
 
 def write_shards(job: Job) -> tuple[int, list[Shard]]:
     """Tokenize the files of a job into its train and its val shard. Runs in a worker process."""
-    vocabulary = Tokenizer(job.model_path)
+    vocabulary = load(job.model_path)
     dtype = shards.dtype(vocabulary.n_words)
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}          # documents, tokens, bytes of text
     with ExitStack() as stack:
@@ -255,12 +262,12 @@ def report(found: ShardSet) -> None:
               f"{size / tokens:.2f} bytes per token")
 
 
-def compare(job: Job, found: ShardSet, vocabulary: Tokenizer) -> int:
+def compare(job: Job, found: ShardSet, vocabulary: Vocabulary) -> int:
     """Decode a sample of a job's documents and compare them with their source; returns how many."""
     checked, number, chosen, ids, starts = 0, dict.fromkeys(SPLITS, 0), {}, {}, {}
     for split, name in job.names.items():
         ids[split] = found.open(next(shard for shard in found.shards if shard.file == name))
-        starts[split] = [*np.flatnonzero(ids[split] == vocabulary.bos_id), len(ids[split])]
+        starts[split] = [*shards.document_starts(ids[split]), len(ids[split])]
         count = len(starts[split]) - 1
         chosen[split] = set(random.Random(job.index).sample(range(count), min(VERIFIED, count)))
     for split, texts in batches(job, lambda size: None):
@@ -276,7 +283,7 @@ def compare(job: Job, found: ShardSet, vocabulary: Tokenizer) -> int:
     return checked
 
 
-def same(ids: list[int], text: str, vocabulary: Tokenizer) -> bool:
+def same(ids: list[int], text: str, vocabulary: Vocabulary) -> bool:
     """Whether ids stand for a text. A vocabulary that changes text on the way is compared by its ids."""
     return vocabulary.decode(ids) == text if vocabulary.exact else ids == vocabulary.encode(text, bos=True, eos=True)
 

@@ -6,14 +6,18 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import bench
 import checkpoint
 import corpus
+import dataset
 import demo_stories
 import device
 import formats
+import shards
 from checkpoint import build_engine
 from formats import gpt2_folder
 from gpt2 import GPT2, GPT2Args
@@ -28,8 +32,8 @@ transformers = pytest.importorskip("transformers")
 ARGS = GPT2Args(dim=32, n_layers=2, n_heads=4, vocab_size=400, max_seq_len=24)
 GREEDY = Sampling(temperature=0)
 CLOSE = dict(atol=1e-4, rtol=1e-4)
-TEXTS = ["Once upon a time, there was a dog.", "  two  spaces\n\n\tand tabs ", "I'll say: it's 1234!", "naïve 猫 🙂\u00a0é",
-         "<|endoftext|> is text here", ""]
+TEXTS = ["Once upon a time, there was a dog.", "  two  spaces\n\n\tand tabs ", "I'll say: it's 1234!",
+         "naïve 猫 🙂\u00a0é", "<|endoftext|> is text here", ""]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,11 @@ def test_logits_loss_and_gradients_equal_transformers(theirs, folder, tokens):
 def test_its_size_is_that_of_the_release():
     with torch.device("meta"):
         assert GPT2(GPT2Args()).count_parameters() == 124_439_808
+
+
+def test_bench_compares_it_with_one_of_its_size():
+    theirs = bench.transformers_model(ARGS, device.choose("cpu", "float32"))
+    assert theirs.num_parameters() == GPT2(ARGS).count_parameters()
 
 
 def test_it_begins_as_gpt2_does():
@@ -293,3 +302,26 @@ def test_offline_it_says_which_files_belong_where(monkeypatch):
                  "http://127.0.0.1:9/openai-community/gpt2-medium/resolve/main/config.json"):
         assert part in str(found.value)
     assert not list(Path("data/gpt2-medium").iterdir())
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+def test_it_learns_on_from_its_folder(call, folder, capsys):
+    """Its vocabulary, whose bos is its eos, makes the shards; what train.py leaves is a GPT-2 again, and better."""
+    Path("texts.jsonl").write_text("\n".join(map(json.dumps, demo_stories.stories(100))), encoding="utf-8")
+    call("preprocess", "--tokenizer", folder, "--data", "texts.jsonl", "--num_workers", 1, "--verify")
+    few = ("--device", "cpu", "--compile", "False", "--batch_size", 8, "--sample_tokens", 5)
+    call("train", "--eval_only", "--init_from", folder, *few)
+    before = float(capsys.readouterr().out.rpartition("bits per byte ")[2])
+    call("train", "--init_from", folder, "--max_iters", 15, "--warmup_iters", 2, "--learning_rate", 1e-2, *few)
+    call("train", "--eval_only", *few)
+    assert float(capsys.readouterr().out.rpartition("bits per byte ")[2]) < before - 1
+    generator = TextGenerator("output/ckpt.pt", device="cpu")
+    assert generator.engine.args == ARGS and generator.sample("One day", max_new_tokens=5)[0].startswith("One day")
+
+
+def test_each_document_is_scored_with_its_end_where_bos_is_eos():
+    ids = np.array([7, 1, 2, 7, 7, 3, 7], dtype=np.uint16)
+    assert shards.document_starts(ids).tolist() == [0, 4]
+    assert [part.tolist() for part in dataset._windows(ids, 8)] == [[0, 4], [4, 7]]
+    assert shards.document_starts(ids[:0]).tolist() == []
