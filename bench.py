@@ -33,11 +33,13 @@ from torch import Tensor
 
 import checkpoint as checkpoints
 import device as devices
+import formats
 import settings
 import shards
 import train
 from dataset import IGNORE, Task
 from engine import Engine
+from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from plan import Plan, memory
 from presets import PRESETS
@@ -50,7 +52,7 @@ preset = ""             # train: the model and batch of a preset; empty: the def
 peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss or returned)
                         # sample: a folder with llama2.c's run.c
 rounds = 10             # turns of each contender
-checkpoint = ""         # sample: a trained model; empty: the default one, untrained
+checkpoint = ""         # sample: a trained model, also a GPT-2; empty: the default one, untrained
 data_dir = "data"       # sample: where the val split of the checkpoint's vocabulary is
 data = ""               # quality: real stories, as for train_vocab.py
 minutes = 3.0           # quality: the longest preset to train
@@ -115,11 +117,15 @@ def transformers_step(where: devices.Device, args: ModelArgs, batch: tuple[Tenso
         model(input_ids=batch[0]).logits.flatten(0, 1), batch[1].flatten()))
 
 
-def transformers_model(args: ModelArgs, where: devices.Device) -> torch.nn.Module:
+def transformers_model(args: ModelArgs | GPT2Args, where: devices.Device) -> torch.nn.Module:
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
     except ImportError as error:
         raise UserError("bench.py needs the package transformers: pip install transformers") from error
+    if isinstance(args, GPT2Args):
+        return GPT2LMHeadModel(GPT2Config(
+            vocab_size=args.vocab_size, n_positions=args.max_seq_len, n_embd=args.dim, n_layer=args.n_layers,
+            n_head=args.n_heads)).to(where.device)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_dim, rms_norm_eps=args.norm_eps,
         num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads,
@@ -193,18 +199,21 @@ PROMPT, LENGTH, HOW = [1, 10, 20, 30, 40], 256, Sampling(temperature=0.8, top_k=
 def bench_sample(cfg: SimpleNamespace) -> None:
     """Tokens per second from a prompt of 5 tokens to 256, the prompt's time included; a batch counts all its tokens."""
     where = devices.choose(cfg.device, cfg.dtype, training=False)
-    state = checkpoints.load(cfg.checkpoint) if cfg.checkpoint else None
+    state = formats.read(cfg.checkpoint) if cfg.checkpoint else None
     model = (checkpoints.build_model(state) if state else Transformer(ModelArgs())).to(where.device)
     name = str(where.dtype).removeprefix("torch.")
-    engines = {name: Engine(model, where.dtype)}
-    if where.device.type == "cpu":
-        engines |= {"float32": Engine(model), "int8": Engine(model, quantize="int8")}
-    compiled = {f"{name}, compiled": Engine(model, where.dtype, compiled=True)}
-    if where.device.type == "cpu":
-        compiled["int8, compiled"] = Engine(model, quantize="int8", compiled=True)
+    build, on_cpu = partial(checkpoints.build_engine, model), where.device.type == "cpu"
+    engines = {name: build(where.dtype)}
+    if on_cpu:
+        engines |= {"float32": build(), "int8": build(quantize="int8")}
+    compiled = {}
+    if isinstance(model, Transformer) or not on_cpu:
+        compiled[f"{name}, compiled"] = build(where.dtype, compiled=True)
+    if isinstance(model, Transformer) and on_cpu:
+        compiled["int8, compiled"] = build(quantize="int8", compiled=True)
     theirs = transformers_model(model.args, where).eval()
     for batch in (1, 32):
-        alone = compiled if batch == 1 or where.device.type == "cuda" else {}
+        alone = compiled if batch == 1 or not on_cpu else {}
         steps = {name: partial(write, engine, batch) for name, engine in {**engines, **alone}.items()}
         steps["transformers, float32"] = partial(write_with_transformers, theirs, batch)
         with tempfile.TemporaryDirectory() as home:
@@ -237,6 +246,8 @@ def run_c(folder: Path, model: Transformer, home: Path) -> Callable[[], float]:
 
     It begins with bos alone and draws from all tokens.
     """
+    if not isinstance(model, Transformer):
+        raise UserError("run.c is for Llama models, and this is a GPT-2; leave --peer out")
     if not (folder / "run.c").is_file() or not shutil.which("gcc"):
         raise UserError(f"--peer needs gcc, and a run.c in {folder.resolve()}")
     build = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", home / "run"]

@@ -3,24 +3,44 @@
     state = load("output/ckpt.pt")
     model = build_model(state)
     vocabulary = build_tokenizer(state)
+    engine = build_engine(model)
 
 Keys that tools made for llama2.c know: model, optimizer, model_args, iter_num, best_val_loss, config.
-Beside them: tokenizer, the bytes of the vocabulary; and in last.pt what an exact continuation needs.
+Beside them: tokenizer, the bytes of the vocabulary; architecture, llama when left out; and in last.pt what an exact
+continuation needs.
 """
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import tokenizer
+from engine import Engine
 from files import whole_file
+from gpt2 import GPT2, GPT2Args, GPT2Engine
 from model import ModelArgs, Transformer
 from settings import UserError
 from tokenizer import Vocabulary
 
 REQUIRED = ("model", "model_args", "iter_num", "config")
 TO_GO_ON = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokenizer_sha256", "data_sha256")
+
+
+class Architecture(NamedTuple):
+    """The classes of a model: its shape, itself, and what writes with it."""
+    args: type[ModelArgs] | type[GPT2Args]
+    model: type[Transformer] | type[GPT2]
+    engine: type[Engine]
+
+
+ARCHITECTURES = {"llama": Architecture(ModelArgs, Transformer, Engine),
+                 "gpt2": Architecture(GPT2Args, GPT2, GPT2Engine)}
+
+
+def architecture_of(args: ModelArgs | GPT2Args) -> str:
+    """The name in ARCHITECTURES that belongs to a shape."""
+    return next(name for name, known in ARCHITECTURES.items() if type(args) is known.args)
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -52,23 +72,34 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED) -> dict[str, An
     return state
 
 
-def model_state(model: Transformer) -> dict[str, Any]:
+def model_state(model: Transformer | GPT2) -> dict[str, Any]:
     """The part of a state that holds the model; give it the bare one, not what torch.compile made."""
-    return {"model": model.state_dict(), "model_args": asdict(model.args)}
+    return {"model": model.state_dict(), "model_args": asdict(model.args), "architecture": architecture_of(model.args)}
 
 
-def build_model(state: dict[str, Any], own: bool = True) -> Transformer:
+def build_args(state: dict[str, Any]) -> ModelArgs | GPT2Args:
+    """The shape of a state's model. Raises UserError when no model has it."""
+    try:
+        return ARCHITECTURES[state.get("architecture", "llama")].args(**state["model_args"])
+    except KeyError as error:
+        raise UserError(f"the checkpoint's architecture is {error}; known are {', '.join(ARCHITECTURES)}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's model_args do not fit together: {error}") from error
+
+
+def build_model(state: dict[str, Any], own: bool = True) -> Transformer | GPT2:
     """Make the model of a state.
 
     own: with weights of its own, in float32, for training; else with those of the state, in their format, so that
         they are not twice in memory.
     Raises UserError when weights and shape do not belong together.
     """
+    args = build_args(state)
+    with torch.device("cpu" if own else "meta"):
+        model = ARCHITECTURES[architecture_of(args)].model(args)
     try:
-        with torch.device("cpu" if own else "meta"):
-            model = Transformer(ModelArgs(**state["model_args"]))
         model.load_state_dict(state["model"], assign=not own)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except RuntimeError as error:
         raise UserError(f"the checkpoint's weights do not fit its model_args: {error}") from error
     if model.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
@@ -80,3 +111,8 @@ def build_tokenizer(state: dict[str, Any]) -> Vocabulary:
     if not state.get("tokenizer"):
         raise UserError("the checkpoint carries no vocabulary; name one: --tokenizer data/tok4096.model")
     return tokenizer.load(state["tokenizer"])
+
+
+def build_engine(model: Transformer | GPT2, *options, **more) -> Engine:
+    """What writes with a model. Takes the further arguments of Engine."""
+    return ARCHITECTURES[architecture_of(model.args)].engine(model, *options, **more)

@@ -43,6 +43,8 @@ def main() -> None:
     cfg, _ = settings.read(globals(), positional=("source", "target"))
     path, kind = check_settings(cfg)
     state = formats.read(cfg.source, cfg.tokenizer)
+    if state.get("architecture", "llama") != "llama" and kind != "pt":
+        raise UserError(f"{cfg.source} is a GPT-2, which can be written as .pt alone, not as {kind}")
     expected = logits(state)
     print(f"{cfg.source}: {describe(state)}")
     unfinished = path.with_name(path.name + ".tmp")

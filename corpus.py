@@ -231,7 +231,7 @@ def download(data_dir: str | Path, mirror: str = "") -> Path:
     if not folder.is_dir():
         archive.parent.mkdir(parents=True, exist_ok=True)
         if not archive.exists():
-            _fetch(_mirrors(mirror), archive)
+            fetch(_mirrors(mirror), archive, begins=b"\x1f\x8b")
         _unpack(archive, folder)
     return folder
 
@@ -245,19 +245,28 @@ def _mirrors(names: str) -> dict[str, str]:
 
 
 class _Damaged(Exception):
-    """What arrived is not the archive."""
+    """What arrived is not the file."""
 
 
-def _fetch(mirrors: dict[str, str], archive: Path) -> None:
-    """Try each mirror until it brought nothing new len(PAUSES) + 1 times in a row."""
-    part = archive.with_name(archive.name + ".part")
+def fetch(mirrors: dict[str, str], target: Path, begins: bytes = b"") -> None:
+    """Download a file; what an earlier try has brought is in `<name>.part`, and is not asked for again.
+
+    Each mirror is tried until it brought nothing new len(PAUSES) + 1 times in a row.
+
+    Args:
+        mirrors: addresses of the file by name.
+        begins: its first bytes, where they are known.
+    Raises:
+        UserError: when no mirror delivers, or the disk is full.
+    """
+    part = target.with_name(target.name + ".part")
     failures = []
     for name, url in mirrors.items():
         pauses, most = list(PAUSES), _size(part)
         while True:
             try:
-                _check(part, _receive(url, part))
-                return replace(part, archive)
+                _check(part, begins, _receive(url, part))
+                return replace(part, target)
             except requests.RequestException as error:
                 failure = f"       {name}: {error}"
             except _Damaged as error:
@@ -269,9 +278,9 @@ def _fetch(mirrors: dict[str, str], archive: Path) -> None:
                 break
             time.sleep(pauses.pop(0))
         failures.append(failure)
-    raise UserError("\n".join([f"{archive.name} could not be downloaded", *failures,
+    raise UserError("\n".join([f"{target.name} could not be downloaded", *failures,
                                f"       get it in another way, for example from {next(iter(mirrors.values()))},",
-                               f"       put it at {archive.resolve()} and run this again"]))
+                               f"       put it at {target.resolve()} and run this again"]))
 
 
 def _receive(url: str, part: Path) -> str:
@@ -286,7 +295,7 @@ def _receive(url: str, part: Path) -> str:
         if response.status_code != 416:          # 416: there is nothing after what we have
             response.raise_for_status()
             if "html" in response.headers.get("Content-Type", ""):
-                raise _Damaged("sent a web page instead of the archive")
+                raise _Damaged("sent a web page instead of the file")
             _append(response, part, have)
         elif response.headers.get("Content-Range", "").rpartition("/")[2] != str(have):
             raise _Damaged(f"has a shorter file than the {have:,} bytes that are here")
@@ -303,7 +312,7 @@ def _append(response: requests.Response, part: Path, have: int) -> None:
         raise UserError(f"no room: {int(length):,} bytes are to come, {shutil.disk_usage(part.parent).free:,} are free "
                         f"on the disk of {part.parent.resolve()}")
     with (open(part, "ab" if resumed else "wb") as file,
-          tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=ARCHIVE, disable=None) as bar):
+          tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar):
         for piece in response.iter_content(_PIECE):
             file.write(piece)
             bar.update(len(piece))
@@ -311,13 +320,13 @@ def _append(response: requests.Response, part: Path, have: int) -> None:
         raise requests.ConnectionError(f"the connection ended at {_size(part):,} of {total:,} bytes")
 
 
-def _check(part: Path, announced: str) -> None:
+def _check(part: Path, begins: bytes, announced: str) -> None:
     with open(part, "rb") as file:
         head = file.read(16)
-    if not head.startswith(b"\x1f\x8b"):
-        raise _Damaged(f"sent something that is not a gzip archive (it begins with {head!r})")
+    if not head.startswith(begins):
+        raise _Damaged(f"sent another kind of file (it begins with {head!r})")
     if announced and sha256(part) != announced:
-        raise _Damaged("sent an archive whose SHA-256 is not the announced one")
+        raise _Damaged("sent a file whose SHA-256 is not the announced one")
 
 
 def _unpack(archive: Path, folder: Path) -> None:

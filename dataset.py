@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shards import ShardSet
+from shards import ShardSet, document_starts
 
 IGNORE = -1     # a target that is not scored
 
@@ -152,7 +152,7 @@ def _rows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndar
 
 def _windows(ids: np.ndarray, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the windows of a shard begin, and where the document of each ends."""
-    begins = np.flatnonzero(ids == ids[:1])                                             # the first id is a bos
+    begins = document_starts(ids)
     ends = np.append(begins[1:], len(ids))[:len(begins)]
     counts = np.maximum(-(-(ends - begins - 1) // max_seq_len), 1)                      # windows of each document
     number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)      # 0, 1, ... in each

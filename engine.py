@@ -45,23 +45,27 @@ class Engine:
 
         compiled: write with compiled.py: single texts on a CPU, batches too on an NVIDIA GPU.
         """
-        self.args, self.device = model.args, model.rope.device
+        self.args, self.device = model.args, model.tok_embeddings.weight.device
         on_cpu = self.device.type == "cpu"
         self.records = compiled and not on_cpu
         self.numbers = torch.float32 if on_cpu else dtype                   # the format of the cache
         pack = _int8 if quantize == "int8" else _half if on_cpu and dtype == torch.float16 else _plain
+        self.layers: list[list[Product]] = []
+        self.alone = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
+        self._pack_weights(model, partial(pack, dtype=dtype))
+
+    def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], Product]) -> None:
+        """Set embeddings, layers, output, and what `_turns` needs."""
         with torch.no_grad():
             # one number more than dim, which makes the norm of such a row that of RMSNorm, with its eps
             floor = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5)
             self.embeddings = torch.cat((model.tok_embeddings.weight, floor.to(self.device)), 1)
-            self.layers: list[list[Product]] = []
-            self.alone = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
             for layer in model.layers:
                 matrices = [weight.float() for weight in _arrange(layer)]
-                self.layers.append([pack(weight, dtype) for weight in matrices])
+                self.layers.append([pack(weight) for weight in matrices])
                 if self.alone:
                     self.alone.add(matrices)
-            self.output = pack(model.output.weight.float() * _gain(model.norm), dtype)
+            self.output = pack(model.output.weight.float() * _gain(model.norm))
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
             self.rope = torch.view_as_complex(model.rope.movedim(0, -1).contiguous())[:, None]
 

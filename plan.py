@@ -14,12 +14,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import checkpoint
 import device as devices
+import formats
 import shards
 from dataset import PretokDataset, fits
 from files import replace
-from model import ModelArgs, Transformer
+from gpt2 import GPT2Args
+from model import ModelArgs
 from settings import UserError
-from tokenizer import Tokenizer, find
+from tokenizer import Vocabulary, find, load
 
 HERE = ("out_dir", "eval_only")             # settings of this command, not of the run
 FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
@@ -35,8 +37,8 @@ class Plan:
     cfg: SimpleNamespace
     where: devices.Device
     data: shards.ShardSet
-    vocabulary: Tokenizer
-    args: ModelArgs
+    vocabulary: Vocabulary
+    args: ModelArgs | GPT2Args
     saved: dict[str, Any] | None
     resumed: bool
 
@@ -89,10 +91,10 @@ def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
     """The state that init_from names, if it names one."""
     named = cfg.init_from not in ("auto", "scratch", "resume")
     if cfg.eval_only:
-        return checkpoint.load(cfg.init_from if named else Path(cfg.out_dir) / "ckpt.pt")
+        return formats.read(cfg.init_from if named else Path(cfg.out_dir) / "ckpt.pt")
     if cfg.init_from == "resume":
         return checkpoint.load(Path(cfg.out_dir) / "last.pt", checkpoint.TO_GO_ON)
-    return checkpoint.load(cfg.init_from) if named else None
+    return formats.read(cfg.init_from) if named else None
 
 
 def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:
@@ -152,20 +154,21 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
                     f"not {getattr(cfg, name)}" for name, low, high in ranges if not low <= getattr(cfg, name) < high]
 
 
-def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Tokenizer]:
+def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Vocabulary]:
     """The shards, and their vocabulary; of several in data_dir that of the saved state."""
     path = find(cfg.data_dir, cfg.vocab_size, (saved or {}).get("tokenizer_sha256", ""))
-    vocabulary = Tokenizer(path)
+    vocabulary = load(path)
     return shards.load(path.with_suffix(""), vocabulary.sha256), vocabulary
 
 
-def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: Tokenizer) -> ModelArgs:
+def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: Vocabulary
+               ) -> ModelArgs | GPT2Args:
     """The shape of the saved model, else that of the settings."""
     chosen = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}
     if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
         raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}")
     try:
-        args = ModelArgs(**(saved["model_args"] if saved else {**chosen, "vocab_size": vocabulary.n_words}))
+        args = checkpoint.build_args(saved) if saved else ModelArgs(**{**chosen, "vocab_size": vocabulary.n_words})
     except (TypeError, ValueError) as error:
         raise UserError(f"model: {error}") from error
     if args.vocab_size != vocabulary.n_words:
@@ -173,7 +176,7 @@ def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: T
     return args
 
 
-def check_disk(cfg: SimpleNamespace, args: ModelArgs) -> None:
+def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args) -> None:
     """Two checkpoints, and one being written, need room."""
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,9 +185,9 @@ def check_disk(cfg: SimpleNamespace, args: ModelArgs) -> None:
         raise UserError(f"the checkpoints need {need / 1e6:,.0f} MB, {folder.resolve()} has {free / 1e6:,.0f} MB free")
 
 
-def count_parameters(args: ModelArgs) -> int:
+def count_parameters(args: ModelArgs | GPT2Args) -> int:
     with torch.device("meta"):
-        return Transformer(args).count_parameters()
+        return checkpoint.ARCHITECTURES[checkpoint.architecture_of(args)].model(args).count_parameters()
 
 
 def set_aside(out_dir: str) -> None:

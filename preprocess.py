@@ -2,7 +2,7 @@
 
     python preprocess.py                          # the text and the vocabulary of step 1
     python preprocess.py --verify                 # and decode documents again to compare them
-    python preprocess.py --tokenizer llama.model --data my_texts      # a vocabulary made elsewhere
+    python preprocess.py --tokenizer llama.model --data my_texts      # a vocabulary made elsewhere, or that of a model
 
 Writes data/tok4096/: train_*.bin, val_*.bin and, when all of them are whole, manifest.json. A second
 run does only what is missing or changed, so after a break just run it again.
@@ -37,7 +37,7 @@ from tokenizer import Vocabulary, find, load
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go
 data = ""               # the text; empty: what step 1 read
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
-tokenizer = ""          # a vocabulary from elsewhere, or a model that has one inside; it is copied to data_dir
+tokenizer = ""          # a vocabulary from elsewhere, or a model that has one; it is copied to data_dir and used
 num_workers = 0         # processes, at most 60; 0: one per core. Each takes about 100 MB
 verify = False          # decode documents of every shard and compare them with their source
 # ---- end of settings ----------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def compare(job: Job, found: ShardSet, vocabulary: Vocabulary) -> int:
     checked, number, chosen, ids, starts = 0, dict.fromkeys(SPLITS, 0), {}, {}, {}
     for split, name in job.names.items():
         ids[split] = found.open(next(shard for shard in found.shards if shard.file == name))
-        starts[split] = [*np.flatnonzero(ids[split] == vocabulary.bos_id), len(ids[split])]
+        starts[split] = [*shards.document_starts(ids[split]), len(ids[split])]
         count = len(starts[split]) - 1
         chosen[split] = set(random.Random(job.index).sample(range(count), min(VERIFIED, count)))
     for split, texts in batches(job, lambda size: None):

@@ -8,6 +8,7 @@
     python sample.py --show_probs                                     # how sure the model was of each token
     python sample.py --score story.txt                                # how well it expects a text that is there
     python sample.py --quantize int8 --compile                        # faster on a CPU, and nearly the same
+    python sample.py --checkpoint gpt2 --prompt "The meaning of"      # GPT-2, which is downloaded
 
 Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stories go to stdout, a line
 `---` between them; everything else goes to stderr. The same seed gives the same stories.
@@ -29,14 +30,15 @@ import device as devices
 import formats
 import settings
 from chat import FORMATS, ChatFormat, Message
-from engine import Engine, Step
+from engine import Step
 from sampling import Sampling
 from settings import UserError
 from tokenizer import Vocabulary
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
-                                # of Hugging Face, and whatever else convert.py reads
+                                # of Hugging Face, and whatever else convert.py reads; gpt2, gpt2-medium, gpt2-large and
+                                # gpt2-xl are downloaded
 tokenizer = ""                  # file of the vocabulary, where the checkpoint has none
 # what to do
 prompt = ""                     # how the stories begin; FILE:path reads a file
@@ -124,7 +126,7 @@ class TextGenerator:
         form = state.get("chat", "") if chat == "auto" else chat
         self.chat: ChatFormat | None = FORMATS[form](self.tokenizer) if form in FORMATS else None
         self.seed, self.parameters = seed, model.count_parameters()
-        self.engine = Engine(model, self.where.dtype, quantize, compile)
+        self.engine = checkpoints.build_engine(model, self.where.dtype, quantize, compile)
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *rest, **options) -> list[str]:
         """Write num_samples texts and return them, `start` included. Takes the further arguments of `grow`."""

@@ -94,6 +94,11 @@ def dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+def document_starts(ids: np.ndarray) -> np.ndarray:
+    """Where the documents of a shard begin: at each bos, or where eos is the same token, at every second one."""
+    return np.flatnonzero(ids == ids[:1])[::1 + np.array_equal(ids[:1], ids[-1:])]
+
+
 def read(folder: Path, name: str = MANIFEST) -> ShardSet:
     """Read a manifest. Raises UserError when it is missing, damaged or of another format."""
     path = folder / name

@@ -54,8 +54,8 @@ class Vocabulary:
         return self.encode_batch([s], bos, eos)[0]
 
     def encode_batch(self, texts: list[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """Ids of each string; faster than one call each. Where bos and eos are the same (GPT-2), it comes once."""
-        head, tail = [self.bos_id] * bos, [self.eos_id] * (eos and not (bos and self.bos_id == self.eos_id))
+        """Ids of each string; faster than one call each."""
+        head, tail = [self.bos_id] * bos, [self.eos_id] * eos
         return [head + ids + tail for ids in self._encode(texts)]
 
     def begin(self, text: str) -> list[int]:

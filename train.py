@@ -29,7 +29,6 @@ import checkpoint
 import presets
 import settings
 from dataset import IGNORE, Task
-from engine import Engine
 from model import Transformer
 from muon import Muon
 from plan import Plan, clock, lasting, prepare, print_plan, set_aside
@@ -198,7 +197,8 @@ class Run:
             return []
         rows = [self.vocabulary.begin(text) for text in self.cfg.sample_prompts.split("|")]
         how = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.cfg.seed)
-        for step in Engine(self.model).generate(rows, self.cfg.sample_tokens, how, [self.vocabulary.eos_id]):
+        engine = checkpoint.build_engine(self.model)
+        for step in engine.generate(rows, self.cfg.sample_tokens, how, [self.vocabulary.eos_id]):
             for row, token in zip(rows, step.tokens):
                 row += [token] if token is not None else []
         return [self.vocabulary.decode(row) for row in rows]

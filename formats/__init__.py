@@ -13,7 +13,7 @@ from typing import Any
 
 import checkpoint
 import tokenizer as tokenizers
-from formats import gguf_file, huggingface, llama2c, meta
+from formats import gguf_file, gpt2_folder, huggingface, llama2c, meta
 from settings import UserError
 from tokenizer import Tokenizer, Vocabulary
 
@@ -35,12 +35,14 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
     """Read a model of any format; which one it is, the content says.
 
     Args:
-        source: a file or folder.
+        source: a file or folder; or a model of gpt2_folder.RELEASED, which is downloaded to data/.
         tokenizer: the file of its vocabulary, where the source has none.
     Raises:
         UserError: when the source is missing, damaged, or of a kind that cannot be represented; it says what.
     """
     path = Path(source)
+    if not path.exists() and str(source) in gpt2_folder.RELEASED:
+        path = gpt2_folder.download(str(source), "data")
     if path.is_dir():
         state = _folder_reader(path)(path)
     elif not path.is_file():
@@ -77,7 +79,8 @@ def with_vocabulary(state: State, source: str | Path, tokenizer: str | Path) -> 
 
 
 def _folder_reader(path: Path) -> Callable[[Path], State]:
-    for name, reader in (("config.json", huggingface.read), ("params.json", meta.read)):
-        if (path / name).is_file():
-            return reader
+    if (path / "config.json").is_file():
+        return gpt2_folder.read if huggingface.architecture_of(path) == "GPT2LMHeadModel" else huggingface.read
+    if (path / "params.json").is_file():
+        return meta.read
     raise UserError(f"{path} has neither a config.json (Hugging Face) nor a params.json (Meta), so it is no model")

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: config.json, safetensors, tokenizer. Architecture LlamaForCausalLM, and GPT-2 to read.
+"""Folders of Hugging Face: config.json, safetensors, tokenizer. Architecture LlamaForCausalLM.
 
 Needs the package safetensors. Their rotary embedding turns the pairs (0, D/2), (1, D/2 + 1), ..., ours the pairs
 (0, 1), (2, 3), ...: the rows of wq and wk have another order, which `to_pairs` and `to_halves` change.
@@ -36,10 +36,9 @@ CHAT_TEMPLATES = {
 
 def read(folder: Path) -> dict[str, Any]:
     """Read a folder. Raises UserError for what model.py cannot represent, by name."""
-    config = read_json(folder / "config.json")
-    architecture = (config.get("architectures") or ["nothing"])[0]
+    config, architecture = read_json(folder / "config.json"), architecture_of(folder)
     if architecture != "LlamaForCausalLM":
-        raise UserError(f"{folder} holds a {architecture}; LlamaForCausalLM is what can be read")
+        raise UserError(f"{folder} holds a {architecture}; LlamaForCausalLM and GPT2LMHeadModel are what can be read")
     args = read_config(config, folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
     names = layer_names(args["n_layers"], OF_LAYER, OF_MODEL)
@@ -49,6 +48,10 @@ def read(folder: Path) -> dict[str, Any]:
     model = {ours: to_pairs(tensors[theirs], args) if turned(ours) else tensors[theirs]
              for ours, theirs in names.items()}
     return make_state(model, args, *read_vocabulary(folder, args["vocab_size"]))
+
+
+def architecture_of(folder: Path) -> str:
+    return (read_json(folder / "config.json").get("architectures") or ["nothing"])[0]
 
 
 def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -92,8 +95,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_vocabulary(folder: Path, vocab_size: int) -> tuple[Vocabulary | None, str]:
-    """The vocabulary and the chat format of a folder: tokenizer.model if it has all entries, else tokenizer.json."""
+def read_vocabulary(folder: Path, vocab_size: int, special: str = "") -> tuple[Vocabulary | None, str]:
+    """The vocabulary and the chat format of a folder: tokenizer.model if it has all entries, else tokenizer.json.
+
+    special: the token that is bos and eos where the folder does not say which are.
+    """
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     template = folder / "chat_template.jinja"
@@ -106,7 +112,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> tuple[Vocabulary | None, s
         return None, chat
     content = read_json(folder / "tokenizer.json")
     bos, eos = (name["content"] if isinstance(name, dict) else name or ""
-                for name in (config.get("bos_token"), config.get("eos_token")))
+                for name in (config.get("bos_token", special), config.get("eos_token", special)))
     adds_bos = config.get("add_bos_token")
     if adds_bos is None:
         adds_bos = bool(bos) and json.dumps(bos) in json.dumps(content.get("post_processor"))
