@@ -55,6 +55,11 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
     return with_vocabulary(state, read_vocabulary(tokenizer), source) if tokenizer else state
 
 
+def targets(path: Path, kind: str) -> list[Path]:
+    """What the writer of a format leaves: its path, and what it puts beside it."""
+    return [path, llama2c.vocabulary_path(path)] if kind.startswith("llama2c") else [path]
+
+
 def read_vocabulary(path: str | Path) -> Vocabulary:
     """A vocabulary from its file, of any kind. Raises UserError when it is none."""
     model = llama2c.read_vocabulary(Path(path))
