@@ -39,6 +39,7 @@ import shards
 import train
 from dataset import IGNORE, Task
 from engine import Engine
+from formats import llama2c
 from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from plan import Plan, memory
@@ -252,7 +253,9 @@ def run_c(folder: Path, model: Transformer, home: Path) -> Callable[[], float]:
         raise UserError(f"--peer needs gcc, and a run.c in {folder.resolve()}")
     build = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", home / "run"]
     subprocess.run(build, check=True)
-    write_for_run_c(model, home)
+    llama2c.write_weights(checkpoints.model_state(model), home / "model.bin", version=0)
+    words = struct.pack("<fi2s", 0.0, 2, b"aa") * model.args.vocab_size
+    (home / "tokenizer.bin").write_bytes(struct.pack("<i", 2) + words)
     seeds = count(1)
 
     def step() -> float:
@@ -263,25 +266,6 @@ def run_c(folder: Path, model: Transformer, home: Path) -> Callable[[], float]:
             if len(done.stdout) > min(LENGTH, model.args.max_seq_len):          # two letters for each token
                 return (LENGTH - len(PROMPT)) / float(done.stderr.split()[-1])
     return step
-
-
-def write_for_run_c(model: Transformer, home: Path) -> None:
-    """The first format of llama2.c: 7 numbers, then all weights in float32; and a vocabulary of two-letter words."""
-    args, layers = model.args, model.layers
-    of_layers = [[layer.attention_norm for layer in layers], *([getattr(layer.attention, name) for layer in layers]
-                 for name in ("wq", "wk", "wv", "wo")), [layer.ffn_norm for layer in layers],
-                 *([getattr(layer.feed_forward, name) for layer in layers] for name in ("w1", "w2", "w3"))]
-    weights = [model.tok_embeddings.weight, *(part.weight for kind in of_layers for part in kind), model.norm.weight,
-               torch.zeros(args.max_seq_len * args.head_dim)]           # once the rotary table; not read any more
-    if not args.tie_embeddings:
-        weights.append(model.output.weight)
-    with open(home / "model.bin", "wb") as file:
-        file.write(struct.pack("7i", args.dim, args.ffn_dim, args.n_layers, args.n_heads, args.n_kv_heads,
-                               args.vocab_size if args.tie_embeddings else -args.vocab_size, args.max_seq_len))
-        for weight in weights:
-            file.write(weight.detach().float().cpu().numpy().tobytes())
-    with open(home / "tokenizer.bin", "wb") as file:
-        file.write(struct.pack("i", 2) + b"".join(struct.pack("fi2s", 0.0, 2, b"aa") for _ in range(args.vocab_size)))
 
 
 def val_loss(engine: Engine, state: dict[str, Any], data_dir: str) -> float:

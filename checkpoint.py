@@ -69,7 +69,16 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED) -> dict[str, An
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
     state["model"] = {name.removeprefix("_orig_mod."): weight for name, weight in state["model"].items()}
-    return state
+    return state if "architecture" in state else _from_llama2c(state)
+
+
+def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:
+    """A state without the constants that llama2.c counted as weights, and with all of model_args; None is a default."""
+    weights = {name: weight for name, weight in state["model"].items()
+               if not name.endswith((".mask", "freqs_cos", "freqs_sin", "freqs_cis"))}
+    given = {name: value for name, value in state["model_args"].items() if value is not None}
+    args = {**asdict(ModelArgs()), "n_kv_heads": given.get("n_heads"), **given}
+    return {**state, "model": weights, "model_args": args}
 
 
 def model_state(model: Transformer | GPT2) -> dict[str, Any]:

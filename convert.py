@@ -41,36 +41,41 @@ EXACT = 1e-4
 
 def main() -> None:
     cfg, _ = settings.read(globals(), positional=("source", "target"))
-    path, kind = check_settings(cfg)
+    targets, kind = check_settings(cfg)
+    path = targets[0]
     state = formats.read(cfg.source, cfg.tokenizer)
     if state.get("architecture", "llama") != "llama" and kind != "pt":
         raise UserError(f"{cfg.source} is a GPT-2, which can be written as .pt alone, not as {kind}")
     expected = logits(state)
     print(f"{cfg.source}: {describe(state)}")
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(path.name + ".tmp")         # a folder, for there may be several files
     remove(unfinished)
     try:
-        formats.WRITERS[kind](state, unfinished)
-        compare(expected, logits(formats.read(unfinished)), kind)
-        if path.is_dir():
-            remove(path)            # a folder cannot be renamed over another
-        replace(unfinished, path)
+        unfinished.mkdir(parents=True)
+        formats.WRITERS[kind](state, unfinished / path.name)
+        compare(expected, logits(formats.read(unfinished / path.name)), kind)
+        for each in reversed(targets):
+            if each.is_dir():
+                remove(each)        # a folder cannot be renamed over another
+            replace(unfinished / each.name, each)
     finally:
         remove(unfinished)
-    print(f"wrote {path}")
+    print(f"wrote {' and '.join(map(str, targets))}")
 
 
-def check_settings(cfg: SimpleNamespace) -> tuple[Path, str]:
-    """The target and its format. Raises UserError for settings that cannot be."""
+def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
+    """The target with what comes beside it, and its format. Raises UserError for settings that cannot be."""
     if not cfg.source or not cfg.target:
         raise UserError("name a model that is there, and what to write: python convert.py output/ckpt.pt story.gguf")
     path = Path(cfg.target)
     kind = cfg.to if cfg.to != "auto" else BY_NAME.get(path.suffix, "")
     if kind not in formats.WRITERS:
         raise UserError(f"--to {cfg.to} is no format for {path.name}; there are {', '.join(formats.WRITERS)}")
-    if path.exists() and not cfg.force:
-        raise UserError(f"{path} is there already; another name, or --force")
-    return path, kind
+    targets = formats.targets(path, kind)
+    for each in targets:
+        if each.exists() and not cfg.force:
+            raise UserError(f"{each} is there already; another name, or --force")
+    return targets, kind
 
 
 def describe(state: dict[str, Any]) -> str:

@@ -57,6 +57,11 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
     return with_vocabulary(state, source, tokenizer) if tokenizer else state
 
 
+def targets(path: Path, kind: str) -> list[Path]:
+    """What the writer of a format leaves: its path, and what it puts beside it."""
+    return [path, llama2c.vocabulary_path(path)] if kind.startswith("llama2c") else [path]
+
+
 def read_vocabulary(path: str | Path) -> Vocabulary:
     """A vocabulary from its file, or from a model that has it inside. Raises UserError when there is none."""
     path = Path(path)

@@ -1,0 +1,234 @@
+"""Files of llama2.c: the same weights and the same vocabulary there and back, and its programs tell the same story."""
+import os
+import struct
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import demo_stories
+import formats
+import tokenizer
+from conftest import script
+from formats import llama2c
+from formats.common import sentencepiece_model
+from model import ModelArgs, Transformer
+from sample import TextGenerator
+from settings import UserError
+from tokenizer import Tokenizer
+
+STORIES = list(demo_stories.stories(100))
+TEXTS = [*STORIES[:20], "", " ", "  a  b ", "\n", " \n\n x\t\ty\r\n", "Lily has 1234567890 dolls.", "😀👍🏽",
+         "你好，世界", "é e\u0301", "a\u2581b", "<s></s><unk><0x0A>"]
+VERSIONS = {0: "llama2c", 1: "llama2c-v1", 2: "llama2c-int8"}
+C_SOURCES = os.environ.get("TINY_LLM_LLAMA2C", "")
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tokenizer.train(lambda: STORIES, 400)
+
+
+def make_state(vocabulary, **shape):
+    torch.manual_seed(1)
+    model = Transformer(ModelArgs(**{"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 16,
+                                     "vocab_size": vocabulary.n_words, **shape}))
+    return {**checkpoint.model_state(model), "iter_num": 3, "config": {}, "tokenizer": vocabulary.model,
+            "tokenizer_sha256": vocabulary.sha256}
+
+
+@pytest.fixture
+def state(vocabulary):
+    return make_state(vocabulary)
+
+
+def write(state, version, name="story.bin"):
+    path = Path(name)
+    formats.WRITERS[VERSIONS[version]](state, path)
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_weights_and_shape_come_back(vocabulary, version, tied):
+    state = make_state(vocabulary, tie_embeddings=tied, dim=48, multiple_of=8, n_heads=6)
+    state["model"]["layers.0.attention.wq.weight"][:2] = 0          # a group of zeros has no scale
+    found = formats.read(write(state, version))
+    assert found["model"].keys() == state["model"].keys()
+    assert found["model_args"] == {**state["model_args"], "hidden_dim": 128, "multiple_of": 32}
+    for name, weight in state["model"].items():
+        level = weight.reshape(-1, 16).abs().amax(1, keepdim=True) / 127 if version == 2 and weight.dim() > 1 else 0
+        difference = (found["model"][name] - weight).reshape(-1, 16).abs()
+        assert (difference <= level * 0.5001).all(), name
+
+
+@pytest.mark.parametrize("version, header", [(0, 28), (1, 256)])
+def test_weights_are_mapped_from_the_file(state, version, header):
+    path = write(state, version)
+    weights, whole = formats.read(path)["model"].values(), path.read_bytes()
+    begin = min(weight.data_ptr() for weight in weights) - header
+    for weight in weights:
+        assert whole[weight.data_ptr() - begin:].startswith(weight.numpy().tobytes())
+
+
+def test_the_vocabulary_comes_back_and_is_as_exact(state, vocabulary):
+    found = checkpoint.build_tokenizer(formats.read(write(state, 0)))
+    assert found.exact and found.pieces() == vocabulary.pieces()
+    for text in TEXTS:
+        ids = found.encode(text)
+        assert ids == vocabulary.encode(text) and found.decode(ids) == vocabulary.decode(ids) == text
+
+
+def test_the_tokenizer_file_is_as_llama2_c_writes_it(vocabulary):
+    llama2c.write_vocabulary(vocabulary, Path("tokenizer.bin"))
+    content = Path("tokenizer.bin").read_bytes()
+    assert content[4:].startswith(b"".join(struct.pack("<fi", 0, len(text)) + text
+                                           for text in (b"<unk>", b"\n<s>\n", b"\n</s>\n", b"<0x00>", b"<0x01>")))
+    assert struct.pack("<fi", vocabulary.pieces()[-1][1], 1) in content and b" the" in content
+    assert int.from_bytes(content[:4], "little") == max(len(text.encode().replace(b"\xe2\x96\x81", b" "))
+                                                        for text, *_ in vocabulary.pieces()[3:])
+
+
+def test_a_vocabulary_beside_the_model_is_taken_if_its_size_fits(state, vocabulary):
+    path, shared = write(state, 0), Path("tokenizer.bin")
+    Path("story.tokenizer.bin").rename(shared)
+    assert Tokenizer(formats.read(path)["tokenizer"]).pieces() == vocabulary.pieces()
+    llama2c.write_vocabulary(tokenizer.train(lambda: STORIES, 390), shared)
+    state = formats.read(path)
+    with pytest.raises(UserError, match="--tokenizer"):
+        checkpoint.build_tokenizer(state)
+    with pytest.raises(UserError, match="390 entries, the model 400"):
+        formats.read(path, shared)
+
+
+def test_a_vocabulary_may_be_given_in_either_form(state, vocabulary):
+    path = write(state, 0)
+    Path("story.model").write_bytes(vocabulary.model)
+    for name in ("story.model", "story.tokenizer.bin"):
+        assert checkpoint.build_tokenizer(formats.read(path, name)).pieces() == vocabulary.pieces()
+
+
+@pytest.mark.parametrize("shape, reason", [({"rope_theta": 5e5}, "rope_theta 500000"),
+                                           ({"norm_eps": 1e-6}, "norm_eps 1e-06"),
+                                           ({"rope_scaling": {"factor": 2.0}}, "rope_scaling")])
+def test_models_that_run_c_would_compute_wrongly_are_refused(vocabulary, shape, reason):
+    with pytest.raises(UserError, match=reason):
+        write(make_state(vocabulary, **shape), 0)
+    assert not Path("story.bin").exists()
+
+
+def test_vocabularies_that_run_c_would_read_wrongly_are_refused(vocabulary):
+    pieces = vocabulary.pieces()
+    other_order = Tokenizer(sentencepiece_model([*pieces[1:3], pieces[0], *pieces[3:]], bos_id=0, eos_id=1))
+    for other in (tokenizer.Vocabulary(b"{}"), other_order):
+        with pytest.raises(UserError, match="like Llama 2's"):
+            llama2c.write_vocabulary(other, Path("tokenizer.bin"))
+    assert not Path("tokenizer.bin").exists()
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_cut_and_overlong_files_are_refused_with_their_sizes(state, version):
+    whole = write(state, version).read_bytes()
+    for content in (whole[:-1], whole[:len(whole) // 2], whole + b"\0"):
+        Path("bad.bin").write_bytes(content)
+        with pytest.raises(UserError, match=f"{len(content):,} bytes.* {len(whole):,}"):
+            llama2c.read(Path("bad.bin"))
+        with pytest.raises(UserError, match="bad.bin"):
+            formats.read("bad.bin")
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_no_damage_of_a_header_is_more_than_a_user_error(state, version):
+    whole = write(state, version).read_bytes()
+    for place in range(0 if version == 0 else 4, 41, 1 if version else 4):
+        for number in (0, -1, 1, 7, 2**31 - 1, -2**31):
+            Path("bad.bin").write_bytes(whole[:place] + struct.pack("<i", number) + whole[place + 4:])
+            try:
+                llama2c.read(Path("bad.bin"))
+            except UserError:
+                pass
+
+
+@pytest.mark.parametrize("content", [b"", b"24ka", b"hello" * 100, bytes(1000), struct.pack("<7i", *[1] * 7)])
+def test_foreign_files_are_neither_models_nor_vocabularies(content):
+    Path("foreign").write_bytes(content)
+    assert not llama2c.is_legacy(Path("foreign")) and llama2c.read_vocabulary(Path("foreign")) is None
+    with pytest.raises(UserError, match="foreign"):
+        formats.read("foreign")
+
+
+@pytest.mark.parametrize("kind", VERSIONS.values())
+def test_convert_writes_the_model_and_its_vocabulary_and_reads_them_again(state, call, kind, capsys):
+    checkpoint.save("ckpt.pt", state)
+    call("convert", "ckpt.pt", "out/story.bin", "--to", kind)
+    assert sorted(os.listdir("out")) == ["story.bin", "story.tokenizer.bin"]
+    call("convert", "out/story.bin", "back.pt")
+    assert checkpoint.build_tokenizer(checkpoint.load("back.pt")).exact
+    assert "wrote out/story.bin and out/story.tokenizer.bin" in capsys.readouterr().out.replace("\\", "/")
+
+
+@pytest.mark.parametrize("there", ["story.bin", "story.tokenizer.bin"])
+def test_convert_keeps_both_files_unless_forced(state, call, there):
+    checkpoint.save("ckpt.pt", state)
+    Path(there).write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match=f"{there} is there already"):
+        call("convert", "ckpt.pt", "story.bin")
+    assert Path(there).read_text(encoding="utf-8") == "precious" and sorted(os.listdir()) == ["ckpt.pt", there]
+    call("convert", "ckpt.pt", "story.bin", "--force")
+    assert sorted(os.listdir()) == ["ckpt.pt", "story.bin", "story.tokenizer.bin"]
+    assert formats.read("story.bin")["tokenizer"]
+
+
+def test_a_failed_conversion_leaves_nothing(state, call):
+    checkpoint.save("ckpt.pt", {**state, "model_args": {**state["model_args"], "norm_eps": 1e-6}})
+    with pytest.raises(UserError, match="norm_eps"):
+        call("convert", "ckpt.pt", "story.bin")
+    assert os.listdir() == ["ckpt.pt"]
+
+
+def test_checkpoints_of_llama2_c_load(vocabulary):
+    """As its train.py writes them, and with what older versions of its model.py left in a state_dict."""
+    state = make_state(vocabulary, n_kv_heads=4)
+    names = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
+    args = {name: state["model_args"][name] for name in names} | {"n_kv_heads": None, "hidden_dim": None}
+    weights = {f"_orig_mod.{name}": weight for name, weight in state["model"].items()}
+    constants = {f"_orig_mod.{name}": torch.ones(1) for name in ("layers.0.attention.mask", "freqs_cos", "freqs_sin")}
+    torch.save({"model": weights | constants, "optimizer": {"state": {}, "param_groups": []}, "model_args": args,
+                "iter_num": 7, "best_val_loss": torch.tensor(1.5), "config": {"out_dir": "out"}}, "ckpt.pt")
+    llama2c.write_vocabulary(vocabulary, Path("tokenizer.bin"))
+    found = formats.read("ckpt.pt", tokenizer="tokenizer.bin")
+    assert found["model_args"] == asdict(ModelArgs(**{**state["model_args"], "n_kv_heads": 4}))
+    assert all(torch.equal(found["model"][name], weight) for name, weight in state["model"].items())
+    done = script("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def storyteller(vocabulary):
+    """A model that knows a story by heart, so that small differences of numbers do not change what it tells."""
+    state = make_state(vocabulary, dim=64, max_seq_len=96)
+    model = checkpoint.build_model(state)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    ids = torch.tensor([[1, *vocabulary.encode(STORIES[0])[:80], 2, 1]])
+    for _ in range(80):
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**state, **checkpoint.model_state(model)}
+
+
+@pytest.mark.skipif(not C_SOURCES, reason="TINY_LLM_LLAMA2C names no folder with llama2.c's run.c and runq.c")
+@pytest.mark.parametrize("program, version", [("run", 0), ("runq", 2)])
+def test_the_programs_of_llama2_c_tell_the_same_story(storyteller, program, version):
+    subprocess.run(["gcc", "-O2", Path(C_SOURCES) / f"{program}.c", "-lm", "-o", program], check=True)
+    write(storyteller, version)
+    generator = TextGenerator("story.bin", device="cpu", dtype="float32")
+    for prompt in ("", STORIES[0][:12], STORIES[0][:30]):
+        begun = ["-i", prompt] if prompt else []
+        done = subprocess.run([Path(program).resolve(), "story.bin", "-z", "story.tokenizer.bin", "-t", "0", *begun],
+                              capture_output=True, check=True, encoding="utf-8")
+        story, end = done.stdout.split("\n</s>\n")
+        assert [story] == generator.sample(prompt, temperature=0) and len(story) > 100 and not end.strip()
