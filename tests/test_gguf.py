@@ -1,0 +1,276 @@
+"""GGUF files: what is written comes back, agrees with transformers, and what cannot be read is refused by name."""
+import base64
+import json
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import demo_stories
+import formats
+import tokenizer
+from formats import common
+from model import ModelArgs, Transformer
+from settings import UserError
+
+gguf = pytest.importorskip("gguf")
+from formats import gguf_file  # noqa: E402
+
+TEXTS = [*demo_stories.stories(20), "12345 and 67,\n\n  8", "It's DON'T  x\t\ty ", "中文, 🙂 é", "<s></s>"]
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@cache
+def sentencepiece():
+    return tokenizer.train(lambda: demo_stories.stories(50), 400)
+
+
+def make_state(vocabulary=None, **args):
+    torch.manual_seed(1)
+    vocabulary = vocabulary or sentencepiece()
+    shape = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": vocabulary.n_words}
+    model = Transformer(ModelArgs(**{**shape, **args}))
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.1)
+    return {**checkpoint.model_state(model), "iter_num": 3, "config": {}, "tokenizer": vocabulary.model,
+            "tokenizer_sha256": vocabulary.sha256, "chat": "chatml"}
+
+
+@pytest.fixture(scope="module")
+def state():
+    return make_state()
+
+
+@pytest.fixture
+def write(monkeypatch, tmp_path):
+    """Write a file and give its path; with other metadata, or another type for its matrices."""
+    def run(state, kind="F32", as_type="", values={}):
+        plain = gguf.GGUFWriter.write_header_to_file
+
+        def with_values(writer):
+            for key, value in values.items():
+                writer.kv_data[0].pop(key, None)
+                writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+            plain(writer)
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_values)
+            if as_type:
+                patch.setattr(gguf_file, "kind_of", lambda tensor, _: "F32" if tensor.dim() == 1 else as_type)
+            gguf_file.write(state, tmp_path / "a.gguf.tmp", kind)
+        return tmp_path / "a.gguf.tmp"
+    return run
+
+
+@torch.inference_mode()
+def logits(state):
+    return checkpoint.build_model(state)(torch.arange(40)[None] * 7 % 256)
+
+
+def ids(state):
+    return checkpoint.build_tokenizer(state).encode_batch(TEXTS, bos=True, eos=True)
+
+
+def largest(found, expected):
+    return max((found["model"][name].float() - weight).abs().max().item() for name, weight in expected["model"].items())
+
+
+def test_float32_comes_back_as_it_was(state, write):
+    found = formats.read(write(state))
+    assert found["model"].keys() == state["model"].keys() and largest(found, state) == 0
+    assert found["chat"] == "chatml" and found["model_args"]["tie_embeddings"]
+    assert ids(found) == ids(state) and checkpoint.build_tokenizer(found).exact
+    assert torch.equal(logits(found), logits(state))
+
+
+@pytest.mark.parametrize("kind, dtype, tolerance", [("F16", torch.float16, 3e-4), ("Q8_0", torch.float32, 3e-3)])
+def test_smaller_formats_come_back_nearly(state, write, kind, dtype, tolerance):
+    found = formats.read(write(state, kind))
+    assert 0 < largest(found, state) < tolerance
+    assert found["model"]["layers.0.attention.wq.weight"].dtype == dtype
+    assert torch.equal(found["model"]["norm.weight"], state["model"]["norm.weight"])
+
+
+def test_rows_that_blocks_do_not_fit_stay_float16(write):
+    state = make_state(dim=48, hidden_dim=64)
+    found = formats.read(write(state, "Q8_0"))["model"]
+    assert found["layers.0.attention.wq.weight"].dtype == torch.float16
+    assert found["layers.0.feed_forward.w2.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("args", [{"n_kv_heads": 1}, {"n_kv_heads": 4}, {"tie_embeddings": False}, {"rope_theta": 5e5},
+                                  {"rope_scaling": {"factor": 4.0}}, {"rope_scaling": LLAMA3}, {"norm_eps": 1e-3},
+                                  {"rope_scaling": {"factors": [1.0, 1.5] + [4.0] * 6}}], ids=str)
+def test_every_shape_computes_the_same(args, write):
+    state = make_state(**args)
+    found = formats.read(write(state))
+    torch.testing.assert_close(logits(found), logits(state), rtol=0, atol=2e-5)
+    assert found["model_args"]["tie_embeddings"] == args.get("tie_embeddings", True)
+
+
+@pytest.mark.parametrize("args", [{"n_kv_heads": 1}, {"tie_embeddings": False, "rope_theta": 5e5}], ids=str)
+def test_transformers_computes_the_same_from_the_file(args, write):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    state = make_state(**args)
+    path = write(state)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.arange(40)[None] * 7 % 256).logits
+    torch.testing.assert_close(logits(state), expected, rtol=0, atol=1e-4)
+
+
+# ---- other types of tensors ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, dtype, tolerance", [("BF16", torch.bfloat16, 0.003), ("Q4_0", torch.float32, 0.08),
+                                                    ("Q4_1", torch.float32, 0.08)])
+def test_other_types_are_read(state, write, name, dtype, tolerance):
+    found = formats.read(write(state, as_type=name))
+    assert 0 < largest(found, state) < tolerance
+    assert found["model"]["tok_embeddings.weight"].dtype == dtype
+
+
+def test_q6_k_is_read(write, monkeypatch):
+    """A block by hand: quants of 6 bits less 32, times a scale for 16 of them, times one for all."""
+    quantize, low, high = gguf.quants.quantize, [0x21] * 128, [0] * 64          # 64 times 1, 64 times 2, and again
+    block = np.array([*low, *high, *[3] * 16, *np.float16([0.5]).tobytes()], np.uint8)
+    monkeypatch.setattr(gguf.quants, "quantize", lambda array, kind: np.tile(block, (len(array), array.shape[1] // 256))
+                        if kind == gguf.GGMLQuantizationType.Q6_K else quantize(array, kind))
+    found = formats.read(write(make_state(dim=256, hidden_dim=256), as_type="Q6_K"))["model"]["tok_embeddings.weight"]
+    assert torch.equal(found[7], torch.tensor([(1 - 32) * 1.5] * 64 + [(2 - 32) * 1.5] * 64).repeat(2))
+
+
+def test_types_that_are_not_read_are_named(state, write):
+    with pytest.raises(UserError, match="token_embd.weight is quantised as Q5_1"):
+        formats.read(write(state, as_type="Q5_1"))
+
+
+# ---- vocabularies -------------------------------------------------------------------------------
+
+def byte_level(cut, bos="<|begin|>", adds_bos=True):
+    """A small vocabulary like GPT-2's, with two special tokens, and one that is added and yet text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    learned = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learned.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learned.train_from_iterator(demo_stories.stories(50), tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=common.byte_letters(), show_progress=False))
+    entries = learned.get_vocab()
+    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
+    special = {name: len(entries) + i for i, name in enumerate(("<|begin|>", "<|im_end|>", "<think>"))}
+    content = common.byte_level_json({**entries, **special}, merges, special, bos=bos, **cut)
+    content["added_tokens"][2]["special"] = False
+    return tokenizer.JsonTokenizer(common.own_json(content, bos, "<|im_end|>", adds_bos))
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_byte_level_vocabularies_come_back(name, adds_bos, write):
+    vocabulary = byte_level(gguf_file.CUTS[name], adds_bos=adds_bos)
+    path = write(make_state(vocabulary))
+    found = checkpoint.build_tokenizer(formats.read(path))
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
+    assert found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS)
+    assert (found.bos_id, found.eos_id, found.adds_bos) == (vocabulary.bos_id, vocabulary.eos_id, adds_bos)
+    added = found.encode("a<think><|im_end|>")
+    assert found.id_of("<think>") in added and found.eos_id not in added
+    assert found.decode([found.bos_id, *added]) == "a<think><|im_end|>"
+
+
+def test_spellings_of_hugging_face_have_the_same_name(write):
+    vocabulary = byte_level(gguf_file.CUTS["smollm"])
+    content = common.tokenizer_json(vocabulary)
+    content["pre_tokenizer"]["pretokenizers"][1:] = [{"type": "ByteLevel", "add_prefix_space": False,
+                                                      "trim_offsets": True, "use_regex": True}]
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    other = tokenizer.JsonTokenizer(common.own_json(content, "", "<|im_end|>", False))
+    found = checkpoint.build_tokenizer(formats.read(write(make_state(other))))
+    assert found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS) and found.bos_id == -1
+
+
+def test_entries_that_the_vocabulary_lacks_become_unused(write):
+    vocabulary = byte_level(gguf_file.CUTS["gpt-2"])
+    found = checkpoint.build_tokenizer(formats.read(write(make_state(vocabulary, vocab_size=vocabulary.n_words + 5))))
+    assert found.n_words == vocabulary.n_words + 5 and found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS)
+
+
+def test_llama_3_comes_back(write):
+    pytest.importorskip("tiktoken")
+    merged = [b"th", b"he", b" t", b"the", b" the", b"in"]
+    tokens = [bytes([byte]) for byte in range(256)] + merged
+    lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+    vocabulary = tokenizer.TiktokenTokenizer(b"".join(lines))
+    found = checkpoint.build_tokenizer(formats.read(write(make_state(vocabulary))))
+    assert found.encode_batch(TEXTS, bos=True) == vocabulary.encode_batch(TEXTS, bos=True)
+    assert (found.n_words, found.eos_id) == (vocabulary.n_words, vocabulary.eos_id)
+
+
+def test_a_cut_without_a_name_is_refused(write):
+    with pytest.raises(UserError, match="cuts text in another way.*gpt-2"):
+        write(make_state(byte_level({"pattern": r"\w+|\W+"})))
+
+
+def test_a_state_without_a_vocabulary_says_what_to_do(state, write):
+    with pytest.raises(UserError, match="--tokenizer"):
+        write({**state, "tokenizer": b""})
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("key, value, message", [
+    ("general.architecture", "qwen2", "architecture 'qwen2'"), ("llama.rope.scaling.type", "yarn", "type 'yarn'"),
+    ("llama.expert_count", 8, "expert_count 8"), ("llama.rope.dimension_count", 8, "dimension_count 8"),
+    ("llama.attention.key_length", 32, "key_length 32"), ("llama.context_length", 1 << 30, "context_length 1073741824"),
+    ("llama.block_count", 1 << 23, "lacks"), ("llama.block_count", 1, "nothing here knows"),
+    ("llama.feed_forward_length", [192, 96], r"feed_forward_length \[192, 96\]"),
+    ("llama.attention.head_count", 0, "damaged"), ("tokenizer.ggml.model", "bert", "kind 'bert'"),
+    ("tokenizer.ggml.add_space_prefix", False, "add_space_prefix"),
+])
+def test_what_cannot_be_represented_is_named(state, write, key, value, message):
+    with pytest.raises(UserError, match=f"a.gguf.*{message}"):
+        formats.read(write(state, values={key: value}))
+
+
+def test_a_vocabulary_of_another_size_is_refused(write):
+    size = sentencepiece().n_words
+    with pytest.raises(UserError, match=f"{size} entries, and {size + 1} embeddings"):
+        formats.read(write(make_state(vocab_size=size + 1)))
+
+
+def test_a_cut_that_is_not_known_is_named(write):
+    with pytest.raises(UserError, match="cuts text by 'default'"):
+        formats.read(write(make_state(byte_level(gguf_file.CUTS["gpt-2"])), values={"tokenizer.ggml.pre": "default"}))
+
+
+def test_cut_and_foreign_files_are_refused(state, write, tmp_path):
+    whole, bad = write(state).read_bytes(), tmp_path / "bad.gguf"
+    lengths = [4, 8, 23, 24, 100, 5000, 12000, len(whole) // 2, len(whole) - 100]
+    for content in [*(whole[:length] for length in lengths), b"GGUF" + b"\xff" * 200, b"GGUF" + bytes(200),
+                    whole[:4] + b"\1" + whole[5:]]:
+        bad.write_bytes(content)
+        with pytest.raises(UserError, match="bad.gguf"):
+            formats.read(bad)
+
+
+def test_damaged_headers_are_read_or_refused(state, write, tmp_path):
+    whole, bad = write(state).read_bytes(), tmp_path / "bad.gguf"
+    end = whole.index(b"token_embd.weight") + 1000
+    for place in random.Random(1).sample(range(4, end), 300):
+        bad.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
+        try:
+            formats.read(bad)
+        except UserError:
+            pass
+
+
+# ---- convert.py ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["gguf", "gguf-f16", "gguf-q8_0"])
+def test_convert_writes_and_reads(state, call, capsys, kind):
+    checkpoint.save("a.pt", state)
+    call("convert", "a.pt", "story.gguf", "--to", kind)
+    call("convert", "story.gguf", "back.pt")
+    found = checkpoint.load("back.pt")
+    assert largest(found, state) < 3e-3 and ids(found) == ids(state)
+    assert "wrote story.gguf" in capsys.readouterr().out
