@@ -9,11 +9,13 @@ Keys that tools made for llama2.c know: model, optimizer, model_args, iter_num, 
 Beside them: tokenizer, the bytes of the vocabulary; architecture, llama when left out; and in last.pt what an exact
 continuation needs.
 """
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 import tokenizer
 from engine import Engine
@@ -104,7 +106,7 @@ def build_model(state: dict[str, Any], own: bool = True) -> Transformer | GPT2:
     Raises UserError when weights and shape do not belong together.
     """
     args = build_args(state)
-    with torch.device("cpu" if own else "meta"):
+    with torch.device("cpu" if own else "meta"), nullcontext() if own else _Unfilled():
         model = ARCHITECTURES[architecture_of(args)].model(args)
     try:
         model.load_state_dict(state["model"], assign=not own)
@@ -113,6 +115,15 @@ def build_model(state: dict[str, Any], own: bool = True) -> Transformer | GPT2:
     if model.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """New modules are not filled with random numbers. On the device meta that would do nothing, in a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def build_tokenizer(state: dict[str, Any]) -> Vocabulary:

@@ -2,6 +2,7 @@
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # two test processes on two cores; models are tiny here
 
 import demo_stories  # noqa: E402
 import settings  # noqa: E402
