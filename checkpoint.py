@@ -6,8 +6,8 @@
     engine = build_engine(model)
 
 Keys that tools made for llama2.c know: model, optimizer, model_args, iter_num, best_val_loss, config.
-Beside them: tokenizer, the bytes of the vocabulary; architecture, llama when left out; and in last.pt what an exact
-continuation needs.
+Beside them: tokenizer, the bytes of the vocabulary; architecture, llama when left out; chat, the form of messages that
+the model was taught, if any; and in last.pt what an exact continuation needs.
 """
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -120,7 +120,8 @@ def build_model(state: dict[str, Any], own: bool = True) -> Transformer | GPT2:
 class _Unfilled(TorchFunctionMode):
     """New modules are not filled with random numbers. On the device meta that would do nothing, in a second."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+                           ) -> Any:
         if getattr(function, "__module__", "") == "torch.nn.init":
             return None
         return function(*args, **(kwargs or {}))

@@ -22,6 +22,7 @@ import checkpoint
 import formats
 import settings
 from files import replace
+from formats.huggingface import WRITTEN
 from settings import UserError
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -55,8 +56,8 @@ def main() -> None:
         formats.WRITERS[kind](state, unfinished / path.name)
         compare(expected, logits(formats.read(unfinished / path.name)), kind)
         for each in reversed(targets):
-            if each.is_dir():
-                remove(each)        # a folder cannot be renamed over another
+            if each.is_dir():       # it cannot be renamed over
+                replace(each, unfinished / f"{each.name}.old")
             replace(unfinished / each.name, each)
     finally:
         remove(unfinished)
@@ -75,6 +76,9 @@ def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
     for each in targets:
         if each.exists() and not cfg.force:
             raise UserError(f"{each} is there already; another name, or --force")
+        others = [path.name for path in each.iterdir() if path.name not in WRITTEN] if each.is_dir() else []
+        if others or each.is_dir() and kind != "hf":
+            raise UserError(f"{each} is a folder with other things in it; --force does not delete those. Another name")
     return targets, kind
 
 
@@ -89,7 +93,7 @@ def logits(state: dict[str, Any]) -> Tensor:
     """What the model makes of fixed ids, (1, T, vocab_size), computed in float32 whatever its weights are."""
     model = checkpoint.build_model(state, own=False)
     for part in model.modules():
-        if any(True for _ in part.parameters(recurse=False)):
+        if list(part.parameters(recurse=False)):
             lend_float32(part)
     ids = torch.arange(min(model.args.max_seq_len, 64)) * 7919 % model.args.vocab_size
     return model(ids[None])

@@ -121,12 +121,20 @@ class TextGenerator:
         if self.tokenizer.n_words > model.args.vocab_size:
             raise UserError(f"the vocabulary has {self.tokenizer.n_words} entries, the model "
                             f"{model.args.vocab_size}; they do not belong together")
-        if chat not in ("auto", "none", *FORMATS):
-            raise UserError(f"--chat {chat} is unknown; use auto, none, {', '.join(FORMATS)}")
-        form = state.get("chat", "") if chat == "auto" else chat
-        self.chat: ChatFormat | None = FORMATS[form](self.tokenizer) if form in FORMATS else None
+        self.chat = self._chat_format(chat, state.get("chat", ""))
         self.seed, self.parameters = seed, model.count_parameters()
         self.engine = checkpoints.build_engine(model, self.where.dtype, quantize, compile)
+
+    def _chat_format(self, asked: str, known: str) -> ChatFormat | None:
+        if asked not in ("auto", "none", *FORMATS):
+            raise UserError(f"--chat {asked} is unknown; use auto, none, {', '.join(FORMATS)}")
+        form = FORMATS.get(known if asked == "auto" else asked)
+        try:
+            return form(self.tokenizer) if form else None
+        except UserError:
+            if asked != "auto":
+                raise
+            return None                     # the form is known, but its marks are plain text to this vocabulary
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *rest, **options) -> list[str]:
         """Write num_samples texts and return them, `start` included. Takes the further arguments of `grow`."""

@@ -117,6 +117,7 @@ class Run:
         torch.manual_seed(self.cfg.seed)
         model = checkpoint.build_model(plan.saved) if plan.saved else Transformer(plan.args)
         self.model = model.to(self.where.device)
+        self.chat = plan.saved.get("chat", "") if plan.saved else ""       # the form of messages it was taught
         self.optimizers = make_optimizers(self)
         self.scaler = self.where.scaler()
         self.state = State()
@@ -211,7 +212,7 @@ class Run:
             **checkpoint.model_state(self.model), "optimizer": [each.state_dict() for each in self.optimizers],
             "iter_num": state.iter_num, "best_val_loss": state.best_val_loss, "config": lasting(self.cfg),
             "tokenizer": self.vocabulary.model, "tokenizer_sha256": self.vocabulary.sha256,
-            "data_sha256": self.data.sha256,
+            "data_sha256": self.data.sha256, "chat": self.chat,
             "state": asdict(state), "scaler": self.scaler.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}})
         self.saved_at = time.monotonic()

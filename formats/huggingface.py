@@ -23,6 +23,8 @@ OF_LAYER = {f"layers.{{}}.{ours}.weight": f"model.layers.{{}}.{theirs}.weight" f
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
     "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }.items()}
+WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
+           "tokenizer.model", "tokenizer_config.json")
 CHAT_TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",

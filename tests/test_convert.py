@@ -21,7 +21,7 @@ def source():
     vocabulary = tokenizer.train(lambda: ["a few words of a story, and of another"], 300)
     model = Transformer(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocabulary.n_words,
                                   max_seq_len=48))
-    checkpoint.save("ckpt.pt", {**checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "",
+    checkpoint.save("ckpt.pt", {**checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "chatml",
                                 "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256})
     return "ckpt.pt"
 
@@ -54,6 +54,14 @@ def test_what_is_there_is_kept_unless_forced(source, name):
     assert_user_error(quickly("convert", source, name), f"{name} is there already", "--force")
     assert there.read_bytes() == b"mine"
     assert quickly("convert", source, name, "--force").returncode == 0 and there.read_bytes() != b"mine"
+
+
+def test_no_force_deletes_a_folder_of_other_things(source):
+    for name in ("a", "b.gguf"):
+        Path(name).mkdir()
+        Path(name, "mine").write_text("x", encoding="utf-8")
+        assert_user_error(quickly("convert", source, name, "--force"), f"{name} is a folder with other things in it")
+        assert Path(name, "mine").exists() and not Path(f"{name}.tmp").exists()
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
@@ -106,4 +114,4 @@ def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, call, tmp_path
          "--compile", "False")
     tuned = checkpoint.load("out/last.pt")
     assert tuned["iter_num"] == 3 and tuned["model_args"]["dim"] == 64
-    assert tuned["tokenizer_sha256"] == formats.read(source)["tokenizer_sha256"]
+    assert tuned["tokenizer_sha256"] == formats.read(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"
