@@ -1,0 +1,68 @@
+"""Talking: what the model gets to read, and where its answers end."""
+import io
+import sys
+
+import pytest
+import torch
+
+import dialogue
+import sample
+import settings
+from chat import ChatML
+from engine import Step
+from sample import TextGenerator
+from settings import UserError
+from test_tokenizer_kinds import byte_level     # noqa: F401    a fixture
+
+
+class Scripted:
+    """An engine that says what it was told to say, and notes what it was given."""
+
+    def __init__(self, vocabulary, answers: list[list[int]]):
+        self.vocabulary, self.answers, self.read = vocabulary, list(answers), []
+
+    def generate(self, prompts, max_new_tokens, sampling, ends, rows):
+        self.read += prompts
+        for token in self.answers.pop(0)[:max_new_tokens]:
+            if token in ends:
+                return
+            yield Step([token], torch.zeros(1, self.vocabulary.n_words))
+
+
+@pytest.fixture
+def talker(byte_level):                         # noqa: F811
+    generator = TextGenerator.__new__(TextGenerator)
+    generator.tokenizer, generator.seed, generator.chat = byte_level, 1, ChatML(byte_level)
+    end, encode = byte_level.id_of("<|im_end|>"), byte_level.encode
+    generator.engine = Scripted(byte_level, [[*encode("a test"), end, *encode("more")], encode("the sentence")])
+    return generator
+
+
+def ids(vocabulary, *texts: str) -> list[int]:
+    """Texts and marks between them, as a template of ChatML would have them."""
+    marks = {name: vocabulary.id_of(name) for name in ("<|im_start|>", "<|im_end|>")}
+    return [i for text in texts for i in ([marks[text]] if text in marks else vocabulary.encode(text))]
+
+
+def test_an_answer_ends_at_its_mark(talker):
+    dialog = [{"role": "system", "content": "is"}, {"role": "user", "content": "this?"}]
+    assert "".join(talker.answer(dialog, max_new_tokens=50)) == "a test"
+    assert talker.engine.read == [ids(
+        talker.tokenizer, "<|im_start|>", "system\nis", "<|im_end|>", "\n", "<|im_start|>", "user\nthis?", "<|im_end|>",
+        "\n", "<|im_start|>", "assistant\n")]
+    talker.chat = None
+    with pytest.raises(UserError, match="not taught to talk"):
+        talker.answer(dialog)
+
+
+def test_a_dialogue_gives_all_that_was_said(talker, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("this<|im_end|>\n\nand is?\n/exit\n"))
+    cfg, _ = settings.read(vars(sample), ["--system", "ing", "--max_new_tokens", "20"])
+    dialogue.talk(talker, cfg, sample.options)
+    assert capsys.readouterr().out.endswith(">>> a test\n>>> >>> the sentence\n>>> ")
+    first = ("<|im_start|>", "system\ning", "<|im_end|>", "\n", "<|im_start|>")
+    begin = ids(talker.tokenizer, *first) + talker.tokenizer.encode("user\nthis<|im_end|>")     # typed: text, no mark
+    again = ids(talker.tokenizer, "<|im_end|>", "\n", "<|im_start|>", "assistant\n")
+    assert talker.engine.read[0] == begin + again
+    assert talker.engine.read[1] == begin + again + ids(
+        talker.tokenizer, "a test", "<|im_end|>", "\n", "<|im_start|>", "user\nand is?") + again
