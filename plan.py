@@ -68,6 +68,8 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
 
     resumed = cfg.init_from == "resume" and not cfg.eval_only
     saved = attempt(lambda: find_saved(cfg))
+    if saved and not resumed and "max_seq_len" in given:
+        saved = with_window(saved, cfg.max_seq_len)
     if resumed and saved:
         attempt(lambda: take_over(cfg, given, saved))
     problems += check_values(cfg)
@@ -95,6 +97,13 @@ def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
     if cfg.init_from == "resume":
         return checkpoint.load(Path(cfg.out_dir) / "last.pt", checkpoint.TO_GO_ON)
     return formats.read(cfg.init_from) if named else None
+
+
+def with_window(saved: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
+    """A model with another window: a rotary embedding has no weights to change, GPT-2 has a row for each place."""
+    weights = {name: weight[:max_seq_len] if name == "positions.weight" else weight
+               for name, weight in saved["model"].items()}
+    return {**saved, "model": weights, "model_args": {**saved["model_args"], "max_seq_len": max_seq_len}}
 
 
 def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:

@@ -111,7 +111,7 @@ def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, call, tmp_path
     call("preprocess", "--tokenizer", "theirs", "--data", "s.jsonl", "--data_dir", "tuned")
     call("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "out", "--max_iters", 3,
          "--eval_interval", 3, "--batch_size", 4, "--learning_rate", 1e-3, "--sample_tokens", 0, "--device", "cpu",
-         "--compile", "False")
+         "--compile", "False", "--max_seq_len", 32)
     tuned = checkpoint.load("out/last.pt")
-    assert tuned["iter_num"] == 3 and tuned["model_args"]["dim"] == 64
+    assert tuned["iter_num"] == 3 and (tuned["model_args"]["dim"], tuned["model_args"]["max_seq_len"]) == (64, 32)
     assert tuned["tokenizer_sha256"] == formats.read(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"
