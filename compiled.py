@@ -28,7 +28,7 @@ from files import replace
 from model import ModelArgs
 from settings import UserError
 
-FOLDER = Path.home() / ".cache" / "tiny-llm"
+FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
 
 
 class CompiledLayers:
@@ -185,7 +185,10 @@ def _load(layer: OneLayer, example: tuple[Tensor, ...]) -> Callable[[list[Tensor
         return _open(path)
     except RuntimeError:                    # a file that something has damaged
         _compile(layer, example, path)
+    try:
         return _open(path)
+    except RuntimeError as error:
+        raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error
 
 
 def _open(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -199,7 +202,10 @@ def _compile(layer: OneLayer, example: tuple[Tensor, ...], path: Path) -> None:
     print("compiling for a model of this shape, once: about 15 seconds", file=sys.stderr, flush=True)
     room = {2: torch.export.Dim.DYNAMIC}
     temporary = path.with_suffix(f".{os.getpid()}.pt2")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--compile keeps its code in {path.parent}, which cannot be made; leave it out") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(layer, example, dynamic_shapes=(None, None, None, room, (None,) * 8))

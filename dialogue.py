@@ -58,6 +58,9 @@ def go_on(generator: "TextGenerator", said: list[str], system: str, options: dic
             answer += piece
     except KeyboardInterrupt:
         pass
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return said[:-1]
     print()
     return [*said, answer]
 
@@ -74,8 +77,8 @@ def joined(said: list[str]) -> str:
     """One text; where a line of yours would stick to the text before it, a space comes between."""
     story = ""
     for number, text in enumerate(said):
-        gap = " " if number % 2 == 0 and story and not story[-1].isspace() else ""
-        story += gap + text
+        sticks = number % 2 == 0 and story and text and not story[-1].isspace() and not text[0].isspace()
+        story += (" " if sticks else "") + text
     return story
 
 

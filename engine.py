@@ -75,8 +75,8 @@ class Engine:
         """Continue prompts that may differ in length.
 
         A sequence ends at one of the ids `ends`, which is not yielded. What it gets depends on its prompt, the seed
-        and its row number, not on its neighbours. When it fills the model's window, it goes on with its first token
-        (bos) and the newer half.
+        and its row number, and not on its neighbours (but for roundings of int8 and bfloat16). When it fills the
+        model's window, it goes on with its first token (bos) and the newer half.
 
         Args:
             prompts: ids, at least one each.

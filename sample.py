@@ -65,9 +65,10 @@ echo = True                     # show the prompt too
 logprobs = False                # list all tokens with their log-probability (nats), also those of `stop`
 show_probs = False              # the same in colours by probability, and with what else was likely
 # machine
-quantize = ""                   # int8: weights of 8 bits, on a CPU
+quantize = ""                   # int8: weights of 8 bits, on a CPU; a seed then gives other texts in a batch than alone
 compile = False                 # single texts twice as fast on a CPU; the first time it takes 15 seconds (needs a C++
-                                # compiler), then it is kept in ~/.cache/tiny-llm; on an NVIDIA GPU, a CUDA graph
+                                # compiler), then it is kept in ~/.cache/tiny-llm; on an NVIDIA GPU, a CUDA graph. On
+                                # a CPU that is busy with other things, set OMP_NUM_THREADS=1
 batch_size = 32                 # prompts of input_file that are continued at the same time
 device = "auto"                 # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                  # auto, float32, bfloat16, float16
@@ -122,7 +123,7 @@ class TextGenerator:
             raise UserError(f"the vocabulary has {self.tokenizer.n_words} entries, the model "
                             f"{model.args.vocab_size}; they do not belong together")
         self.chat = self._chat_format(chat, state.get("chat", ""))
-        self.seed, self.parameters = seed, model.count_parameters()
+        self.seed, self.parameters, self.noted = seed, model.count_parameters(), False
         self.engine = checkpoints.build_engine(model, self.where.dtype, quantize, compile)
 
     def _chat_format(self, asked: str, known: str) -> ChatFormat | None:
@@ -159,6 +160,8 @@ class TextGenerator:
 
     def completions(self, prompts: list[str], *rest, **options) -> list[Completion]:
         """Continue each of the prompts, all at the same time. Takes the further arguments of `grow`."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a list of texts, not one text")
         done = [Completion(prompt) for prompt in prompts]
         for _ in self.grow(done, *rest, **options):
             pass
@@ -177,11 +180,22 @@ class TextGenerator:
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, self.seed if seed is None else seed)
         check(max_new_tokens, how)
-        stops = [stop] if isinstance(stop, str) else stop
+        if rows is not None and len(rows) != len(done):
+            raise ValueError(f"{len(rows)} rows for {len(done)} texts")
+        stops = [stop] if isinstance(stop, str) else stop or ()
         heads = heads or [self.tokenizer.begin(one.prompt) for one in done]
         steps = self.engine.generate(heads, max_new_tokens, how, {self.tokenizer.eos_id, *ends}, rows)
         readers = [Reader(self.tokenizer, head, [text for text in stops if text]) for head in heads]
-        return self._grow(done, steps, readers, max_new_tokens) if done else iter(())
+        return self._noting(self._grow(done, steps, readers, max_new_tokens), readers) if done else iter(())
+
+    def _noting(self, pieces: Iterator[tuple[int, str]], readers: list["Reader"]) -> Iterator[tuple[int, str]]:
+        """Say once, after what was written, that it was longer than the window."""
+        yield from pieces
+        longest, window = max(len(reader.ids) for reader in readers) - 1, self.engine.args.max_seq_len
+        if longest > window and not self.noted:             # the last token is not read any more
+            print(f"\nnote: the model sees {window} tokens; past them it went on from the first one and the newer half",
+                  file=sys.stderr)
+            self.noted = True
 
     def _grow(self, done: list[Completion], steps: Iterator[Step], readers: list["Reader"],
               max_new_tokens: int) -> Iterator[tuple[int, str]]:
@@ -307,15 +321,25 @@ def main() -> None:
         write_stories(generator, start, cfg)
 
 
+# settings that change nothing in a mode
+PLAIN = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
+IDLE = {"score": (*PLAIN, "echo", "system", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop",
+                  "repetition_penalty"),
+        "interactive": (*PLAIN, "echo"), "input_file": (*PLAIN, "system")}
+
+
 def check_settings(cfg: SimpleNamespace) -> None:
     """Raise UserError for values that cannot be, and for settings that nothing would come of."""
     check(cfg.max_new_tokens, sampling(cfg), cfg.num_samples)
     modes = [name for name in ("score", "interactive", "input_file") if getattr(cfg, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} do not go together")
-    for name in ("prompt", "num_samples", "logprobs", "show_probs") if modes else ():
+    for name in IDLE[modes[0]] if modes else ():
         if getattr(cfg, name) != globals()[name]:
             raise UserError(f"--{name} has no effect with --{modes[0]}; leave it out")
+    where = devices.choose(cfg.device, cfg.dtype, training=False)
+    if cfg.compile and where.device.type == "cpu" and (cfg.num_samples > 1 or cfg.input_file or cfg.score):
+        raise UserError("--compile is for one text at a time on a CPU; leave it out")
     if cfg.output_file and not cfg.input_file:
         raise UserError("--output_file needs the prompts of --input_file; one story can go there by > file")
     if cfg.batch_size < 1:
@@ -348,10 +372,6 @@ def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) ->
             print_tokens(generator, one, cfg)
         else:
             print("" if streams and row == 0 else head + one.text, flush=True)
-    longest = max(len(one.tokens) for one in done) + len(generator.tokenizer.begin(start))
-    if longest > (window := generator.engine.args.max_seq_len):
-        print(f"note: the model sees {window} tokens; past them it went on from the beginning mark and the newer half",
-              file=sys.stderr)
 
 
 def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
@@ -359,15 +379,15 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
 
     With an output file, what is in it already is not written again.
     """
-    path = Path(cfg.output_file) if cfg.output_file else None
+    path, size = Path(cfg.output_file) if cfg.output_file else None, 4 * cfg.batch_size
     done = whole_lines(path, prompts) if path else 0
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     if done:
-        print(f"{done} of {len(prompts)} are in {path} already", file=sys.stderr)
-    for first in range(done, len(prompts), 4 * cfg.batch_size):
-        chunk = [Completion(prompt) for prompt in prompts[first:first + 4 * cfg.batch_size]]
+        print(f"{done} of {len(prompts)} are in {path} already, with the settings of that time", file=sys.stderr)
+    for first in range(done - done % size, len(prompts) if done < len(prompts) else 0, size):   # the same batches again
+        chunk = [Completion(prompt) for prompt in prompts[first:first + size]]
         order = sorted(range(len(chunk)), key=lambda row: len(chunk[row].prompt))
         for begin in range(0, len(order), cfg.batch_size):
             rows = order[begin:begin + cfg.batch_size]
@@ -375,7 +395,7 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
                 pass
         if path:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(asdict(one)) + "\n" for one in chunk)
+                file.writelines(json.dumps(asdict(one)) + "\n" for one in chunk[max(done - first, 0):])
             print(f"{first + len(chunk)} of {len(prompts)}", file=sys.stderr)
         else:
             print(*((one.prompt if cfg.echo else "") + one.text for one in chunk), sep="\n---\n",
@@ -386,6 +406,8 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
     """How many of the prompts an output file has; a line that was cut off is removed from it."""
     if not path.exists():
         return 0
+    if not path.is_file():
+        raise UserError(f"{path} is not a file that can be gone on with; name another --output_file")
     content = path.read_bytes()
     whole, rest = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
     try:
@@ -406,20 +428,23 @@ def print_tokens(generator: TextGenerator, one: Completion, cfg: SimpleNamespace
     """A line for each token, in colours if asked for."""
     head = generator.tokenizer.begin(one.prompt)
     tokens = generator.read(head + one.tokens)
-    written = [token._replace(logprob=logprob) for token, logprob in zip(tokens[len(head) - 1:], one.logprobs)]
-    tokens = (tokens[:len(head) - 1] if cfg.echo else []) + written
+    for place, logprob in enumerate(one.logprobs, len(head) - 1):
+        seen = place < generator.engine.args.max_seq_len    # beyond, it was written after another text than is read
+        tokens[place] = Token(tokens[place].piece, logprob, tokens[place].likeliest if seen else [])
+    first = 1 if cfg.echo else len(head)
     if cfg.show_probs:
-        print("".join(painted(token) for token in tokens))
-    for token in tokens:
+        reader, ids = Reader(generator.tokenizer, head[:first], []), (head + one.tokens)[first:]
+        texts = [painted(reader.add(i), token.logprob) for i, token in zip(ids, tokens[first - 1:])]
+        print("".join(texts) + reader.rest())
+    for token in tokens[first - 1:]:
         others = ", ".join(f"{piece!r} {chance:.0%}" for piece, chance in token.likeliest)
         print(f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"
               + (f"   likeliest: {others}" if cfg.show_probs else ""), flush=True)
 
 
-def painted(token: Token) -> str:
-    """The token's text, red where the model did not expect it, green where it did."""
-    text = token.piece.replace("\u2581", " ")
-    level = min(int(6 * math.exp(token.logprob)), 5)
+def painted(text: str, logprob: float) -> str:
+    """The text of a token, red where the model did not expect it, green where it did."""
+    level = min(int(6 * math.exp(logprob)), 5)
     return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{text}\033[0m" if sys.stdout.isatty() else text
 
 

@@ -23,7 +23,8 @@ from typing import Any, Callable, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
 USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,    # a full disk, a closed door,
-                errno.EEXIST, errno.ENOTDIR, errno.EISDIR)                             # a file where a folder should be
+                errno.EEXIST, errno.ENOTDIR, errno.EISDIR,                          # a file where a folder should be,
+                errno.ENAMETOOLONG, errno.ELOOP)                                    # a name that cannot be one
 
 
 class UserError(Exception):
@@ -32,6 +33,8 @@ class UserError(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; one that begins with - is given as --name=-value"
         raise UserError(f"{message}\n       python {self.prog} --help lists the settings")
 
 

@@ -56,7 +56,13 @@ class Vocabulary:
     def encode_batch(self, texts: list[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
         """Ids of each string; faster than one call each."""
         head, tail = [self.bos_id] * bos, [self.eos_id] * eos
-        return [head + ids + tail for ids in self._encode(texts)]
+        try:
+            return [head + ids + tail for ids in self._encode(texts)]
+        except (TypeError, UnicodeEncodeError) as error:
+            broken = next((text for text in texts if re.search("[\ud800-\udfff]", text)), None)
+            if broken is None:
+                raise
+            raise UserError(f"this is not text, some of its bytes are not UTF-8: {ascii(broken[:60])}") from error
 
     def begin(self, text: str) -> list[int]:
         """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it."""

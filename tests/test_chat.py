@@ -1,6 +1,7 @@
 """Talking: what the model gets to read, and where its answers end."""
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from test_tokenizer_kinds import byte_level     # noqa: F401    a fixture
 
 class Scripted:
     """An engine that says what it was told to say, and notes what it was given."""
+    args = SimpleNamespace(max_seq_len=1000)
 
     def __init__(self, vocabulary, answers: list[list[int]]):
         self.vocabulary, self.answers, self.read = vocabulary, list(answers), []

@@ -23,8 +23,6 @@ def make(**shape) -> Transformer:
     return model
 
 
-
-
 def logits(engine: Engine, prompt=PROMPT, count=LENGTH) -> torch.Tensor:
     return torch.cat([step.logits for step in engine.generate([prompt], count, Sampling(seed=2))])
 
@@ -67,6 +65,9 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
     assert "once" in capsys.readouterr().err
     torch.testing.assert_close(logits(engine), logits(Engine(model)), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits(engine, [1], 2), logits(Engine(model), [1], 2), atol=1e-4, rtol=1e-4)
+    texts = [[step.tokens for step in each.generate([PROMPT], LENGTH, Sampling(seed=3))]
+             for each in (engine, Engine(model))]
+    assert texts[0] == texts[1]
     path, = (tmp_path / "kept").iterdir()
     whole = path.read_bytes()
     asked = []

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import tokenizer
 from conftest import ROOT, TINY, assert_user_error, quickly, script
 from engine import Step
 from model import ModelArgs, Transformer
-from sample import Completion, TextGenerator
+from sample import Completion, TextGenerator, print_tokens
 from settings import UserError
 
 
@@ -164,7 +165,7 @@ def test_tokens_are_listed_with_their_probability(trained):
     assert "".join(pieces).replace("\u2581", " ").strip() == plain.stdout.strip()
     shown = quickly("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--show_probs",
                    "--no_echo").stdout.splitlines()
-    assert shown[0] == plain.stdout.rstrip("\n").removeprefix("The dog").removeprefix(" ") and "likeliest:" in shown[1]
+    assert shown[0] == plain.stdout.rstrip("\n").removeprefix("The dog") and "likeliest:" in shown[1]
     assert len(shown) == 1 + 6
 
 
@@ -190,9 +191,7 @@ def test_prompts_from_a_file(trained):
     assert records[3]["text"] == alone.text and records[3]["tokens"] == alone.tokens
     for size in (10, whole.index(b"\n") + 30, len(whole)):                     # as an interrupted run leaves it
         Path("out.jsonl").write_bytes(whole[:size])
-        result = quickly(*command)
-        texts = [json.loads(line)["text"] for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert texts == [record["text"] for record in records], (size, result.stderr)
+        assert quickly(*command).returncode == 0 and Path("out.jsonl").read_bytes() == whole
     shown = quickly(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
     assert shown == [record["prompt"] + record["text"] for record in records]
     Path("prompts.txt").write_text("Another\n", encoding="utf-8")
@@ -211,22 +210,45 @@ def test_prompts_from_a_file(trained):
 def test_taking_turns(trained):
     """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
     lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x",
-             "The dog", " and", "/clear", "The dog", "/what", "/exit", "never"]
+             "The dog", " and", "", "/clear", "The dog", "/what", "/exit", "never"]
     result = script("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", input="\n".join(lines))
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     generator = TextGenerator(trained)
     first = generator.sample("The dog", 1, 8, temperature=0)[0]
     second = generator.sample(first + " The dog", 1, 8, temperature=0)[0]
-    third = generator.sample(second + "  and", 1, 8, temperature=0)[0]
-    assert ">>> " + third.removeprefix(second + "  and") + "\n" in result.stdout
+    third = generator.sample(second + " and", 1, 8, temperature=0)[0]
+    fourth = generator.sample(third, 1, 8, temperature=0)[0]                # an empty line only asks for more
+    assert ">>> " + third.removeprefix(second + " and") + "\n>>> " + fourth.removeprefix(third) + "\n" in result.stdout
     assert ">>> " + first.removeprefix("The dog") + "\n" in result.stdout
     assert "top_p must be" in result.stderr and "top_k cannot be 'x'" in result.stderr
     assert "temperature = 0.0" in result.stdout and "/clear   " in result.stdout
 
 
-def test_longer_than_the_window(trained):
-    text = TextGenerator(trained).sample("Once", 1, 100, temperature=0)[0]
-    assert len(text) > 60
+def test_longer_than_the_window_is_said_once(bytewise, capsys, monkeypatch):
+    generator = TextGenerator(bytewise)
+    for count, notes in ((256, 0), (257, 1), (270, 0)):             # the last token is not read any more
+        dictate(monkeypatch, generator, [97] * count)
+        assert len(generator.completions([""], 300)[0].tokens) == count
+        assert capsys.readouterr().err.count("note: the model sees 256 tokens") == notes
+
+
+def test_beyond_the_window_no_alternatives_are_listed(bytewise, monkeypatch, capsys):
+    generator, one = TextGenerator(bytewise), Completion("")
+    one.tokens, one.logprobs = [97] * 264, [-1.0] * 264
+    cfg = SimpleNamespace(echo=True, show_probs=True)
+    print_tokens(generator, one, cfg)
+    lines = [line.split("likeliest: ")[1] for line in capsys.readouterr().out.splitlines() if "likeliest:" in line]
+    assert len(lines) == 264 and all(lines[:256]) and not any(lines[256:])
+
+
+def test_what_is_no_text_is_refused(trained):
+    generator = TextGenerator(trained)
+    with pytest.raises(UserError, match="not UTF-8"):
+        generator.completions(["fine", "\ud800"])
+    with pytest.raises(TypeError, match="list of texts"):
+        generator.completions("cat")
+    with pytest.raises(ValueError, match="1 rows for 2 texts"):
+        generator.completions(["a", "b"], rows=[0])
 
 
 @pytest.mark.parametrize("options, message", [
@@ -276,6 +298,10 @@ def test_mistakes_are_one_clear_line(trained, tmp_path):
     assert_user_error(quickly("sample", "--checkpoint", trained, "--quantize", "int3"), "int3", "int8")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "junk.pt", "--top_k", 3), "--top_k has no")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--compile", "--num_samples", 2), "one text at a time")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--input_file", "x" * 300), "name too long")
+    assert_user_error(quickly("sample", "--prompt", "-x"), "--name=-value")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
 
 
@@ -285,5 +311,5 @@ def test_a_closed_pipe_ends_quietly(trained):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     process.stdout.read(10)
     process.stdout.close()
-    assert "Traceback" not in process.stderr.read() and "Exception" not in process.stderr.read()
-    process.wait(timeout=60)
+    errors = process.stderr.read()
+    assert "Traceback" not in errors and "Exception" not in errors and process.wait(timeout=60) == 0
