@@ -178,6 +178,8 @@ def _load(layer: OneLayer, example: tuple[Tensor, ...]) -> Callable[[list[Tensor
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in example]
     key = repr([layer.args, shapes, torch.__version__, torch.get_num_threads(),
                 sorted(torch.cpu.get_capabilities().items()), Path(__file__).read_bytes()])
+    if not FOLDER.is_absolute():
+        raise UserError("--compile keeps its code in your home directory, and there is none; leave it out")
     path = FOLDER / f"layer-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
     if not path.exists():
         _compile(layer, example, path)
@@ -199,13 +201,14 @@ def _open(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
 def _compile(layer: OneLayer, example: tuple[Tensor, ...], path: Path) -> None:
     if not device.has_compiler():
         raise UserError("--compile needs a C++ compiler, and there is none here; leave it out, or install g++ or clang")
-    print("compiling for a model of this shape, once: about 15 seconds", file=sys.stderr, flush=True)
     room = {2: torch.export.Dim.DYNAMIC}
     temporary = path.with_suffix(f".{os.getpid()}.pt2")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
     except OSError as error:
-        raise UserError(f"--compile keeps its code in {path.parent}, which cannot be made; leave it out") from error
+        raise UserError(f"--compile keeps its code in {path.parent}, and cannot write there; leave it out") from error
+    print("compiling for a model of this shape, once: about 15 seconds", file=sys.stderr, flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(layer, example, dynamic_shapes=(None, None, None, room, (None,) * 8))
