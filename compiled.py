@@ -209,11 +209,13 @@ def _compile(layer: OneLayer, example: tuple[Tensor, ...], path: Path) -> None:
     except OSError as error:
         raise UserError(f"--compile keeps its code in {path.parent}, and cannot write there; leave it out") from error
     print("compiling for a model of this shape, once: about 15 seconds", file=sys.stderr, flush=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(layer, example, dynamic_shapes=(None, None, None, room, (None,) * 8))
-        try:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(layer, example, dynamic_shapes=(None, None, None, room, (None,) * 8))
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
-        except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
-            raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error
-    replace(temporary, path)
+        replace(temporary, path)
+    except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
+        raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
