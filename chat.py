@@ -6,6 +6,7 @@
 A message is a dict with role (system, user or assistant) and content. What looks like a special token in a content is
 text. An answer ends at `end_id`.
 """
+from settings import UserError
 from tokenizer import Vocabulary
 
 Message = dict[str, str]
@@ -54,3 +55,11 @@ class ChatML(ChatFormat):
 
 
 FORMATS = {"llama3": ChatFormat, "chatml": ChatML}
+
+
+def known_format(name: str, tokenizer: Vocabulary) -> ChatFormat | None:
+    """The form of that name; None if there is none, or its marks are plain text to the vocabulary."""
+    try:
+        return FORMATS[name](tokenizer) if name in FORMATS else None
+    except UserError:
+        return None

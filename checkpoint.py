@@ -9,6 +9,7 @@ Keys that tools made for llama2.c know: model, optimizer, model_args, iter_num, 
 Beside them: tokenizer, the bytes of the vocabulary; architecture, llama when left out; chat, the form of messages that
 the model was taught, if any; and in last.pt what an exact continuation needs.
 """
+import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -51,9 +52,10 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
-def load(path: str | Path, required: tuple[str, ...] = REQUIRED) -> dict[str, Any]:
+def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = False) -> dict[str, Any]:
     """Read a state to the CPU. Nothing in the file can run code. TO_GO_ON is what resuming a run requires.
 
+    mapped: leave the tensors in the file until they are used; not on Windows, where it could not be replaced then.
     Raises:
         UserError: when the file is missing, damaged, or no checkpoint.
     """
@@ -61,7 +63,7 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED) -> dict[str, An
     if not path.is_file():
         raise UserError(f"no checkpoint at {path.resolve()}\n       python train.py makes one")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and os.name == "posix")
     except PermissionError:
         raise
     except Exception as error:      # a damaged file can fail in any way, and they all mean the same
@@ -129,9 +131,10 @@ class _Unfilled(TorchFunctionMode):
 
 def build_tokenizer(state: dict[str, Any]) -> Vocabulary:
     """The vocabulary inside a state. Raises UserError when there is none, as in files of other projects."""
-    if not state.get("tokenizer"):
+    model = state.get("tokenizer")
+    if not model or not isinstance(model, bytes):
         raise UserError("the checkpoint carries no vocabulary; name one: --tokenizer data/tok4096.model")
-    return tokenizer.load(state["tokenizer"])
+    return tokenizer.load(model)
 
 
 def build_engine(model: Transformer | GPT2, *options, **more) -> Engine:

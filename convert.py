@@ -10,8 +10,8 @@ What is read: our checkpoints and those of llama2.c; folders of Meta (Llama 2 an
 GGUF; llama2.c's .bin. After writing, the target is read again and its logits are compared with those of the source:
 what differs by more than its number format explains is not kept.
 """
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +38,7 @@ BY_NAME = {".pt": "pt", ".gguf": "gguf", ".bin": "llama2c", "": "hf"}
 # the largest difference of a logit, as a share of the largest logit
 TOLERANCE = {"gguf-f16": 0.02, "gguf-q8_0": 0.1, "llama2c-int8": 0.1}
 EXACT = 1e-4
+TEXT = "Once upon a time, there were 25 cats.\n  They didn't say: \u00fc \u732b \U0001f600"
 
 
 def main() -> None:
@@ -49,18 +50,14 @@ def main() -> None:
         raise UserError(f"{cfg.source} is a GPT-2, which can be written as .pt alone, not as {kind}")
     expected = logits(state)
     print(f"{cfg.source}: {describe(state)}")
-    unfinished = path.with_name(path.name + ".tmp")         # a folder, for there may be several files
-    remove(unfinished)
-    try:
-        unfinished.mkdir(parents=True)
-        formats.WRITERS[kind](state, unfinished / path.name)
-        compare(expected, logits(formats.read(unfinished / path.name)), kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as unfinished:
+        write(state, Path(unfinished, path.name), kind)
+        found = formats.read(Path(unfinished, path.name))
+        compare(expected, logits(found), kind)
+        compare_vocabularies(state, found)
         for each in reversed(targets):
-            if each.is_dir():       # it cannot be renamed over
-                replace(each, unfinished / f"{each.name}.old")
-            replace(unfinished / each.name, each)
-    finally:
-        remove(unfinished)
+            put(Path(unfinished, each.name), each)
     print(f"wrote {' and '.join(map(str, targets))}")
 
 
@@ -69,16 +66,17 @@ def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
     if not cfg.source or not cfg.target:
         raise UserError("name a model that is there, and what to write: python convert.py output/ckpt.pt story.gguf")
     path = Path(cfg.target)
-    kind = cfg.to if cfg.to != "auto" else BY_NAME.get(path.suffix, "")
+    kind = cfg.to if cfg.to != "auto" else BY_NAME.get(path.suffix.lower(), "")
     if kind not in formats.WRITERS:
-        raise UserError(f"--to {cfg.to} is no format for {path.name}; there are {', '.join(formats.WRITERS)}")
+        raise UserError(f"--to {cfg.to} is no format for {cfg.target}; name one: {', '.join(formats.WRITERS)}")
     targets = formats.targets(path, kind)
     for each in targets:
         if each.exists() and not cfg.force:
             raise UserError(f"{each} is there already; another name, or --force")
-        others = [path.name for path in each.iterdir() if path.name not in WRITTEN] if each.is_dir() else []
-        if others or each.is_dir() and kind != "hf":
-            raise UserError(f"{each} is a folder with other things in it; --force does not delete those. Another name")
+        others = [other for other in each.iterdir() if other.name not in WRITTEN] if each.is_dir() else []
+        if others or each.exists() and each.is_dir() != (kind == "hf"):
+            what = "a folder with other things in it" if each.is_dir() else "a file"
+            raise UserError(f"{each} is {what}, which --force does not delete; another name")
     return targets, kind
 
 
@@ -115,16 +113,42 @@ def lend_float32(part: nn.Module) -> None:
     part.register_forward_hook(after)
 
 
+def write(state: dict[str, Any], path: Path, kind: str) -> None:
+    """Write a state in a format. Raises UserError when that fails half-way, as on a full disk."""
+    try:
+        formats.WRITERS[kind](state, path)
+    except (OSError, RuntimeError) as error:        # a RuntimeError is what torch.save makes of it
+        raise UserError(f"{path.name} cannot be written: {error}; is the disk full?") from error
+
+
+def put(unfinished: Path, target: Path) -> None:
+    """Give what is finished its name. A folder that is there goes aside first, for it cannot be renamed over."""
+    if not target.is_dir():
+        replace(unfinished, target)
+        return
+    aside = unfinished.with_name(f"{target.name}.old")
+    replace(target, aside)
+    try:
+        replace(unfinished, target)
+    except BaseException:
+        replace(aside, target)
+        raise
+
+
+def compare_vocabularies(source: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raises UserError when a text has other ids than before."""
+    if source.get("tokenizer"):
+        ours, theirs = checkpoint.build_tokenizer(source), checkpoint.build_tokenizer(found)
+        if ours.encode(TEXT, bos=True, eos=True) != theirs.encode(TEXT, bos=True, eos=True):
+            raise UserError("the vocabulary gives other ids after writing; the target is not kept. Please report this")
+
+
 def compare(expected: Tensor, found: Tensor, kind: str) -> None:
     """Print how far the logits are apart. Raises UserError when that is too far."""
     difference, largest = (expected - found).abs().max().item(), expected.abs().max().item()
     print(f"largest difference of a logit: {difference:.2g}, the largest logit being {largest:.3g}")
     if not difference <= TOLERANCE.get(kind, EXACT) * max(largest, 1):
         raise UserError(f"that is more than {kind} may differ; the target is not kept. Please report this")
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Engine:
             floor = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5)
             self.embeddings = torch.cat((model.tok_embeddings.weight, floor.to(self.device)), 1)
             for layer in model.layers:
-                matrices = [weight.float() for weight in _arrange(layer)]
+                matrices = _arrange(layer)
                 self.layers.append([pack(weight) for weight in matrices])
                 if self.alone:
                     self.alone.add(matrices)
@@ -214,15 +214,15 @@ class Engine:
 def _arrange(layer: TransformerBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four matrices of a layer: to queries, keys and values; from attention; to both of w1 and w3; w2."""
     attention, feed_forward = layer.attention, layer.feed_forward
-    wq = attention.wq.weight * attention.args.head_dim ** -0.5
+    wq = attention.wq.weight.float() * attention.args.head_dim ** -0.5      # in float32 before any product
     qkv = torch.cat((wq, attention.wk.weight, attention.wv.weight)) * _gain(layer.attention_norm)
     up = torch.cat((feed_forward.w1.weight, feed_forward.w3.weight)) * _gain(layer.ffn_norm)
-    return qkv, attention.wo.weight, up, feed_forward.w2.weight
+    return qkv, attention.wo.weight.float(), up, feed_forward.w2.weight.float()
 
 
 def _gain(norm: RMSNorm) -> Tensor:
     """What is left of a norm after `_norm`: its gain, and the factor that makes a sum of squares a mean."""
-    return norm.weight * norm.weight.numel() ** 0.5
+    return norm.weight.float() * norm.weight.numel() ** 0.5
 
 
 def _plain(weight: Tensor, dtype: torch.dtype) -> Product:

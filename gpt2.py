@@ -158,7 +158,7 @@ class GPT2Engine(Engine):
         def product(weight: Tensor, bias: Tensor | float, norm: nn.LayerNorm | None = None) -> Product:
             weight = weight.float()
             if norm:
-                weight, bias = weight * norm.weight, bias + weight @ norm.bias.float()
+                weight, bias = weight * norm.weight.float(), bias + weight @ norm.bias.float()
             packed = pack(weight.contiguous())
             return lambda x: packed(x) + bias
 

@@ -68,8 +68,10 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
 
     resumed = cfg.init_from == "resume" and not cfg.eval_only
     saved = attempt(lambda: find_saved(cfg))
-    if saved and not resumed and "max_seq_len" in given:
-        saved = with_window(saved, cfg.max_seq_len)
+    if saved and not resumed and not cfg.eval_only:
+        attempt(lambda: check_shape(given, saved))
+        if "max_seq_len" in given or not saved["config"]:   # that of others may be thousands of tokens
+            saved = with_window(saved, min(cfg.max_seq_len, saved["model_args"]["max_seq_len"]))
     if resumed and saved:
         attempt(lambda: take_over(cfg, given, saved))
     problems += check_values(cfg)
@@ -99,8 +101,17 @@ def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
     return formats.read(cfg.init_from) if named else None
 
 
+def check_shape(given: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raise UserError for settings that would be another model than the saved one."""
+    own = saved["model_args"]
+    differ = [f"{name} {own[name]}" for name in given
+              if name in own and name not in ("max_seq_len", "dropout", "vocab_size") and given[name] != own[name]]
+    if differ:
+        raise UserError(f"the model that is trained on has {', '.join(differ)}; leave those settings out")
+
+
 def with_window(saved: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
-    """A model with another window: a rotary embedding has no weights to change, GPT-2 has a row for each place."""
+    """A model with a shorter window: a rotary embedding has no weights to change, GPT-2 has a row for each place."""
     weights = {name: weight[:max_seq_len] if name == "positions.weight" else weight
                for name, weight in saved["model"].items()}
     return {**saved, "model": weights, "model_args": {**saved["model_args"], "max_seq_len": max_seq_len}}
@@ -180,7 +191,8 @@ def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: V
         args = checkpoint.build_args(saved) if saved else ModelArgs(**{**chosen, "vocab_size": vocabulary.n_words})
     except (TypeError, ValueError) as error:
         raise UserError(f"model: {error}") from error
-    if args.vocab_size != vocabulary.n_words:
+    known = saved and "tokenizer_sha256" in saved           # then it may have more embeddings than entries
+    if args.vocab_size < vocabulary.n_words or not known and args.vocab_size != vocabulary.n_words:
         raise UserError(f"the checkpoint's model has {args.vocab_size} tokens, the vocabulary {vocabulary.n_words}")
     return args
 

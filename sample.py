@@ -29,7 +29,7 @@ import checkpoint as checkpoints
 import device as devices
 import formats
 import settings
-from chat import FORMATS, ChatFormat, Message
+from chat import FORMATS, ChatFormat, Message, known_format
 from engine import Step
 from sampling import Sampling
 from settings import UserError
@@ -129,13 +129,8 @@ class TextGenerator:
     def _chat_format(self, asked: str, known: str) -> ChatFormat | None:
         if asked not in ("auto", "none", *FORMATS):
             raise UserError(f"--chat {asked} is unknown; use auto, none, {', '.join(FORMATS)}")
-        form = FORMATS.get(known if asked == "auto" else asked)
-        try:
-            return form(self.tokenizer) if form else None
-        except UserError:
-            if asked != "auto":
-                raise
-            return None                     # the form is known, but its marks are plain text to this vocabulary
+        return FORMATS[asked](self.tokenizer) if asked in FORMATS else known_format(
+            known if asked == "auto" else "", self.tokenizer)
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *rest, **options) -> list[str]:
         """Write num_samples texts and return them, `start` included. Takes the further arguments of `grow`."""
@@ -155,7 +150,12 @@ class TextGenerator:
         """
         if not self.chat:
             raise UserError("this model was not taught to talk; if it was, say in which form: --chat chatml")
-        heads, ends = [self.chat.encode_dialog_prompt(dialog)], [self.chat.end_id]
+        head = self.chat.encode_dialog_prompt(dialog)
+        oldest = 1 if dialog and dialog[0]["role"] == "system" else 0
+        while len(head) > 3 * self.engine.args.max_seq_len // 4 and len(dialog) > oldest + 2:
+            dialog = dialog[:oldest] + dialog[oldest + 2:]              # the oldest question and its answer
+            head = self.chat.encode_dialog_prompt(dialog)
+        heads, ends = [head], [self.chat.end_id]
         return (piece for _, piece in self.grow([Completion("")], *rest, **options, heads=heads, ends=ends))
 
     def completions(self, prompts: list[str], *rest, **options) -> list[Completion]:
@@ -340,6 +340,8 @@ def check_settings(cfg: SimpleNamespace) -> None:
     where = devices.choose(cfg.device, cfg.dtype, training=False)
     if cfg.compile and where.device.type == "cpu" and (cfg.num_samples > 1 or cfg.input_file or cfg.score):
         raise UserError("--compile is for one text at a time on a CPU; leave it out")
+    if cfg.system and not cfg.interactive:
+        raise UserError("--system is for a chat: --interactive")
     if cfg.output_file and not cfg.input_file:
         raise UserError("--output_file needs the prompts of --input_file; one story can go there by > file")
     if cfg.batch_size < 1:

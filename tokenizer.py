@@ -123,10 +123,13 @@ class Tokenizer(Vocabulary):
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._sp.decode(ids)
+        try:
+            return self._sp.decode(ids)
+        except IndexError:                  # a model may have more embeddings than there are entries
+            return self._sp.decode([i for i in ids if i < self.n_words])
 
     def piece(self, token: int) -> str:
-        return self._sp.id_to_piece(token)
+        return self._sp.id_to_piece(token) if token < self.n_words else ""
 
     def id_of(self, special: str) -> int:
         found = self._sp.piece_to_id(special)
@@ -242,7 +245,7 @@ class TiktokenTokenizer(Vocabulary):
 
 
 def load(source: str | Path | bytes) -> Vocabulary:
-    """A vocabulary of any kind, from its file, bytes, or the folder that has it. Which kind it is, the content says.
+    """A vocabulary of any kind, from its file or bytes. Which kind it is, the content says.
 
     Raises:
         UserError: when there is none, or it is damaged, or its package is missing.

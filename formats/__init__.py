@@ -43,17 +43,11 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
     path = Path(source)
     if not path.exists() and str(source) in gpt2_folder.RELEASED:
         path = gpt2_folder.download(str(source), "data")
-    if path.is_dir():
-        state = _folder_reader(path)(path)
-    elif not path.is_file():
-        raise UserError(f"no checkpoint at {path.resolve()}\n       python train.py makes one")
-    else:
-        with open(path, "rb") as file:
-            begin = file.read(4)
-        readers = {b"GGUF": gguf_file.read, llama2c.MAGIC: llama2c.read}
-        if begin not in readers and llama2c.is_legacy(path):
-            readers[begin] = llama2c.read
-        state = readers.get(begin, checkpoint.load)(path)
+    try:
+        state = (_reader(path) or checkpoint.load)(path)
+        checkpoint.build_args(state)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error    # it can fail in any way
     return with_vocabulary(state, source, tokenizer) if tokenizer else state
 
 
@@ -65,7 +59,7 @@ def targets(path: Path, kind: str) -> list[Path]:
 def read_vocabulary(path: str | Path) -> Vocabulary:
     """A vocabulary from its file, or from a model that has it inside. Raises UserError when there is none."""
     path = Path(path)
-    if path.is_dir() or path.suffix in (".pt", ".gguf"):
+    if path.exists() and _reader(path) or str(path) in gpt2_folder.RELEASED:
         return checkpoint.build_tokenizer(read(path))
     model = llama2c.read_vocabulary(path)
     return Tokenizer(model) if model else tokenizers.load(path)
@@ -81,6 +75,18 @@ def with_vocabulary(state: State, source: str | Path, tokenizer: str | Path) -> 
         raise UserError(f"the vocabulary has {vocabulary.n_words} entries, the model "
                         f"{state['model_args']['vocab_size']}; they do not belong together")
     return {**state, "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256}
+
+
+def _reader(path: Path) -> Callable[[Path], State] | None:
+    """What reads a file or folder, by its content; None for a file that does not look like a model."""
+    if path.is_dir():
+        return _folder_reader(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path.resolve()}\n       python train.py makes one")
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    known = {b"GGUF": gguf_file.read, llama2c.MAGIC: llama2c.read, b"PK\3\4": partial(checkpoint.load, mapped=True)}
+    return known.get(begin) or (llama2c.read if llama2c.is_legacy(path) else None)
 
 
 def _folder_reader(path: Path) -> Callable[[Path], State]:

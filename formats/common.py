@@ -26,6 +26,8 @@ def make_state(model: dict[str, Tensor], model_args: dict[str, Any], vocabulary:
 
 def layer_names(n_layers: int, of_layer: dict[str, str], of_model: dict[str, str]) -> dict[str, str]:
     """All tensor names of a model, ours to theirs; a layer's names have {} for its number."""
+    if not 0 < n_layers < 10_000:
+        raise ValueError(f"{n_layers} layers")
     return of_model | {ours.format(i): theirs.format(i) for i in range(n_layers) for ours, theirs in of_layer.items()}
 
 

@@ -96,7 +96,7 @@ def read(path: Path) -> dict[str, Any]:
     extra("gguf", f"{path}")
     try:
         return read_state(np.asarray(np.memmap(path, mode="c")), path)
-    except (struct.error, LookupError, ValueError, ArithmeticError, TypeError, RuntimeError) as error:
+    except (struct.error, LookupError, ValueError, ArithmeticError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
 
 
@@ -249,7 +249,8 @@ def add_args(writer: Any, args: ModelArgs) -> dict[str, Tensor]:
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary, vocab_size: int) -> None:
     if isinstance(vocabulary, Tokenizer):
-        tokens, scores, kinds = zip(*vocabulary.pieces())
+        unused = [(f"[PAD{i}]", 0.0, UNUSED) for i in range(vocabulary.n_words, vocab_size)]
+        tokens, scores, kinds = zip(*vocabulary.pieces(), *unused)
         writer.add_tokenizer_model("llama")
         writer.add_token_scores(scores)
         writer.add_unk_token_id(0)

@@ -8,8 +8,8 @@ their weights as (in, out).
 from pathlib import Path
 from typing import Any
 
-from formats.common import GPT2, byte_level_json, check_names, layer_names, make_state, own_json
-from formats.huggingface import read_json, read_tensors
+from formats.common import GPT2, byte_level_json, check_names, layer_names, make_state, own_json, read_json
+from formats.huggingface import read_tensors
 from formats.huggingface import read_vocabulary as read_tokenizer_json
 from settings import UserError
 from tokenizer import JsonTokenizer, Vocabulary

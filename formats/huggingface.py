@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from chat import known_format
 from checkpoint import build_tokenizer
+from device import DTYPES
 from formats.common import (chat_of_template, check_names, layer_names, make_state, own_json, read_json,
                             tokenizer_json)
 from model import ModelArgs
 from settings import UserError
-from tokenizer import JsonTokenizer, Tokenizer, Vocabulary, extra
+from tokenizer import JsonTokenizer, Tokenizer, Vocabulary, extra, load
 
 OF_MODEL = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
             "output.weight": "lm_head.weight"}
@@ -92,6 +94,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             with safetensors.safe_open(folder / name, "pt") as file:
                 found |= {key: file.get_tensor(key) for key in file.keys()}
+            odd = {str(tensor.dtype) for tensor in found.values() if tensor.dtype not in DTYPES.values()}
+            if odd:
+                raise UserError(f"{folder / name} has tensors of {', '.join(odd)}; {', '.join(DTYPES)} can be read")
         except safetensors.SafetensorError as error:
             raise UserError(f"{folder / name} is damaged: {error}") from error
     return found
@@ -107,7 +112,7 @@ def read_vocabulary(folder: Path, vocab_size: int, special: str = "") -> tuple[V
     template = folder / "chat_template.jinja"
     chat = chat_of_template(template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template"))
     if (folder / "tokenizer.model").is_file():
-        vocabulary = Tokenizer(folder / "tokenizer.model")
+        vocabulary = load(folder / "tokenizer.model")
         if vocabulary.n_words == vocab_size:
             return vocabulary, chat
     if not (folder / "tokenizer.json").is_file():
@@ -125,21 +130,27 @@ def read_vocabulary(folder: Path, vocab_size: int, special: str = "") -> tuple[V
 
 def write(state: dict[str, Any], folder: Path) -> None:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load, with no code but theirs."""
-    extra("safetensors", "a folder of Hugging Face")
+    safetensors = extra("safetensors", "a folder of Hugging Face")
     from safetensors.torch import save_file
     args, vocabulary = state["model_args"], build_tokenizer(state)
+    chat = state.get("chat", "")
     folder.mkdir(parents=True)
     names = layer_names(args["n_layers"], OF_LAYER, OF_MODEL)
     if args["tie_embeddings"]:
         del names["output.weight"]
     tensors = {theirs: (to_halves(state["model"][ours], args) if turned(ours) else state["model"][ours]).contiguous()
                for ours, theirs in names.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+    ids = {name: i for name, i in (("bos_token_id", vocabulary.bos_id), ("eos_token_id", vocabulary.eos_id)) if i >= 0}
+    form = known_format(chat, vocabulary)
+    ends = {"eos_token_id": [vocabulary.eos_id, form.end_id]} if form else {}
     dtype = str(state["model"]["norm.weight"].dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**make_config(args), **ids, "dtype": dtype, "torch_dtype": dtype})
-    write_json(folder / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.8, "top_k": 300})
-    write_vocabulary(vocabulary, state.get("chat", ""), args["max_seq_len"], folder)
+    write_json(folder / "generation_config.json", {**ids, **ends, "do_sample": True, "temperature": 0.8, "top_k": 300})
+    write_vocabulary(vocabulary, chat, args["max_seq_len"], folder)
     (folder / "README.md").write_text(model_card(state), encoding="utf-8")
 
 

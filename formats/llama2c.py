@@ -132,7 +132,11 @@ def as_piece(i: int, text: str, score: float) -> tuple[str, float, int]:
 
 def write(state: dict[str, Any], path: Path, version: int) -> None:
     """Write the weights, and the vocabulary beside them. Raises UserError for what llama2.c cannot represent."""
-    write_vocabulary(build_tokenizer(state), vocabulary_path(path))
+    vocabulary = build_tokenizer(state)
+    if vocabulary.n_words != state["model_args"]["vocab_size"]:
+        raise UserError(f"llama2c needs an entry of the vocabulary for each of {state['model_args']['vocab_size']} "
+                        f"embeddings, and there are {vocabulary.n_words}\n       write a .gguf or a folder instead")
+    write_vocabulary(vocabulary, vocabulary_path(path))
     write_weights(state, path, version)
 
 

@@ -74,9 +74,79 @@ def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
             state["model"]["layers.1.feed_forward.w2.weight"] = state["model"]["layers.1.feed_forward.w2.weight"] + 0.01
         return state
     monkeypatch.setattr(formats, "read", worse)
+    Path(f"{name}.tmp").write_text("mine", encoding="utf-8")        # is nobody's but the user's
     before = set(Path().iterdir())
     assert_user_error(quickly("convert", source, name), "more than", "not kept")
     assert set(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "a"])
+def test_an_end_at_the_last_moment_leaves_the_old_target(source, name, monkeypatch):
+    assert quickly("convert", source, name).returncode == 0
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    real = convert.replace
+
+    def interrupted(old, new):
+        if new == Path(name):
+            monkeypatch.setattr(convert, "replace", real)
+            raise KeyboardInterrupt
+        real(old, new)
+    monkeypatch.setattr(convert, "replace", interrupted)
+    assert quickly("convert", source, name, "--force").returncode == 1
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("to, error", [("gguf", OSError("12 requested and 5 written")),
+                                       ("pt", RuntimeError("unexpected pos"))])
+def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
+    def full(*_):
+        raise error
+    monkeypatch.setitem(formats.WRITERS, to, full)
+    before = set(Path().iterdir())
+    assert_user_error(quickly("convert", source, "target", "--to", to), "target cannot be written", "is the disk full?")
+    assert set(Path().iterdir()) == before
+
+
+def test_the_vocabulary_is_compared_too(source):
+    state = formats.read(source)
+    other = tokenizer.train(lambda: ["other words, other ids"], 300)
+    with pytest.raises(UserError, match="gives other ids"):
+        convert.compare_vocabularies(state, {**state, "tokenizer": other.model})
+
+
+def test_more_embeddings_than_entries(source):
+    state = checkpoint.load(source)
+    entries = state["model_args"]["vocab_size"]
+    weight = torch.cat((state["model"]["tok_embeddings.weight"], torch.ones(20, 64)))
+    state["model"] |= {"tok_embeddings.weight": weight, "output.weight": weight}
+    state["model_args"]["vocab_size"] = entries + 20
+    checkpoint.save("padded.pt", state)
+    assert_user_error(quickly("convert", "padded.pt", "p.bin"), f"{entries + 20} embeddings, and there are {entries}")
+    for name in ("p.gguf", "p"):
+        assert quickly("convert", "padded.pt", name).returncode == 0
+    generator = TextGenerator("padded.pt")
+    assert generator.tokenizer.decode([entries + 5, *generator.tokenizer.encode("a story")]) == "a story"
+    assert len(generator.completions(["a"], 30, temperature=5.0, top_k=0)[0].logprobs) > 0
+
+
+@pytest.mark.parametrize("change", [
+    {"num_attention_heads": 0}, {"num_hidden_layers": 10**12}, {"hidden_size": "x"}, {"rms_norm_eps": "x"}, 5, [],
+    {"intermediate_size": -1}, {"max_position_embeddings": 10**12}, {"vocab_size": None},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8}}])
+def test_a_damaged_config_is_one_clear_line(source, change):
+    assert quickly("convert", source, "a").returncode == 0
+    config = json.loads(Path("a/config.json").read_text(encoding="utf-8"))
+    content = {**config, **change} if isinstance(change, dict) else change
+    Path("a/config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError):
+        formats.read("a")
+
+
+@pytest.mark.parametrize("change", [{"model": 5}, {"model": None}, {"model_args": None}, {"tokenizer": "/etc/passwd"}])
+def test_a_damaged_state_is_one_clear_line(source, change):
+    checkpoint.save("bad.pt", checkpoint.load(source) | change)
+    with pytest.raises(UserError):
+        checkpoint.build_tokenizer(formats.read("bad.pt"))
 
 
 def test_the_comparison_is_of_the_models_own_logits(source):
@@ -112,6 +182,8 @@ def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, call, tmp_path
     call("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "out", "--max_iters", 3,
          "--eval_interval", 3, "--batch_size", 4, "--learning_rate", 1e-3, "--sample_tokens", 0, "--device", "cpu",
          "--compile", "False", "--max_seq_len", 32)
+    with pytest.raises(UserError, match="has dim 64; leave"):
+        call("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "new", "--dim", 32)
     tuned = checkpoint.load("out/last.pt")
     assert tuned["iter_num"] == 3 and (tuned["model_args"]["dim"], tuned["model_args"]["max_seq_len"]) == (64, 32)
     assert tuned["tokenizer_sha256"] == formats.read(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import checkpoint
 import device
 import engine as engine_module
 from engine import Engine
@@ -66,6 +67,16 @@ def test_greedy_equals_the_plain_form(model, engine):
     prompts = [[1, 5, 9], [1, 7, 3]]
     want = model.generate(torch.tensor(prompts), 15, temperature=0)[:, 3:].tolist()
     assert rows(engine.generate(prompts, 15, GREEDY), 2) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_not_rounded_once_more(dtype):
+    model = Transformer(ModelArgs(dim=192, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=99, max_seq_len=32))
+    state = checkpoint.model_state(model)
+    state["model"] = {name: (weight * 3).to(dtype) for name, weight in state["model"].items()}
+    want = checkpoint.build_model(state)(torch.arange(20)[None])[0, :-1].log_softmax(-1)
+    found = torch.cat(list(Engine(checkpoint.build_model(state, own=False)).read(list(range(20)))))
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

@@ -234,8 +234,8 @@ def test_what_cannot_be_represented_is_named(state, write, key, value, message):
 
 def test_a_vocabulary_of_another_size_is_refused(write):
     size = sentencepiece().n_words
-    with pytest.raises(UserError, match=f"{size} entries, and {size + 1} embeddings"):
-        formats.read(write(make_state(vocab_size=size + 1)))
+    with pytest.raises(UserError, match=f"{size} entries, and {size - 1} embeddings"):
+        formats.read(write(make_state(vocab_size=size - 1)))
 
 
 def test_a_cut_that_is_not_known_is_named(write):
