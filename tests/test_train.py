@@ -191,12 +191,16 @@ def test_scratch_puts_the_old_run_aside(go):
 
 def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):
     go("base", "--max_iters", 5)
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dim", 64)
+    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)
     tuned, base = state("tuned"), state("base", "ckpt.pt")
     assert tuned["iter_num"] == 1 and tuned["model_args"] == base["model_args"]
     for name, weight in base["model"].items():
         torch.testing.assert_close(tuned["model"][name], weight, rtol=0, atol=1e-7)
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dim", 64)    # finished
+    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)    # finished
+    with pytest.raises(UserError, match="has dim 32; leave those settings out"):
+        go("other", "--init_from", "base/ckpt.pt", "--dim", 64)
+    go("shorter", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--max_seq_len", 16)
+    assert state("shorter")["model_args"] == {**base["model_args"], "max_seq_len": 16}
 
 
 def test_checkpoints_hold_what_tools_expect(go):
