@@ -55,6 +55,14 @@ class ChatML(ChatFormat):
 
 
 FORMATS = {"llama3": ChatFormat, "chatml": ChatML}
+# the same for the tokenizers of Hugging Face and llama.cpp, in the language Jinja
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+              "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+              "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+}
 
 
 def known_format(name: str, tokenizer: Vocabulary) -> ChatFormat | None:

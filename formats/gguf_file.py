@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chat import TEMPLATES
 from checkpoint import build_tokenizer
 from formats.common import (GPT2, LLAMA3, byte_level_json, chat_of_template, check_names, layer_names, make_state,
                             own_json, sentencepiece_model, tokenizer_json)
-from formats.huggingface import CHAT_TEMPLATES
 from model import ModelArgs, rope_frequencies
 from settings import UserError
 from tokenizer import CONTROL, NORMAL, UNUSED, JsonTokenizer, Tokenizer, Vocabulary, extra
@@ -211,7 +211,7 @@ def write(state: dict[str, Any], path: Path, kind: str) -> None:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tensors |= add_args(writer, args)
         add_vocabulary(writer, vocabulary, args.vocab_size)
-        writer.add_string("tokenizer.chat_template", CHAT_TEMPLATES.get(state.get("chat"), ""))
+        writer.add_string("tokenizer.chat_template", TEMPLATES.get(state.get("chat"), ""))
         kinds = {name: gguf.GGMLQuantizationType[kind_of(tensor, kind)] for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             size = math.prod(gguf.quants.quant_shape_to_byte_shape(tensor.shape, kinds[name]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from chat import known_format
+from chat import TEMPLATES, known_format
 from checkpoint import build_tokenizer
 from device import DTYPES
 from formats.common import (chat_of_template, check_names, layer_names, make_state, own_json, read_json,
@@ -27,13 +27,6 @@ OF_LAYER = {f"layers.{{}}.{ours}.weight": f"model.layers.{{}}.{theirs}.weight" f
 }.items()}
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
            "tokenizer.model", "tokenizer_config.json")
-CHAT_TEMPLATES = {
-    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-              "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-              "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-}
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -180,7 +173,7 @@ def write_vocabulary(vocabulary: Vocabulary, chat: str, max_seq_len: int, folder
     config |= {name: names[i] for name, i in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id))
                if i in names}
     if chat:
-        config["chat_template"] = CHAT_TEMPLATES[chat]
+        config["chat_template"] = TEMPLATES[chat]
     write_json(folder / "tokenizer_config.json", config)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokenizer
 from formats.common import check_names, layer_names, make_state, read_json
-from model import ModelArgs
+from model import ModelArgs, Transformer
 from settings import UserError
 
 OF_LAYER = {f"layers.{{}}.{name}.weight": f"layers.{{}}.{name}.weight" for name in (
@@ -76,7 +76,6 @@ def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words:
 
 
 def shapes_of(args: dict[str, Any]) -> dict[str, torch.Size]:
-    from model import Transformer
     with torch.device("meta"):
         return {name: weight.shape for name, weight in Transformer(ModelArgs(**args)).state_dict().items()}
 

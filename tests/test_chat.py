@@ -68,3 +68,14 @@ def test_a_dialogue_gives_all_that_was_said(talker, monkeypatch, capsys):
     assert talker.engine.read[0] == begin + again
     assert talker.engine.read[1] == begin + again + ids(
         talker.tokenizer, "a test", "<|im_end|>", "\n", "<|im_start|>", "user\nand is?") + again
+
+
+def test_a_dialog_longer_than_the_window_loses_its_oldest_turns(talker):
+    talker.engine.args = SimpleNamespace(max_seq_len=120)
+    turns = [{"role": role, "content": f"{role} {number} " + "is " * 5} for number in range(4)
+             for role in ("user", "assistant")]
+    dialog = [{"role": "system", "content": "is"}, *turns, {"role": "user", "content": "the last"}]
+    assert "".join(talker.answer(dialog)) == "a test"
+    text = talker.tokenizer.decode(talker.engine.read[0])
+    assert len(talker.engine.read[0]) <= 90 and text.startswith("system\nis") and "the last" in text
+    assert "user 0" not in text and "assistant 0" not in text and "assistant 3" in text
