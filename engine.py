@@ -84,9 +84,7 @@ class Engine:
         Raises:
             ValueError: when a prompt has no ids, or some that the vocabulary has not.
         """
-        for prompt in prompts:
-            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.args.vocab_size:
-                raise ValueError(f"a prompt needs ids from 0 to {self.args.vocab_size - 1}, not {prompt[:20]}")
+        _check(prompts, self.args.vocab_size)
         window, everyone = self.args.max_seq_len, range(len(prompts))
         texts = [list(prompt) for prompt in prompts]
         noise = draws(sampling, rows or everyone, self.args.vocab_size, self.device)
@@ -248,6 +246,12 @@ def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
 def _norm(stream: Tensor, x: Tensor) -> Tensor:
     """RMSNorm of (rows, dim), but for a factor that is inside the matrices; x is the same with the floor beside it."""
     return stream / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _check(prompts: list[list[int]], vocab_size: int) -> None:
+    for prompt in prompts:
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(f"a prompt needs ids from 0 to {vocab_size - 1}, not {prompt[:20]}")
 
 
 def _shorten(context: list[int], window: int) -> list[int]:

@@ -113,16 +113,7 @@ class GPT2(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layers) if scaled else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Compute logits, or the loss if there are targets.
-
-        Args:
-            tokens: (B, T) ids.
-            targets: (B, T) the ids that should come next; -1 is not scored.
-        Returns:
-            logits (B, T, vocab_size); with targets the mean cross-entropy in nats.
-        Raises:
-            ValueError: when the tokens do not fit into max_seq_len.
-        """
+        """Logits (B, T, vocab_size) of tokens (B, T), or the loss if there are targets: as Transformer.forward."""
         length = tokens.shape[1]
         if length > self.args.max_seq_len:
             raise ValueError(f"{length} tokens do not fit into max_seq_len {self.args.max_seq_len}")

@@ -70,7 +70,9 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
     saved = attempt(lambda: find_saved(cfg))
     if saved and not resumed and not cfg.eval_only:
         attempt(lambda: check_shape(given, saved))
-        if "max_seq_len" in given or not saved["config"]:   # that of others may be thousands of tokens
+        if "max_seq_len" in given:
+            saved = with_window(saved, cfg.max_seq_len)
+        elif not saved["config"]:                           # of others; theirs may be thousands of tokens
             saved = with_window(saved, min(cfg.max_seq_len, saved["model_args"]["max_seq_len"]))
     if resumed and saved:
         attempt(lambda: take_over(cfg, given, saved))
@@ -111,7 +113,7 @@ def check_shape(given: dict[str, Any], saved: dict[str, Any]) -> None:
 
 
 def with_window(saved: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
-    """A model with a shorter window: a rotary embedding has no weights to change, GPT-2 has a row for each place."""
+    """A model with another window: a rotary embedding has no weights to change, GPT-2 has a row for each place."""
     weights = {name: weight[:max_seq_len] if name == "positions.weight" else weight
                for name, weight in saved["model"].items()}
     return {**saved, "model": weights, "model_args": {**saved["model_args"], "max_seq_len": max_seq_len}}

@@ -33,7 +33,7 @@ from chat import FORMATS, ChatFormat, Message, known_format
 from engine import Step
 from sampling import Sampling
 from settings import UserError
-from tokenizer import Vocabulary
+from tokenizer import Reader
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
@@ -188,7 +188,7 @@ class TextGenerator:
         readers = [Reader(self.tokenizer, head, [text for text in stops if text]) for head in heads]
         return self._noting(self._grow(done, steps, readers, max_new_tokens), readers) if done else iter(())
 
-    def _noting(self, pieces: Iterator[tuple[int, str]], readers: list["Reader"]) -> Iterator[tuple[int, str]]:
+    def _noting(self, pieces: Iterator[tuple[int, str]], readers: list[Reader]) -> Iterator[tuple[int, str]]:
         """Say once, after what was written, that it was longer than the window."""
         yield from pieces
         longest, window = max(len(reader.ids) for reader in readers) - 1, self.engine.args.max_seq_len
@@ -197,7 +197,7 @@ class TextGenerator:
                   file=sys.stderr)
             self.noted = True
 
-    def _grow(self, done: list[Completion], steps: Iterator[Step], readers: list["Reader"],
+    def _grow(self, done: list[Completion], steps: Iterator[Step], readers: list[Reader],
               max_new_tokens: int) -> Iterator[tuple[int, str]]:
         writing = set(range(len(done)))
         for step in steps:
@@ -241,43 +241,6 @@ class TextGenerator:
                 likeliest = [(self.tokenizer.piece(other), chance) for other, chance in zip(others, chances)]
                 found.append(Token(self.tokenizer.piece(token), logprob, likeliest))
         return found
-
-
-class Reader:
-    """Turns the tokens of one text into whole characters, and ends it where one of the texts `stop` begins."""
-
-    def __init__(self, tokenizer: Vocabulary, ids: list[int], stop: list[str]):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.ids, self.begin, self.seen = list(ids), 0, len(ids)    # ids up to `seen` are text; `begin`: a bit before
-        self.held, self.stopped = "", False
-
-    def add(self, token: int) -> str:
-        """What can be shown now: not the bytes of a character that has more, and not what may become a stop."""
-        self.ids.append(token)
-        new = self._new()
-        if new.endswith("\ufffd"):
-            return ""
-        self.begin, self.seen = self.seen - 1, len(self.ids)
-        self.held += new
-        ends = [at for text in self.stop if (at := self.held.find(text)) >= 0]
-        self.stopped = bool(ends)
-        shown = min(ends) if ends else len(self.held) - self._may_become_stop()
-        piece, self.held = self.held[:shown], "" if ends else self.held[shown:]
-        return piece
-
-    def rest(self) -> str:
-        """What was held back, when no more comes."""
-        return self.held + self._new()
-
-    def _new(self) -> str:
-        # one token that was shown before goes along, since the first one of a text loses its space
-        return self.tokenizer.decode(self.ids[self.begin:])[len(self.tokenizer.decode(self.ids[self.begin:self.seen])):]
-
-    def _may_become_stop(self) -> int:
-        """The length of the longest end of `held` with which one of the stops begins."""
-        longest = max(map(len, self.stop), default=0)
-        return next((n for n in range(min(longest - 1, len(self.held)), 0, -1)
-                     if any(text.startswith(self.held[-n:]) for text in self.stop)), 0)
 
 
 def check(max_new_tokens: int, how: Sampling, num_samples: int = 1) -> None:

@@ -244,6 +244,43 @@ class TiktokenTokenizer(Vocabulary):
         return self.special[special] if special in self.special else super().id_of(special)
 
 
+class Reader:
+    """Turns the tokens of one text into whole characters, and ends it where one of the texts `stop` begins."""
+
+    def __init__(self, tokenizer: Vocabulary, ids: list[int], stop: list[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids, self.begin, self.seen = list(ids), 0, len(ids)    # ids up to `seen` are text; `begin`: a bit before
+        self.held, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """What can be shown now: not the bytes of a character that has more, and not what may become a stop."""
+        self.ids.append(token)
+        new = self._new()
+        if new.endswith("\ufffd"):
+            return ""
+        self.begin, self.seen = self.seen - 1, len(self.ids)
+        self.held += new
+        ends = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        self.stopped = bool(ends)
+        shown = min(ends) if ends else len(self.held) - self._may_become_stop()
+        piece, self.held = self.held[:shown], "" if ends else self.held[shown:]
+        return piece
+
+    def rest(self) -> str:
+        """What was held back, when no more comes."""
+        return self.held + self._new()
+
+    def _new(self) -> str:
+        # one token that was shown before goes along, since the first one of a text loses its space
+        return self.tokenizer.decode(self.ids[self.begin:])[len(self.tokenizer.decode(self.ids[self.begin:self.seen])):]
+
+    def _may_become_stop(self) -> int:
+        """The length of the longest end of `held` with which one of the stops begins."""
+        longest = max(map(len, self.stop), default=0)
+        return next((n for n in range(min(longest - 1, len(self.held)), 0, -1)
+                     if any(text.startswith(self.held[-n:]) for text in self.stop)), 0)
+
+
 def load(source: str | Path | bytes) -> Vocabulary:
     """A vocabulary of any kind, from its file or bytes. Which kind it is, the content says.
 

@@ -199,8 +199,9 @@ def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):
     go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)    # finished
     with pytest.raises(UserError, match="has dim 32; leave those settings out"):
         go("other", "--init_from", "base/ckpt.pt", "--dim", 64)
-    go("shorter", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--max_seq_len", 16)
-    assert state("shorter")["model_args"] == {**base["model_args"], "max_seq_len": 16}
+    for window in (16, 64):
+        go(f"{window}", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--max_seq_len", window)
+        assert state(f"{window}")["model_args"] == {**base["model_args"], "max_seq_len": window}
 
 
 def test_checkpoints_hold_what_tools_expect(go):
