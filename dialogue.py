@@ -25,6 +25,8 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
         import readline     # noqa: F401    gives input() line editing and history; Windows has its own
     except ImportError:
         pass
+    if cfg.system and not generator.chat:
+        raise UserError("--system is for a model that was taught to talk; leave it out")
     said: list[str] = []                        # by you and by the model, in turns
     while True:
         try:

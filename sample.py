@@ -286,9 +286,9 @@ def main() -> None:
 
 # settings that change nothing in a mode
 PLAIN = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
-IDLE = {"score": (*PLAIN, "echo", "system", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop",
+IDLE = {"score": (*PLAIN, "echo", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop",
                   "repetition_penalty"),
-        "interactive": (*PLAIN, "echo"), "input_file": (*PLAIN, "system")}
+        "interactive": (*PLAIN, "echo"), "input_file": PLAIN}
 
 
 def check_settings(cfg: SimpleNamespace) -> None:
@@ -400,7 +400,7 @@ def print_tokens(generator: TextGenerator, one: Completion, cfg: SimpleNamespace
     if cfg.show_probs:
         reader, ids = Reader(generator.tokenizer, head[:first], []), (head + one.tokens)[first:]
         texts = [painted(reader.add(i), token.logprob) for i, token in zip(ids, tokens[first - 1:])]
-        print("".join(texts) + reader.rest())
+        print((generator.tokenizer.decode(head[:1]) if cfg.echo else "") + "".join(texts) + reader.rest())
     for token in tokens[first - 1:]:
         others = ", ".join(f"{piece!r} {chance:.0%}" for piece, chance in token.likeliest)
         print(f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"

@@ -302,6 +302,8 @@ def test_mistakes_are_one_clear_line(trained, tmp_path):
     assert_user_error(quickly("sample", "--checkpoint", trained, "--compile", "--num_samples", 2), "one text at a time")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--input_file", "x" * 300), "name too long")
     assert_user_error(quickly("sample", "--prompt", "-x"), "--name=-value")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--system", "x"), "--interactive")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--system", "x", "--interactive"), "taught to talk")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
 
 
