@@ -10,7 +10,7 @@ Beside them: tokenizer, the bytes of the vocabulary; architecture, llama when le
 the model was taught, if any; and in last.pt what an exact continuation needs.
 """
 import os
-from contextlib import nullcontext
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,12 @@ from model import ModelArgs, Transformer
 from settings import UserError
 from tokenizer import Vocabulary
 
+FORMAT = 1
+KINDS = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict,
+         "state": dict, "tokenizer": bytes, "tokenizer_sha256": str, "data_sha256": str, "architecture": str,
+         "chat": str, "format": int}                # what there must be under a key, if it is there
 REQUIRED = ("model", "model_args", "iter_num", "config")
-TO_GO_ON = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokenizer_sha256", "data_sha256")
+TO_GO_ON = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokenizer", "tokenizer_sha256", "data_sha256")
 
 
 class Architecture(NamedTuple):
@@ -49,7 +53,10 @@ def architecture_of(args: ModelArgs | GPT2Args) -> str:
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write a state. Until it is all on disk, the old file stays."""
     with whole_file(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:       # this is what it makes of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = False) -> dict[str, Any]:
@@ -57,23 +64,58 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = 
 
     mapped: leave the tensors in the file until they are used; not on Windows, where it could not be replaced then.
     Raises:
-        UserError: when the file is missing, damaged, or no checkpoint.
+        UserError: when the file is missing, damaged, of a newer format, or no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path.resolve()}\n       python train.py makes one")
+    state = read_tensors(path, mapped)
+    if not isinstance(state, dict) or (missing := [key for key in required if key not in state]):
+        lacks = f"it has no {', '.join(missing)}" if isinstance(state, dict) else f"it holds a {type(state).__name__}"
+        raise UserError(f"{path} is not a checkpoint of this project: {lacks}")
+    if wrong := [key for key, kind in KINDS.items() if key in state and not isinstance(state[key], kind)]:
+        raise UserError(f"{path} is not a checkpoint of this project: {wrong[0]} is no {KINDS[wrong[0]].__name__}")
+    if state.get("format", FORMAT) > FORMAT:
+        raise UserError(f"{path} is of format {state['format']}, this code reads {FORMAT}\n       use a newer tiny-llm")
+    state["model"] = {str(name).removeprefix("_orig_mod."): weight for name, weight in state["model"].items()}
+    state = state if "architecture" in state else _from_llama2c(state)
+    if strange := [name for name, weight in state["model"].items() if not _is_plain(weight)]:
+        raise UserError(f"{path} is not a checkpoint of this project: {strange[0]} is no array of numbers")
+    return state
+
+
+def read_tensors(path: Path, mapped: bool = False) -> Any:
+    """What torch.save wrote to a file, if it is tensors and plain values only, and if nothing of it has changed.
+
+    Raises UserError when it is damaged, or would run code.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and os.name == "posix")
+        _compare_checksums(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and os.name == "posix")
     except PermissionError:
         raise
     except Exception as error:      # a damaged file can fail in any way, and they all mean the same
         raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged, or not a checkpoint of plain tensors "
                         f"({type(error).__name__})") from error
-    missing = [key for key in required if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}")
-    state["model"] = {name.removeprefix("_orig_mod."): weight for name, weight in state["model"].items()}
-    return state if "architecture" in state else _from_llama2c(state)
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raise ValueError when a part of the file is not as it was written. torch.load would not look."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return                          # an older form without checksums
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("torch.save packs nothing")        # and so does not grow in memory
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} is of other content")
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether it is a tensor of numbers that are all there. One number that poses as a large array is not."""
+    return (isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.is_floating_point()
+            and weight.nbytes <= weight.untyped_storage().nbytes())
 
 
 def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:
@@ -87,17 +129,23 @@ def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:
 
 def model_state(model: Transformer | GPT2) -> dict[str, Any]:
     """The part of a state that holds the model; give it the bare one, not what torch.compile made."""
-    return {"model": model.state_dict(), "model_args": asdict(model.args), "architecture": architecture_of(model.args)}
+    return {"model": model.state_dict(), "model_args": asdict(model.args), "architecture": architecture_of(model.args),
+            "format": FORMAT}
 
 
 def build_args(state: dict[str, Any]) -> ModelArgs | GPT2Args:
     """The shape of a state's model. Raises UserError when no model has it."""
     try:
-        return ARCHITECTURES[state.get("architecture", "llama")].args(**state["model_args"])
+        args = ARCHITECTURES[state.get("architecture", "llama")].args(**state["model_args"])
     except KeyError as error:
         raise UserError(f"the checkpoint's architecture is {error}; known are {', '.join(ARCHITECTURES)}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"the checkpoint's model_args do not fit together: {error}") from error
+    table = state["model"].get("tok_embeddings.weight")
+    if table is None or table.shape != (args.vocab_size, args.dim) or args.n_layers > len(state["model"]):
+        raise UserError(f"the checkpoint's weights do not fit its model_args: {args.n_layers} layers, embeddings of "
+                        f"{args.vocab_size} x {args.dim}")
+    return args
 
 
 def build_model(state: dict[str, Any], own: bool = True) -> Transformer | GPT2:
@@ -105,15 +153,20 @@ def build_model(state: dict[str, Any], own: bool = True) -> Transformer | GPT2:
 
     own: with weights of its own, in float32, for training; else with those of the state, in their format, so that
         they are not twice in memory.
-    Raises UserError when weights and shape do not belong together.
+    Raises UserError when weights and shape do not belong together, or a weight is no number.
     """
     args = build_args(state)
-    with torch.device("cpu" if own else "meta"), nullcontext() if own else _Unfilled():
-        model = ARCHITECTURES[architecture_of(args)].model(args)
     try:
-        model.load_state_dict(state["model"], assign=not own)
-    except RuntimeError as error:
+        with torch.device("meta"), _Unfilled():         # takes no memory before the shapes are known to be right
+            model = ARCHITECTURES[architecture_of(args)].model(args)
+        weights = state["model"]
+        if own:
+            weights = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise UserError(f"the checkpoint's weights do not fit its model_args: {error}") from error
+    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(f"the checkpoint's weights are damaged: {broken[0]} has values that are no numbers (NaN, inf)")
     if model.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     return model

@@ -117,7 +117,7 @@ def write(state: dict[str, Any], path: Path, kind: str) -> None:
     """Write a state in a format. Raises UserError when that fails half-way, as on a full disk."""
     try:
         formats.WRITERS[kind](state, path)
-    except (OSError, RuntimeError) as error:        # a RuntimeError is what torch.save makes of it
+    except OSError as error:
         raise UserError(f"{path.name} cannot be written: {error}; is the disk full?") from error
 
 

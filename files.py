@@ -1,10 +1,21 @@
-"""Files that are whole or not there: written under a temporary name, flushed, then renamed."""
+"""Files that are whole or not there: written under a temporary name, flushed, then renamed. And locks on folders."""
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from settings import UserError
+
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+    import msvcrt
+
+BUSY = (BlockingIOError, PermissionError)       # what a lock raises that another process holds
 
 
 @contextmanager
@@ -37,6 +48,54 @@ def replace(source: Path, target: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other processes of this project from writing to a folder, which is made if it is not there.
+
+    The lock is one of the operating system's: it ends with the process, however that ends. A file system that knows
+    no locks, as over some networks, has none.
+
+    Raises:
+        UserError: when another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    except BUSY as error:
+        os.close(handle)
+        raise UserError(f"another process is writing to {folder.resolve()}\n       wait for its end, or name another "
+                        "folder") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def save_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, and with it a checksum."""
+    with whole_file(path) as file:
+        file.write(json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode())
+
+
+def load_json(path: str | Path) -> dict[str, Any]:
+    """Read what save_json wrote. Raises ValueError when it is not that any more, or never was."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict) or content.pop("checksum", "") != _checksum(content):
+        raise ValueError("its checksum is missing or of other content")
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -32,8 +32,9 @@ class GPT2Args:
     dropout: float = 0.0
 
     def __post_init__(self):
-        problems = [f"{name} must be at least 1, not {getattr(self, name)}" for name in
-                    ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len") if getattr(self, name) < 1]
+        problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
+                    ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
+                    if not isinstance(value := getattr(self, name), int) or value < 1]
         if not problems and self.dim % self.n_heads:
             problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.dropout < 1:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK, BLOCKED_UP_TO = 64, 1024         # queries at a time in attention on a CPU, and the longest sequence for it
-LONGEST = 1 << 21                       # tokens in a window
+LARGEST_ROPE = 1 << 27                  # window times dim of a head: a million tokens of 128
 LOGITS_AT_A_TIME = (1 << 20, 1 << 24)   # on a CPU: 4 MB in float32, about its cache; on a GPU: 64 MB
 
 
@@ -42,14 +42,15 @@ class ModelArgs:
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        problems = [f"{name} must be at least 1, not {getattr(self, name)}" for name in
+        problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
                     ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "multiple_of")
-                    if getattr(self, name) < 1]
+                    if not isinstance(value := getattr(self, name), int) or value < 1]
         problems += [f"{name} must be above 0 and finite, not {getattr(self, name)}" for name in
                      ("norm_eps", "rope_theta", "ffn_dim_multiplier") if not 0 < getattr(self, name) < math.inf]
-        if self.hidden_dim < 0 or self.max_seq_len > LONGEST:
-            problems.append(f"hidden_dim {self.hidden_dim} must not be negative, max_seq_len {self.max_seq_len} not "
-                            f"above {LONGEST}")
+        if not isinstance(self.hidden_dim, int) or self.hidden_dim < 0:
+            problems.append(f"hidden_dim must be a whole number from 0 on, not {self.hidden_dim!r}")
+        if not problems and self.max_seq_len * self.head_dim > LARGEST_ROPE:
+            problems.append(f"max_seq_len {self.max_seq_len} x dim / n_heads {self.head_dim} is above {LARGEST_ROPE}")
         if not problems and self.dim % self.n_heads:
             problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         elif not problems and self.dim // self.n_heads % 2:

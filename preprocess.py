@@ -7,7 +7,7 @@
 Writes data/tok4096/: train_*.bin, val_*.bin and, when all of them are whole, manifest.json. A second
 run does only what is missing or changed, so after a break just run it again.
 """
-import json
+import hashlib
 import os
 import random
 import signal
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import corpus
 import settings
 import shards
-from files import replace, sha256, whole_file
+from files import load_json, locked, replace, sha256, whole_file
 from settings import UserError
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tokenizer import Vocabulary, find, load
@@ -66,7 +66,7 @@ def main() -> None:
     cfg, _ = settings.read(globals())
     if cfg.num_workers < 0:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {cfg.num_workers}")
-    start = time.time()
+    start = time.monotonic()
     model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
     vocabulary = load(model_path)
     source, threshold = find_source(cfg, model_path, vocabulary)
@@ -74,15 +74,15 @@ def main() -> None:
     print(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries")
 
     folder = model_path.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    jobs = [Job(i, group, folder, model_path, threshold) for i, group in enumerate(group_files(files, source))]
     target = ShardSet(folder, vocabulary.sha256, vocabulary.n_words, threshold, [])
-    make(target, jobs, cfg.num_workers or os.cpu_count() or 1)
-    report(target)
-    if cfg.verify:
-        checked = sum(compare(job, target, vocabulary) for job in jobs)
-        print(f"verified: {checked:,} documents decode to their source")
-    print(f"{folder / MANIFEST} is complete after {time.time() - start:.0f} s")
+    with locked(folder):
+        jobs = [Job(i, group, folder, model_path, threshold) for i, group in enumerate(group_files(files, source))]
+        make(target, jobs, cfg.num_workers or os.cpu_count() or 1)
+        report(target)
+        if cfg.verify:
+            checked = sum(compare(job, target, vocabulary) for job in jobs)
+            print(f"verified: {checked:,} documents decode to their source")
+    print(f"{folder / MANIFEST} is complete after {time.monotonic() - start:.0f} s")
     print("next: python train.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
 
 
@@ -95,7 +95,7 @@ def adopt(path: Path, folder: str) -> Path:
     target = Path(folder) / f"tok{vocabulary.n_words}.model"
     if target.exists() and load(target).sha256 != vocabulary.sha256:
         raise UserError(f"{target} is another vocabulary of that size\n       name another --data_dir for {path}")
-    with whole_file(target) as file:
+    with locked(folder), whole_file(target) as file:
         file.write(vocabulary.model)
     return target
 
@@ -105,12 +105,13 @@ def find_source(cfg, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, in
     notes, known, threshold = model_path.with_suffix(".json"), None, 0
     if notes.exists():
         try:
-            facts = json.loads(notes.read_text(encoding="utf-8"))
+            facts = load_json(notes)
             digest, known, threshold = facts["sha256"], Path(facts["source"]), int(facts["val_threshold"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{notes} is damaged ({error!r})\n       run python train_vocab.py again") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{notes} is damaged ({error})\n       run python train_vocab.py again") from error
         if digest != vocabulary.sha256:
-            raise UserError(f"{notes} is not about {model_path}\n       run python train_vocab.py again")
+            raise UserError(f"{model_path} is not as step 1 wrote it: {notes} has another SHA-256\n       "
+                            "run python train_vocab.py again")
     elif not cfg.data and not cfg.tokenizer:
         raise UserError(f"{notes} is gone, which tells what text {model_path.name} is for\n       name it: --data PATH")
     source = Path(cfg.data) if cfg.data else known or corpus.default_source(cfg.data_dir)
@@ -162,7 +163,7 @@ def reusable(target: ShardSet, jobs: list[Job]) -> dict[int, list[Shard]]:
         except UserError:
             continue
         if (found.tokenizer_sha256, found.val_threshold) == (target.tokenizer_sha256, target.val_threshold):
-            old |= {shard.file: shard for shard in found.shards if found.is_whole(shard)}
+            old |= {shard.file: shard for shard in found.shards if not found.damage(shard)}
     pairs = {job.index: [old.get(name) for name in job.names.values()] for job in jobs}
     return {job.index: pairs[job.index] for job in jobs
             if all(shard and shard.sources == list(job.sources.values()) for shard in pairs[job.index])}
@@ -224,15 +225,18 @@ def write_shards(job: Job) -> tuple[int, list[Shard]]:
     vocabulary = load(job.model_path)
     dtype = shards.dtype(vocabulary.n_words)
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}          # documents, tokens, bytes of text
+    digests = {split: hashlib.sha256() for split in SPLITS}
     with ExitStack() as stack:
         out = {split: stack.enter_context(whole_file(job.folder / name)) for split, name in job.names.items()}
         for split, texts in batches(job, _count):
             ids = vocabulary.encode_batch(texts, bos=True, eos=True)
             flat = np.fromiter(chain.from_iterable(ids), dtype)
             out[split].write(flat.tobytes())
+            digests[split].update(flat.tobytes())
             counts[split] += (len(texts), len(flat), sum(len(text.encode()) for text in texts))
     sources = list(job.sources.values())
-    return job.index, [Shard(name, split, sources, *counts[split].tolist()) for split, name in job.names.items()]
+    return job.index, [Shard(name, digests[split].hexdigest(), split, sources, *counts[split].tolist())
+                       for split, name in job.names.items()]
 
 
 def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, list[str]]]:

@@ -22,13 +22,20 @@ from types import SimpleNamespace
 from typing import Any, Callable, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
-USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,    # a full disk, a closed door,
-                errno.EEXIST, errno.ENOTDIR, errno.EISDIR,                          # a file where a folder should be,
-                errno.ENAMETOOLONG, errno.ELOOP)                                    # a name that cannot be one
+USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,
+                errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,          # a closed door, a broken one,
+                errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,    # something else than should be there,
+                errno.ENAMETOOLONG, errno.ELOOP)                            # a name that cannot be one
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
 
 class UserError(Exception):
     """Something that the user can mend. `run` shows its message, and no traceback."""
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey: control characters, and marks that turn the direction of writing."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +88,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:             # whoever read our output has seen enough
@@ -89,7 +96,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in USERS_ERRNOS:
             raise
-        sys.exit(f"error: {error.strerror}: {error.filename or 'a file'}")
+        sys.exit(printable(f"error: {error.strerror}: {error.filename or 'a file'}"))
 
 
 def _comments(source: str) -> dict[str, str]:

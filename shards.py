@@ -6,15 +6,19 @@ and `manifest.json`, written last: without it there is no data set.
 """
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, get_origin
 
 import numpy as np
 
-from files import whole_file
+from files import load_json, save_json, sha256
 from settings import UserError
 
-FORMAT = 1
+FORMAT = 2
+AGAIN = "\n       run python preprocess.py again"
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 
@@ -31,6 +35,7 @@ class Source:
 class Shard:
     """A file of token ids. `bytes` counts the UTF-8 text of its documents, and makes bits per byte exact."""
     file: str
+    sha256: str
     split: str
     sources: list[Source]
     documents: int
@@ -69,10 +74,14 @@ class ShardSet:
         path = self.folder / shard.file
         return np.memmap(path, self.dtype, "r") if shard.tokens else np.empty(0, self.dtype)
 
-    def is_whole(self, shard: Shard) -> bool:
-        """Whether the file of a shard is there in its full length."""
-        path = self.folder / shard.file
-        return path.is_file() and path.stat().st_size == shard.tokens * self.dtype.itemsize
+    def damage(self, shard: Shard) -> str:
+        """What is wrong with the file of a shard; empty when it is as it was written."""
+        path, size = self.folder / shard.file, shard.tokens * self.dtype.itemsize
+        if not path.is_file():
+            return "is missing"
+        if path.stat().st_size != size:
+            return f"is cut: {path.stat().st_size:,} bytes of {size:,}" if path.stat().st_size < size else "is too long"
+        return "" if sha256(path) == shard.sha256 else "is damaged: its bytes changed after they were written"
 
     def require_both(self) -> None:
         """Raise UserError when a split has no document."""
@@ -82,11 +91,10 @@ class ShardSet:
                                 "       run python train_vocab.py again")
 
     def save(self, name: str = MANIFEST) -> None:
-        content = {"format": FORMAT, "dtype": self.dtype.name, "tokenizer_sha256": self.tokenizer_sha256,
-                   "vocab_size": self.vocab_size, "val_threshold": self.val_threshold,
-                   "shards": [asdict(shard) for shard in self.shards]}
-        with whole_file(self.folder / name) as file:
-            file.write(json.dumps(content, indent=1).encode())
+        save_json(self.folder / name, {
+            "format": FORMAT, "dtype": self.dtype.name, "tokenizer_sha256": self.tokenizer_sha256,
+            "vocab_size": self.vocab_size, "val_threshold": self.val_threshold,
+            "shards": [asdict(shard) for shard in self.shards]})
 
 
 def dtype(vocab_size: int) -> np.dtype:
@@ -102,36 +110,61 @@ def document_starts(ids: np.ndarray) -> np.ndarray:
 def read(folder: Path, name: str = MANIFEST) -> ShardSet:
     """Read a manifest. Raises UserError when it is missing, damaged or of another format."""
     path = folder / name
-    again = "\n       run python preprocess.py again"
     if not path.is_file():
-        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it{again}")
+        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it{AGAIN}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if (content["format"], content["dtype"]) != (FORMAT, dtype(content["vocab_size"]).name):
-            raise UserError(f"{path} is of format {content['format']} with {content['dtype']}, this code reads "
-                            f"{FORMAT} with {dtype(content['vocab_size']).name} for that vocabulary{again}")
-        shards = [Shard(**{**entry, "sources": [Source(**s) for s in entry["sources"]]}) for entry in content["shards"]]
-        found = ShardSet(folder, content["tokenizer_sha256"], content["vocab_size"], content["val_threshold"], shards)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}){again}") from error
-    if any(Path(shard.file).name != shard.file or shard.split not in SPLITS for shard in shards):
-        raise UserError(f"{path} names a file outside its folder, or an unknown split{again}")
+        content = load_json(path)
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} is of format {content['format']}, this code reads {FORMAT}{AGAIN}")
+        found = ShardSet(folder, *(_typed(content[key], kind, key) for key, kind in
+                                   (("tokenizer_sha256", str), ("vocab_size", int), ("val_threshold", int))),
+                         [_shard(entry) for entry in _typed(content["shards"], list, "shards")])
+        if content["dtype"] != found.dtype.name or len({shard.file for shard in found.shards}) < len(found.shards):
+            raise ValueError(f"dtype {content['dtype']} for {found.vocab_size} ids, or a file that is listed twice")
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}){AGAIN}") from error
     return found
 
 
+def _shard(entry: dict[str, Any]) -> Shard:
+    """An entry of the manifest. Raises TypeError or ValueError, also when it names a file outside its folder."""
+    shard = _checked(Shard, entry)
+    if shard.split not in SPLITS or not re.fullmatch(rf"{shard.split}_\d+\.bin", shard.file, re.ASCII):
+        raise ValueError(f"{shard.file!r} is no file name for the split {shard.split!r}")
+    return replace(shard, sources=[_checked(Source, source) for source in shard.sources])
+
+
+def _checked(kind: type, entry: Any) -> Any:
+    """The dataclass `kind` of a JSON object that has just its fields, all of their types, and no negative number."""
+    made = kind(**_typed(entry, dict, kind.__name__))
+    for field in fields(kind):
+        _typed(getattr(made, field.name), get_origin(field.type) or field.type, field.name)
+    return made
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+    if type(value) is not kind or kind is int and not 0 <= value <= 2**64:
+        raise TypeError(f"{name} cannot be {value!r:.50}")
+    return value
+
+
 def load(folder: Path, tokenizer_sha256: str) -> ShardSet:
-    """Read a manifest for use: every shard must be whole and of this vocabulary.
+    """Read a manifest for use: every shard must be as it was written, and of this vocabulary.
 
     Raises:
-        UserError: names the file that is wrong.
+        UserError: names the files that are wrong.
     """
     found = read(folder)
     if found.tokenizer_sha256 != tokenizer_sha256:
-        raise UserError(f"{folder} was made with another vocabulary than {folder}.model\n"
-                        "       run python preprocess.py again")
+        raise UserError(f"{folder} was made with another vocabulary than {folder}.model{AGAIN}")
+    with ThreadPoolExecutor() as pool:
+        wrong = [f"{folder / shard.file} {damage}" for shard, damage in
+                 zip(found.shards, pool.map(found.damage, found.shards)) if damage]
+    if wrong:
+        raise UserError("\n       ".join(wrong) + AGAIN)
     for shard in found.shards:
-        if not found.is_whole(shard):
-            raise UserError(f"{folder / shard.file} is missing or cut: {shard.tokens:,} ids of {found.dtype.itemsize} "
-                            "bytes were written\n       run python preprocess.py again")
+        if shard.tokens and (largest := found.open(shard).max()) >= found.vocab_size:
+            raise UserError(f"{folder / shard.file} has an id {largest}, beyond the vocabulary of {found.vocab_size}\n"
+                            f"       delete {folder} and run python preprocess.py again")
     found.require_both()
     return found

@@ -8,7 +8,6 @@ Writes data/tok4096.model, which step 2 and step 3 find by themselves, and data/
 tells step 2 where the text is and which documents are kept for validation. Those are not read here,
 so that validation stays honest; they serve to check that decoding gives back every character.
 """
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 import corpus
 import settings
 import tokenizer
-from files import whole_file
+from files import locked, save_json, whole_file
 from settings import UserError
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -37,7 +36,14 @@ def main() -> None:
         raise UserError("--data and --download name two sources; give one of them")
     if not cfg.sample_mb > 0:
         raise UserError(f"sample_mb must be above 0, not {cfg.sample_mb}")
-    start = time.time()
+    with locked(cfg.data_dir):
+        make(cfg)
+    print("next: python preprocess.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
+
+
+def make(cfg) -> None:
+    """Find the text, learn from it, check what was learned, and write it."""
+    start = time.monotonic()
     source = find_source(cfg)
     files = corpus.find_files(source)
     threshold = corpus.validation_threshold(files)
@@ -53,8 +59,7 @@ def main() -> None:
 
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     save(vocabulary, path, source, threshold)
-    print(f"wrote {path} ({vocabulary.n_words} entries) in {time.time() - start:.0f} s")
-    print("next: python preprocess.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
+    print(f"wrote {path} ({vocabulary.n_words} entries) in {time.monotonic() - start:.0f} s")
 
 
 def find_source(cfg) -> Path:
@@ -90,8 +95,7 @@ def save(vocabulary: tokenizer.Tokenizer, path: Path, source: Path, threshold: i
     with whole_file(path) as file:
         file.write(vocabulary.model)
     facts = {"sha256": vocabulary.sha256, "source": source.as_posix(), "val_threshold": threshold}
-    with whole_file(path.with_suffix(".json")) as file:
-        file.write(json.dumps(facts, indent=1).encode())
+    save_json(path.with_suffix(".json"), facts)
 
 
 if __name__ == "__main__":

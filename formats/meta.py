@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import checkpoint
 import tokenizer
 from formats.common import check_names, layer_names, make_state, read_json
 from model import ModelArgs, Transformer
@@ -45,11 +46,7 @@ def read_parts(folder: Path) -> list[dict[str, Tensor]]:
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise UserError(f"{folder} has no consolidated.00.pth")
-    try:
-        return [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
-    except Exception as error:      # a damaged file can fail in any way, and they all mean the same
-        raise UserError(f"a consolidated.NN.pth of {folder} is damaged, or not of plain tensors "
-                        f"({type(error).__name__})") from error
+    return [checkpoint.read_tensors(file, mapped=True) for file in files]
 
 
 def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words: int) -> dict[str, Any]:

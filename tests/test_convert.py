@@ -1,4 +1,5 @@
 """convert.py: a target is whole, proven and never overwritten by accident, or it is not there."""
+import errno
 import json
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_an_end_at_the_last_moment_leaves_the_old_target(source, name, monkeypat
 
 
 @pytest.mark.parametrize("to, error", [("gguf", OSError("12 requested and 5 written")),
-                                       ("pt", RuntimeError("unexpected pos"))])
+                                       ("pt", OSError(errno.ENOSPC, "No space left on device"))])
 def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
     def full(*_):
         raise error

@@ -25,7 +25,7 @@ def numbers(tmp_path) -> ShardSet:
                 ids += [BOS, *range(at + 1, at + length)]
                 at += length
             np.array(ids, "<u2").tofile(tmp_path / f"{split}_{i:04d}.bin")
-            found.shards.append(Shard(f"{split}_{i:04d}.bin", split, [], len(lengths), len(ids), len(ids)))
+            found.shards.append(Shard(f"{split}_{i:04d}.bin", "", split, [], len(lengths), len(ids), len(ids)))
     return found
 
 
@@ -118,5 +118,5 @@ def test_a_window_may_be_longer_than_the_text(numbers):
 def test_ids_above_16_bits(tmp_path):
     ids = np.array([70_000, 1, 99_999, 65_536], "<u4")
     ids.tofile(tmp_path / "train_0000.bin")
-    found = ShardSet(Path(tmp_path), "", 100_000, 0, [Shard("train_0000.bin", "train", [], 1, 4, 4)])
+    found = ShardSet(Path(tmp_path), "", 100_000, 0, [Shard("train_0000.bin", "", "train", [], 1, 4, 4)])
     assert next(iter(PretokDataset(found, "train", 1, 3))).tolist() == [ids.tolist()]

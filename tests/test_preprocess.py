@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import demo_stories
 import preprocess
 import shards
 from conftest import ROOT, assert_user_error, script
+from files import save_json, sha256
 from settings import UserError
 from tokenizer import Tokenizer
 
@@ -149,6 +151,10 @@ def test_verify_finds_a_wrong_shard(texts, call, capsys):
     ids = np.fromfile(path, "<u2")
     ids[5:-5] = np.where(ids[5:-5] > 300, ids[5:-5] - 1, ids[5:-5])
     ids.tofile(path)
+    manifest = Path("data/tok400/manifest.json")
+    found = shards.read(manifest.parent)
+    found.shards = [replace(shard, sha256=sha256(path)) if shard.file == path.name else shard for shard in found.shards]
+    found.save()                    # else the shard would be made again
     with pytest.raises(UserError, match="train_0000.bin: document"):
         call("preprocess", "--verify")
 
@@ -186,15 +192,27 @@ def test_large_vocabularies_get_32_bits(tmp_path):
     assert shards.dtype(65_536) == np.dtype("<u2") and shards.dtype(65_537) == np.dtype("<u4")
 
 
+def unsealed(content: bytes) -> dict:
+    return {name: value for name, value in json.loads(content).items() if name != "checksum"}
+
+
+def sealed(content: dict) -> bytes:
+    save_json("sealed.json", content)
+    return Path("sealed.json").read_bytes()
+
+
 @pytest.mark.parametrize("name, change, message", [
-    ("train_0001.bin", lambda content: content[:-1], "train_0001.bin is missing or cut"),
-    ("train_0001.bin", lambda content: content[:-2], "train_0001.bin is missing or cut"),
-    ("val_0000.bin", None, "val_0000.bin is missing or cut"),
+    ("train_0001.bin", lambda content: content[:-1], "train_0001.bin is cut"),
+    ("train_0001.bin", lambda content: content[:-2], "train_0001.bin is cut"),
+    ("train_0001.bin", lambda content: content + b"x", "train_0001.bin is too long"),
+    ("train_0001.bin", lambda content: content[:-1] + b"x", "train_0001.bin is damaged"),
+    ("val_0000.bin", None, "val_0000.bin is missing"),
     ("manifest.json", None, "not tokenised yet"),
     ("manifest.json", lambda content: content[:100], "manifest.json is damaged"),
     ("manifest.json", lambda content: b"[]", "manifest.json is damaged"),
-    ("manifest.json", lambda content: content.replace(b'"format": 1', b'"format": 2'), "format 2"),
-    ("manifest.json", lambda content: content.replace(b"train_0000", b"../../etc/x"), "outside its folder")])
+    ("manifest.json", lambda content: content.replace(b"true", b"false").replace(b"train_0", b"train_1"), "checksum"),
+    ("manifest.json", lambda content: sealed({**unsealed(content), "format": 3}), "format 3"),
+    ("manifest.json", lambda content: sealed({**unsealed(content), "shards": [{"file": "../x"}]}), "damaged")])
 def test_damaged_shards_are_refused_by_name(texts, call, name, change, message):
     call("preprocess")
     path = Path("data/tok400") / name
