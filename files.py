@@ -61,6 +61,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         UserError: when another process holds it.
     """
     folder = Path(folder)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -75,6 +76,8 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if made and not any(folder.iterdir()):      # nothing came of it
+            folder.rmdir()
 
 
 def save_json(path: str | Path, content: dict[str, Any]) -> None:

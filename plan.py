@@ -28,6 +28,7 @@ FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log
         "device", "dtype", "compile", "num_workers", "sample_prompts", "sample_tokens",  # may change in a run, and
         "data_dir", "vocab_size")           # these two, but not what they lead to
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
+HALF = "old.part"                           # the folder of an old run while its files are moved to it
 PAYS_AFTER = 100                            # seconds of training from which on compiling, 10 to 30 seconds, pays
 
 
@@ -87,7 +88,7 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
         saved, resumed = last, True
     args = attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
     if args and not problems:
-        attempt(lambda: check_disk(cfg, args))
+        attempt(lambda: check_disk(cfg, args, resumed))
     if problems:
         raise UserError("\n       ".join(problems))
     return Plan(cfg, where, data, vocabulary, args, saved, resumed)
@@ -137,8 +138,11 @@ def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:
 def goes_on(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -> bool:
     """Whether a state is of the run that the settings describe; the same command goes on with it."""
     own = last["config"]
+    same_step = own.get("batch_size", 0) * own.get("gradient_accumulation_steps", 0) == (
+        cfg.batch_size * cfg.gradient_accumulation_steps)
+    free = FREE + ("batch_size", "gradient_accumulation_steps") * same_step
     differ = [f"{name} {own.get(name)!r} (now {value!r})" for name, value in lasting(cfg).items()
-              if name not in FREE and value != own.get(name)]
+              if name not in free and value != own.get(name)]
     if cfg.init_from not in ("auto", own.get("init_from")):
         differ.append(f"init_from {own.get('init_from')!r} (now {cfg.init_from!r})")
     if last["data_sha256"] != data.sha256:
@@ -157,6 +161,8 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
     if fixed:
         raise UserError(f"{', '.join(fixed)} cannot change while a run goes on; begin another: --init_from scratch")
     for name, value in own.items():
+        if type(value) is not type(getattr(cfg, name)):
+            raise UserError(f"{cfg.out_dir}/last.pt has {value!r:.50} for {name}; is it of another version?")
         if name not in given or name == "init_from":
             setattr(cfg, name, value)
 
@@ -199,13 +205,18 @@ def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: V
     return args
 
 
-def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args) -> None:
-    """Two checkpoints, and one being written, need room."""
+def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args, resumed: bool) -> None:
+    """Two checkpoints, and one being written, need room; what a run that goes on has written already is there."""
+    if cfg.eval_only:
+        return
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    need, free = 3 * (STATE_BYTES - 4) * count_parameters(args), shutil.disk_usage(folder).free
-    if free < need and not cfg.eval_only:
-        raise UserError(f"the checkpoints need {need / 1e6:,.0f} MB, {folder.resolve()} has {free / 1e6:,.0f} MB free")
+    need = 3 * (STATE_BYTES - 4) * count_parameters(args)
+    need -= sum(path.stat().st_size for path in folder.glob("*.pt")) if resumed else 0
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(f"the checkpoints need {need / 1e6:,.0f} MB, {folder.resolve()} has {free / 1e6:,.0f} MB free\n"
+                        "       make room, or name another --out_dir")
 
 
 def count_parameters(args: ModelArgs | GPT2Args) -> int:
@@ -219,10 +230,21 @@ def set_aside(out_dir: str) -> None:
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix in (".pt", ".jsonl", ".txt", ".png")]
     if any(path.suffix == ".pt" for path in files):
         old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
-        old.mkdir()
+        half = folder / HALF
+        half.mkdir()
         for path in files:
-            replace(path, old / path.name)
+            replace(path, half / path.name)
+        replace(half, old)
         print(f"the old run is in {old}")
+
+
+def put_back(out_dir: str) -> None:
+    """Undo a set_aside that was killed half-way."""
+    half = Path(out_dir) / HALF
+    if half.is_dir():
+        for path in half.iterdir():
+            replace(path, half.parent / path.name)
+        half.rmdir()
 
 
 def print_plan(run: Any) -> float:
@@ -290,9 +312,10 @@ def count_activations(run: Any) -> int:
     return sum(size for place, size in kept.items() if place not in weights)
 
 
-def try_out(run: Any) -> float:
-    """Seconds that a micro-batch takes."""
-    tokens = torch.zeros((run.cfg.batch_size, run.model.args.max_seq_len), dtype=torch.long, device=run.where.device)
+def try_out(run: Any, batch_size: int = 0) -> float:
+    """Seconds that a micro-batch takes, of another batch_size if it is given."""
+    shape = (batch_size or run.cfg.batch_size, run.model.args.max_seq_len)
+    tokens = torch.zeros(shape, dtype=torch.long, device=run.where.device)
     with no_trace(run):
         for _ in range(2):                                  # the first one warms up, or compiles
             began = time.monotonic()

@@ -3,32 +3,39 @@
 The log holds what a repetition of the run would give again, to the byte: the settings in the first
 line, then one JSON object per logged step or evaluation. What depends on the clock has its own file.
 """
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from files import whole_file
+from files import replace, whole_file
 
 
 class Record:
-    """The log of a run in a folder. `lines` counts the entries after the first line."""
+    """The log of a run in a folder: `entries` are those after the first line."""
 
-    def __init__(self, folder: Path, first: dict[str, Any], lines: int = 0):
-        """Begin the log with its first line, and keep `lines` entries of an earlier part of the run."""
-        self.folder = folder
-        self.entries = _read(folder / "log.jsonl")[1:lines + 1]
+    def __init__(self, folder: Path, first: dict[str, Any], lines: int = 0, sha256: str = ""):
+        """Begin the log with its first line, and keep `lines` entries of an earlier part of the run, whose digest
+        is known; if they have another now, they are put aside."""
+        self.folder, log = folder, folder / "log.jsonl"
+        self.entries = _read(log)[1:lines + 1]
+        if lines and self.sha256 != sha256:
+            self.entries = []
+            if log.exists():
+                replace(log, folder / "log.damaged.jsonl")
+            print(f"{log} is damaged or gone, and begins anew; what was left of it is log.damaged.jsonl")
         with whole_file(folder / "log.jsonl") as file:
             file.write("".join(map(_line, [first, *self.entries])).encode())
         step = self.entries[-1]["iter"] if self.entries else 0
-        self.clock = [entry for entry in _read(folder / "clock.jsonl") if entry.get("iter", 0) <= step]
+        self.clock = [entry for entry in _read(folder / "clock.jsonl") if _is_time(entry) and entry["iter"] <= step]
         with whole_file(folder / "clock.jsonl") as file:
             file.write("".join(map(_line, self.clock)).encode())
 
     @property
-    def lines(self) -> int:
-        return len(self.entries)
+    def sha256(self) -> str:
+        return hashlib.sha256("".join(map(_line, self.entries)).encode()).hexdigest()
 
     def write(self, entry: dict[str, Any], clock: dict[str, Any]) -> None:
         """Append an entry to the log, and what the clock said to the other file."""
@@ -79,6 +86,10 @@ def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
+def _is_time(entry: dict[str, Any]) -> bool:
+    return isinstance(entry.get("iter"), int) and isinstance(entry.get("seconds"), float)
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     """Entries of a file, up to the first line that is not whole, as a kill may leave one."""
     entries = []
@@ -86,7 +97,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(entry, dict):
                 break

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +31,15 @@ import checkpoint
 import presets
 import settings
 from dataset import IGNORE, Task
+from files import locked
 from model import Transformer
 from muon import Muon
-from plan import Plan, clock, lasting, prepare, print_plan, set_aside
+from plan import Plan, clock, lasting, prepare, print_plan, put_back, set_aside
 from presets import PRESETS
 from record import Record
 from sampling import Sampling
 from settings import UserError
+from watch import enough_memory, look, require_finite
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # settings for a machine and a time, listed at the end of --help; the rest counts
@@ -104,7 +108,10 @@ class State:
     best_val_loss: float = math.inf
     seconds: float = 0.0                # wall time of the earlier parts of the run
     setup: float = 0.0                  # seconds of it before the first step
-    log_lines: int = 0                  # entries of the log that belong to the steps done
+    log_lines: int = 0                  # entries of the log that belong to the steps done,
+    log_sha256: str = ""                # and their digest
+    usual_loss: float = 0.0             # average of the last losses, and of how far they rise above it: see watch.py
+    usual_rise: float = 0.0
     compiled: bool = False
 
 
@@ -122,16 +129,34 @@ class Run:
         self.scaler = self.where.scaler()
         self.state = State()
         if plan.resumed:
-            self.state = State(**plan.saved["state"])
-            for optimizer, saved in zip(self.optimizers, plan.saved["optimizer"], strict=True):
-                optimizer.load_state_dict(saved)
-            self.scaler.load_state_dict(plan.saved["scaler"])
-            torch.set_rng_state(plan.saved["rng"]["cpu"])
-            if plan.saved["rng"]["cuda"] and self.where.device.type == "cuda":
-                torch.cuda.set_rng_state_all(plan.saved["rng"]["cuda"])
+            self.restore(plan.saved)
         self.began = self.saved_at = time.monotonic()
+        self.saved_step = self.state.iter_num           # of last.pt; 0: there is none of this run
+        self.fresh: list[list[Tensor]] = []             # loss and gradient length of steps that nobody looked at yet
         self.reserve = 0.0              # seconds that the last evaluation will take
         self.stop = 0                   # the signal that asks to stop
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on where a saved run stopped. Raises UserError when the file has not what that takes."""
+        try:
+            self.state = State(**saved["state"])
+            if [*map(type, vars(self.state).values())] != [*map(type, vars(State()).values())]:
+                raise ValueError("state")
+            for optimizer, own in zip(self.optimizers, saved["optimizer"], strict=True):
+                # rates and the like are those of the settings, which may have changed
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": own["state"]})
+                wrong = [weight for weight, moments in optimizer.state.items() for moment in moments.values()
+                         if isinstance(moment, Tensor) and moment.dim() and moment.shape != weight.shape]
+                if wrong:
+                    raise ValueError("optimizer")
+            self.scaler.load_state_dict(saved["scaler"])
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if saved["rng"]["cuda"] and self.where.device.type == "cuda":
+                torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            last = f"{self.cfg.out_dir}/last.pt"
+            raise UserError(f"{last} is of another version, or damaged ({error!r:.200})\n       use its weights: "
+                            f"python train.py --out_dir {self.cfg.out_dir} --init_from {last}") from error
 
     @property
     def tokens_per_step(self) -> int:
@@ -205,7 +230,8 @@ class Run:
         return [self.vocabulary.decode(row) for row in rows]
 
     def save(self, name: str) -> None:
-        """Write ckpt.pt or last.pt."""
+        """Write ckpt.pt or last.pt, unless the weights are no numbers any more."""
+        require_finite(self)
         cuda = torch.cuda.get_rng_state_all() if self.where.device.type == "cuda" else []
         state = State(**{**asdict(self.state), "seconds": self.seconds()})
         checkpoint.save(Path(self.cfg.out_dir) / name, {
@@ -215,7 +241,8 @@ class Run:
             "data_sha256": self.data.sha256, "chat": self.chat,
             "state": asdict(state), "scaler": self.scaler.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}})
-        self.saved_at = time.monotonic()
+        if name == "last.pt":
+            self.saved_at, self.saved_step = time.monotonic(), state.iter_num
 
 
 def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
@@ -237,21 +264,32 @@ def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
 def main() -> None:
     cfg, given = settings.read(globals(), presets={name: preset.settings for name, preset in PRESETS.items()},
                                epilog=presets.table())
-    run = Run(prepare(cfg, given))
     if cfg.eval_only:
-        print_scores(run.evaluate())
-    elif run.finished():
+        with enough_memory(cfg):
+            print_scores(Run(prepare(cfg, given)).evaluate())
+    else:
+        with locked(cfg.out_dir):
+            put_back(cfg.out_dir)
+            go(cfg, given)
+
+
+def go(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
+    """Begin or go on with a run, and see it to its end."""
+    plan = prepare(cfg, given)
+    with enough_memory(cfg):
+        run = Run(plan)
+    if run.finished():
         more = f"--max_minutes {2 * cfg.max_minutes:g}" if cfg.max_minutes else f"--max_iters {2 * cfg.max_iters}"
         print(f"the run in {cfg.out_dir} is finished, with step {run.state.iter_num:,}\n"
               f"go on with it: python train.py --init_from resume --out_dir {cfg.out_dir} {more}\n"
               f"begin anew:    python train.py --init_from scratch --out_dir {cfg.out_dir}")
     else:
-        with enough_memory(run):
+        with enough_memory(cfg, run):
             run.reserve = print_plan(run)
         if not run.state.iter_num:
             run.state.setup = run.seconds()
             set_aside(cfg.out_dir)
-        with listening(run), enough_memory(run):
+        with listening(run), enough_memory(cfg, run):
             train(run)
         say_goodbye(run)
 
@@ -263,14 +301,15 @@ def train(run: Run) -> None:
     cfg, state = run.cfg, run.state
     facts = {"config": lasting(cfg), "model_args": asdict(run.model.args), "parameters": run.model.count_parameters(),
              "device": str(run.where.device), "dtype": str(run.where.dtype)}
-    record = Record(Path(cfg.out_dir), facts, state.log_lines)
+    record = Record(Path(cfg.out_dir), facts, state.log_lines, state.log_sha256)
     batches = Task.iter_batches(run.data, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
                                 position=state.position, device=run.where.device, num_workers=cfg.num_workers)
     run.model.train()
     mark, marked, ends = time.monotonic(), state.iter_num, False
     while not ends:
         # 1. one update of the weights
-        lr, loss, norm = take_step(run, batches)
+        lr, *numbers = take_step(run, batches)
+        run.fresh.append(numbers)
 
         # 2. what is due now
         ends = bool(run.stop) or run.finished()
@@ -279,10 +318,13 @@ def train(run: Run) -> None:
         saves = evaluates or run.stop or time.monotonic() - run.saved_at > 60 * cfg.checkpoint_minutes
         if not (logs or saves or ends):
             continue
-        loss, norm = loss.item(), norm.item()                   # waits for the device, so not at every step
-        require_finite(run, loss, norm)
+        loss, norm, jumps = look(run)                           # stops when they are no numbers
 
         # 3. log
+        for jump in jumps:
+            record.write(jump, {"seconds": run.seconds()})
+            print("step {iter:,}: the loss jumped to {jump:.4f} from about {usual:.4f}; windows {windows[0]:,} to "
+                  "{windows[1]:,}".format(**jump), flush=True)
         if logs:
             speed = (state.iter_num - marked) * run.tokens_per_step / (time.monotonic() - mark)
             record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
@@ -295,7 +337,7 @@ def train(run: Run) -> None:
         # 4. evaluate and save; an evaluation that only the end of the run brings is not part of its log
         if evaluates:
             score(run, record)
-        state.log_lines = record.lines
+        state.log_lines, state.log_sha256 = len(record.entries), record.sha256
         if ends and not evaluates and not run.stop:
             score(run, record)
         if ends and not run.stop and state.iter_num < cfg.max_iters:
@@ -347,30 +389,6 @@ def score(run: Run, record: Record) -> None:
         run.state.best_val_loss = scores["val_loss"]
         run.save("ckpt.pt")
     run.reserve = time.monotonic() - began
-
-
-def require_finite(run: Run, loss: float, norm: float) -> None:
-    """Stop before weights that are no numbers reach a checkpoint. (A GradScaler skips bad gradients itself.)"""
-    if not math.isfinite(loss) or not (math.isfinite(norm) or run.scaler.is_enabled()):
-        saved = (Path(run.cfg.out_dir) / "last.pt").exists()
-        raise UserError(f"step {run.state.iter_num}: the loss is {loss}, the gradient's length {norm}; this is not "
-                        f"saved\n       {'go on from the last good state' if saved else 'begin again'}, more slowly: "
-                        f"python train.py --init_from {'resume' if saved else 'scratch'} --out_dir {run.cfg.out_dir} "
-                        f"--learning_rate {run.cfg.learning_rate / 2:g}")
-
-
-@contextmanager
-def enough_memory(run: Run) -> Iterator[None]:
-    """Turn PyTorch's error about memory into what to type."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        size, times = run.cfg.batch_size, run.cfg.gradient_accumulation_steps
-        less = (f"the same steps in less: --batch_size {size // 2} --gradient_accumulation_steps {2 * times}"
-                if size % 2 == 0 else "use a smaller --batch_size, --max_seq_len or --dim")
-        raise UserError(f"{run.where.device} has not enough memory for batch_size {size}\n       {less}") from error
 
 
 @contextmanager

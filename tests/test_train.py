@@ -89,6 +89,10 @@ def test_the_evaluation_interval_does_not_touch_the_weights(go):
     assert_same(state("often")["optimizer"], state("never")["optimizer"])
 
 
+class Killed(BaseException):
+    pass
+
+
 def test_a_kill_at_any_moment_costs_nothing(go, monkeypatch):
     """Die right after step 7, with checkpoints at steps 2, 4 and 6; the same command goes on."""
     go("whole", "--max_iters", 10, "--eval_interval", 2)
@@ -98,10 +102,10 @@ def test_a_kill_at_any_moment_costs_nothing(go, monkeypatch):
         nonlocal count
         count += 1
         if count == 8:
-            raise MemoryError("killed")
+            raise Killed
         return step(*args)
     monkeypatch.setattr(train, "take_step", dies)
-    with pytest.raises(MemoryError):
+    with pytest.raises(Killed):
         go("parts", "--max_iters", 10, "--eval_interval", 2)
     assert log("parts")[-1]["iter"] == 7 and state("parts")["iter_num"] == 6
     monkeypatch.setattr(train, "take_step", step)
@@ -295,7 +299,7 @@ def ticking(monkeypatch):
 @pytest.mark.parametrize("minutes", [0.5, 1])
 def test_max_minutes_fits_the_schedule_to_the_time(go, ticking, minutes):
     go("out", "--max_minutes", minutes, "--eval_interval", 10)
-    assert 57 * minutes < ticking.monotonic() < 63 * minutes
+    assert 56 * minutes < ticking.monotonic() < 64 * minutes
     rates = [entry["lr"] for entry in log("out") if "lr" in entry]
     assert rates[-1] < 0.05 * max(rates) and rates[2:] == sorted(rates[2:], reverse=True)
     assert state("out")["iter_num"] == len(rates)
@@ -351,7 +355,7 @@ def test_no_numbers_stop_the_run_before_they_are_saved(go, monkeypatch, bad):
             return lr, loss, norm
         return lr, loss * math.nan if bad == "loss" else loss, norm * math.inf if bad == "gradient" else norm
     monkeypatch.setattr(train, "take_step", poisoned)
-    with pytest.raises(UserError, match="step 5: .*(nan|inf)") as error:
+    with pytest.raises(UserError, match="step 5, windows 32 to 39: .*(nan|inf)") as error:
         go("out", "--max_iters", 20, "--eval_interval", 2, "--learning_rate", 0.001)
     assert "--learning_rate 0.0005" in str(error.value) and state("out")["iter_num"] == 4
 

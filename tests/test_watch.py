@@ -1,0 +1,221 @@
+"""A training notices when its numbers are none, when its loss jumps, when memory runs out, and that it is not alone."""
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+import plan
+import train
+import watch
+from conftest import ROOT, TINY, assert_user_error, script
+from files import locked
+from settings import UserError
+from test_train import assert_same_run, go, log, prepared, state  # noqa: F401    fixtures among them
+
+
+def a_run(losses: list[float], norms: list[float] | None = None, scale: float | None = None) -> SimpleNamespace:
+    """What `look` sees of a run that has just taken so many steps."""
+    scaler = SimpleNamespace(is_enabled=lambda: scale is not None, get_scale=lambda: scale)
+    pairs = zip(losses, norms or [1.0] * len(losses))
+    return SimpleNamespace(
+        cfg=SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, out_dir="out", learning_rate=0.1),
+        state=train.State(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, saved_step=0,
+        fresh=[[torch.tensor(loss), torch.tensor(norm)] for loss, norm in pairs])
+
+
+@pytest.mark.parametrize("losses, norms", [([3.0, math.nan, 2.0, 2.0], None), ([3.0, 3.0, 2.0], [1, math.inf, 1])])
+def test_the_first_step_that_is_no_number_is_named(losses, norms):
+    with pytest.raises(UserError, match="step 2, windows 8 to 15: .*\n.*begin again"):
+        watch.look(a_run(losses, norms))
+
+
+def test_a_scaler_has_its_chance_before_the_run_stops():
+    assert watch.look(a_run([3.0, 2.0], [math.inf, math.inf], scale=64.0))[:2] == (2.0, math.inf)
+    with pytest.raises(UserError, match="step 1"):
+        watch.look(a_run([3.0, 2.0], [math.inf, math.inf], scale=0.5))
+
+
+def test_a_jump_is_found_and_noise_is_not():
+    noise = torch.Generator().manual_seed(0)
+    losses = [6 * 0.99 ** i + 2 + 0.1 * torch.randn((), generator=noise).item() for i in range(400)]
+    assert watch.look(a_run(losses))[2] == []
+    losses[300] += 2
+    [jump] = watch.look(a_run(losses))[2]
+    assert jump["iter"] == 301 and jump["jump"] == pytest.approx(losses[300]) and jump["windows"] == [2400, 2407]
+    assert 2 < jump["usual"] < 3
+
+
+def test_looking_seldom_finds_the_same():
+    losses = [2 + math.sin(i) / 10 for i in range(100)] + [9.0, 2.0]
+    whole, parts, found = a_run(losses), a_run(losses), []
+    for begin in range(0, len(losses), 7):
+        part = a_run(losses[begin:begin + 7])
+        part.state.iter_num += begin
+        part.state.position += 8 * begin
+        part.state.usual_loss, part.state.usual_rise = parts.state.usual_loss, parts.state.usual_rise
+        found += watch.look(part)[2]
+        parts.state = part.state
+    assert found == watch.look(whole)[2] and len(found) == 1
+    assert parts.state.usual_loss == whole.state.usual_loss
+
+
+def poison(monkeypatch, at: int, loss_times: float) -> None:
+    step = train.take_step
+
+    def poisoned(run, batches):
+        lr, loss, norm = step(run, batches)
+        return lr, loss * loss_times if run.state.iter_num == at else loss, norm
+    monkeypatch.setattr(train, "take_step", poisoned)
+
+
+def test_a_step_between_two_lines_of_the_log_is_named(go, monkeypatch):  # noqa: F811
+    poison(monkeypatch, 5, math.nan)
+    with pytest.raises(UserError, match="step 5, windows 32 to 39.*\n.*last good state is step 4, in out/last.pt"):
+        go("out", "--max_iters", 20, "--eval_interval", 4, "--log_interval", 20)
+    assert state("out")["iter_num"] == 4
+
+
+def test_a_jump_is_in_the_log_and_a_continued_run_is_the_same(go, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(watch, "RECENT", 5)
+    poison(monkeypatch, 12, 3)
+    go("whole", "--max_iters", 20, "--lr_decay_iters", 20, "--log_interval", 10)
+    assert "step 12: the loss jumped" in capsys.readouterr().out
+    assert [entry["iter"] for entry in log("whole")[1:] if "jump" in entry] == [12]
+    go("parts", "--max_iters", 11, "--lr_decay_iters", 20, "--log_interval", 10)
+    go("parts", "--max_iters", 20, "--lr_decay_iters", 20, "--log_interval", 10)
+    assert_same_run("whole", "parts")
+
+
+def test_weights_that_are_no_numbers_are_not_saved(go, monkeypatch):  # noqa: F811
+    go("out", "--max_iters", 4, "--eval_interval", 2)
+    before = {name: Path("out", name).read_bytes() for name in ("last.pt", "ckpt.pt")}
+    step = train.take_step
+
+    def spoils(run, batches):
+        numbers = step(run, batches)
+        with torch.no_grad():
+            run.model.norm.weight[0] = math.inf
+        return numbers
+    monkeypatch.setattr(train, "take_step", spoils)
+    with pytest.raises(UserError, match="norm.weight has values.*not saved\n.*step 4, in out/last.pt"):
+        go("out", "--max_iters", 5, "--eval_interval", 2)
+    assert before == {name: Path("out", name).read_bytes() for name in before}
+
+
+def test_what_fits_is_tried_and_the_same_run_goes_on_with_it(go, monkeypatch, capsys):  # noqa: F811
+    go("out", "--max_iters", 4)
+    forward = train.Transformer.forward
+
+    def too_large(model, tokens, targets=None):
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, tokens, targets)
+    monkeypatch.setattr(train.Transformer, "forward", too_large)
+    with pytest.raises(UserError, match="the same steps in less: --batch_size 1 --gradient_accumulation_steps 8"):
+        go("out", "--max_iters", 8)
+    go("out", "--max_iters", 8, "--batch_size", 1, "--gradient_accumulation_steps", 8, "--sample_tokens", 0)
+    assert "after the 4 steps that are done" in capsys.readouterr().out
+    assert state("out")["iter_num"] == 8 and state("out")["state"]["position"] == 64
+
+
+def test_nothing_fits(prepared, monkeypatch):  # noqa: F811
+    run = prepared()
+
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    monkeypatch.setattr(watch, "try_out", full)
+    with pytest.raises(UserError, match="smaller --max_seq_len"), watch.enough_memory(run.cfg, run):
+        full()
+    with pytest.raises(RuntimeError, match="a bug"), watch.enough_memory(run.cfg, run):
+        raise RuntimeError("a bug")
+
+
+# ---- one process at a time ----------------------------------------------------------------------
+
+def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(project):
+    command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
+        next(line for line in first.stdout if line.startswith("step 2"))
+        second = script("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2)
+        assert_user_error(second, "another process is writing to", "out")
+        first.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    with locked("out"):
+        pass
+
+
+def test_locks_are_for_one_folder_each_and_leave_nothing_of_their_own():
+    with locked("a/b"), locked("c"):
+        with pytest.raises(UserError, match="another process"), locked("c"):
+            pass
+        Path("c/file").touch()
+    assert not Path("a/b").exists() and Path("c/file").exists()
+
+
+def test_an_old_run_that_was_put_aside_half_is_put_back(go, monkeypatch):  # noqa: F811
+    go("out", "--max_iters", 2)
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    moved = []
+
+    def dies(source, target):
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(source)
+        source.rename(target)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(plan, "replace", dies)
+        go("out", "--max_iters", 2, "--seed", 5)
+    assert len(list(Path("out", plan.HALF).iterdir())) == 2
+    plan.put_back("out")
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+# ---- what a run goes on with --------------------------------------------------------------------
+
+@pytest.mark.parametrize("change", [
+    {"state": {"iter_num": "two"}}, {"state": {"colour": 1}}, {"optimizer": []}, {"optimizer": {}},
+    {"scaler": {"scale": 1}, "rng": {}}, {"rng": {"cpu": 3, "cuda": []}}, {"config": {"batch_size": "four"}},
+    {"format": 99}, {"model_args": {"dim": 10**12}}, {"model_args": {"n_layers": 10**9}}])
+def test_a_state_of_another_version_is_one_clear_line(go, change):  # noqa: F811
+    go("out", "--max_iters", 2)
+    saved = state("out")
+    for key, value in change.items():
+        saved[key] = {**saved[key], **value} if key in ("config", "model_args") else value
+    checkpoint.save("out/last.pt", saved)
+    before = Path("out/last.pt").read_bytes()
+    with pytest.raises(UserError):
+        go("out", "--max_iters", 4, "--init_from", "resume")
+    assert Path("out/last.pt").read_bytes() == before
+
+
+def test_moments_of_another_shape_are_refused(go):  # noqa: F811
+    go("out", "--max_iters", 2)
+    saved = state("out")
+    saved["optimizer"][0]["state"][0]["exp_avg"] = torch.zeros(3, 3)
+    checkpoint.save("out/last.pt", saved)
+    with pytest.raises(UserError, match="last.pt is of another version, or damaged"):
+        go("out", "--max_iters", 4)
+
+
+def test_settings_of_the_optimizer_may_change_while_a_run_goes_on(go):  # noqa: F811
+    go("out", "--max_iters", 2)
+    go("out", "--max_iters", 4, "--init_from", "resume", "--weight_decay", 0.7)
+    assert state("out")["optimizer"][0]["param_groups"][0]["weight_decay"] == 0.7
+
+
+def test_a_damaged_log_is_put_aside(go, capsys):  # noqa: F811
+    go("out", "--max_iters", 4)
+    lines = Path("out/log.jsonl").read_text(encoding="utf-8").replace('"loss": ', '"loss": 1', 1)
+    Path("out/log.jsonl").write_text(lines, encoding="utf-8")
+    Path("out/clock.jsonl").write_text('{"iter": "x"}\n{"iter": 1}\n[]\n', encoding="utf-8")
+    go("out", "--max_iters", 8)
+    assert "log.jsonl is damaged or gone" in capsys.readouterr().out
+    assert Path("out/log.damaged.jsonl").read_text(encoding="utf-8") == lines
+    assert [entry["iter"] for entry in log("out")[1:]] == [5, 6, 7, 8, 8]       # and an evaluation
+    assert [json.loads(line)["iter"] for line in Path("out/clock.jsonl").read_text().splitlines()] == [5, 6, 7, 8, 8]
