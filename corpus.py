@@ -41,6 +41,7 @@ MIRRORS = {
     "modelscope": f"https://www.modelscope.cn/datasets/AI-ModelScope/TinyStories/resolve/master/{ARCHIVE}",
 }
 PAUSES = (1, 4, 15)             # seconds before each further try of a mirror
+HEADINGS = 1 << 20              # bytes that an archive may have between two files
 
 _READ = 1 << 20                 # characters read at a time
 _PIECE = 1 << 16                # bytes written at a time, and at most lost when a connection breaks
@@ -153,7 +154,7 @@ def _json_values(stream: TextIO) -> Iterator[object]:
         try:
             value, at = decode(text, at)
         except ValueError as error:             # wrong, or not all of it is here yet
-            more = stream.read(_READ)
+            more = stream.read(max(_READ, len(text) - at))      # twice as much, so that no part is tried often
             text, at = text[at:] + more, 0
             if not text and not in_list:
                 return
@@ -329,6 +330,20 @@ def _check(part: Path, begins: bytes, announced: str) -> None:
         raise _Damaged("sent a file whose SHA-256 is not the announced one")
 
 
+class _Metered:
+    """The unpacked archive, of which no more than `left` bytes can be read: a heading may claim to be of any size."""
+
+    def __init__(self, plain: gzip.GzipFile):
+        self.plain, self.left = plain, HEADINGS
+
+    def read(self, size: int) -> bytes:
+        content = self.plain.read(size)
+        self.left -= len(content)
+        if self.left < 0:
+            raise tarfile.ReadError("its headings are larger than those of any archive")
+        return content
+
+
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack the .json files of the archive; `folder` appears when all of them are there and sound."""
     if not hasattr(tarfile, "data_filter"):
@@ -337,8 +352,9 @@ def _unpack(archive: Path, folder: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        with gzip.open(archive) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+        with gzip.open(archive) as plain, tarfile.open(fileobj=(metered := _Metered(plain)), mode="r|") as tar:
             for member in tqdm(tar, unit=" files", desc=f"unpacking {archive.name}", disable=None):
+                metered.left = member.size + HEADINGS
                 if member.size > shutil.disk_usage(fresh).free:
                     raise OSError(errno.ENOSPC, "the disk is too small for what the archive holds", str(fresh))
                 if member.isfile() and member.name.endswith(".json"):

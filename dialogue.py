@@ -11,7 +11,7 @@ from itertools import cycle, islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from settings import UserError
+from settings import UserError, printable, shown
 
 if TYPE_CHECKING:
     from sample import TextGenerator
@@ -56,12 +56,12 @@ def go_on(generator: "TextGenerator", said: list[str], system: str, options: dic
     answer = ""
     try:
         for piece in reply(generator, said, system, options):
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
             answer += piece
     except KeyboardInterrupt:
         pass
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return said[:-1]
     print()
     return [*said, answer]

@@ -29,7 +29,7 @@ import corpus
 import settings
 import shards
 from files import load_json, locked, replace, sha256, whole_file
-from settings import UserError
+from settings import UserError, shown
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tokenizer import Vocabulary, find, load
 
@@ -71,7 +71,7 @@ def main() -> None:
     vocabulary = load(model_path)
     source, threshold = find_source(cfg, model_path, vocabulary)
     files = corpus.find_files(source)
-    print(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries")
+    print(shown(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries"))
 
     folder = model_path.with_suffix("")
     target = ShardSet(folder, vocabulary.sha256, vocabulary.n_words, threshold, [])

@@ -32,7 +32,7 @@ import settings
 from chat import FORMATS, ChatFormat, Message, known_format
 from engine import Step
 from sampling import Sampling
-from settings import UserError
+from settings import UserError, printable, shown
 from tokenizer import Reader
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -326,17 +326,17 @@ def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) ->
     done = [Completion(start) for _ in range(cfg.num_samples)]
     streams, head = cfg.stream and not cfg.logprobs and not cfg.show_probs, start if cfg.echo else ""
     if streams:
-        print(head, end="", flush=True)
+        print(shown(head), end="", flush=True)
     for row, piece in generator.grow(done, **options(cfg)):
         if streams and row == 0:
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
     for row, one in enumerate(done):
         if row:
             print("---")
         if cfg.logprobs or cfg.show_probs:
             print_tokens(generator, one, cfg)
         else:
-            print("" if streams and row == 0 else head + one.text, flush=True)
+            print("" if streams and row == 0 else shown(head + one.text), flush=True)
 
 
 def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
@@ -363,7 +363,7 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in chunk[max(done - first, 0):])
             print(f"{first + len(chunk)} of {len(prompts)}", file=sys.stderr)
         else:
-            print(*((one.prompt if cfg.echo else "") + one.text for one in chunk), sep="\n---\n",
+            print(*(shown((one.prompt if cfg.echo else "") + one.text) for one in chunk), sep="\n---\n",
                   end="\n---\n" if first + len(chunk) < len(prompts) else "\n", flush=True)
 
 
@@ -400,7 +400,7 @@ def print_tokens(generator: TextGenerator, one: Completion, cfg: SimpleNamespace
     if cfg.show_probs:
         reader, ids = Reader(generator.tokenizer, head[:first], []), (head + one.tokens)[first:]
         texts = [painted(reader.add(i), token.logprob) for i, token in zip(ids, tokens[first - 1:])]
-        print((generator.tokenizer.decode(head[:1]) if cfg.echo else "") + "".join(texts) + reader.rest())
+        print(shown(generator.tokenizer.decode(head[:1]) if cfg.echo else "") + "".join(texts) + shown(reader.rest()))
     for token in tokens[first - 1:]:
         others = ", ".join(f"{piece!r} {chance:.0%}" for piece, chance in token.likeliest)
         print(f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"
@@ -410,7 +410,7 @@ def print_tokens(generator: TextGenerator, one: Completion, cfg: SimpleNamespace
 def painted(text: str, logprob: float) -> str:
     """The text of a token, red where the model did not expect it, green where it did."""
     level = min(int(6 * math.exp(logprob)), 5)
-    return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{text}\033[0m" if sys.stdout.isatty() else text
+    return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{printable(text)}\033[0m" if sys.stdout.isatty() else text
 
 
 def print_score(generator: TextGenerator, text: str) -> None:

@@ -38,6 +38,11 @@ def printable(text: str) -> str:
     return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def shown(text: str) -> str:
+    """What stdout may have of a text that anybody may have written: a terminal not all, a file or program all of it."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
