@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # two test processes on two cores; models are tiny here
 
+import torch  # noqa: E402
+
 import demo_stories  # noqa: E402
 import settings  # noqa: E402
 
@@ -67,6 +69,24 @@ def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
     assert "\nerror: " in "\n" + result.stderr, result.stderr
     for part in parts:
         assert part in result.stderr, (part, result.stderr)
+
+
+def assert_same(one, two, where="state") -> None:
+    """Equal to the last bit, tensors and all."""
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            if key not in ("seconds", "setup"):     # the wall clock is the one thing that may differ
+                assert_same(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for i, (a, b) in enumerate(zip(one, two)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == two, where
 
 
 @pytest.fixture(scope="session")

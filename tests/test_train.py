@@ -17,7 +17,7 @@ import checkpoint
 import plan
 import settings
 import train
-from conftest import ROOT, TINY, assert_user_error, script
+from conftest import ROOT, TINY, assert_same, assert_user_error, script
 from settings import UserError
 
 
@@ -44,24 +44,6 @@ def state(out: str, name: str = "last.pt") -> dict:
 
 def log(out: str) -> list[dict]:
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def assert_same(one, two, where="state") -> None:
-    """Equal to the last bit, tensors and all."""
-    assert type(one) is type(two), where
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype and torch.equal(one, two), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            if key not in ("seconds", "setup"):     # the wall clock is the one thing that may differ
-                assert_same(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert one == two, where
 
 
 def assert_same_run(one: str, two: str) -> None:

@@ -1,0 +1,13 @@
+"""Whatever happens to a process or a disk, the same command typed again ends with the files of an unbroken run.
+
+    python -m tests.faults --rounds 100                                 # every stage, every fault; hours
+    python -m tests.faults --rounds 20 --stage train --fault kill       # some of it
+    python -m tests.faults --every --stage preprocess --fault full      # at each file operation in turn
+
+The scripts themselves run, on little text, as processes: broken one to three times, then once in peace, and then every
+file is compared with that of the reference, a run that nothing broke. tests/test_faults.py is a sample of it.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for conftest, where pytest is not there to find it
