@@ -10,4 +10,5 @@ file is compared with that of the reference, a run that nothing broke. tests/tes
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for conftest, where pytest is not there to find it
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]      # conftest and the scripts, as pytest finds them

@@ -12,7 +12,7 @@ from . import __doc__ as about
 from .faults import AT_OPERATIONS, FAULTS, ONCE, WITH_MOUNT, Trial, attempt, can_mount
 from .stages import Stages
 
-STAGES = ("download", "vocabulary", "preprocess", "train")
+STAGES = ("download", "vocabulary", "preprocess", "train", "train_seldom")
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     for name in asked.stage:
         for fault in asked.fault:
             if fault in WITH_MOUNT and not can_mount():
-                print(f"{name:10}  {fault:11}  skipped: this process cannot mount file systems")
+                print(f"{name:12}  {fault:11}  skipped: this process cannot mount file systems")
             elif not asked.every or fault in AT_OPERATIONS:
                 failed += rounds(stages, name, fault, asked)
     if not failed and not asked.keep:
@@ -62,7 +62,7 @@ def rounds(stages: Stages, name: str, fault: str, asked: argparse.Namespace) -> 
         else:
             if not asked.keep:
                 shutil.rmtree(trial.place)
-    print(f"{name:10}  {fault:11}  {len(numbers) if asked.only is None else 1:4} rounds  {landed} of {broken} breaks "
+    print(f"{name:12}  {fault:11}  {len(numbers) if asked.only is None else 1:4} rounds  {landed} of {broken} breaks "
           f"inside  {len(failed)} failed{': ' if failed else ''}{', '.join(map(str, failed))}  "
           f"{time.monotonic() - began:.0f} s", flush=True)
     return len(failed)

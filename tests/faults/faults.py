@@ -122,8 +122,8 @@ def full(trial: Trial) -> bool:
 
 
 def full_disk(trial: Trial) -> bool:
-    """A real file system is filled at a random moment, but for 1 byte to 3 MB."""
-    room = int(10 ** trial.chance.uniform(0, 6.5))
+    """A real file system is filled at a random moment, but for 1 byte to 600 kB."""
+    room = int(10 ** trial.chance.uniform(0, 5.8))
     with own_disk(trial.folder):
         result = trial.run(trial.moment(), lambda process: fill(trial.folder / "filler", room))
         (trial.folder / "filler").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import checkpoint
@@ -31,9 +32,15 @@ class Stage:
     command: list[str]
     given: Path | None = None                   # a folder with the files that are there before it
     reference: Path = Path()
-    begin: float = 0.0                          # seconds that the imports take
     seconds: float = 0.0
     operations: list[tuple[int, str]] = field(default_factory=list)     # on files: number in the process, and kind
+
+    @cached_property
+    def begin(self) -> float:
+        """Seconds that the imports take."""
+        began = time.monotonic()
+        run(Stage("help", [self.command[0], "--help"]), self.reference)
+        return time.monotonic() - began
 
     def prepare(self, folder: Path) -> Path:
         """Make a folder with what the step finds there."""
@@ -67,10 +74,14 @@ class Stages:
     def preprocess(self) -> Stage:
         return Stage("preprocess", [str(ROOT / "preprocess.py"), "--num_workers", "2"], self["vocabulary"].reference)
 
-    def train(self) -> Stage:
-        return Stage("train", [str(ROOT / "train.py"), *TINY, "--max_iters", "12", "--eval_interval", "4",
-                               "--checkpoint_minutes", "0", "--out_dir", "out",
-                               "--data_dir", str(self["preprocess"].reference / "data")])
+    def train(self, name: str = "train", minutes: str = "0") -> Stage:
+        return Stage(name, [str(ROOT / "train.py"), *TINY, "--max_iters", "12", "--eval_interval", "4",
+                            "--checkpoint_minutes", minutes, "--out_dir", "out",
+                            "--data_dir", str(self["preprocess"].reference / "data")])
+
+    def train_seldom(self) -> Stage:
+        """Saves at evaluations only, so that a kill costs steps, and the first ckpt.pt is there before a last.pt."""
+        return self.train("train_seldom", "5")
 
 
 def measured(stage: Stage, folder: Path) -> Stage:
@@ -78,8 +89,6 @@ def measured(stage: Stage, folder: Path) -> Stage:
     stage.reference, trace = stage.prepare(folder / "reference" / stage.name), folder / "reference" / "trace"
     trace.unlink(missing_ok=True)
     began = time.monotonic()
-    run(Stage("help", [stage.command[0], "--help"]), folder)
-    stage.begin, began = time.monotonic() - began, time.monotonic()
     result = run(stage, stage.reference, under=str(stage.reference), trace=str(trace))
     assert result.returncode == 0, result.stderr
     stage.seconds = time.monotonic() - began

@@ -1,8 +1,8 @@
 """Breaks the disk or the clock of each Python process that finds this on its PYTHONPATH, as its variable FAULT says.
 
 FAULT holds, as JSON: under, the folder whose file operations count; at, the number of the one that breaks (0: none);
-how, "kill" (the process dies at it) or an errno (it fails, and all after it); trace, a file that gets a line for each
-operation; clock, a seed for the leaps of the clock.
+how, "kill" (the process dies at it) or an errno (it fails, and all after it, unless lasts is false); trace, a file that
+gets a line for each operation; clock, a seed for the leaps of the clock.
 """
 import builtins
 import io
@@ -19,9 +19,10 @@ CALLS = ("replace", "rename", "mkdir", "unlink", "remove", "rmdir", "fsync")
 class Disk:
     """Counts what a process does to the files below a folder, and breaks at one of these operations."""
 
-    def __init__(self, under: str, at: int = 0, how: str | int = "", trace: str = os.devnull):
-        self.under, self.at, self.how, self.count = os.path.realpath(under) + os.sep, at, how, 0
-        self.real_open, self.trace = io.open, os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def __init__(self, under: str, at: int = 0, how: str | int = "", lasts: bool = True,
+                 trace: str = os.devnull):
+        self.under, self.at, self.how, self.lasts = os.path.realpath(under) + os.sep, at, how, lasts
+        self.count, self.real_open, self.trace = 0, io.open, os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def holds(self, path: object) -> bool:
         return (isinstance(path, (str, bytes, os.PathLike))
@@ -33,9 +34,9 @@ class Disk:
         os.write(self.trace, f"{os.getpid()} {self.count} {what} {path or ''}\n".encode())
         if self.count == self.at:
             half()
-        if self.how == "kill" and self.count == self.at:
-            os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-        if self.how != "kill" and 0 < self.at <= self.count:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if self.count == self.at or self.lasts and 0 < self.at < self.count:
             raise OSError(self.how, os.strerror(self.how), *([os.fspath(path)] if path else []))
 
     def open(self, file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
