@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,14 +84,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(full_at_each, lasts):
     full_at_each(lambda: checkpoint.save("last.pt", state(2)), check, lasts)
 
 
-def test_a_full_disk_keeps_the_old_manifest(full_at_each, tmp_path):
-    def shard_set(documents: int) -> shards.ShardSet:
-        return shards.ShardSet(tmp_path, "0" * 64, 512, 0, [shards.Shard("val_0000.bin", "val", [], documents, 9, 20)])
+def test_a_full_disk_keeps_the_old_manifest(full_at_each, project, tmp_path):
+    old, new = (replace(shards.read(project / "tok512"), folder=tmp_path, val_threshold=mark) for mark in (1, 2))
 
     def check() -> None:
-        assert shards.read(tmp_path) in (shard_set(1), shard_set(2))
-        shard_set(1).save()
-    full_at_each(shard_set(2).save, check)
+        assert shards.read(tmp_path) in (old, new)
+        old.save()
+    full_at_each(new.save, check)
 
 
 def test_a_full_disk_keeps_the_lines_that_a_checkpoint_counts(full_at_each, tmp_path):
