@@ -1,5 +1,7 @@
 """A sample of tests/faults, and a full disk at every single operation of what writes the files."""
 import errno
+import hashlib
+import json
 import os
 import random
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from files import whole_file
 from record import Record
 
 FIRST, ENTRIES = {"config": {}}, [{"iter": i, "loss": 1 / i} for i in range(1, 4)]
+DIGESTS = [hashlib.sha256("".join(f"{json.dumps(entry)}\n" for entry in ENTRIES[:n]).encode()).hexdigest()
+           for n in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +106,12 @@ def test_a_full_disk_keeps_the_lines_that_a_checkpoint_counts(full_at_each, tmp_
         record.sync()
 
     def go_on() -> None:
-        record = Record(tmp_path, FIRST, lines=2)
+        record = Record(tmp_path, FIRST, 2, DIGESTS[2])
         record.write(ENTRIES[2], {"seconds": 1.0})
         record.sync()
 
     def check() -> None:
-        assert Record(tmp_path, FIRST, lines=2).entries == ENTRIES[:2]
+        assert Record(tmp_path, FIRST, 2, DIGESTS[2]).entries == ENTRIES[:2]
     begin()
     full_at_each(go_on, check)
-    assert Record(tmp_path, FIRST, lines=3).entries == ENTRIES
+    assert Record(tmp_path, FIRST, 3, DIGESTS[3]).entries == ENTRIES
