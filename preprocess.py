@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import get_context, parent_process
@@ -182,7 +182,8 @@ def run(jobs: list[Job], workers: int) -> Iterator[tuple[int, list[Shard]]]:
     total = sum(source.size for job in jobs for source in job.sources.values())
     with (tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar,
           ProcessPoolExecutor(min(workers, len(jobs), 60), context, _start_worker, (counter,)) as pool):
-        waiting = {pool.submit(write_shards, job) for job in jobs}
+        with deaf():
+            waiting = {pool.submit(write_shards, job) for job in jobs}
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             bar.update(counter.value - bar.n)
@@ -200,6 +201,22 @@ def run(jobs: list[Job], workers: int) -> Iterator[tuple[int, list[Shard]]]:
         raise failure
 
 
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Ctrl-C has to wait, also in processes that begin here, until they listen: it would be a traceback of imports."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        listen()
+
+
+def listen() -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 _counter = None         # in a worker process: the bytes read by all of them
 
 
@@ -207,6 +224,7 @@ def _start_worker(counter) -> None:
     global _counter
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
+    listen()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
