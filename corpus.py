@@ -349,7 +349,8 @@ def _unpack(archive: Path, folder: Path) -> None:
     if not hasattr(tarfile, "data_filter"):
         raise UserError("this Python cannot unpack archives safely; use 3.10.12, 3.11.4, 3.12 or newer")
     fresh = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
+    if fresh.exists():                  # what a kill has left
+        shutil.rmtree(fresh)
     fresh.mkdir()
     try:
         with gzip.open(archive) as plain, tarfile.open(fileobj=(metered := _Metered(plain)), mode="r|") as tar:

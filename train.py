@@ -286,9 +286,10 @@ def go(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     else:
         with enough_memory(cfg, run):
             run.reserve = print_plan(run)
-        if not run.state.iter_num:
+        if not plan.resumed:
             run.state.setup = run.seconds()
             set_aside(cfg.out_dir)
+            run.save("last.pt")         # from here on there is a run to go on with, and it is known that it can be saved
         with listening(run), enough_memory(cfg, run):
             train(run)
         say_goodbye(run)
