@@ -289,7 +289,7 @@ def go(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
         if not plan.resumed:
             run.state.setup = run.seconds()
             set_aside(cfg.out_dir)
-            run.save("last.pt")         # from here on there is a run to go on with, and it is known that it can be saved
+            run.save("last.pt")         # from here on there is a run to go on with, and saving is known to work
         with listening(run), enough_memory(cfg, run):
             train(run)
         say_goodbye(run)
