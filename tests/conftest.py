@@ -101,3 +101,13 @@ def project(tmp_path_factory) -> Path:
             patch.setattr(sys, "argv", [f"{name}.py", "--data_dir", str(folder), *map(str, args)])
             importlib.import_module(name).main()
     return folder
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory) -> Path:
+    """A folder with a small sound file of each kind: texts, vocabulary, shards, checkpoints, models in other forms."""
+    from faults import fuzz
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := tmp_path_factory.mktemp("sound"))
+        fuzz.make_files()
+    return folder

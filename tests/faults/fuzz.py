@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import tempfile
@@ -36,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import corpus  # noqa: E402
 import demo_stories  # noqa: E402
+import files  # noqa: E402
 import formats  # noqa: E402
 import plan  # noqa: E402
 import preprocess  # noqa: E402
@@ -55,8 +55,8 @@ MODEL, SHARDS = Path("data/tok300.model"), Path("data/tok300")
 # ---- sound files --------------------------------------------------------------------------------
 
 def call(script: Any, *args: Any) -> None:
-    sys.argv = [script.__file__, *map(str, args)]
-    script.main()
+    with patch.object(sys, "argv", [script.__file__, *map(str, args)]):
+        script.main()
 
 
 def make_files() -> None:
@@ -68,7 +68,9 @@ def make_files() -> None:
     Path("texts/c.txt").write_text(corpus.SEPARATOR.join(stories[20:30]), encoding="utf-8")
     Path("texts/d.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, stories[30:])).encode(), mtime=0))
     call(train_vocab, "--data", "texts", "--vocab_size", 300)
-    call(preprocess, "--num_workers", 1)
+    with patch.object(preprocess, "run", lambda jobs, workers: map(preprocess.write_shards, jobs)), \
+            patch.object(preprocess, "_count", lambda size: None):              # here, and not in a process of its own
+        call(preprocess)
     call(train, "--dim", 16, "--n_layers", 1, "--n_heads", 2, "--n_kv_heads", 1, "--max_seq_len", 32, "--max_iters", 2,
          "--eval_interval", 1, "--batch_size", 2, "--sample_tokens", 4, "--device", "cpu", "--compile", "false")
     for name in ("ckpt.pt", "last.pt"):             # without the time they took they are the same at each making
@@ -219,13 +221,12 @@ def nasty(rng: random.Random, old: Any) -> Any:
 
 def nasty_tensors(old: torch.Tensor) -> list[torch.Tensor]:
     plain = old.detach().float()
-    holed = plain.clone()
-    holed.view(-1)[:1] = math.nan
-    return [plain.double(), plain.half(), plain.bfloat16(), plain.long(), plain.bool(), plain.byte(), plain.T,
-            plain.flatten(), plain[None], plain[..., :0], plain[:1], torch.zeros(()), torch.zeros(0), holed,
-            plain / 0, torch.zeros(1).expand(10**9), torch.zeros(1, 1).expand(10**9, 10**9), plain[:1].expand_as(plain),
-            plain.to_sparse(), torch.complex(plain, plain), torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
-            plain.to("meta"), plain.to(torch.float8_e4m3fn)]
+    flat, one = plain.flatten(), torch.zeros(1)
+    holed = torch.where(plain == plain.max(), math.nan, plain)
+    return [plain.double(), plain.half(), plain.bfloat16(), plain.long(), plain.bool(), plain.byte(), plain.T, flat,
+            plain[None], flat[:0], flat[:1], one[0], holed, plain / 0, one.expand(10**9),
+            one[None].expand(10**9, 10**9), flat[:1].expand(flat.shape), plain.to_sparse(), torch.complex(plain, plain),
+            torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8), plain.to("meta"), plain.to(torch.float8_e4m3fn)]
 
 
 def json_tree(rng: random.Random, good: bytes) -> bytes:
@@ -234,8 +235,16 @@ def json_tree(rng: random.Random, good: bytes) -> bytes:
     lines = [json.loads(line) for line in text.split("\n") if line] if text[:1] != "{" or "\n{" in text else None
     value = changed_tree(rng, lines or json.loads(text))
     as_lines = lines and isinstance(value, list)
-    text = "\n".join(map(json.dumps, value)) + "\n" if as_lines else json.dumps(value, indent=1)
+    text = "\n".join(map(json.dumps, value)) + "\n" if as_lines else json.dumps(sealed(value), indent=1)
     return text.replace(json.dumps(DEEP), "[" * DEPTH + "]" * DEPTH).encode("utf-8", "surrogatepass")
+
+
+def sealed(value: Any) -> Any:
+    """The content of a manifest with the checksum that goes with it."""
+    if not isinstance(value, dict) or "checksum" not in value:
+        return value
+    content = {key: part for key, part in value.items() if key != "checksum"}
+    return {**content, "checksum": files._checksum(content)}
 
 
 def in_gzip(rng: random.Random, good: bytes) -> bytes:
@@ -365,6 +374,7 @@ def read_batch(target: Target, good: dict[str, bytes], whole: Any, seed: str, nu
         print(json.dumps(values), file=results, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    import resource                                 # not on Windows
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2 * MEMORY, size + 2 * MEMORY))
     first = peak()
@@ -389,6 +399,7 @@ def places(error: BaseException) -> str:
 
 
 def peak() -> int:
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 

@@ -1,0 +1,15 @@
+"""A short form of faults/fuzz.py: some damaged files of each kind, the same each time."""
+import os
+import shutil
+
+import pytest
+
+from faults import fuzz
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="inputs are read in child processes")
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_damaged_files_are_refused_or_read(sound, name):
+    shutil.copytree(sound, ".", dirs_exist_ok=True)
+    found = list(fuzz.fuzz(name, range(200), seed=0))
+    assert len(found) == 200 and {one.verdict for one in found} == {"read", "refused"}, fuzz.report(name, found, 0)

@@ -1,0 +1,362 @@
+"""Whatever is wrong with a file that a script reads, one message names it, and nothing changes on disk."""
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import corpus
+import preprocess
+import shards
+import tokenizer
+from conftest import assert_user_error, quickly
+from faults import fuzz
+from files import sha256
+from settings import UserError
+
+MODEL, NOTES, MANIFEST = "data/tok300.model", "data/tok300.json", "data/tok300/manifest.json"
+SHARD, CKPT, LAST = "data/tok300/val_0000.bin", "output/ckpt.pt", "output/last.pt"
+PREPROCESS, TRAIN, RESUME = ["preprocess"], ["train", "--max_iters", 2], ["train", "--init_from", "resume"]
+SAMPLE = ["sample", "--max_new_tokens", 2]
+VOCAB = ["train_vocab", "--vocab_size", 300, "--data"]
+ORDERS = [(MODEL, PREPROCESS), (MODEL, TRAIN), (NOTES, PREPROCESS), (MANIFEST, TRAIN), (SHARD, TRAIN), (LAST, RESUME),
+          (CKPT, SAMPLE), (CKPT, ["train", "--eval_only"]), ("texts/a.json", [*VOCAB, "texts/a.json"]),
+          ("texts/b.jsonl", [*VOCAB, "texts/b.jsonl"]), ("texts/d.jsonl.gz", [*VOCAB, "texts/d.jsonl.gz"]),
+          ("texts/c.txt", [*VOCAB, "texts/c.txt"]), ("prompt.txt", [*SAMPLE, "--prompt", "FILE:prompt.txt"]),
+          ("prompt.txt", [*SAMPLE, "--input_file", "prompt.txt", "--output_file", "new.jsonl"]),
+          ("prompt.txt", [*SAMPLE, "--score", "prompt.txt"])]
+WRONG = {"empty": b"", "noise": random.Random(1).randbytes(3000), "zeros": bytes(3000),
+         "not UTF-8": b"Once upon \xff\xfe a time", "UTF-16": "Once upon a time\nthere was".encode("utf-16"),
+         "deep": b"[" * 200_000, "deep object": b'{"a":' * 200_000, "html": b"<html><body>404</body></html>"}
+TEXT = {"empty", "zeros", "deep", "deep object", "html"}        # what is text too, and so not wrong in a .txt
+VALUES = [None, True, -1, 0.5, float("nan"), float("inf"), 10**30, "", "1", "\ud800", "\0", [], [1], {}, {"a": 1}]
+
+
+@pytest.fixture
+def files(sound) -> None:
+    """A sound file of each kind in the current folder."""
+    shutil.copytree(sound, ".", dirs_exist_ok=True)
+    Path("prompt.txt").write_text("Once upon a time\n", encoding="utf-8")
+
+
+def tree() -> dict[str, bytes | None]:
+    """All that is in the current folder."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+def refuses(order: list, *parts: str) -> None:
+    """Run a script: it ends with a message that holds all parts, and leaves everything as it was."""
+    before = tree()
+    assert_user_error(quickly(*order), *parts)
+    assert tree() == before
+
+
+def accepts(load: Callable[[], Any]) -> bool:
+    """Whether something is read; if not, there is a message to the user, and in no case a change on disk."""
+    before = tree()
+    try:
+        load()
+    except UserError:
+        return False
+    finally:
+        assert tree() == before
+    return True
+
+
+def load_shards() -> shards.ShardSet:
+    return shards.load(Path("data/tok300"), tokenizer.load(MODEL).sha256)
+
+
+def load_notes() -> tuple[Path, int]:
+    cfg = SimpleNamespace(data="", data_dir="data", tokenizer="")
+    return preprocess.find_source(cfg, Path(MODEL), tokenizer.load(MODEL))
+
+
+def ids_of(order: tuple) -> str:
+    return f"{order[1][0]} {Path(order[0]).name} {order[1][-1]}"
+
+
+# ---- any file -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
+def test_a_missing_file(files, name, order):
+    Path(name).unlink()
+    refuses(order, Path(name).stem)
+
+
+@pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
+def test_a_folder_in_its_place(files, name, order):
+    Path(name).unlink()
+    Path(name).mkdir()
+    refuses(order, Path(name).stem)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
+def test_other_content(files, name, order, kind):
+    Path(name).write_bytes(WRONG[kind])
+    if kind not in TEXT or not name.endswith(".txt") or kind == "empty" and order[-2] != "--prompt":
+        refuses(order, Path(name).name)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
+def test_a_file_that_may_not_be_read(files, name, order):
+    Path(name).chmod(0)
+    with pytest.MonkeyPatch.context():
+        assert_user_error(quickly(*order), Path(name).name)
+    Path(name).chmod(0o644)
+
+
+@pytest.mark.parametrize("name, load", [(MANIFEST, load_shards), (NOTES, load_notes), (SHARD, load_shards),
+                                        (MODEL, load_notes), (CKPT, lambda: checkpoint.load(CKPT))])
+def test_a_file_cut_anywhere(files, name, load):
+    """At every length where the file is small; large ones at every length of their beginning, and at some others."""
+    whole = Path(name).read_bytes()
+    lengths = {*range(min(len(whole), 1024)), *random.Random(1).sample(range(len(whole)), min(len(whole), 200))}
+    for length in sorted(lengths):
+        Path(name).write_bytes(whole[:length])
+        with pytest.raises(UserError, match=Path(name).stem):
+            load()
+
+
+@pytest.mark.parametrize("name, order", ORDERS[:9], ids=map(ids_of, ORDERS[:9]))
+def test_a_cut_file_through_the_scripts(files, name, order):
+    whole = Path(name).read_bytes()
+    for length in random.Random(1).sample(range(1, len(whole)), 3):
+        Path(name).write_bytes(whole[:length])
+        refuses(order, Path(name).name)
+
+
+@pytest.mark.parametrize("target", ["manifest", "shard", "checkpoint", "last"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(files, target):
+    name, load = fuzz.TARGETS[target].files[-1], fuzz.TARGETS[target].read
+    whole, content = Path(name).read_bytes(), load()
+    for place in random.Random(1).sample(range(8 * len(whole)), 150):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        Path(name).write_bytes(damaged)
+        try:
+            assert load() == content, f"bit {place}"
+        except UserError as error:
+            assert Path(name).name in str(error)
+
+
+# ---- vocabulary and its notes -------------------------------------------------------------------
+
+def test_another_vocabulary_of_that_size(files):
+    Path(MODEL).write_bytes(tokenizer.train(lambda: ["other words, and other pieces of them"] * 9, 300).model)
+    refuses(PREPROCESS, "tok300.json is not about")
+    refuses(TRAIN, "another vocabulary")
+    refuses([*SAMPLE, "--tokenizer", MODEL], "tok300.model is not the vocabulary")
+
+
+@pytest.mark.parametrize("key", ["sha256", "source", "val_threshold"])
+def test_wrong_values_in_the_notes(files, key):
+    facts = json.loads(Path(NOTES).read_text(encoding="utf-8"))
+    for value in VALUES:
+        if not isinstance(value, str) or key == "sha256":
+            Path(NOTES).write_text(json.dumps({**facts, key: value}), encoding="utf-8")
+            with pytest.raises(UserError, match="tok300.json"):
+                load_notes()
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_notes_that_are_no_object(files, value):
+    Path(NOTES).write_text(json.dumps(value), encoding="utf-8")
+    refuses(PREPROCESS, "tok300.json")
+
+
+# ---- manifest and shards ------------------------------------------------------------------------
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The way to each value in a tree."""
+    if path:
+        yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+def with_value(tree: Any, path: tuple, value: Any) -> Any:
+    if not path:
+        return value
+    copy = tree.copy()
+    copy[path[0]] = with_value(copy[path[0]], path[1:], value)
+    return copy
+
+
+def manifest() -> dict[str, Any]:
+    return json.loads(Path(MANIFEST).read_text(encoding="utf-8"))
+
+
+def save_manifest(content: dict[str, Any]) -> None:
+    """With a checksum that is right, so that what is behind it is reached."""
+    Path(MANIFEST).write_text(json.dumps(fuzz.sealed({**content, "checksum": ""})), encoding="utf-8")
+
+
+def test_a_wrong_value_anywhere_in_the_manifest(files):
+    """A text may stand for a text, and in what is only counted a number for a number; nothing else is read."""
+    content = manifest()
+    for path in places(content):
+        old = content[path[0]] if len(path) == 1 else None
+        for value in VALUES:
+            save_manifest(with_value(content, path, value))
+            if accepts(load_shards):
+                assert path[-1] in ("name", "sha256", "val_threshold") and type(value) in (str, int), (path, value, old)
+
+
+@pytest.mark.parametrize("key", ["format", "dtype", "tokenizer_sha256", "vocab_size", "val_threshold", "shards"])
+def test_a_manifest_without_a_key(files, key):
+    save_manifest({k: v for k, v in manifest().items() if k != key})
+    refuses(TRAIN, "manifest.json", "python preprocess.py")
+
+
+@pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", "a\\b", "..", ".", "", "C:\\x.bin", "a/b", "\0",
+                                  "x" * 5000])
+def test_a_shard_outside_the_folder(files, file):
+    content = manifest()
+    content["shards"][0]["file"] = file
+    save_manifest(content)
+    refuses(TRAIN, "manifest.json", "python preprocess.py")
+
+
+def test_a_shard_that_is_listed_twice(files):
+    content = manifest()
+    save_manifest({**content, "shards": [*content["shards"], content["shards"][0]]})
+    refuses(TRAIN, "manifest.json")
+
+
+@pytest.mark.parametrize("format", [0, 1, 99])
+def test_a_manifest_of_another_format(files, format):
+    if format != shards.FORMAT:
+        save_manifest({**manifest(), "format": format})
+        refuses(TRAIN, "manifest.json", "python preprocess.py")
+
+
+def test_ids_beyond_the_vocabulary(files):
+    ids = np.fromfile(SHARD, "<u2")
+    ids[5] = 300
+    ids.tofile(SHARD)
+    content = manifest()
+    content["shards"][1]["sha256"] = sha256(SHARD)
+    save_manifest(content)
+    refuses(TRAIN, "val_0000.bin")
+
+
+@pytest.mark.parametrize("change", [lambda ids: ids[:-1], lambda ids: np.append(ids, 2), lambda ids: ids[:0],
+                                    lambda ids: ids.astype("<u4"), lambda ids: ids[::-1]])
+def test_a_shard_of_other_content(files, change):
+    change(np.fromfile(SHARD, "<u2")).tofile(SHARD)
+    refuses(TRAIN, "val_0000.bin", "python preprocess.py")
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+def save(change: Callable[[dict], Any], name: str = CKPT) -> None:
+    state = checkpoint.load(name)
+    Path(name).unlink()
+    torch.save(change(state) or state, name)
+
+
+WEIGHTS = {
+    "NaN": lambda w: w * float("nan"), "inf": lambda w: w / 0, "another shape": lambda w: w[:-1],
+    "turned": lambda w: w.T, "one more dimension": lambda w: w[None], "empty": lambda w: w[:0],
+    "complex": lambda w: torch.complex(w, w), "sparse": lambda w: w.to_sparse(), "integers": lambda w: w.long(),
+    "meta": lambda w: w.to("meta"), "quantised": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+    "a list": lambda w: w.tolist(), "a thousand million in 4 bytes": lambda w: torch.zeros(1).expand(10**9),
+    "nothing": lambda w: None}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name, order", [(CKPT, SAMPLE), (LAST, RESUME)], ids=["sample", "resume"])
+def test_wrong_weights(files, name, order, kind):
+    save(lambda state: state["model"].update({"tok_embeddings.weight": WEIGHTS[kind](
+        state["model"]["tok_embeddings.weight"])}), name)
+    refuses(order, Path(name).name)
+
+
+@pytest.mark.parametrize("args", [{"dim": 10**9}, {"n_layers": 10**9}, {"vocab_size": 10**9}, {"hidden_dim": 10**9},
+                                  {"max_seq_len": 10**9}, {"multiple_of": 10**30}, {"n_heads": 10**9}, {"dim": "16"},
+                                  {"n_layers": True}, {"dim": 16.0}, {"n_heads": None}, {"norm_eps": "1"}, {"x": 1},
+                                  {"rope_scaling": True}, {"rope_scaling": {"factors": [1.0] * 9}}, {"dropout": -1},
+                                  {"rope_scaling": {"factor": 0}}, {"norm_eps": float("nan")}, {1: 2}])
+@pytest.mark.parametrize("name, order", [(CKPT, SAMPLE), (LAST, RESUME)], ids=["sample", "resume"])
+def test_a_wrong_shape(files, name, order, args):
+    """Refused before there is memory for such a model."""
+    save(lambda state: state["model_args"].update(args), name)
+    refuses(order, Path(name).name)
+
+
+@pytest.mark.parametrize("key", checkpoint.TO_GO_ON)
+def test_wrong_values_in_a_checkpoint(files, key):
+    """Of each key a run needs to go on; a type that fits is not wrong."""
+    state = checkpoint.load(LAST)
+    good = Path(LAST).read_bytes()
+    for value in [*VALUES[:1], 10**30, "1", [1], {"a": 1}, torch.zeros(3)]:
+        if type(value) is not type(state[key]) or value == {"a": 1} and key != "config":
+            Path(LAST).write_bytes(good)
+            save(lambda state: {**state, key: value}, LAST)
+            refuses(RESUME, "")
+
+
+@pytest.mark.parametrize("key", checkpoint.REQUIRED)
+def test_a_checkpoint_without_a_key(files, key):
+    save(lambda state: {k: v for k, v in state.items() if k != key})
+    refuses(SAMPLE, CKPT, key)
+
+
+def test_other_objects_than_a_checkpoint(files):
+    for content in (None, 1, "a", [], [1], torch.zeros(3), {}, {1: 2}, {"model": {}}, ({},)):
+        torch.save(content, CKPT)
+        refuses(SAMPLE, CKPT)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", bytes(100), None, 1, "text", b"{", b"{}", b"QQ== 0\n"])
+def test_a_wrong_vocabulary_in_a_checkpoint(files, content):
+    save(lambda state: {**state, "tokenizer": content})
+    refuses(SAMPLE, "vocabulary" if not content or not isinstance(content, bytes) else "")
+
+
+def test_a_checkpoint_with_a_chat_that_is_no_text(files):
+    for chat in ([], {}, 1, "unheard of"):
+        save(lambda state: {**state, "chat": chat})
+        assert "Traceback" not in quickly(*SAMPLE).stderr
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("record", ["1", "null", "true", "[1]", '{"story": 1}', '{"story": null}', '{"other": "a"}',
+                                    "{}", '{"text": ["a"]}', "NaN", "[" * 100_000])
+@pytest.mark.parametrize("name", ["texts/a.json", "texts/b.jsonl"])
+def test_records_that_are_no_text(files, name, record):
+    before = Path(name).read_text(encoding="utf-8")
+    Path(name).write_text(before.replace("[", f"[{record},", 1) if name.endswith("json") else f"{before}\n{record}",
+                          encoding="utf-8")
+    refuses([*VOCAB, name], Path(name).name, "record")
+
+
+def test_half_a_character_in_json_becomes_a_mark(files):
+    Path("texts/a.json").write_text(json.dumps(["a \ud800 b", "c"]), encoding="utf-8")
+    assert list(corpus.documents(Path("texts/a.json"))) == ["a \ufffd b", "c"]
+
+
+# ---- the log ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["log.jsonl", "clock.jsonl"])
+@pytest.mark.parametrize("content", [*WRONG.values(), *(json.dumps(value).encode() + b"\n" for value in VALUES),
+                                     b'{}\n{}\n{}\n', b'{"iter": "1"}\n' * 4, b'{"iter": 1, "val_loss": 1}\n' * 4])
+def test_a_run_whose_log_is_wrong_goes_on_or_says_so(files, name, content):
+    Path("output", name).write_bytes(content)
+    result = quickly("train", "--init_from", "resume", "--max_iters", 3)
+    assert "Traceback" not in result.stderr
+    if result.returncode:
+        assert_user_error(result, name)
