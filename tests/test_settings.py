@@ -3,6 +3,9 @@ import ast
 import importlib
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import settings
 from conftest import ROOT, assert_user_error, script
@@ -58,6 +61,24 @@ def test_names_with_hyphens(block):
 def test_mistakes_are_errors(block, argv, message):
     with pytest.raises(settings.UserError, match=message.replace("?", r"\?")):
         read(block, *argv)
+
+
+WORDS = ["--rate", "--count", "--name", "--on", "--no_on", "--no-on", "--", "-", "=", "nan", "1e999", "9" * 5000, "%s",
+         "--help", "-h", "--on=", "--count=", "--name=x", "@file", "{}"]
+
+
+@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(argv=st.lists(st.one_of(st.text(max_size=20), st.sampled_from(WORDS),
+                               st.tuples(st.sampled_from(WORDS), st.text(max_size=9)).map("=".join)), max_size=6))
+def test_any_command_line_is_read_refused_or_helped(block, argv):
+    """Never an exception of another kind, and no file is made."""
+    try:
+        found = read(block, *argv)
+        assert [type(found[name]) for name in ("rate", "count", "name", "on")] == [float, int, str, bool]
+    except settings.UserError as error:
+        assert str(error)
+    except SystemExit as end:
+        assert end.code == 0 and {"--help", "-h"} & set(argv)
 
 
 def test_only_what_was_given_counts_as_given(block, capsys):

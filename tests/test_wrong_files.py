@@ -279,19 +279,29 @@ WEIGHTS = {
 def test_wrong_weights(files, name, order, kind):
     save(lambda state: state["model"].update({"tok_embeddings.weight": WEIGHTS[kind](
         state["model"]["tok_embeddings.weight"])}), name)
-    refuses(order, Path(name).name)
+    refuses(order)
 
 
 @pytest.mark.parametrize("args", [{"dim": 10**9}, {"n_layers": 10**9}, {"vocab_size": 10**9}, {"hidden_dim": 10**9},
                                   {"max_seq_len": 10**9}, {"multiple_of": 10**30}, {"n_heads": 10**9}, {"dim": "16"},
                                   {"n_layers": True}, {"dim": 16.0}, {"n_heads": None}, {"norm_eps": "1"}, {"x": 1},
                                   {"rope_scaling": True}, {"rope_scaling": {"factors": [1.0] * 9}}, {"dropout": -1},
-                                  {"rope_scaling": {"factor": 0}}, {"norm_eps": float("nan")}, {1: 2}])
+                                  {"rope_scaling": {"factor": 0}}, {"norm_eps": float("nan")}, {1: 2}], ids=repr)
 @pytest.mark.parametrize("name, order", [(CKPT, SAMPLE), (LAST, RESUME)], ids=["sample", "resume"])
 def test_a_wrong_shape(files, name, order, args):
     """Refused before there is memory for such a model."""
     save(lambda state: state["model_args"].update(args), name)
-    refuses(order, Path(name).name)
+    refuses(order)
+
+
+@pytest.mark.parametrize("name, order", [(CKPT, SAMPLE), (LAST, RESUME)], ids=["sample", "resume"])
+@pytest.mark.parametrize("change", [
+    lambda state: state["model_args"].update(n_heads=3), lambda state: state.update(architecture="unheard of"),
+    lambda state: state["model"]["norm.weight"].fill_(float("nan")), lambda state: state["model"].pop("norm.weight")],
+    ids=["shape", "architecture", "NaN", "missing weight"])
+def test_what_is_wrong_inside_a_checkpoint_is_told_with_its_name(files, name, order, change):
+    save(lambda state: (change(state), state)[1], name)
+    refuses(order, name)
 
 
 @pytest.mark.parametrize("key", checkpoint.TO_GO_ON)
