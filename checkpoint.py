@@ -114,8 +114,8 @@ def _compare_checksums(path: Path) -> None:
 
 def _is_plain(weight: Any) -> bool:
     """Whether it is a tensor of numbers that are all there. One number that poses as a large array is not."""
-    return (isinstance(weight, torch.Tensor) and weight.layout == torch.strided and weight.is_floating_point()
-            and weight.nbytes <= weight.untyped_storage().nbytes())
+    return (isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.layout == torch.strided
+            and weight.is_floating_point() and weight.nbytes <= weight.untyped_storage().nbytes())
 
 
 def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:
@@ -133,40 +133,40 @@ def model_state(model: Transformer | GPT2) -> dict[str, Any]:
             "format": FORMAT}
 
 
-def build_args(state: dict[str, Any]) -> ModelArgs | GPT2Args:
-    """The shape of a state's model. Raises UserError when no model has it."""
+def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> ModelArgs | GPT2Args:
+    """The shape of a state's model. Raises UserError, about the file `name`, when no model has it."""
     try:
         args = ARCHITECTURES[state.get("architecture", "llama")].args(**state["model_args"])
     except KeyError as error:
-        raise UserError(f"the checkpoint's architecture is {error}; known are {', '.join(ARCHITECTURES)}") from error
+        raise UserError(f"{name} has the architecture {error}; known are {', '.join(ARCHITECTURES)}") from error
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"the checkpoint's model_args do not fit together: {error}") from error
+        raise UserError(f"{name}: its model_args do not fit together: {error}") from error
     table = state["model"].get("tok_embeddings.weight")
     if table is None or table.shape != (args.vocab_size, args.dim) or args.n_layers > len(state["model"]):
-        raise UserError(f"the checkpoint's weights do not fit its model_args: {args.n_layers} layers, embeddings of "
+        raise UserError(f"{name}: its weights do not fit its model_args: {args.n_layers} layers, embeddings of "
                         f"{args.vocab_size} x {args.dim}")
     return args
 
 
-def build_model(state: dict[str, Any], own: bool = True) -> Transformer | GPT2:
+def build_model(state: dict[str, Any], own: bool = True, name: str | Path = "the checkpoint") -> Transformer | GPT2:
     """Make the model of a state.
 
     own: with weights of its own, in float32, for training; else with those of the state, in their format, so that
         they are not twice in memory.
-    Raises UserError when weights and shape do not belong together, or a weight is no number.
+    Raises UserError, about the file `name`, when weights and shape do not belong together, or a weight is no number.
     """
-    args = build_args(state)
+    args = build_args(state, name)
     try:
         with torch.device("meta"), _Unfilled():         # takes no memory before the shapes are known to be right
             model = ARCHITECTURES[architecture_of(args)].model(args)
         weights = state["model"]
         if own:
-            weights = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+            weights = {part: weight.to(torch.float32, copy=True) for part, weight in weights.items()}
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise UserError(f"the checkpoint's weights do not fit its model_args: {error}") from error
-    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise UserError(f"the checkpoint's weights are damaged: {broken[0]} has values that are no numbers (NaN, inf)")
+        raise UserError(f"{name}: its weights do not fit its model_args: {error}") from error
+    if broken := [part for part, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(f"{name} is damaged: {broken[0]} has values that are no numbers (NaN, inf)")
     if model.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     return model

@@ -34,7 +34,7 @@ class GPT2Args:
     def __post_init__(self):
         problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
                     ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
-                    if not isinstance(value := getattr(self, name), int) or value < 1]
+                    if type(value := getattr(self, name)) is not int or not 0 < value < 2**31]
         if not problems and self.dim % self.n_heads:
             problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.dropout < 1:

@@ -44,10 +44,10 @@ class ModelArgs:
     def __post_init__(self):
         problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
                     ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "multiple_of")
-                    if not isinstance(value := getattr(self, name), int) or value < 1]
+                    if type(value := getattr(self, name)) is not int or not 0 < value < 2**31]
         problems += [f"{name} must be above 0 and finite, not {getattr(self, name)}" for name in
                      ("norm_eps", "rope_theta", "ffn_dim_multiplier") if not 0 < getattr(self, name) < math.inf]
-        if not isinstance(self.hidden_dim, int) or self.hidden_dim < 0:
+        if type(self.hidden_dim) is not int or not 0 <= self.hidden_dim < 2**31:
             problems.append(f"hidden_dim must be a whole number from 0 on, not {self.hidden_dim!r}")
         if not problems and self.max_seq_len * self.head_dim > LARGEST_ROPE:
             problems.append(f"max_seq_len {self.max_seq_len} x dim / n_heads {self.head_dim} is above {LARGEST_ROPE}")
@@ -59,6 +59,8 @@ class ModelArgs:
             problems.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be in [0, 1), not {self.dropout}")
+        if not problems and self.rope_scaling is not None and not _turns(self):
+            problems.append(f"rope_scaling cannot be {self.rope_scaling!r:.80}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -106,6 +108,15 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         speed = speed * (keep + (1 - keep) / scale["factor"])
     return speed
+
+
+def _turns(args: ModelArgs) -> bool:
+    """Whether there is a frequency for each pair."""
+    try:
+        speed = rope_frequencies(args)
+    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError):
+        return False
+    return len(speed) == args.head_dim // 2 and bool((speed.isfinite() & (speed > 0)).all())
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:

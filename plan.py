@@ -104,6 +104,13 @@ def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
     return formats.read(cfg.init_from) if named else None
 
 
+def saved_in(cfg: SimpleNamespace) -> Path:
+    """The file that a saved state is from."""
+    if cfg.init_from not in ("auto", "scratch", "resume"):
+        return Path(cfg.init_from)
+    return Path(cfg.out_dir) / ("ckpt.pt" if cfg.eval_only else "last.pt")
+
+
 def check_shape(given: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise UserError for settings that would be another model than the saved one."""
     own = saved["model_args"]
@@ -196,7 +203,8 @@ def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: V
     if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
         raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}")
     try:
-        args = checkpoint.build_args(saved) if saved else ModelArgs(**{**chosen, "vocab_size": vocabulary.n_words})
+        args = (checkpoint.build_args(saved, saved_in(cfg)) if saved else
+                ModelArgs(**{**chosen, "vocab_size": vocabulary.n_words}))
     except (TypeError, ValueError) as error:
         raise UserError(f"model: {error}") from error
     known = saved and "tokenizer_sha256" in saved           # then it may have more embeddings than entries

@@ -97,6 +97,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
                 entry = json.loads(line)
+                _line(entry).encode()               # fails for half of a character, which JSON can spell
             except (ValueError, RecursionError):
                 break
             if not isinstance(entry, dict):

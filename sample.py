@@ -118,7 +118,7 @@ class TextGenerator:
             raise UserError(f"--compile is not for {self.where.device}; leave it out")
         state = formats.read(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(state)
-        model = checkpoints.build_model(state, own=False).to(self.where.device)
+        model = checkpoints.build_model(state, own=False, name=checkpoint).to(self.where.device)
         if self.tokenizer.n_words > model.args.vocab_size:
             raise UserError(f"the vocabulary has {self.tokenizer.n_words} entries, the model "
                             f"{model.args.vocab_size}; they do not belong together")

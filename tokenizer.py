@@ -94,11 +94,12 @@ class Tokenizer(Vocabulary):
         name = "the tokenizer" if isinstance(model, bytes) else str(model)
         try:
             self._sp = SentencePieceProcessor(model_proto=self.model)
-        except (RuntimeError, OSError) as error:
+            self.n_words = self._sp.vocab_size()
+            self.pieces()               # all of them are text
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{name} is not a SentencePiece model ({len(self.model)} bytes)") from error
         if not self.model or self._sp.vocab_size() == 0:
             raise UserError(f"{name} is an empty SentencePiece model")
-        self.n_words = self._sp.vocab_size()
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
         self.exact = self._sp.encode("\n", out_type=str) == [SPACE, "\n"]   # only `train` makes a piece of it
 
@@ -288,11 +289,13 @@ def load(source: str | Path | bytes) -> Vocabulary:
         UserError: when there is none, or it is damaged, or its package is missing.
     """
     model = source if isinstance(source, bytes) else _read(Path(source))
-    if model.lstrip()[:1] == b"{":
-        return JsonTokenizer(model)
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
-        return TiktokenTokenizer(model)
-    return Tokenizer(model if isinstance(source, bytes) else source)
+    is_json, is_tiktoken = model.lstrip()[:1] == b"{", re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model)
+    if not is_json and not is_tiktoken:
+        return Tokenizer(model if isinstance(source, bytes) else source)
+    try:
+        return JsonTokenizer(model) if is_json else TiktokenTokenizer(model)
+    except UserError as error:
+        raise error if isinstance(source, bytes) else UserError(f"{source}: {error}") from error
 
 
 def extra(package: str, what: str) -> Any:

@@ -34,7 +34,7 @@ from dataset import IGNORE, Task
 from files import locked
 from model import Transformer
 from muon import Muon
-from plan import Plan, clock, lasting, prepare, print_plan, put_back, set_aside
+from plan import Plan, clock, lasting, prepare, print_plan, put_back, saved_in, set_aside
 from presets import PRESETS
 from record import Record
 from sampling import Sampling
@@ -122,7 +122,8 @@ class Run:
         """Build it as planned: new, from saved weights, or as a saved run was when it stopped."""
         self.cfg, self.where, self.data, self.vocabulary = plan.cfg, plan.where, plan.data, plan.vocabulary
         torch.manual_seed(self.cfg.seed)
-        model = checkpoint.build_model(plan.saved) if plan.saved else Transformer(plan.args)
+        model = (checkpoint.build_model(plan.saved, name=saved_in(plan.cfg)) if plan.saved else
+                 Transformer(plan.args))
         self.model = model.to(self.where.device)
         self.chat = plan.saved.get("chat", "") if plan.saved else ""       # the form of messages it was taught
         self.optimizers = make_optimizers(self)

@@ -45,7 +45,7 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
         path = gpt2_folder.download(str(source), "data")
     try:
         state = (_reader(path) or checkpoint.load)(path)
-        checkpoint.build_args(state)
+        checkpoint.build_args(state, path)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error    # it can fail in any way
     return with_vocabulary(state, source, tokenizer) if tokenizer else state
