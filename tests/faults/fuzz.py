@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -438,6 +439,7 @@ def main() -> None:
     began = time.monotonic()
     numbers = range(cfg.inputs // len(names))
     failures = sum(report(name, list(fuzz(name, numbers, cfg.seed)), cfg.seed) for name in names)
+    shutil.rmtree(folder)
     print(f"{failures} failures in {time.monotonic() - began:.0f} s")
     sys.exit(failures > 0)
 
