@@ -27,6 +27,7 @@ from settings import UserError
 from tokenizer import Vocabulary
 
 FORMAT = 1
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 KINDS = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict,
          "state": dict, "tokenizer": bytes, "tokenizer_sha256": str, "data_sha256": str, "architecture": str,
          "chat": str, "format": int}                # what there must be under a key, if it is there
@@ -115,7 +116,7 @@ def _compare_checksums(path: Path) -> None:
 def _is_plain(weight: Any) -> bool:
     """Whether it is a tensor of numbers that are all there. One number that poses as a large array is not."""
     return (isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.layout == torch.strided
-            and weight.is_floating_point() and weight.nbytes <= weight.untyped_storage().nbytes())
+            and weight.dtype in FLOATS and weight.nbytes <= weight.untyped_storage().nbytes())
 
 
 def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
         raise UserError(f"{', '.join(fixed)} cannot change while a run goes on; begin another: --init_from scratch")
     for name, value in own.items():
         if type(value) is not type(getattr(cfg, name)):
-            raise UserError(f"{cfg.out_dir}/last.pt has {value!r:.50} for {name}; is it of another version?")
+            raise UserError(f"{cfg.out_dir}/last.pt has a {type(value).__name__} for {name}; is it of another version?")
         if name not in given or name == "init_from":
             setattr(cfg, name, value)
 

@@ -107,7 +107,7 @@ def find_source(cfg, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, in
         try:
             facts = load_json(notes)
             digest, known, threshold = facts["sha256"], Path(facts["source"]), int(facts["val_threshold"])
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise UserError(f"{notes} is damaged ({error})\n       run python train_vocab.py again") from error
         if digest != vocabulary.sha256:
             raise UserError(f"{model_path} is not as step 1 wrote it: {notes} has another SHA-256\n       "

@@ -377,7 +377,7 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
     whole, rest = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
     try:
         found = [json.loads(line)["prompt"] for line in whole.decode().split("\n")[:-1]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is there, and not from this command; name another --output_file") from error
     begun = [json.dumps({"prompt": prompt})[:-1].encode() for prompt in prompts[len(found):len(found) + 1]]
     own = not rest or any(rest[:len(line)] == line[:len(rest)] for line in begun)

@@ -67,7 +67,7 @@ class Vocabulary:
     def begin(self, text: str) -> list[int]:
         """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it."""
         ids = self.encode(text)
-        return [self.bos_id] + ids if self.adds_bos or not ids else ids
+        return [self.bos_id] + ids if self.bos_id >= 0 and (self.adds_bos or not ids) else ids
 
     def id_of(self, special: str) -> int:
         """The id of a special token. Raises UserError when there is none of that name."""
@@ -127,7 +127,7 @@ class Tokenizer(Vocabulary):
         try:
             return self._sp.decode(ids)
         except IndexError:                  # a model may have more embeddings than there are entries
-            return self._sp.decode([i for i in ids if i < self.n_words])
+            return self._sp.decode([i for i in ids if 0 <= i < self.n_words])
 
     def piece(self, token: int) -> str:
         return self._sp.id_to_piece(token) if token < self.n_words else ""

@@ -100,10 +100,11 @@ def terminate(trial: Trial) -> bool:
 
 
 def stopped(trial: Trial, number: int, act: Callable[[subprocess.Popen], None]) -> bool:
-    """A signal ends a run, and once its first line is out without a traceback."""
+    """A signal ends a run, and without a traceback once its first line is out; the imports before may show one."""
     result = trial.run(trial.moment(), act)
-    assert result.returncode in (0, -number, 128 + number), result.stderr
-    assert not result.stdout or "Traceback" not in result.stderr, result.stderr
+    if result.stdout:
+        assert result.returncode in (0, -number, 128 + number), result.stderr
+        assert "Traceback" not in result.stderr, result.stderr
     return result.returncode != 0
 
 
