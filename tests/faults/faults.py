@@ -42,6 +42,8 @@ class Trial:
         if "how" in fault:
             fault |= {"under": str(self.folder), "trace": str(self.trace)}
         result = run(self.stage, self.folder, after, act, **fault)
+        if act and not result.returncode:       # too late: the machine is faster than when the reference was made
+            self.stage.seconds = 0.9 * self.stage.seconds + 0.1 * self.stage.begin
         what = fault or (f"after {after:.2f} s" if act else "in peace")
         self.story.append(f"{what}: status {result.returncode}\n{result.stderr}")
         return result
