@@ -29,6 +29,7 @@ FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log
         "data_dir", "vocab_size")           # these two, but not what they lead to
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
 HALF = "old.part"                           # the folder of an old run while its files are moved to it
+NEW = "new.pt"                              # the first state of a run, until the old run is out of its way
 PAYS_AFTER = 100                            # seconds of training from which on compiling, 10 to 30 seconds, pays
 
 
@@ -68,7 +69,7 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
             return otherwise
 
     resumed = cfg.init_from == "resume" and not cfg.eval_only
-    saved = attempt(lambda: find_saved(cfg))
+    saved = find_saved(cfg) if resumed else attempt(lambda: find_saved(cfg))     # without it, nothing else is known
     if saved and not resumed and not cfg.eval_only:
         attempt(lambda: check_shape(given, saved))
         if "max_seq_len" in given:
@@ -100,7 +101,7 @@ def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
     if cfg.eval_only:
         return formats.read(cfg.init_from if named else Path(cfg.out_dir) / "ckpt.pt")
     if cfg.init_from == "resume":
-        return checkpoint.load(Path(cfg.out_dir) / "last.pt", checkpoint.TO_GO_ON)
+        return load_last(cfg)
     return formats.read(cfg.init_from) if named else None
 
 
@@ -133,10 +134,19 @@ def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:
     if cfg.eval_only or cfg.init_from == "scratch" or not last.is_file():
         return None
     try:
+        return load_last(cfg)
+    except UserError:
+        if cfg.init_from == "auto":
+            raise
+        return None             # its weights are not needed
+
+
+def load_last(cfg: SimpleNamespace) -> dict[str, Any]:
+    """The newest state in out_dir. Raises UserError, with what else there is, when it cannot be gone on with."""
+    last = Path(cfg.out_dir) / "last.pt"
+    try:
         return checkpoint.load(last, checkpoint.TO_GO_ON)
     except UserError as error:
-        if cfg.init_from != "auto":
-            return None
         best = last.with_name("ckpt.pt")
         raise UserError(f"{error}\n       begin anew, and with the best weights if they are sound: python train.py "
                         f"--out_dir {cfg.out_dir} --init_from {best if best.is_file() else 'scratch'}") from error
@@ -235,7 +245,8 @@ def count_parameters(args: ModelArgs | GPT2Args) -> int:
 def set_aside(out_dir: str) -> None:
     """Move the files of an old run to a folder old-1, old-2, ... so that nothing is lost."""
     folder = Path(out_dir)
-    files = [path for path in folder.iterdir() if path.is_file() and path.suffix in (".pt", ".jsonl", ".txt", ".png")]
+    files = [path for path in folder.iterdir()
+             if path.is_file() and path.suffix in (".pt", ".jsonl", ".txt", ".png") and path.name != NEW]
     if any(path.suffix == ".pt" for path in files):
         old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
         half = folder / HALF
@@ -247,7 +258,8 @@ def set_aside(out_dir: str) -> None:
 
 
 def put_back(out_dir: str) -> None:
-    """Undo a set_aside that was killed half-way."""
+    """Undo a set_aside that was killed half-way, or before it began."""
+    Path(out_dir, NEW).unlink(missing_ok=True)
     half = Path(out_dir) / HALF
     if half.is_dir():
         for path in half.iterdir():

@@ -23,9 +23,11 @@ class Record:
         self.entries = _read(log)[1:lines + 1]
         if lines and self.sha256 != sha256:
             self.entries = []
+            print(f"note: {log} is damaged or gone, and begins anew")
             if log.exists():
-                replace(log, folder / "log.damaged.jsonl")
-            print(f"{log} is damaged or gone, and begins anew; what was left of it is log.damaged.jsonl")
+                aside = next(path for i in range(1, 10_000) if not (path := folder / f"log.damaged-{i}.jsonl").exists())
+                replace(log, aside)
+                print(f"      what was left of it is {aside}")
         with whole_file(folder / "log.jsonl") as file:
             file.write("".join(map(_line, [first, *self.entries])).encode())
         step = self.entries[-1]["iter"] if self.entries else 0

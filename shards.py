@@ -18,7 +18,6 @@ from files import load_json, save_json, sha256
 from settings import UserError
 
 FORMAT = 2
-AGAIN = "\n       run python preprocess.py again"
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 
@@ -107,22 +106,28 @@ def document_starts(ids: np.ndarray) -> np.ndarray:
     return np.flatnonzero(ids == ids[:1])[::1 + np.array_equal(ids[:1], ids[-1:])]
 
 
+def again(folder: Path) -> str:
+    """What to type when a folder of shards is not as it should be."""
+    where = "" if folder.parent == Path("data") else f" with --data_dir {folder.parent}"
+    return f"\n       run python preprocess.py again{where}"
+
+
 def read(folder: Path, name: str = MANIFEST) -> ShardSet:
     """Read a manifest. Raises UserError when it is missing, damaged or of another format."""
     path = folder / name
     if not path.is_file():
-        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it{AGAIN}")
+        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it{again(folder)}")
     try:
         content = load_json(path)
         if content["format"] != FORMAT:
-            raise UserError(f"{path} is of format {content['format']}, this code reads {FORMAT}{AGAIN}")
+            raise UserError(f"{path} is of format {content['format']}, this code reads {FORMAT}{again(folder)}")
         found = ShardSet(folder, *(_typed(content[key], kind, key) for key, kind in
                                    (("tokenizer_sha256", str), ("vocab_size", int), ("val_threshold", int))),
                          [_shard(entry) for entry in _typed(content["shards"], list, "shards")])
         if content["dtype"] != found.dtype.name or len({shard.file for shard in found.shards}) < len(found.shards):
             raise ValueError(f"dtype {content['dtype']} for {found.vocab_size} ids, or a file that is listed twice")
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}){AGAIN}") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}){again(folder)}") from error
     return found
 
 
@@ -156,12 +161,12 @@ def load(folder: Path, tokenizer_sha256: str) -> ShardSet:
     """
     found = read(folder)
     if found.tokenizer_sha256 != tokenizer_sha256:
-        raise UserError(f"{folder} was made with another vocabulary than {folder}.model{AGAIN}")
+        raise UserError(f"{folder} was made with another vocabulary than {folder}.model{again(folder)}")
     with ThreadPoolExecutor() as pool:
         wrong = [f"{folder / shard.file} {damage}" for shard, damage in
                  zip(found.shards, pool.map(found.damage, found.shards)) if damage]
     if wrong:
-        raise UserError("\n       ".join(wrong) + AGAIN)
+        raise UserError("\n       ".join(wrong) + again(folder))
     for shard in found.shards:
         if shard.tokens and (largest := found.open(shard).max()) >= found.vocab_size:
             raise UserError(f"{folder / shard.file} has an id {largest}, beyond the vocabulary of {found.vocab_size}\n"

@@ -31,10 +31,10 @@ import checkpoint
 import presets
 import settings
 from dataset import IGNORE, Task
-from files import locked
+from files import locked, replace
 from model import Transformer
 from muon import Muon
-from plan import Plan, clock, lasting, prepare, print_plan, put_back, saved_in, set_aside
+from plan import NEW, Plan, clock, lasting, prepare, print_plan, put_back, saved_in, set_aside
 from presets import PRESETS
 from record import Record
 from sampling import Sampling
@@ -279,6 +279,8 @@ def go(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     plan = prepare(cfg, given)
     with enough_memory(cfg):
         run = Run(plan)
+    if plan.resumed:
+        check_best(run)
     if run.finished():
         more = f"--max_minutes {2 * cfg.max_minutes:g}" if cfg.max_minutes else f"--max_iters {2 * cfg.max_iters}"
         print(f"the run in {cfg.out_dir} is finished, with step {run.state.iter_num:,}\n"
@@ -289,11 +291,22 @@ def go(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
             run.reserve = print_plan(run)
         if not plan.resumed:
             run.state.setup = run.seconds()
+            run.save(NEW)               # from here on there is a run to go on with, and saving is known to work
             set_aside(cfg.out_dir)
-            run.save("last.pt")         # from here on there is a run to go on with, and saving is known to work
+            replace(Path(cfg.out_dir, NEW), Path(cfg.out_dir, "last.pt"))
         with listening(run), enough_memory(cfg, run):
             train(run)
         say_goodbye(run)
+
+
+def check_best(run: Run) -> None:
+    """Let the next evaluation write ckpt.pt when it is not there, or damaged."""
+    try:
+        if run.state.best_val_loss < math.inf:
+            checkpoint.load(Path(run.cfg.out_dir) / "ckpt.pt")
+    except UserError as error:
+        print(f"note: {error}\n      the next evaluation writes another")
+        run.state.best_val_loss = math.inf
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -378,6 +391,7 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
 
 def score(run: Run, record: Record) -> None:
     """Evaluate, write stories, and keep the model if it is the best so far."""
+    require_finite(run)
     began = time.monotonic()
     scores, samples = run.evaluate(), run.write_samples()
     record.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens, "samples": samples},

@@ -68,11 +68,10 @@ def require_finite(run: Any) -> None:
 def no_numbers(run: Any, step: int, what: str) -> UserError:
     """What to say, and to type, when training has left the numbers."""
     out, (begin, end) = run.cfg.out_dir, windows(run, step)
-    good = f"the last good state is step {run.saved_step:,}, in {Path(out) / 'last.pt'}; go on from it"
     return UserError(
         f"step {step:,}, windows {begin:,} to {end:,}: {what}; this is not saved\n"
-        f"       {good if run.saved_step else 'begin again'}, more slowly: python train.py --init_from "
-        f"{'resume' if run.saved_step else 'scratch'} --out_dir {out} --learning_rate {run.cfg.learning_rate / 2:g}")
+        f"       the last good state is step {run.saved_step:,}, in {Path(out) / 'last.pt'}; go on from it, "
+        f"more slowly: python train.py --init_from resume --out_dir {out} --learning_rate {run.cfg.learning_rate / 2:g}")
 
 
 @contextmanager
@@ -85,9 +84,11 @@ def enough_memory(cfg: SimpleNamespace, run: Any = None) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)         # they hold what did not fit
         size = what_fits(run) if run else 0
-        less = (f"the same steps in less: --batch_size {size} --gradient_accumulation_steps "
+        again = f"python train.py --init_from resume --out_dir {cfg.out_dir} " if run and run.state.iter_num else ""
+        less = (f"the same steps in less: {again}--batch_size {size} --gradient_accumulation_steps "
                 f"{cfg.gradient_accumulation_steps * cfg.batch_size // size}" if size else
-                "use a smaller --max_seq_len, --dim or --n_layers, or close what else uses the memory")
+                f"use a smaller --batch_size{'' if cfg.eval_only else ', --max_seq_len, --dim or --n_layers'}, or "
+                "close what else uses the memory")
         raise UserError(f"there is not enough memory for batch_size {cfg.batch_size}\n       {less}") from error
 
 

@@ -32,7 +32,7 @@ def a_run(losses: list[float], norms: list[float] | None = None, scale: float | 
 
 @pytest.mark.parametrize("losses, norms", [([3.0, math.nan, 2.0, 2.0], None), ([3.0, 3.0, 2.0], [1, math.inf, 1])])
 def test_the_first_step_that_is_no_number_is_named(losses, norms):
-    with pytest.raises(UserError, match="step 2, windows 8 to 15: .*\n.*begin again"):
+    with pytest.raises(UserError, match="step 2, windows 8 to 15: .*\n.*last good state is step 0"):
         watch.look(a_run(losses, norms))
 
 
@@ -118,7 +118,8 @@ def test_what_fits_is_tried_and_the_same_run_goes_on_with_it(go, monkeypatch, ca
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, tokens, targets)
     monkeypatch.setattr(train.Transformer, "forward", too_large)
-    with pytest.raises(UserError, match="the same steps in less: --batch_size 1 --gradient_accumulation_steps 8"):
+    with pytest.raises(UserError, match="same steps in less: python train.py --init_from resume --out_dir out "
+                                        "--batch_size 1 --gradient_accumulation_steps 8"):
         go("out", "--max_iters", 8)
     go("out", "--max_iters", 8, "--batch_size", 1, "--gradient_accumulation_steps", 8, "--sample_tokens", 0)
     assert "after the 4 steps that are done" in capsys.readouterr().out
@@ -131,7 +132,7 @@ def test_nothing_fits(prepared, monkeypatch):  # noqa: F811
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
     monkeypatch.setattr(watch, "try_out", full)
-    with pytest.raises(UserError, match="smaller --max_seq_len"), watch.enough_memory(run.cfg, run):
+    with pytest.raises(UserError, match="smaller --batch_size, --max_seq_len"), watch.enough_memory(run.cfg, run):
         full()
     with pytest.raises(RuntimeError, match="a bug"), watch.enough_memory(run.cfg, run):
         raise RuntimeError("a bug")
@@ -203,6 +204,26 @@ def test_moments_of_another_shape_are_refused(go):  # noqa: F811
         go("out", "--max_iters", 4)
 
 
+def test_a_first_save_that_fails_leaves_the_old_run_where_it_is(go, monkeypatch):  # noqa: F811
+    go("out", "--max_iters", 2)
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(checkpoint, "save", full)
+        go("out", "--max_iters", 2, "--seed", 5)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
+def test_a_best_checkpoint_that_is_gone_or_damaged_is_written_again(go, damage):  # noqa: F811
+    go("out", "--max_iters", 2)
+    damage(Path("out/ckpt.pt"))
+    go("out", "--max_iters", 4)
+    assert state("out", "ckpt.pt")["iter_num"] == 4
+
+
 def test_settings_of_the_optimizer_may_change_while_a_run_goes_on(go):  # noqa: F811
     go("out", "--max_iters", 2)
     go("out", "--max_iters", 4, "--init_from", "resume", "--weight_decay", 0.7)
@@ -216,6 +237,6 @@ def test_a_damaged_log_is_put_aside(go, capsys):  # noqa: F811
     Path("out/clock.jsonl").write_text('{"iter": "x"}\n{"iter": 1}\n[]\n', encoding="utf-8")
     go("out", "--max_iters", 8)
     assert "log.jsonl is damaged or gone" in capsys.readouterr().out
-    assert Path("out/log.damaged.jsonl").read_text(encoding="utf-8") == lines
+    assert Path("out/log.damaged-1.jsonl").read_text(encoding="utf-8") == lines
     assert [entry["iter"] for entry in log("out")[1:]] == [5, 6, 7, 8, 8]       # and an evaluation
     assert [json.loads(line)["iter"] for line in Path("out/clock.jsonl").read_text().splitlines()] == [5, 6, 7, 8, 8]
