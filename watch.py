@@ -70,8 +70,8 @@ def no_numbers(run: Any, step: int, what: str) -> UserError:
     out, (begin, end) = run.cfg.out_dir, windows(run, step)
     return UserError(
         f"step {step:,}, windows {begin:,} to {end:,}: {what}; this is not saved\n"
-        f"       the last good state is step {run.saved_step:,}, in {Path(out) / 'last.pt'}; go on from it, "
-        f"more slowly: python train.py --init_from resume --out_dir {out} --learning_rate {run.cfg.learning_rate / 2:g}")
+        f"       the last good state is step {run.saved_step:,}, in {Path(out) / 'last.pt'}; go on from it, more "
+        f"slowly: python train.py --init_from resume --out_dir {out} --learning_rate {run.cfg.learning_rate / 2:g}")
 
 
 @contextmanager
