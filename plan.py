@@ -258,13 +258,15 @@ def set_aside(out_dir: str) -> None:
 
 
 def put_back(out_dir: str) -> None:
-    """Undo a set_aside that was killed half-way, or before it began."""
-    Path(out_dir, NEW).unlink(missing_ok=True)
-    half = Path(out_dir) / HALF
+    """Undo a set_aside that was killed half-way; after a whole one, finish what was to follow it."""
+    folder, half, new = Path(out_dir), Path(out_dir, HALF), Path(out_dir, NEW)
     if half.is_dir():
         for path in half.iterdir():
-            replace(path, half.parent / path.name)
+            replace(path, folder / path.name)
         half.rmdir()
+    if new.exists() and len(list(folder.glob("*.pt"))) == 1:
+        replace(new, folder / "last.pt")
+    new.unlink(missing_ok=True)
 
 
 def print_plan(run: Any) -> float:

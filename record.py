@@ -21,8 +21,9 @@ class Record:
         is known; if they have another now, they are put aside."""
         self.folder, log = folder, folder / "log.jsonl"
         self.entries = _read(log)[1:lines + 1]
+        self.digest = hashlib.sha256("".join(map(_line, self.entries)).encode())
         if lines and self.sha256 != sha256:
-            self.entries = []
+            self.entries, self.digest = [], hashlib.sha256()
             print(f"note: {log} is damaged or gone, and begins anew")
             if log.exists():
                 aside = next(path for i in range(1, 10_000) if not (path := folder / f"log.damaged-{i}.jsonl").exists())
@@ -37,12 +38,13 @@ class Record:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256("".join(map(_line, self.entries)).encode()).hexdigest()
+        return self.digest.hexdigest()
 
     def write(self, entry: dict[str, Any], clock: dict[str, Any]) -> None:
         """Append an entry to the log, and what the clock said to the other file."""
         clock = {"iter": entry["iter"], **clock}
         self.entries.append(entry)
+        self.digest.update(_line(entry).encode())
         self.clock.append(clock)
         for name, content in (("log.jsonl", entry), ("clock.jsonl", clock)):
             with open(self.folder / name, "a", encoding="utf-8", newline="\n") as file:

@@ -132,7 +132,10 @@ def test_a_text_bomb_is_read_in_little_memory():
     with gzip.open("bomb.txt.gz", "wb", 1) as file:
         for _ in range(100):
             file.write(b"a" * 1_000_000)
+    tracemalloc.start()
     assert max(map(len, corpus.documents(Path("bomb.txt.gz")))) <= corpus.LONGEST
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
 
 
 def test_a_packed_checkpoint_is_not_unpacked():

@@ -216,6 +216,38 @@ def test_a_first_save_that_fails_leaves_the_old_run_where_it_is(go, monkeypatch)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
+def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(go, monkeypatch, capsys):  # noqa: F811
+    """Also when it begins with the weights of the old one, which are in another place then."""
+    command = ["out", "--max_iters", 2, "--init_from", "out/last.pt"]
+    go("out", "--max_iters", 2)
+    go("whole", "--max_iters", 2, "--init_from", "out/last.pt")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "replace", dies)
+        go(*command)
+    assert not Path("out/last.pt").exists() and Path("out/old-1/last.pt").exists()
+    plan.put_back("out")
+    go("out", "--init_from", "resume")
+    assert state("out")["iter_num"] == 2 and state("out")["config"]["init_from"] == "out/last.pt"
+    assert not Path("out", plan.NEW).exists() and not Path("out/old-2").exists()
+    assert all(torch.equal(a, b) for a, b in zip(state("out")["model"].values(), state("whole")["model"].values()))
+
+
+def test_a_new_state_is_no_reason_to_lose_a_best_one():
+    Path("out").mkdir()
+    for name in ("ckpt.pt", plan.NEW):
+        Path("out", name).touch()
+    plan.put_back("out")
+    assert [path.name for path in Path("out").iterdir()] == ["ckpt.pt"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def dies(*_):
+    raise Killed
+
+
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
 def test_a_best_checkpoint_that_is_gone_or_damaged_is_written_again(go, damage):  # noqa: F811
     go("out", "--max_iters", 2)
