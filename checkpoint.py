@@ -140,7 +140,7 @@ def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> Mo
         args = ARCHITECTURES[state.get("architecture", "llama")].args(**state["model_args"])
     except KeyError as error:
         raise UserError(f"{name} has the architecture {error}; known are {', '.join(ARCHITECTURES)}") from error
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{name}: its model_args do not fit together: {error}") from error
     table = state["model"].get("tok_embeddings.weight")
     if table is None or table.shape != (args.vocab_size, args.dim) or args.n_layers > len(state["model"]):

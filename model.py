@@ -45,8 +45,8 @@ class ModelArgs:
         problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
                     ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "multiple_of")
                     if type(value := getattr(self, name)) is not int or not 0 < value < 2**31]
-        problems += [f"{name} must be above 0 and finite, not {getattr(self, name)}" for name in
-                     ("norm_eps", "rope_theta", "ffn_dim_multiplier") if not 0 < getattr(self, name) < math.inf]
+        problems += [f"{name} must be above 0 and a number that float32 can hold, not {getattr(self, name)}" for name in
+                     ("norm_eps", "rope_theta", "ffn_dim_multiplier") if not 0 < getattr(self, name) < 1e38]
         if type(self.hidden_dim) is not int or not 0 <= self.hidden_dim < 2**31:
             problems.append(f"hidden_dim must be a whole number from 0 on, not {self.hidden_dim!r}")
         if not problems and self.max_seq_len * self.head_dim > LARGEST_ROPE:
@@ -96,7 +96,7 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     shorter than the original context / high_freq_factor not, and between them it goes over smoothly.
     """
     pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device="cpu")
-    speed = args.rope_theta ** (-pairs / args.head_dim)
+    speed = float(args.rope_theta) ** (-pairs / args.head_dim)
     scale = args.rope_scaling or {}
     if "factors" in scale:
         speed = speed / torch.tensor(scale["factors"], dtype=torch.float64, device="cpu")
@@ -112,6 +112,8 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
 
 def _turns(args: ModelArgs) -> bool:
     """Whether there is a frequency for each pair."""
+    if not isinstance(args.rope_scaling, dict):
+        return False
     try:
         speed = rope_frequencies(args)
     except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError):

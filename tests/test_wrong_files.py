@@ -286,12 +286,22 @@ def test_wrong_weights(files, name, order, kind):
                                   {"max_seq_len": 10**9}, {"multiple_of": 10**30}, {"n_heads": 10**9}, {"dim": "16"},
                                   {"n_layers": True}, {"dim": 16.0}, {"n_heads": None}, {"norm_eps": "1"}, {"x": 1},
                                   {"rope_scaling": True}, {"rope_scaling": {"factors": [1.0] * 9}}, {"dropout": -1},
-                                  {"rope_scaling": {"factor": 0}}, {"norm_eps": float("nan")}, {1: 2}], ids=repr)
+                                  {"rope_scaling": {"factor": 0}}, {"norm_eps": float("nan")}, {1: 2},
+                                  {"rope_scaling": [1]}, {"rope_theta": 10**400}], ids=repr)
 @pytest.mark.parametrize("name, order", [(CKPT, SAMPLE), (LAST, RESUME)], ids=["sample", "resume"])
 def test_a_wrong_shape(files, name, order, args):
     """Refused before there is memory for such a model."""
     save(lambda state: state["model_args"].update(args), name)
     refuses(order)
+
+
+def test_a_shape_nested_without_end():
+    """Its repr alone is an error of its own kind."""
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(UserError, match="model_args"):
+        checkpoint.build_args({"model": {}, "model_args": {"dim": deep}})
 
 
 @pytest.mark.parametrize("name, order", [(CKPT, SAMPLE), (LAST, RESUME)], ids=["sample", "resume"])
