@@ -31,6 +31,7 @@ KEYS = ("story", "text")        # where a JSON object keeps its text; the first 
 LONGEST = 1 << 16               # characters; a longer document is cut at a blank line, line or space
 VAL_FRACTION = 0.02             # of the documents are for validation, but at least one
 VAL_BYTES = 2_000_000           # and no more than about so much text: each evaluation reads it all
+GROUP_BYTES = 4 << 20           # small files share a part of the work, and a shard, until they are so large together
 DEMO = Path("data/demo")
 DEMO_FILES = 10
 
@@ -63,6 +64,19 @@ def find_files(path: str | Path) -> list[Path]:
     if not files:
         raise UserError(f"no text in {path.resolve()}\n       files must end in {', '.join(SUFFIXES)}")
     return files
+
+
+def groups(files: list[Path]) -> Iterator[list[Path]]:
+    """Arrange files into groups for one process to work on; small ones share a group."""
+    group, size = [], 0
+    for path in files:
+        group.append(path)
+        size += path.stat().st_size
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def documents(path: Path, progress: Callable[[int], None] = lambda count: None) -> Iterator[str]:
@@ -164,9 +178,9 @@ def _json_values(stream: TextIO) -> Iterator[object]:
             yield value
 
 
-def fingerprint(text: str) -> int:
-    """64 bits of a document that decide its split: the same text never lands in both."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+def fingerprint(text: bytes) -> int:
+    """64 bits of a document, in UTF-8, that decide its split: the same text never lands in both."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def validation_threshold(files: list[Path]) -> int:
@@ -184,7 +198,7 @@ def validation_threshold(files: list[Path]) -> int:
     lowest, highest = 2**64, -1
     for file in files:
         for text in documents(file):
-            mark = fingerprint(text)
+            mark = fingerprint(text.encode())
             lowest, highest = min(lowest, mark), max(highest, mark)
             if lowest <= limit < highest:
                 return limit

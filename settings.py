@@ -16,6 +16,7 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,8 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in USERS_ERRNOS:
             raise
         sys.exit(printable(f"error: {error.strerror}: {error.filename or 'a file'}"))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done, and Ctrl-C would only break into tidying up
 
 
 def _comments(source: str) -> dict[str, str]:

@@ -8,6 +8,7 @@
 A vocabulary trained by `train` is byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) with
 Llama 2's layout: 0 unknown, 1 bos, 2 eos, 3 to 258 the single bytes, then the learned pieces. It
 loses nothing: every string comes back exactly. Models trained elsewhere keep their own behaviour.
+Whole collections of texts are encoded word by word where that gives the same ids (words.py).
 """
 import base64
 import binascii
@@ -17,13 +18,17 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from settings import UserError
+from words import SPACE_MARK, WordEncoder
 
 SPACE = "\u2581"        # SentencePiece writes a space as this character
 WALL = "\x1f"           # ends a word while training, and is dropped from the text
@@ -39,12 +44,14 @@ class Vocabulary:
         bos_id, eos_id, pad_id: special ids, -1 where there are none.
         adds_bos: whether the model expects bos before a text.
         exact: whether it was trained by `train`, so that no text is lost.
+        undivided: why texts cannot be encoded word by word; empty when they are.
         model: the bytes of the model file; sha256: their digest in hex.
     """
     n_words: int
     bos_id = eos_id = pad_id = -1
     adds_bos = True
     exact = False
+    undivided = "it is not of SentencePiece"
 
     def __init__(self, model: bytes):
         self.model, self.sha256 = model, hashlib.sha256(model).hexdigest()
@@ -63,6 +70,11 @@ class Vocabulary:
             if broken is None:
                 raise
             raise UserError(f"this is not text, some of its bytes are not UTF-8: {ascii(broken[:60])}") from error
+
+    def encode_documents(self, texts: list[bytes]) -> np.ndarray:
+        """Ids of texts, given in UTF-8: bos ... eos of each, one after another, int32."""
+        batch = self.encode_batch([text.decode() for text in texts], bos=True, eos=True)
+        return np.fromiter(chain.from_iterable(batch), np.int32)
 
     def begin(self, text: str) -> list[int]:
         """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it."""
@@ -101,12 +113,35 @@ class Tokenizer(Vocabulary):
         if not self.model or self._sp.vocab_size() == 0:
             raise UserError(f"{name} is an empty SentencePiece model")
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
-        self.exact = self._sp.encode("\n", out_type=str) == [SPACE, "\n"]   # only `train` makes a piece of it
+
+    @cached_property
+    def exact(self) -> bool:
+        return self._sp.encode("\n", out_type=str) == [SPACE, "\n"] and not self.undivided
+
+    @cached_property
+    def undivided(self) -> str:
+        try:
+            return _undivided(self.model)
+        except LookupError:
+            return "its file is of an unknown form"
+
+    @cached_property
+    def _by_words(self) -> WordEncoder:
+        front = self._sp.encode("\n")          # of a space and the newline, which nothing else merges with
+
+        def encode(words: list[bytes]) -> Iterator[list[int]]:
+            return (ids[len(front):] for ids in self._sp.encode(["\n" + word.decode() for word in words]))
+        return WordEncoder(encode, [self.eos_id, self.bos_id])
+
+    def encode_documents(self, texts: list[bytes]) -> np.ndarray:
+        if self.undivided or not all(texts) or any(SPACE_MARK in text for text in texts):
+            return super().encode_documents(texts)
+        return self._by_words.encode(texts)[1:-1]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         batch = self._sp.encode(texts)
         for i, text in enumerate(texts):
-            if self.exact and SPACE in text:
+            if SPACE in text and self.exact:
                 batch[i] = self._encode_with_space_mark(text)
         return batch
 
@@ -314,15 +349,16 @@ def _ranks(model: bytes) -> dict[bytes, int]:
         raise UserError(f"the vocabulary is no tiktoken file: {error}") from error
 
 
-def train(documents: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-    """Train byte-pair encoding on documents.
+def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
+    """Train byte-pair encoding on the words of a text.
 
-    A space begins a word, a newline and a digit stand alone, and no text is normalised. Where the
-    text has more distinct characters than fit, the commonest get half of the room and the others
-    are spelled in bytes.
+    A space begins a word, a newline and a digit stand alone, a tab is always spelled as its byte, and
+    no text is normalised. Where the text has more distinct characters than fit, the commonest get
+    half of the room and the others are spelled in bytes. The pieces are those that SentencePiece
+    learns from the text itself.
 
     Args:
-        documents: returns a fresh iterator over the text each time it is called.
+        counts: how often each word comes, as `words.count` gives it.
         vocab_size: entries at most; a small text may not have as many.
     Raises:
         UserError: when there is no text, or vocab_size has no room for characters.
@@ -331,33 +367,37 @@ def train(documents: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
     if room < 4:
         raise UserError(f"--vocab_size {vocab_size} is too small: {RESERVED} entries are taken by the bytes and "
                         "special ids; try 512 or more")
+    walls = {ord("\t"): WALL}           # a tab ends a line's word below
     try:
-        return _train(documents(), vocab_size)
+        return _train(counts, walls, vocab_size)
     except RuntimeError as error:
         if "sentences_.empty()" in str(error):
             raise UserError("there is no text to train a vocabulary on") from error
         if "smaller than required_chars" not in str(error):
             raise
-    counts = Counter(character for text in documents() for character in text.replace(" ", SPACE))
-    rare = [character for character, _ in counts.most_common()[room // 2:]]
-    walls = dict.fromkeys(map(ord, rare), WALL)
-    return _train((text.translate(walls) for text in documents()), vocab_size)
+    characters = Counter()
+    for word, count in counts.items():
+        for character in word.decode():
+            characters[character] += count
+    rare = [character for character, _ in characters.most_common()[room // 2:] if character != " "]
+    return _train(counts, walls | dict.fromkeys(map(ord, rare), WALL), vocab_size)
 
 
-def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _train(counts: dict[bytes, int], walls: dict[int, str], vocab_size: int) -> Tokenizer:
     model, failures = io.BytesIO(), []
 
-    def sentences() -> Iterator[str]:
+    def lines() -> Iterator[str]:
         try:
-            for text in texts:
-                yield text.replace("\n", f"{WALL}\n{WALL}")
+            for word, count in counts.items():
+                if shown := word.decode().translate(walls).strip(WALL):
+                    yield f"{shown}\t{count}"
         except (Exception, KeyboardInterrupt) as error:     # SentencePiece would turn it into one of its own
             failures.append(error)
             raise
 
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=sentences(), model_writer=model,
+            sentence_iterator=lines(), input_format="tsv", model_writer=model, add_dummy_prefix=False,
             model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
             byte_fallback=True, split_digits=True, required_chars="\n", pretokenization_delimiter=WALL,
             normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
@@ -366,7 +406,55 @@ def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         if failures:
             raise failures[0] from None
         raise
-    return Tokenizer(model.getvalue())
+    # the words came with their spaces; the texts to encode come without the first one, so that it is put there. A
+    # field that comes twice in a protocol buffer has its last value: normalizer_spec (3) { add_dummy_prefix (3): true }
+    with_prefix = SentencePieceProcessor(model_proto=model.getvalue() + bytes([3 << 3 | 2, 2, 3 << 3, 1]))
+    return Tokenizer(with_prefix.serialized_model_proto())
+
+
+def _undivided(model: bytes) -> str:
+    """Why the words of a text cannot be encoded one by one with a SentencePiece model; empty when they can.
+
+    They can when nothing but byte-pair encoding is done, and no piece crosses the border of a word. Fields and numbers
+    are those of sentencepiece_model.proto.
+    """
+    fields = list(_fields(model))
+    trainer, normalizer = (dict(pair for field, part in fields if field == which for pair in _fields(part))
+                           for which in (2, 3))
+    if trainer.get(3, 1) != 2 or not trainer.get(35) or trainer.get(24):
+        return "it is no byte-pair encoding with bytes for unknown characters and spaces in front of words"
+    if normalizer.get(2) or not normalizer.get(3, 1) or normalizer.get(4, 1) or not normalizer.get(5, 1):
+        return "it changes the text before it encodes it, or puts no space in front"
+    pieces = [dict(_fields(part)) for field, part in fields if field == 1]
+    texts = [piece[1].decode() for piece in pieces if piece.get(3, NORMAL) in (NORMAL, UNUSED)]
+    if any(piece.get(3, NORMAL) not in (NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE) for piece in pieces):
+        return "it has symbols that are found before all others"
+    crossing = next((text for text in texts if re.search(f"[^{SPACE}]{SPACE}|\n.|.\n", text, re.DOTALL)), "")
+    return f"its entry {crossing!r} crosses the border of a word" if crossing else ""
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The number and the value, an int or bytes, of each field of a protocol buffer."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        else:
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            yield number, message[at:at + size]
+            at += size
 
 
 def find(data_dir: str | Path, vocab_size: int = 0, sha256: str = "") -> Path:

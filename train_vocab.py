@@ -9,16 +9,17 @@ tells step 2 where the text is and which documents are kept for validation. Thos
 so that validation stays honest; they serve to check that decoding gives back every character.
 """
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from tqdm import tqdm
 
 import corpus
 import settings
 import tokenizer
+import workers
 from files import locked, save_json, whole_file
 from settings import UserError
+from words import WordCounts, batches
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where the vocabulary goes; another folder keeps another project apart
@@ -26,40 +27,79 @@ data = ""               # your own text: a file or folder of .txt, .json, .jsonl
 download = False        # fetch the real TinyStories into data_dir, unless they are there
 mirror = ""             # for the download: huggingface, hf-mirror, modelscope or an address; several with commas
 vocab_size = 4096       # 512 to 2048 for a small model on a CPU, 4096 for the default, 32000 for a large one
-sample_mb = 100.0       # learn from about so much text; more costs memory (4 times it) and changes little
+num_workers = 0         # processes, at most 60; 0: one per core, if there is memory. Each takes up to 400 MB
 # ---- end of settings ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to count the words of some files."""
+    index: int
+    files: list[Path]
+    threshold: int
+
+
+@dataclass
+class Found:
+    """The words to learn from, and of how many documents and bytes; and the documents that are held out of it."""
+    words: WordCounts = field(default_factory=WordCounts)
+    documents: int = 0
+    bytes: int = 0
+    held_out: list[str] = field(default_factory=list)
+
+    def add(self, texts: list[bytes], threshold: int) -> None:
+        learned = []
+        for text in texts:
+            if corpus.fingerprint(text) <= threshold:
+                self.held_out.append(text.decode())
+            else:
+                learned.append(text)
+        self.words.add(learned)
+        self.documents += len(learned)
+        self.bytes += sum(map(len, learned))
+
+    def merge(self, other: "Found") -> None:
+        self.words.merge(other.words)
+        self.documents += other.documents
+        self.bytes += other.bytes
+        self.held_out += other.held_out
 
 
 def main() -> None:
     cfg, _ = settings.read(globals())
     if cfg.data and cfg.download:
         raise UserError("--data and --download name two sources; give one of them")
-    if not cfg.sample_mb > 0:
-        raise UserError(f"sample_mb must be above 0, not {cfg.sample_mb}")
     with locked(cfg.data_dir):
         make(cfg)
     print("next: python preprocess.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
 
 
 def make(cfg) -> None:
-    """Find the text, learn from it, check what was learned, and write it."""
+    """Find the text, count its words, learn from them, check what was learned, and write it."""
     start = time.monotonic()
     source = find_source(cfg)
     files = corpus.find_files(source)
     threshold = corpus.validation_threshold(files)
+    jobs = [Job(i, group, threshold) for i, group in enumerate(corpus.groups(files))]
+    processes, why = workers.how_many(cfg.num_workers, len(jobs))
     size = sum(file.stat().st_size for file in files)
-    print(f"text: {source}, {len(files)} files, {size / 1e6:,.1f} MB")
+    time_to_go = workers.estimate(files, WordCounts().add, size, processes)
+    print(f"text: {source}, {len(files)} files")
+    print(f"plan: {size / 1e6:,.1f} MB to read with {why}, {time_to_go}")
 
-    share = min(1.0, cfg.sample_mb * 1e6 / max(size, 1))
-    vocabulary = tokenizer.train(lambda: training_texts(files, threshold, share), cfg.vocab_size)
+    found, peak = count_words(jobs, processes, size)
+    print(f"read: {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text to learn from, "
+          f"{len(found.words.counts):,} distinct words, {workers.cost(found.bytes, time.monotonic() - start, peak)}")
+    if found.words.left_out:
+        print(f"note: {found.words.left_out:,} rare words were left out, so that the others fit into memory")
+    vocabulary = tokenizer.train(found.words.counts, cfg.vocab_size)
     if vocabulary.n_words < cfg.vocab_size:
         print(f"vocabulary: {vocabulary.n_words} of {cfg.vocab_size} entries; there is no more to learn from this text")
-    documents, tokens, text_bytes = check_round_trip(vocabulary, files, threshold)
-    print(f"validation: {documents:,} documents come back exactly, at {text_bytes / tokens:.2f} bytes per token")
+    check_round_trip(vocabulary, found.held_out)
 
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     save(vocabulary, path, source, threshold)
-    print(f"wrote {path} ({vocabulary.n_words} entries) in {time.monotonic() - start:.0f} s")
+    print(f"wrote {path} ({vocabulary.n_words} entries) after {time.monotonic() - start:.0f} s")
 
 
 def find_source(cfg) -> Path:
@@ -68,27 +108,33 @@ def find_source(cfg) -> Path:
     return Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
 
 
-def training_texts(files: list[Path], threshold: int, share: float) -> Iterator[str]:
-    """The training documents, or an even share of them (the low bits of the fingerprint choose)."""
-    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True,
-              desc="reading", disable=None) as bar:
-        for file in files:
-            for text in corpus.documents(file, bar.update):
-                mark = corpus.fingerprint(text)
-                if mark > threshold and (mark & 0xFFFFFFFF) < share * 2**32:
-                    yield text
+def count_words(jobs: list[Job], processes: int, size: int) -> tuple[Found, int]:
+    """Count the words of all jobs; returns what was found and the largest peak memory of a process."""
+    found, waiting, turn, peak = Found(), {}, 0, 0
+    for (index, part), memory in workers.run(count_part, jobs, processes, size, "counting words"):
+        waiting[index], peak = part, max(peak, memory)
+        while turn in waiting:          # in the order of the jobs, so that the same words are left out in every run
+            found.merge(waiting.pop(turn))
+            turn += 1
+    return found, peak
 
 
-def check_round_trip(vocabulary: tokenizer.Tokenizer, files: list[Path], threshold: int) -> tuple[int, int, int]:
-    """Encode and decode validation documents; returns how many, their tokens and their bytes."""
-    documents = tokens = text_bytes = 0
-    for file in files:
-        for text in corpus.documents(file):
-            if corpus.fingerprint(text) <= threshold:
-                ids = vocabulary.encode(text)
-                assert vocabulary.decode(ids) == text, f"the vocabulary loses text of {file}: {text[:80]!r}"
-                documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + len(text.encode())
-    return documents, tokens, text_bytes
+def count_part(job: Job, progress: Callable[[int], None]) -> tuple[int, Found]:
+    """Count the words of a job. May run in a worker process."""
+    found = Found()
+    for batch in batches(text for path in job.files for text in corpus.documents(path, progress)):
+        found.add(batch, job.threshold)
+    found.words.settle()
+    return job.index, found
+
+
+def check_round_trip(vocabulary: tokenizer.Tokenizer, texts: list[str]) -> None:
+    """Encode and decode the documents that nothing was learned from."""
+    ids = vocabulary.encode_batch(texts)
+    for text, back in zip(texts, map(vocabulary.decode, ids)):
+        assert back == text, f"the vocabulary loses text: {text[:80]!r}"
+    per_token = sum(len(text.encode()) for text in texts) / sum(map(len, ids))
+    print(f"validation: {len(texts):,} documents come back exactly, at {per_token:.2f} bytes per token")
 
 
 def save(vocabulary: tokenizer.Tokenizer, path: Path, source: Path, threshold: int) -> None:

@@ -3,6 +3,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch  # noqa: E402
 
 import demo_stories  # noqa: E402
 import settings  # noqa: E402
+import tokenizer  # noqa: E402
+import words  # noqa: E402
 
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32",
         "--batch_size", "4", "--gradient_accumulation_steps", "2", "--warmup_iters", "2", "--sample_tokens", "8",
@@ -38,6 +41,11 @@ def call(monkeypatch):
     return run
 
 
+def learn(texts, vocab_size: int) -> tokenizer.Tokenizer:
+    """A vocabulary of texts, as step 1 makes it."""
+    return tokenizer.train(words.count(texts), vocab_size)
+
+
 def script(name: str, *args, **options) -> subprocess.CompletedProcess:
     """Run a script as a user does, in a process of its own."""
     return subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, args)], capture_output=True,
@@ -57,6 +65,8 @@ def quickly(name: str, *args) -> subprocess.CompletedProcess:
         except SystemExit as end:
             code = 1
             print(end.code, file=sys.stderr)
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)        # run ends with a deaf process
     for stream in streams:
         stream.flush()
     return subprocess.CompletedProcess(args, code, *(stream.buffer.getvalue().decode() for stream in streams))

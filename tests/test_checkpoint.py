@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import checkpoint
-import tokenizer
+from conftest import learn
 from model import ModelArgs, Transformer
 from settings import UserError
 
@@ -15,7 +15,7 @@ from settings import UserError
 @pytest.fixture
 def state():
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300))
-    vocabulary = tokenizer.train(lambda: ["a few words"], 300)
+    vocabulary = learn(["a few words"], 300)
     return {**checkpoint.model_state(model), "iter_num": 3, "config": {"seed": 1}, "tokenizer": vocabulary.model,
             "tokenizer_sha256": vocabulary.sha256}
 

@@ -9,8 +9,7 @@ import torch
 import checkpoint
 import convert
 import formats
-import tokenizer
-from conftest import assert_user_error, quickly, script
+from conftest import assert_user_error, learn, quickly, script
 from model import ModelArgs, Transformer
 from sample import TextGenerator
 from settings import UserError
@@ -19,7 +18,7 @@ from settings import UserError
 @pytest.fixture
 def source():
     torch.manual_seed(1)
-    vocabulary = tokenizer.train(lambda: ["a few words of a story, and of another"], 300)
+    vocabulary = learn(["a few words of a story, and of another"], 300)
     model = Transformer(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocabulary.n_words,
                                   max_seq_len=48))
     checkpoint.save("ckpt.pt", {**checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "chatml",
@@ -110,7 +109,7 @@ def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
 
 def test_the_vocabulary_is_compared_too(source):
     state = formats.read(source)
-    other = tokenizer.train(lambda: ["other words, other ids"], 300)
+    other = learn(["other words, other ids"], 300)
     with pytest.raises(UserError, match="gives other ids"):
         convert.compare_vocabularies(state, {**state, "tokenizer": other.model})
 

@@ -119,7 +119,9 @@ def test_nothing_to_read_is_said(tmp_path):
 def split(files):
     threshold = validation_threshold(files)
     texts = [text for file in files for text in documents(file)]
-    return [t for t in texts if fingerprint(t) > threshold], [t for t in texts if fingerprint(t) <= threshold]
+    marks = [fingerprint(text.encode()) for text in texts]
+    return ([text for text, mark in zip(texts, marks) if mark > threshold],
+            [text for text, mark in zip(texts, marks) if mark <= threshold])
 
 
 def test_two_in_a_hundred_documents_are_for_validation(tmp_path):

@@ -12,6 +12,7 @@ import checkpoint
 import demo_stories
 import formats
 import tokenizer
+from conftest import learn
 from formats import common
 from model import ModelArgs, Transformer
 from settings import UserError
@@ -25,7 +26,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 @cache
 def sentencepiece():
-    return tokenizer.train(lambda: demo_stories.stories(50), 400)
+    return learn(demo_stories.stories(50), 400)
 
 
 def make_state(vocabulary=None, **args):

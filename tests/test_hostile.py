@@ -19,8 +19,7 @@ import checkpoint
 import corpus
 import settings
 import shards
-import tokenizer
-from conftest import ROOT, TINY, assert_user_error, quickly
+from conftest import ROOT, TINY, assert_user_error, learn, quickly
 from files import load_json, save_json
 from model import ModelArgs, Transformer
 from settings import UserError
@@ -194,7 +193,7 @@ def test_what_a_terminal_would_obey_is_escaped():
 def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode):
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, max_seq_len=64))
     state = {**checkpoint.model_state(model), "iter_num": 0, "config": {},
-             "tokenizer": tokenizer.train(lambda: ["a few words"], 300).model}
+             "tokenizer": learn(["a few words"], 300).model}
     with torch.no_grad():
         model.output.weight[3 + 0x1b] += model.norm.weight * 0 + 9      # it likes to write escapes
     checkpoint.save("ckpt.pt", state)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import checkpoint
 import formats
 import tokenizer
+from conftest import learn
 from model import ModelArgs, Transformer
 from settings import UserError
 
@@ -20,7 +21,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return tokenizer.train(lambda: ["Once upon a time there were two cats. They said: don't stop!\nYes."] * 3, 310)
+    return learn(["Once upon a time there were two cats. They said: don't stop!\nYes."] * 3, 310)
 
 
 def make_state(vocabulary, **shape):

@@ -12,7 +12,7 @@ import checkpoint
 import demo_stories
 import formats
 import tokenizer
-from conftest import script
+from conftest import learn, script
 from formats import llama2c
 from formats.common import sentencepiece_model
 from model import ModelArgs, Transformer
@@ -29,7 +29,7 @@ C_SOURCES = os.environ.get("TINY_LLM_LLAMA2C", "")
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return tokenizer.train(lambda: STORIES, 400)
+    return learn(STORIES, 400)
 
 
 def make_state(vocabulary, **shape):
@@ -96,7 +96,7 @@ def test_a_vocabulary_beside_the_model_is_taken_if_its_size_fits(state, vocabula
     path, shared = write(state, 0), Path("tokenizer.bin")
     Path("story.tokenizer.bin").rename(shared)
     assert Tokenizer(formats.read(path)["tokenizer"]).pieces() == vocabulary.pieces()
-    llama2c.write_vocabulary(tokenizer.train(lambda: STORIES, 390), shared)
+    llama2c.write_vocabulary(learn(STORIES, 390), shared)
     state = formats.read(path)
     with pytest.raises(UserError, match="--tokenizer"):
         checkpoint.build_tokenizer(state)

@@ -8,7 +8,7 @@ import torch
 
 import checkpoint
 import formats
-import tokenizer
+from conftest import learn
 from model import ModelArgs, Transformer
 from settings import UserError
 
@@ -17,7 +17,7 @@ SCALED = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_ma
 
 @pytest.fixture
 def vocabulary():
-    return tokenizer.train(lambda: ["a few words"], 300)
+    return learn(["a few words"], 300)
 
 
 def publish(vocabulary, parts: int, tie: bool = False, axis_of_embedding: int = 0, **params) -> Transformer:

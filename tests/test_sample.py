@@ -12,8 +12,7 @@ import torch
 
 import checkpoint
 import shards
-import tokenizer
-from conftest import ROOT, TINY, assert_user_error, quickly, script
+from conftest import ROOT, TINY, assert_user_error, learn, quickly, script
 from engine import Step
 from model import ModelArgs, Transformer
 from sample import Completion, TextGenerator, print_tokens
@@ -33,7 +32,7 @@ def trained(project, tmp_path_factory) -> Path:
 def bytewise(tmp_path_factory) -> Path:
     """A checkpoint whose vocabulary knows no Chinese, so that it must spell it in bytes."""
     torch.manual_seed(0)
-    vocabulary = tokenizer.train(lambda: ["abc"], 300)
+    vocabulary = learn(["abc"], 300)
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=vocabulary.n_words))
     path = tmp_path_factory.mktemp("bytes") / "ckpt.pt"
     checkpoint.save(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {}, "tokenizer": vocabulary.model,
@@ -261,7 +260,7 @@ def test_settings_out_of_range(trained, options, message):
 
 
 def test_another_vocabulary_is_refused(trained, project):
-    other = tokenizer.train(lambda: ["other words"] * 3, 512)
+    other = learn(["other words"] * 3, 512)
     Path("other.model").write_bytes(other.model)
     with pytest.raises(UserError, match="other.model is not the vocabulary"):
         TextGenerator(trained, "other.model")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as TheirTokenizer
 
 import tokenizer
+from conftest import learn
 from chat import ChatFormat, ChatML
 from formats.common import GPT2, byte_letters, byte_level_json, llama3_json, merges_of, own_json, sentencepiece_model
 from settings import UserError
@@ -133,7 +134,7 @@ def test_llama3_as_a_tokenizer_json_gives_the_same_ids(llama3):
 
 
 def test_a_vocabulary_written_by_hand_is_the_same_vocabulary():
-    own = tokenizer.train(lambda: ["one two three, 456. Yes\nno " * 3], 320)
+    own = learn(["one two three, 456. Yes\nno " * 3], 320)
     again = Tokenizer(sentencepiece_model(own.pieces(), own.bos_id, own.eos_id))
     assert again.exact and again.pieces() == own.pieces()
     assert (again.bos_id, again.eos_id, again.pad_id) == (own.bos_id, own.eos_id, own.pad_id)
@@ -142,7 +143,7 @@ def test_a_vocabulary_written_by_hand_is_the_same_vocabulary():
 
 
 def test_which_kind_it_is_the_content_says(llama3, byte_level):
-    own = tokenizer.train(lambda: ["a few words"], 300)
+    own = learn(["a few words"], 300)
     for number, vocabulary in enumerate((own, llama3, byte_level)):
         Path(f"{number}").write_bytes(vocabulary.model)
         found = tokenizer.load(f"{number}")

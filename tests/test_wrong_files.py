@@ -17,7 +17,7 @@ import corpus
 import preprocess
 import shards
 import tokenizer
-from conftest import assert_user_error, quickly
+from conftest import assert_user_error, learn, quickly
 from faults import fuzz
 from files import sha256
 from settings import UserError
@@ -151,7 +151,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(files, target):
 # ---- vocabulary and its notes -------------------------------------------------------------------
 
 def test_another_vocabulary_of_that_size(files):
-    Path(MODEL).write_bytes(tokenizer.train(lambda: ["other words, and other pieces of them"] * 9, 300).model)
+    Path(MODEL).write_bytes(learn(["other words, and other pieces of them"] * 9, 300).model)
     refuses(PREPROCESS, "tok300.json")
     refuses(TRAIN, "another vocabulary")
     refuses([*SAMPLE, "--tokenizer", MODEL], "tok300.model is not the vocabulary")

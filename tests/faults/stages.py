@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 import checkpoint
+import corpus
 import demo_stories
-import preprocess
 import shards
 import tokenizer
 from conftest import ROOT, TINY, assert_same
@@ -56,7 +56,7 @@ class Stages:
         self.stories.mkdir(parents=True)
         stories = [{"story": story} for story in demo_stories.stories(300)]
         for i in range(6):                      # four shards of a file each, and one of two files
-            text = json.dumps(stories[i::6]) + " " * (preprocess.GROUP_BYTES * (i < 4))
+            text = json.dumps(stories[i::6]) + " " * (corpus.GROUP_BYTES * (i < 4))
             (self.stories / f"{i}.json").write_text(text, encoding="utf-8")
 
     def __getitem__(self, name: str) -> Stage:

@@ -1,0 +1,178 @@
+"""Working word by word gives what working on whole texts gives: the same pieces, the same ids."""
+import io
+import re
+from collections import Counter
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import demo_stories
+import plain
+import words
+from conftest import learn
+from test_tokenizer import HARD
+from tokenizer import Tokenizer
+from words import WordCounts, Words
+
+STORIES = list(demo_stories.stories(300))
+ODD = ["a  b   c d e \n\n x \x1f y z q\r\n", "  lead", "café 中文 字 中文 hello中文", "\n\nx\n  y \n",
+       "tab\tand\t\ttab\n\tt", "0123 4567", "\x00 nul", "e\u0301 ﬁ½ \u00a0\u3000\u200b \ufeff", "😀👍🏽", "▁a ▁ b"] * 2
+TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\tthe<>e \u2581")))
+LISTS = st.lists(st.one_of(TEXTS, st.sampled_from(STORIES[:9])), max_size=9)
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Tokenizer:
+    return learn(STORIES, 600)
+
+
+def foreign(**options) -> Tokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(**{
+        "sentence_iterator": (text.replace("\n", " ") for text in STORIES), "model_writer": model,
+        "model_type": "bpe", "vocab_size": 500, "byte_fallback": True, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False, "minloglevel": 2, **options})
+    return Tokenizer(model.getvalue())
+
+
+def plain_ids(vocabulary: Tokenizer, texts: list[str]) -> list[int]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.model)
+    return [i for text in texts for i in [processor.bos_id(), *processor.encode(text), processor.eos_id()]]
+
+
+# ---- the vocabulary -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [400, 600, 2000])
+def test_the_pieces_are_those_of_the_text_itself(size):
+    assert plain.pieces(learn(STORIES + ODD, size).model) == plain.pieces(plain.learn(STORIES + ODD, size))
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(st.sampled_from("ab  \n\té中7"), min_size=1), min_size=1, max_size=30))
+def test_the_pieces_of_any_text_are_those_of_the_text_itself(texts):
+    texts = [text for text in texts if text.strip("\n\t")]
+    if texts:
+        assert plain.pieces(learn(texts, 320).model) == plain.pieces(plain.learn(texts, 320))
+
+
+def test_the_file_says_that_a_space_is_put_in_front(vocabulary):
+    """For all that read it, not only for us: the ids are those of the model that was trained on the text."""
+    model = plain.learn(STORIES, 600)
+    assert plain_ids(vocabulary, STORIES[:50] + HARD) == plain_ids(Tokenizer(model), STORIES[:50] + HARD)
+
+
+# ---- counting -----------------------------------------------------------------------------------
+
+def by_hand(texts: list[str]) -> Counter:
+    found = Counter()
+    for text in texts:
+        found.update(word.encode() for word in re.findall(r" *[^ \n]+| +|\n", " " + text.replace("\u2581", " ")))
+    return found
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(texts=LISTS)
+def test_words_are_counted(texts):
+    assert words.count(texts) == by_hand(texts)
+
+
+def test_many_words_are_counted_in_parts(monkeypatch):
+    """Also when the table is begun anew again and again, and has no place for many."""
+    monkeypatch.setattr(words, "MOST_WORDS", 50)
+    monkeypatch.setattr(words, "BATCH", 300)
+    texts = STORIES + ["a word of more than fifteen bytes: " + "x" * n for n in range(40)]
+    assert words.count(texts) == by_hand(texts)
+
+
+def test_counts_add_up():
+    one, two = WordCounts(), WordCounts()
+    one.add([text.encode() for text in STORIES[:100]])
+    two.add([text.encode() for text in STORIES[100:]])
+    one.settle()
+    two.settle()
+    one.merge(two)
+    assert one.counts == by_hand(STORIES) and one.left_out == 0
+
+
+def test_rare_words_are_left_out_for_want_of_memory(monkeypatch):
+    every = by_hand(STORIES)
+    monkeypatch.setattr(words, "MOST_MEMORY", sum(len(word) + 150 for word in every) - 1)
+    found = WordCounts()
+    found.add([text.encode() for text in STORIES])
+    found.settle()
+    assert len(found.counts) + found.left_out == len(every) and len(every) / 3 < len(found.counts) < 2 * len(every) / 3
+    assert all(every[word] == count for word, count in found.counts.items())
+    assert min(found.counts.values()) >= max(count for word, count in every.items() if word not in found.counts)
+
+
+# ---- the numbers of words -----------------------------------------------------------------------
+
+def test_equal_words_have_equal_numbers_and_others_not():
+    """Words that differ in length, in their last byte, or in zeros at the end."""
+    alike = ["a", "a\0", "a\0\0", "abcdefg", "abcdefgh", "abcdefghi", "abcdefghijklmn", "abcdefghijklmno", "abcdefg\0",
+             "abcdefgh\0", "abcdefghijklmnop", "abcdefghijklmnoq", "", "\n", " ", "é", "ê"]
+    table, texts = Words(), [text.encode() for text in alike]
+    first, begins, new = table.number(texts)
+    again, _, newer = table.number(texts)
+    short = [i for i, text in enumerate(texts) if len(text) < 15]
+    assert [new[n - 1] for n in first] == [word for text in texts for word in words_of(text)]
+    assert all((first[begins[i]] == again[begins[i]]) for i in short)
+    assert newer == [b" " + text for text in texts if len(text) >= 15]      # these are numbered each time
+
+
+def words_of(text: bytes) -> list[bytes]:
+    return [word.encode() for word in re.findall(r" *[^ \n]+| +|\n", " " + text.decode())]
+
+
+def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabulary):
+    monkeypatch.setattr(words, "_SLOTS", 64)
+    assert words.count(STORIES) == by_hand(STORIES)
+    ids = Tokenizer(vocabulary.model).encode_documents([text.encode() for text in STORIES])
+    assert ids.tolist() == plain_ids(vocabulary, STORIES)
+
+
+# ---- encoding -----------------------------------------------------------------------------------
+
+@hypothesis_settings(max_examples=1000, deadline=None)
+@given(texts=LISTS)
+def test_ids_are_those_of_whole_texts(vocabulary, texts):
+    want = [i for ids in vocabulary.encode_batch(texts, bos=True, eos=True) for i in ids]
+    assert vocabulary.undivided == ""
+    assert vocabulary.encode_documents([text.encode() for text in texts]).tolist() == want
+    if "\u2581" not in "".join(texts):
+        assert want == plain_ids(vocabulary, texts)
+
+
+@hypothesis_settings(max_examples=500, deadline=None)
+@given(texts=LISTS)
+def test_ids_of_a_vocabulary_from_elsewhere_are_those_of_whole_texts(texts):
+    assert FOREIGN.encode_documents([text.encode() for text in texts]).tolist() == plain_ids(FOREIGN, texts)
+
+
+FOREIGN = foreign()             # as Llama 2's: a newline is spelled as a byte
+
+
+def test_hard_texts_and_a_table_that_is_begun_anew(monkeypatch, vocabulary):
+    assert FOREIGN.undivided == "" and not FOREIGN.exact
+    monkeypatch.setattr(words, "MOST_WORDS", 20)
+    for own in (Tokenizer(vocabulary.model), Tokenizer(FOREIGN.model)):
+        for texts in [STORIES, HARD, [*STORIES[:3], *HARD], [], [""], *([text] for text in HARD)]:
+            want = [i for ids in own.encode_batch(texts, bos=True, eos=True) for i in ids]
+            assert own.encode_documents([text.encode() for text in texts]).tolist() == want
+
+
+@pytest.mark.parametrize("options, reason", [
+    ({"model_type": "unigram"}, "no byte-pair encoding"), ({"byte_fallback": False}, "no byte-pair encoding"),
+    ({"treat_whitespace_as_suffix": True}, "spaces in front"),
+    ({"split_by_whitespace": False, "vocab_size": 900}, "crosses the border"),
+    ({"add_dummy_prefix": False}, "no space in front"), ({"remove_extra_whitespaces": True}, "changes the text"),
+    ({"normalization_rule_name": "nmt_nfkc"}, "changes the text"), ({"user_defined_symbols": ["a b"]}, "symbols"),
+    ({"sentence_iterator": ["x\n\ny"] * 50, "hard_vocab_limit": False}, "crosses the border")])
+def test_a_vocabulary_that_must_see_whole_texts_does(options, reason):
+    vocabulary = foreign(**options)
+    assert reason in vocabulary.undivided
+    texts = STORIES[:20] + HARD
+    assert vocabulary.encode_documents([text.encode() for text in texts]).tolist() == plain_ids(vocabulary, texts)

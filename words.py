@@ -1,0 +1,231 @@
+"""Texts as words, so that each distinct word is worked on once: counted by step 1, encoded by step 2.
+
+    counts = count(["a cat saw a dog"])              # {b" a": 2, b" cat": 1, ...}
+
+A word begins where a space follows something else, and holds all spaces up to its letters; a newline is a word by
+itself. Every text gets a space in front, as SentencePiece puts one there. No piece of a vocabulary of step 1 crosses
+the border of a word, so that byte-pair encoding of a text is that of its words, one after another.
+
+Text repeats itself: 3.5 million words of TinyStories are 45,000 distinct ones. What is left to do per word is done by
+numpy for 128 kB of text at a time.
+"""
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from zlib import crc32
+
+import numpy as np
+
+SPACE_MARK = "\u2581".encode()          # SentencePiece takes this character for a space
+BATCH = 1 << 17                         # bytes of text that fit the caches of a processor with all that is made of them
+MOST_WORDS = 1 << 17                    # numbers that are given before all is forgotten
+MOST_MEMORY = 1 << 27                   # bytes that the counted words may take, about
+
+_SLOTS = 2 * MOST_WORDS
+_PROBES = 3                             # places where a word may be kept
+_LONGEST = 15                           # bytes of a word that is kept; its length takes the 16th
+_LOW_BYTES = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_LONGEST + 1)], np.uint64)
+_HIGH_BYTES = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_LONGEST + 1)], np.uint64)
+_ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)       # any two will do that are odd and mixed
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
+    """The texts in UTF-8, about BATCH bytes at a time."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text.encode())
+        size += len(batch[-1])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def split(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """The texts in one buffer with a space in front of each, and where its words and its texts begin.
+
+    Returns:
+        buffer; places where words begin, and that of the end (words + 1,); for each text its first word (texts,).
+    """
+    buffer = b" ".join([b"", *texts, bytes(_LONGEST)])          # zeros at the end, to read whole numbers there
+    end = len(buffer) - 1 - _LONGEST
+    data = np.frombuffer(buffer, np.uint8, end)
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
+    spaces, newlines = data == ord(" "), data == ord("\n")
+    begins = newlines.copy()
+    begins[1:] |= (spaces[1:] > spaces[:-1]) | newlines[:-1]
+    firsts = np.cumsum(sizes) - sizes
+    begins[firsts] = True
+    places = np.append(np.flatnonzero(begins), end)
+    return buffer, places, np.searchsorted(places, firsts)
+
+
+class Words:
+    """Gives the distinct words of texts numbers: 1, 2, 3 and so on, as they come.
+
+    A hash table with open addressing, worked on by numpy for all words of a batch at once. A word is its own key, as
+    two numbers of 64 bits, so that equal keys are equal words. One that is too long for that, or finds its places
+    taken, gets another number in each batch.
+    """
+
+    def __init__(self):
+        self.low, self.high = np.zeros(_SLOTS, np.uint64), np.zeros(_SLOTS, np.uint64)
+        self.numbers, self.known = np.zeros(_SLOTS, np.int32), 0
+
+    @property
+    def full(self) -> bool:
+        """Whether it is time to begin anew with another one."""
+        return self.known >= MOST_WORDS
+
+    def number(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+        """Number the words of texts.
+
+        Returns:
+            the number of each word (words,), int32; for each text its first word (texts,); the words that had none
+            before, in the order of their numbers.
+        """
+        buffer, places, firsts = split(texts)
+        sizes = np.diff(places)
+        keys = _keys(buffer, places[:-1], sizes)
+        numbers = self._find(*keys)
+        unknown = np.flatnonzero(numbers == 0)
+        new: dict[bytes, int] = {}
+        to_keep = []
+        for at, begin, end in zip(unknown.tolist(), places[unknown].tolist(), places[unknown + 1].tolist()):
+            word = buffer[begin:end]
+            if word not in new:
+                new[word] = self.known + 1 + len(new)
+                if end - begin <= _LONGEST:
+                    to_keep.append(at)
+            numbers[at] = new[word]
+        self.known += len(new)
+        self._keep(*(key[to_keep] for key in keys), numbers[to_keep])
+        return numbers, firsts, list(new)
+
+    def _find(self, low: np.ndarray, high: np.ndarray, mixed: np.ndarray, probe: int = 0) -> np.ndarray:
+        """The numbers of words; 0 for those that are not kept."""
+        slots = _slots(mixed, probe)
+        same = (self.low.take(slots) == low) & (self.high.take(slots) == high)      # take is twice as fast as [slots]
+        numbers = self.numbers.take(slots) * same
+        rest = np.flatnonzero(~same)
+        if probe + 1 < _PROBES and len(rest):
+            numbers[rest] = self._find(low[rest], high[rest], mixed[rest], probe + 1)
+        return numbers
+
+    def _keep(self, low: np.ndarray, high: np.ndarray, mixed: np.ndarray, numbers: np.ndarray, probe: int = 0) -> None:
+        """Put words where there is room; where several want one slot, one of them gets it."""
+        slots = _slots(mixed, probe)
+        free = self.high[slots] == 0
+        self.numbers[slots[free]] = numbers[free]
+        won = free & (self.numbers[slots] == numbers)
+        self.low[slots[won]], self.high[slots[won]] = low[won], high[won]
+        if probe + 1 < _PROBES and not won.all():
+            self._keep(low[~won], high[~won], mixed[~won], numbers[~won], probe + 1)
+
+
+def _keys(buffer: bytes, places: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bytes of each word as two numbers, its length in the last byte; and both mixed. Of a long word, too few."""
+    eights = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))        # the 8 bytes from each place on
+    short = np.minimum(sizes, _LONGEST)
+    low = eights.take(places) & _LOW_BYTES.take(short)
+    high = eights.take(places + 8) & _HIGH_BYTES.take(short)
+    high |= np.minimum(sizes, _LONGEST + 1).astype(np.uint64) << np.uint64(56)
+    return low, high, (low ^ high * _ODD[0]) * _ODD[1]
+
+
+def _slots(mixed: np.ndarray, probe: int) -> np.ndarray:
+    return (mixed >> np.uint64(46 - 18 * probe) & np.uint64(_SLOTS - 1)).astype(np.int64)
+
+
+class WordEncoder:
+    """Encodes texts by the ids of their words, each of which is encoded once."""
+
+    def __init__(self, encode: Callable[[list[bytes]], Iterable[list[int]]], between: list[int]):
+        """encode: gives the ids of words. between: the ids that stand between texts."""
+        self.encode_words, self.between = encode, between
+        self._forget()
+
+    def _forget(self) -> None:
+        """Number 0 is what stands between texts; then come the words."""
+        self.words = Words()
+        self.ids, self.begins, self.sizes = array("i", self.between), array("i", [0]), array("i", [len(self.between)])
+
+    def encode(self, texts: list[bytes]) -> np.ndarray:
+        """The ids of the texts one after another, int32, with `between` in front of each and at the end."""
+        if self.words.full:
+            self._forget()
+        numbers, firsts, new = self.words.number(texts)
+        for ids in self.encode_words(new):
+            self.begins.append(len(self.ids))
+            self.sizes.append(len(ids))
+            self.ids.extend(ids)
+        numbers = np.append(np.insert(numbers, firsts, 0), 0)
+        sizes = np.frombuffer(self.sizes, np.int32).take(numbers)
+        ends = np.cumsum(sizes, dtype=np.int32)
+        # id j of the result, in word i, is ids[begins[i] + j - (where i begins in the result)]
+        shifts = np.frombuffer(self.begins, np.int32).take(numbers) - (ends - sizes)
+        return np.frombuffer(self.ids, np.int32).take(np.repeat(shifts, sizes) + np.arange(ends[-1], dtype=np.int32))
+
+
+class WordCounts:
+    """How often each word comes. When they take more than MOST_MEMORY, those that came least are left out."""
+
+    def __init__(self):
+        self.counts: dict[bytes, int] = {}
+        self.left_out = self._size = 0
+        self._numbered: tuple[Words, list[bytes], np.ndarray] | None = None
+
+    def add(self, texts: list[bytes]) -> None:
+        """Count the words of texts. A character that SentencePiece takes for a space is one."""
+        words, names, seen = self._numbered or (Words(), [b""], np.zeros(0, np.int64))
+        numbers, _, new = words.number([text.replace(SPACE_MARK, b" ") for text in texts])
+        now = np.bincount(numbers, minlength=len(seen))
+        now[:len(seen)] += seen
+        self._numbered = words, names + new, now
+        if words.full:
+            self.settle()
+
+    def settle(self) -> None:
+        """Bring what was counted by number into `counts`."""
+        if self._numbered:
+            _, names, seen = self._numbered
+            self._numbered = None
+            self._take_in(zip(names[1:], seen[1:].tolist()))
+
+    def merge(self, other: "WordCounts") -> None:
+        """Take in what another one has settled."""
+        self.left_out += other.left_out
+        self._take_in(other.counts.items())
+
+    def _take_in(self, counts: Iterable[tuple[bytes, int]]) -> None:
+        for word, count in counts:
+            if word not in self.counts:
+                self._size += _memory(word)
+            self.counts[word] = self.counts.get(word, 0) + count
+        if self._size > MOST_MEMORY:
+            self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Keep the commonest, in half of the memory. Among equally common ones chance decides, the same each time."""
+        every = sorted(self.counts.items(), key=lambda item: (-item[1], crc32(item[0])))
+        self.counts, self._size = {}, 0
+        for word, count in every:
+            if self._size + _memory(word) > MOST_MEMORY // 2:
+                break
+            self.counts[word] = count
+            self._size += _memory(word)
+        self.left_out += len(every) - len(self.counts)
+
+
+def _memory(word: bytes) -> int:
+    """Bytes that a word and its count take, about."""
+    return len(word) + 150
+
+
+def count(texts: Iterable[str]) -> dict[bytes, int]:
+    """The words of texts, with the space in front of them, and how often each comes."""
+    found = WordCounts()
+    for batch in batches(texts):
+        found.add(batch)
+    found.settle()
+    return found.counts

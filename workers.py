@@ -1,0 +1,173 @@
+"""Worker processes for steps 1 and 2: as many as cores and memory allow; they end with their parent, and quietly."""
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import corpus
+import words
+from settings import UserError
+
+MEMORY = 400_000_000    # bytes that a worker takes at most, with its imports
+TRIED = 2_000_000       # bytes of text that are tried, to tell how long all of it takes
+
+
+def how_many(asked: int, jobs: int) -> tuple[int, str]:
+    """The number of processes, and why: what was asked for, else one per core, job and MEMORY that is free."""
+    if asked < 0:
+        raise UserError(f"num_workers must be 0 (one per core) or more, not {asked}")
+    free = free_memory()
+    limits = {f"{os.cpu_count()} cores": os.cpu_count() or 1, f"{jobs} parts": jobs}
+    if free is not None:
+        limits[f"{free / 1e9:.1f} GB of free memory"] = free // MEMORY
+    reason = min(limits, key=lambda name: limits[name])
+    count = asked or max(limits[reason], 1)
+    return count, f"{count} process{'es' * (count > 1)} ({'as asked' if asked else reason})"
+
+
+def free_memory() -> int | None:
+    """Bytes that Linux can still give, also inside a container; None elsewhere."""
+    try:
+        known = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    free = int(known.partition("MemAvailable:")[2].split()[0]) * 1024
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").strip()
+                       for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(int(limit) - int(used), 0))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has taken so far, with its imports; 0 where that is not known (Windows)."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def estimate(files: Iterable[Path], work: Callable[[list[bytes]], None], size: int, processes: int) -> str:
+    """How long `size` bytes of files will take, from trying `work` on the first texts."""
+    read, began = 0, time.perf_counter()
+
+    def progress(count: int) -> None:
+        nonlocal read
+        read += count
+    try:
+        for batch in words.batches(text for path in files for text in corpus.documents(path, progress)):
+            work(batch)
+            if read > TRIED:
+                break
+    except UserError:           # the process whose job it is will tell
+        pass
+    seconds = (time.perf_counter() - began) / max(read, 1) * size / processes
+    return f"about {timedelta(seconds=math.ceil(seconds))}"
+
+
+def cost(text_bytes: int, seconds: float, peak: int) -> str:
+    """How fast it went and what it took, in words."""
+    memory = f", {peak / 1e6:,.0f} MB of memory per process" if peak else ""
+    return f"{text_bytes / 1e6 / seconds:,.1f} MB/s{memory}"
+
+
+def run(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], workers: int, total: int, label: str
+        ) -> Iterator[tuple[Any, int]]:
+    """Do function(job, progress) for all jobs, here or in worker processes; progress takes the bytes that were read.
+
+    After an error nothing new is begun, and what is under way is finished and yielded before the
+    error is raised.
+
+    Args:
+        workers: 1 means here. total, label: of the progress bar.
+    Yields:
+        as each job ends: what the function returned, and the peak memory of the process that did it.
+    """
+    with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
+        if workers > 1:
+            yield from _run_in_pool(function, jobs, workers, bar)
+        else:
+            for job in jobs:
+                yield function(job, bar.update), peak_memory()
+
+
+def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm) -> Iterator[tuple[Any, int]]:
+    context, failure = get_context("spawn"), None
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(max(min(workers, len(jobs), 60), 1), context, _start_worker, (counter,)) as pool:
+        with deaf():
+            waiting = {pool.submit(_work, function, job) for job in jobs}
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            bar.update(counter.value - bar.n)
+            for future in done:
+                if not future.cancelled() and not future.exception():
+                    yield future.result()
+                elif not future.cancelled():
+                    failure = failure or future.exception()
+                    for other in waiting:
+                        other.cancel()
+    if isinstance(failure, BrokenProcessPool):
+        raise UserError("a worker process was killed, most likely for want of memory\n       run this again with "
+                        "--num_workers 1; it continues with what is missing")
+    if failure:
+        raise failure
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Signals have to wait, also in processes that begin here, until they listen: else they end in tracebacks."""
+    _signals("SIG_BLOCK")
+    try:
+        yield
+    finally:
+        _signals("SIG_UNBLOCK")
+
+
+def _signals(how: str) -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT, signal.SIGTERM})
+
+
+_counter: Any = None    # in a worker process: the bytes read by all of them
+
+
+def _start_worker(counter: Any) -> None:
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
+    _signals("SIG_UNBLOCK")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)                                         # else a worker would outlive a killed parent, and go on writing
+
+
+def _work(function: Callable, job: Any) -> tuple[Any, int]:
+    return function(job, _count), peak_memory()
+
+
+def _count(size: int) -> None:
+    with _counter.get_lock():
+        _counter.value += size
