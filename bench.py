@@ -6,6 +6,7 @@
     python bench.py sample                          # writing, alone and 32 at a time, and that of transformers
     python bench.py sample --peer ../llama2.c       # and that of the run.c in another folder (needs gcc)
     python bench.py sample --checkpoint output/ckpt.pt         # and the val loss of each format of the weights
+    python bench.py text --data my_stories --text_mb 200       # steps 1 and 2, and the plain way of doing them
 
 Contenders take turns, so that a machine that slows down slows all of them; medians are printed.
 """
@@ -19,11 +20,12 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, repeat
+from itertools import count, cycle, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,7 @@ import torch
 from torch import Tensor
 
 import checkpoint as checkpoints
+import corpus
 import device as devices
 import formats
 import settings
@@ -52,10 +55,11 @@ from tokenizer import find
 preset = ""             # train: the model and batch of a preset; empty: the defaults of train.py
 peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss or returned)
                         # sample: a folder with llama2.c's run.c
-rounds = 10             # turns of each contender
+rounds = 10             # turns of each contender; of text, whose turns are long, at most 3
 checkpoint = ""         # sample: a trained model, also a GPT-2; empty: the default one, untrained
 data_dir = "data"       # sample: where the val split of the checkpoint's vocabulary is
-data = ""               # quality: real stories, as for train_vocab.py
+data = ""               # quality, text: real stories, as for train_vocab.py; text: the built-in ones when empty
+text_mb = 100.0         # text: the stories are repeated until they are so many MB
 minutes = 3.0           # quality: the longest preset to train
 out_dir = "output/bench"            # quality: the runs
 device = "auto"
@@ -64,7 +68,8 @@ dtype = "auto"
 
 
 def main() -> None:
-    commands = {"train": bench_train, "quality": bench_quality, "sample": bench_sample}
+    commands = {"train": bench_train, "quality": bench_quality, "sample": bench_sample,
+                "text": bench_text}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         cfg, _ = settings.read(globals(), sys.argv[2:])
         if cfg.rounds < 1:
@@ -278,6 +283,87 @@ def val_loss(engine: Engine, state: dict[str, Any], data_dir: str) -> float:
         logprobs = next(engine.read([*x[0].tolist(), 0]))[:len(targets)]
         nats, scored = nats - logprobs.gather(1, targets.to(engine.device)[:, None]).sum().item(), scored + len(targets)
     return nats / scored
+
+
+# ---- text to tokens -----------------------------------------------------------------------------
+
+PROCESSES = 2
+
+
+def bench_text(cfg: SimpleNamespace) -> None:
+    """Steps 1 and 2 from their start to their end, in turns with tests/plain.py, with PROCESSES for both."""
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as home:
+        stories, model = Path(home, "stories"), Path(home, "data", "tok4096.model")
+        size = write_stories(cfg, stories)
+        workers = ["--num_workers", str(PROCESSES)]
+        plain = [sys.executable, here / "tests" / "plain.py"]
+        commands = {
+            "train_vocab.py": [sys.executable, here / "train_vocab.py", "--data", stories, "--data_dir", model.parent,
+                               *workers],
+            "plain vocabulary": [*plain, "vocabulary", stories, "4096", Path(home, "plain.model")],
+            "preprocess.py": [sys.executable, here / "preprocess.py", "--data_dir", model.parent, *workers],
+            "plain shards": [*plain, "shards", stories, model, Path(home, "plain"), str(PROCESSES)]}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        for _ in range(min(cfg.rounds, 3)):
+            for name, command in commands.items():
+                shutil.rmtree(model.with_suffix(""), ignore_errors=True)
+                taken[name].append(measured(command))
+    print(f"{size / 1e6:,.0f} MB of stories, {PROCESSES} processes")
+    for own, other in (("train_vocab.py", "plain vocabulary"), ("preprocess.py", "plain shards")):
+        (seconds, memory), (their_seconds, their_memory) = (map(statistics.median, zip(*taken[name]))
+                                                            for name in (own, other))
+        for name, time_taken, peak in ((own, seconds, memory), (other, their_seconds, their_memory)):
+            print(f"{name:20} {time_taken:7.1f} s {size / 1e6 / time_taken:7.1f} MB/s {peak / 1e6:8,.0f} MB of memory")
+        print(f"{'':20} {their_seconds / seconds:7.2f} x the speed, {memory / their_memory:.2f} x the memory")
+
+
+def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
+    """Write the stories again and again, in files of 1/10 of text_mb; returns their size in bytes."""
+    source = Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
+    texts = [text for path in corpus.find_files(source) for text in corpus.documents(path)]
+    folder.mkdir()
+    for number in range(10):
+        chosen, size = [], 0
+        for text in islice(cycle(texts), number * len(texts) // 10, None):
+            chosen.append({"story": text})
+            size += len(text.encode())
+            if size > cfg.text_mb * 1e5:
+                break
+        (folder / f"{number}.json").write_text(json.dumps(chosen, ensure_ascii=False), encoding="utf-8")
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def measured(command: list[Any]) -> tuple[float, float]:
+    """Seconds, and on Linux the peak of the memory that the processes of a command take together, in bytes."""
+    began = time.perf_counter()
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            peak[0] = max(peak[0], sum(memory_of_session(process.pid)))
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, errors = process.communicate()
+    seconds = time.perf_counter() - began
+    ended.set()
+    watcher.join()
+    if process.returncode:
+        raise UserError(f"{command[1]} failed:\n{errors.decode(errors='replace')[-2000:]}")
+    return seconds, peak[0]
+
+
+def memory_of_session(session: int) -> Iterator[int]:
+    """Bytes of each process of a session; what several share is divided among them (PSS)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[3]) == session:
+                shares = (folder / "smaps_rollup").read_text(encoding="utf-8")
+                yield int(shares.partition("\nPss:")[2].split()[0]) * 1024
+        except (OSError, IndexError):       # it has ended
+            continue
 
 
 # ---- what a span of time gives ------------------------------------------------------------------

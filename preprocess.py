@@ -22,12 +22,12 @@ import numpy as np
 import corpus
 import settings
 import shards
-import words
 import workers
 from files import load_json, locked, replace, sha256, whole_file
 from settings import UserError, shown
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tokenizer import Vocabulary, find, load
+from words import BATCH
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go
@@ -208,12 +208,17 @@ def write_shards(job: Job, progress: Callable[[int], None]) -> tuple[int, list[S
 
 
 def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, list[bytes]]]:
-    """Yield (split, documents in UTF-8) in the order of the source, some at a time."""
-    for batch in words.batches(text for path in job.sources for text in corpus.documents(path, progress)):
-        held_out = [corpus.fingerprint(text) <= job.threshold for text in batch]
-        for split in SPLITS:
-            if chosen := [text for text, is_val in zip(batch, held_out) if is_val == (split == "val")]:
-                yield split, chosen
+    """Yield (split, documents in UTF-8) in the order of the source, about BATCH bytes at a time."""
+    pending, sizes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
+    for path in job.sources:
+        for text in map(str.encode, corpus.documents(path, progress)):
+            split = "val" if corpus.fingerprint(text) <= job.threshold else "train"
+            pending[split].append(text)
+            sizes[split] += len(text)
+            if sizes[split] >= BATCH:
+                yield split, pending[split]
+                pending[split], sizes[split] = [], 0
+    yield from ((split, texts) for split, texts in pending.items() if texts)
 
 
 def report(found: ShardSet) -> None:

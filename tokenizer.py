@@ -130,7 +130,7 @@ class Tokenizer(Vocabulary):
         front = self._sp.encode("\n")          # of a space and the newline, which nothing else merges with
 
         def encode(words: list[bytes]) -> Iterator[list[int]]:
-            return (ids[len(front):] for ids in self._sp.encode(["\n" + word.decode() for word in words]))
+            return (self._sp.encode("\n" + word.decode())[len(front):] for word in words)  # a list would start threads
         return WordEncoder(encode, [self.eos_id, self.bos_id])
 
     def encode_documents(self, texts: list[bytes]) -> np.ndarray:

@@ -104,7 +104,8 @@ def make(cfg) -> None:
 
 def find_source(cfg) -> Path:
     if cfg.download:
-        return corpus.download(cfg.data_dir, cfg.mirror)
+        import download         # here, because only this needs requests
+        return download.tinystories(cfg.data_dir, cfg.mirror)
     return Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
 
 

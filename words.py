@@ -179,9 +179,10 @@ class WordCounts:
         """Count the words of texts. A character that SentencePiece takes for a space is one."""
         words, names, seen = self._numbered or (Words(), [b""], np.zeros(0, np.int64))
         numbers, _, new = words.number([text.replace(SPACE_MARK, b" ") for text in texts])
+        names += new
         now = np.bincount(numbers, minlength=len(seen))
         now[:len(seen)] += seen
-        self._numbered = words, names + new, now
+        self._numbered = words, names, now
         if words.full:
             self.settle()
 

@@ -33,14 +33,14 @@ def download(name: str, data_dir: str | Path) -> Path:
     Raises:
         UserError: when no mirror delivers; it names the files and the folder.
     """
-    import corpus
+    import download
     folder = Path(data_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         urls = {mirror: f"{url}/openai-community/{name}/resolve/main/{file}" for mirror, url in MIRRORS.items()}
         if not (folder / file).exists():
             try:
-                corpus.fetch(urls, folder / file)
+                download.fetch(urls, folder / file)
             except UserError as error:
                 raise UserError(f"{error}\n       all that {name} needs there: {', '.join(FILES)}") from error
     return folder

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 import corpus
+import download
 from conftest import assert_user_error, script
-from corpus import ARCHIVE, FOLDER, download
+from corpus import FOLDER
+from download import ARCHIVE, tinystories
 from settings import UserError
 
 NOISE = random.Random(0)        # so that the archive stays large
@@ -89,7 +91,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(corpus, "PAUSES", (0, 0))
+    monkeypatch.setattr(download, "PAUSES", (0, 0))
     server = Server()
     yield server
     server.http.shutdown()
@@ -111,13 +113,13 @@ def nothing_is_taken_for_good(data: Path = Path("data")) -> bool:
                                   ["page in disguise"], ["no ranges", "no ranges"], ["cut", 500, "redirect", "cut"]])
 def test_it_arrives_whole_in_the_end(server, plan):
     server.plan = list(plan)
-    assert stories(download("data", server.url)) == ALL
+    assert stories(tinystories("data", server.url)) == ALL
     assert sorted(path.name for path in Path("data").iterdir()) == [FOLDER, ARCHIVE]
 
 
 def test_it_goes_on_where_the_connection_broke(server):
     server.plan = ["cut", "cut"]
-    download("data", server.url)
+    tinystories("data", server.url)
     starts = [int((asked or "bytes=0-")[6:-1]) for asked in server.ranges]
     assert len(starts) == 3 and starts[0] == 0 and starts[1] > CUT - 2**16 and starts[2] > 2 * (CUT - 2**16)
 
@@ -125,17 +127,17 @@ def test_it_goes_on_where_the_connection_broke(server):
 def test_a_second_run_goes_on_too(server):
     server.plan = ["cut", 404, 404, 404]
     with pytest.raises(UserError):
-        download("data", server.url)
+        tinystories("data", server.url)
     part = Path("data") / f"{ARCHIVE}.part"
     size = part.stat().st_size
     assert size > CUT - 2**16 and nothing_is_taken_for_good()
-    assert stories(download("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
+    assert stories(tinystories("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
 
 
 def test_a_part_that_is_all_there_is_accepted(server):
     Path("data").mkdir()
     (Path("data") / f"{ARCHIVE}.part").write_bytes(server.content)
-    assert stories(download("data", server.url)) == ALL
+    assert stories(tinystories("data", server.url)) == ALL
 
 
 @pytest.mark.parametrize("part", [b"\x1f\x8b of another file", b"x" * 10_000_000])
@@ -143,13 +145,13 @@ def test_a_part_of_another_file_is_found_out(server, part):
     server.headers["X-Linked-Etag"] = f'"{hashlib.sha256(server.content).hexdigest()}"'
     Path("data").mkdir()
     (Path("data") / f"{ARCHIVE}.part").write_bytes(part)
-    assert stories(download("data", server.url)) == ALL
+    assert stories(tinystories("data", server.url)) == ALL
 
 
 def test_a_wrong_checksum_is_refused(server):
     server.headers["X-Linked-Etag"] = f'"{"0" * 64}"'
     with pytest.raises(UserError, match="SHA-256") as error:
-        download("data", server.url)
+        tinystories("data", server.url)
     assert nothing_is_taken_for_good() and str((Path("data") / ARCHIVE).resolve()) in str(error.value)
 
 
@@ -157,35 +159,35 @@ def test_a_wrong_checksum_is_refused(server):
 def test_a_server_that_never_behaves(server, plan):
     server.plan = list(plan)
     with pytest.raises(UserError, match="could not be downloaded"):
-        download("data", server.url)
+        tinystories("data", server.url)
     assert nothing_is_taken_for_good() and not list(Path("data").glob("*.part"))
 
 
 def test_the_next_mirror_takes_over(server):
     other = Server()
     server.plan = [404] * 3
-    assert stories(download("data", f"{server.url},{other.url}")) == ALL
+    assert stories(tinystories("data", f"{server.url},{other.url}")) == ALL
     assert len(server.ranges) == 3 and len(other.ranges) == 1
     other.http.shutdown()
 
 
 def test_mirrors_are_tried_in_the_order_asked_for():
-    assert list(corpus._mirrors("")) == ["huggingface", "hf-mirror", "modelscope"]
-    assert list(corpus._mirrors("modelscope, hf-mirror")) == ["modelscope", "hf-mirror"]
+    assert list(download._mirrors("")) == ["huggingface", "hf-mirror", "modelscope"]
+    assert list(download._mirrors("modelscope, hf-mirror")) == ["modelscope", "hf-mirror"]
     with pytest.raises(UserError, match="modelscop"):
-        corpus._mirrors("modelscop")
+        download._mirrors("modelscop")
 
 
 def test_what_was_put_there_by_hand_is_used(server):
     Path("data").mkdir()
     (Path("data") / ARCHIVE).write_bytes(server.content)
-    assert stories(download("data", server.url)) == ALL and server.ranges == []
+    assert stories(tinystories("data", server.url)) == ALL and server.ranges == []
 
 
 def test_unpacked_stories_are_not_fetched_again(server):
-    download("data", server.url)
+    tinystories("data", server.url)
     (Path("data") / ARCHIVE).unlink()
-    download("data", server.url)
+    tinystories("data", server.url)
     assert len(server.ranges) == 1
 
 
@@ -210,11 +212,11 @@ POISON = {
 def test_a_bad_archive_leaves_nothing(server, kind, tmp_path):
     server.content = POISON[kind]
     if kind in ("absolute", "link"):    # lands inside, without the slash or the link, which is harmless
-        folder = download("data", server.url)
+        folder = tinystories("data", server.url)
         assert not [path for path in folder.rglob("*") if path.is_symlink()]
     else:
         with pytest.raises(UserError, match="damaged"):
-            download("data", server.url)
+            tinystories("data", server.url)
         assert nothing_is_taken_for_good() and (Path("data") / f"{ARCHIVE}.bad").exists()
     assert not Path("/tmp/tiny_llm_outside.json").exists() and not list(tmp_path.glob("*.json"))
     assert not list(Path("data").glob("*.tmp"))
@@ -228,18 +230,18 @@ def test_a_full_disk_keeps_what_is_there(server, monkeypatch):
             return super().write(piece)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "open", lambda path, mode: FullDisk(path, mode), raising=False)
+        patch.setattr(download, "open", lambda path, mode: FullDisk(path, mode), raising=False)
         with pytest.raises(OSError, match="No space left"):
-            download("data", server.url)
+            tinystories("data", server.url)
     size = (Path("data") / f"{ARCHIVE}.part").stat().st_size
     assert size > CUT - 2**16 and nothing_is_taken_for_good()
-    assert stories(download("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
+    assert stories(tinystories("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
 
 
 def test_no_room_is_said_before_the_first_byte(server, monkeypatch):
-    monkeypatch.setattr(corpus.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match="no room"):
-        download("data", server.url)
+        tinystories("data", server.url)
     assert nothing_is_taken_for_good()
 
 

@@ -12,7 +12,7 @@ import torch
 
 import bench
 import checkpoint
-import corpus
+import download
 import dataset
 import demo_stories
 import device
@@ -270,7 +270,7 @@ def released(folder, monkeypatch):
     threading.Thread(target=http.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}"
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"first": f"{url}/nowhere", "second": url})
-    monkeypatch.setattr(corpus, "PAUSES", ())
+    monkeypatch.setattr(download, "PAUSES", ())
     yield asked
     http.shutdown()
     http.server_close()
@@ -295,7 +295,7 @@ def test_a_folder_of_that_name_goes_first(released, folder):
 
 def test_offline_it_says_which_files_belong_where(monkeypatch):
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"gone": "http://127.0.0.1:9"})
-    monkeypatch.setattr(corpus, "PAUSES", ())
+    monkeypatch.setattr(download, "PAUSES", ())
     with pytest.raises(UserError) as found:
         formats.read("gpt2-medium")
     for part in (str(Path("data/gpt2-medium/config.json").resolve()), *gpt2_folder.FILES,

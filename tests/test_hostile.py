@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import corpus
+import download
 import settings
 import shards
 from conftest import ROOT, TINY, assert_user_error, learn, quickly
@@ -54,7 +55,7 @@ def test_code_in_a_file_does_not_run(project, args):
 
 def unpack(content: bytes) -> Path:
     Path("a.tar.gz").write_bytes(content)
-    corpus._unpack(Path("a.tar.gz"), Path("stories"))
+    download._unpack(Path("a.tar.gz"), Path("stories"))
     return Path("stories")
 
 
@@ -95,7 +96,7 @@ def test_a_heading_that_is_a_bomb_is_not_read():
 
 
 def test_a_server_cannot_lead_to_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PAUSES", ())
+    monkeypatch.setattr(download, "PAUSES", ())
     secret = tmp_path / "secret"
     secret.write_bytes(b"\x1f\x8b")
 
@@ -111,7 +112,7 @@ def test_a_server_cannot_lead_to_files(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for place in ("file", "ftp"):
             with pytest.raises(UserError, match="could not be downloaded"):
-                corpus.fetch({"mirror": f"http://127.0.0.1:{server.server_port}/{place}"}, Path("target"))
+                download.fetch({"mirror": f"http://127.0.0.1:{server.server_port}/{place}"}, Path("target"))
         server.shutdown()
     assert not Path("target").exists() and not Path("target.part").exists()
 

@@ -29,12 +29,12 @@ def vocabulary() -> Tokenizer:
     return learn(STORIES, 600)
 
 
-def foreign(**options) -> Tokenizer:
+def foreign(texts=tuple(text.replace("\n", " ") for text in STORIES), **options) -> Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(**{
-        "sentence_iterator": (text.replace("\n", " ") for text in STORIES), "model_writer": model,
-        "model_type": "bpe", "vocab_size": 500, "byte_fallback": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "minloglevel": 2, **options})
+        "sentence_iterator": iter(texts), "model_writer": model, "model_type": "bpe", "vocab_size": 500,
+        "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+        "minloglevel": 2, **options})
     return Tokenizer(model.getvalue())
 
 
@@ -170,7 +170,7 @@ def test_hard_texts_and_a_table_that_is_begun_anew(monkeypatch, vocabulary):
     ({"split_by_whitespace": False, "vocab_size": 900}, "crosses the border"),
     ({"add_dummy_prefix": False}, "no space in front"), ({"remove_extra_whitespaces": True}, "changes the text"),
     ({"normalization_rule_name": "nmt_nfkc"}, "changes the text"), ({"user_defined_symbols": ["a b"]}, "symbols"),
-    ({"sentence_iterator": ["x\n\ny"] * 50, "hard_vocab_limit": False}, "crosses the border")])
+    ({"texts": ["x\n\ny"] * 50, "hard_vocab_limit": False}, "crosses the border")])
 def test_a_vocabulary_that_must_see_whole_texts_does(options, reason):
     vocabulary = foreign(**options)
     assert reason in vocabulary.undivided
