@@ -31,7 +31,7 @@ DEMO_FILES = 10
 FOLDER = "TinyStories_all_data"                 # in the data folder, where download.py unpacks the real stories
 
 _READ = 1 << 18                 # characters read at a time
-_RECORD = 1 << 26               # characters that one JSON record may have
+_RECORD = 1 << 24               # characters that one JSON record may have
 _GAP = re.compile(r"[\s,]*")
 
 

@@ -104,8 +104,8 @@ def make(cfg) -> None:
 
 def find_source(cfg) -> Path:
     if cfg.download:
-        import download         # here, because only this needs requests
-        return download.tinystories(cfg.data_dir, cfg.mirror)
+        from download import tinystories        # here, because only this needs requests
+        return tinystories(cfg.data_dir, cfg.mirror)
     return Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
 
 

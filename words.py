@@ -18,7 +18,7 @@ import numpy as np
 SPACE_MARK = "\u2581".encode()          # SentencePiece takes this character for a space
 BATCH = 1 << 17                         # bytes of text that fit the caches of a processor with all that is made of them
 MOST_WORDS = 1 << 17                    # numbers that are given before all is forgotten
-MOST_MEMORY = 1 << 27                   # bytes that the counted words may take, about
+MOST_MEMORY = 100 << 20                 # bytes that the counted words may take, about
 
 _SLOTS = 2 * MOST_WORDS
 _PROBES = 3                             # places where a word may be kept

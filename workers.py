@@ -21,6 +21,7 @@ import words
 from settings import UserError
 
 MEMORY = 400_000_000    # bytes that a worker takes at most, with its imports
+AHEAD = 32              # results that may have to wait for one that was begun before them
 TRIED = 2_000_000       # bytes of text that are tried, to tell how long all of it takes
 
 
@@ -113,18 +114,24 @@ def run(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], 
 def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm) -> Iterator[tuple[Any, int]]:
     context, failure = get_context("spawn"), None
     counter = context.Value("q", 0)
-    with ProcessPoolExecutor(max(min(workers, len(jobs), 60), 1), context, _start_worker, (counter,)) as pool:
-        with deaf():
-            waiting = {pool.submit(_work, function, job) for job in jobs}
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+    count = max(min(workers, len(jobs), 60), 1)
+    with ProcessPoolExecutor(count, context, _start_worker, (counter,)) as pool:
+        running, begun = {}, 0              # the number of the job that a future is for
+        while running or begun < len(jobs) and not failure:
+            with deaf():
+                while (begun < len(jobs) and not failure and len(running) < 2 * count
+                       and begun < min(running.values(), default=begun) + AHEAD):
+                    running[pool.submit(_work, function, jobs[begun])] = begun
+                    begun += 1
+            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             bar.update(counter.value - bar.n)
             for future in done:
+                del running[future]
                 if not future.cancelled() and not future.exception():
                     yield future.result()
                 elif not future.cancelled():
                     failure = failure or future.exception()
-                    for other in waiting:
+                    for other in running:
                         other.cancel()
     if isinstance(failure, BrokenProcessPool):
         raise UserError("a worker process was killed, most likely for want of memory\n       run this again with "
