@@ -164,7 +164,7 @@ def plan(target: ShardSet, todo: list[Job], vocabulary: Vocabulary, processes: i
     print(f"plan: {size / 1e6:,.1f} MB to read, about {need / 1e6:,.1f} MB to write ({free / 1e6:,.0f} MB are free), "
           f"{why}, {time_to_go}")
     if need > free:
-        raise UserError(f"no room: about {need / 1e6:,.0f} MB are to be written, {free / 1e6:,.0f} MB are free on the "
+        raise UserError(f"no room: about {need / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free on the "
                         f"disk of {target.folder.resolve()}")
 
 

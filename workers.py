@@ -30,7 +30,8 @@ def how_many(asked: int, jobs: int) -> tuple[int, str]:
     if asked < 0:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {asked}")
     free = free_memory()
-    limits = {f"{os.cpu_count()} cores": os.cpu_count() or 1, f"{jobs} parts": jobs}
+    cores = os.cpu_count() or 1
+    limits = {f"{cores} core{'s' * (cores > 1)}": cores, f"{jobs} part{'s' * (jobs > 1)} of text": jobs}
     if free is not None:
         limits[f"{free / 1e9:.1f} GB of free memory"] = free // MEMORY
     reason = min(limits, key=lambda name: limits[name])

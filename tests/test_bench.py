@@ -1,15 +1,19 @@
 """What is measured is what it says: real steps, of the same model, in turn."""
 import importlib
+import json
 import sys
 from itertools import repeat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
+import demo_stories
 import device as devices
 import settings
+import shards
 from conftest import ROOT
 from model import ModelArgs
 from settings import UserError
@@ -71,3 +75,29 @@ def test_mistakes_are_said(monkeypatch, argv, message):
     with pytest.raises(UserError) as found:
         bench.main()
     assert message in str(found.value)
+
+
+def test_text_is_measured_against_the_plain_way(call, capsys, monkeypatch):
+    """Both run to their ends, on the same text, and give as many tokens."""
+    monkeypatch.setattr(bench, "PROCESSES", 1)
+    Path("mine.json").write_text(json.dumps([{"story": story} for story in demo_stories.stories(50)]), encoding="utf-8")
+    tokens = []
+    took = bench.measured
+
+    def look(command):
+        found = took(command)
+        if "shards" in command:
+            tokens.append(sum(path.stat().st_size for path in Path(command[-2]).iterdir()) / 2)
+        elif "preprocess.py" in str(command[1]):
+            tokens.append(shards.read(Path(command[3], "tok4096")).count("train", "tokens")
+                          + shards.read(Path(command[3], "tok4096")).count("val", "tokens"))
+        return found
+    monkeypatch.setattr(bench, "measured", look)
+    call("bench", "text", "--data", "mine.json", "--text_mb", 0.3, "--rounds", 1)
+    assert tokens[0] == tokens[1] > 50_000
+    assert capsys.readouterr().out.count("x the speed") == 2
+
+
+def test_a_contender_that_fails_is_said():
+    with pytest.raises(UserError, match="no text in|no file or folder"):
+        bench.measured([sys.executable, ROOT / "train_vocab.py", "--data", "nowhere"])

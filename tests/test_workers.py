@@ -1,0 +1,74 @@
+"""How many processes there are, what is said before and after, and what happens when one fails."""
+import shutil
+from pathlib import Path
+
+import pytest
+
+import corpus
+import preprocess
+import workers
+from settings import UserError
+
+
+def test_processes_follow_cores_parts_and_memory(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    for free, jobs, asked, want in [(None, 99, 0, 8), (10**10, 99, 0, 8), (10**10, 3, 0, 3), (10**9, 99, 0, 2),
+                                    (10**7, 99, 0, 1), (10**7, 99, 5, 5), (None, 0, 0, 1)]:
+        monkeypatch.setattr(workers, "free_memory", lambda: free)
+        count, why = workers.how_many(asked, jobs)
+        assert count == want and str(count) in why
+    monkeypatch.setattr(workers, "free_memory", lambda: 10**7)
+    assert "0.0 GB of free memory" in workers.how_many(0, 99)[1] and "as asked" in workers.how_many(5, 1)[1]
+    with pytest.raises(UserError, match="num_workers must be"):
+        workers.how_many(-1, 1)
+
+
+def test_memory_is_known_on_linux():
+    if Path("/proc/meminfo").exists():
+        total = int(Path("/proc/meminfo").read_text(encoding="utf-8").split()[1]) * 1024
+        assert 0 < workers.free_memory() <= total and 10**7 < workers.peak_memory() < total
+
+
+def double(job: int, progress) -> int:
+    progress(1)
+    if job < 0:
+        raise UserError(f"{job} is no job")
+    return 2 * job
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_job_is_done_once(count):
+    jobs = list(range(80))          # more than may be begun at once
+    results = list(workers.run(double, jobs, count, len(jobs), "counting"))
+    assert sorted(result for result, _ in results) == [2 * job for job in jobs]
+    assert all(peak > 10**7 for _, peak in results) or not Path("/proc").exists()
+    assert list(workers.run(double, [], count, 0, "nothing")) == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_after_an_error_nothing_new_is_begun(count):
+    found = []
+    with pytest.raises(UserError, match="-1 is no job"):
+        for result, _ in workers.run(double, [1, -1, *range(2, 80)], count, 80, "counting"):
+            found.append(result)
+    assert 2 in found and len(found) < 20
+
+
+def test_the_estimate_is_of_all_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a story<|endoftext|>" * 1000, encoding="utf-8")
+    seen = []
+    assert workers.estimate([tmp_path / "a.txt"], seen.extend, 10, 2) == "about 0:00:01"
+    assert len(seen) == 1000
+    assert workers.estimate([tmp_path / "a.txt"], seen.extend, 10**12, 2) > "about 1"
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    assert workers.estimate([tmp_path / "b.txt"], seen.extend, 10, 2) == "about 0:00:01"      # step 2 will tell
+
+
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path, call, monkeypatch):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>" * 50, encoding="utf-8")
+    call("train_vocab", "--data", tmp_path / "a.txt", "--vocab_size", 300)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    monkeypatch.setattr(preprocess, "write_shards", None)
+    with pytest.raises(UserError, match="no room: about 0.0 MB are to be written, 0.0 MB are free"):
+        call("preprocess")
+    assert list(corpus.find_files(tmp_path / "a.txt")) and not Path("data/tok300/manifest.json").exists()
