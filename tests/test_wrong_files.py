@@ -119,7 +119,7 @@ def test_a_file_that_may_not_be_read(files, name, order):
 def test_a_file_cut_anywhere(files, name, load):
     """At every length where the file is small; large ones at every length of their beginning, and at some others."""
     whole = Path(name).read_bytes()
-    lengths = {*range(min(len(whole), 1024)), *random.Random(1).sample(range(len(whole)), min(len(whole), 200))}
+    lengths = {*range(min(len(whole), 4096)), *random.Random(1).sample(range(len(whole)), min(len(whole), 200))}
     for length in sorted(lengths):
         Path(name).write_bytes(whole[:length])
         with pytest.raises(UserError, match=Path(name).stem):
