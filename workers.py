@@ -22,6 +22,7 @@ from settings import UserError
 
 MEMORY = 400_000_000    # bytes that a worker takes at most, with its imports
 AHEAD = 32              # results that may have to wait for one that was begun before them
+STOPS = (signal.SIGINT, signal.SIGTERM)
 TRIED = 2_000_000       # bytes of text that are tried, to tell how long all of it takes
 
 
@@ -143,17 +144,23 @@ def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm) -
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """Signals have to wait, also in processes that begin here, until they listen: else they end in tracebacks."""
-    _signals("SIG_BLOCK")
+    """Ctrl-C and a polite kill have to wait, also in processes that begin here: else these end in tracebacks."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOPS}
+    _signals("SIG_BLOCK")               # is inherited; here it would not do, for other threads may get the signal
     try:
         yield
     finally:
         _signals("SIG_UNBLOCK")
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _signals(how: str) -> None:
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(getattr(signal, how), STOPS)
 
 
 _counter: Any = None    # in a worker process: the bytes read by all of them

@@ -1,5 +1,7 @@
 """How many processes there are, what is said before and after, and what happens when one fails."""
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,19 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path, call, monkeypa
     with pytest.raises(UserError, match="no room: about 0.0 MB are to be written, 0.0 MB are free"):
         call("preprocess")
     assert list(corpus.find_files(tmp_path / "a.txt")) and not Path("data/tok300/manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", workers.STOPS)
+def test_a_signal_waits_until_the_processes_have_begun(number):
+    """Also one that another thread gets."""
+    heard = []
+    before = signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        with workers.deaf():
+            thread = threading.Thread(target=signal.raise_signal, args=[number])
+            thread.start()
+            thread.join()
+            assert not heard
+        assert heard == [number]
+    finally:
+        signal.signal(number, before)
