@@ -53,7 +53,7 @@ def test_after_an_error_nothing_new_is_begun(count):
     with pytest.raises(UserError, match="-1 is no job"):
         for result, _ in workers.run(double, [1, -1, *range(2, 80)], count, 80, "counting"):
             found.append(result)
-    assert 2 in found and len(found) < 20
+    assert 2 in found and len(found) <= workers.AHEAD       # one worker may begin late
 
 
 def test_the_estimate_is_of_all_the_text(tmp_path):
@@ -82,9 +82,11 @@ def test_a_signal_waits_until_the_processes_have_begun(number):
     heard = []
     before = signal.signal(number, lambda number, frame: heard.append(number))
     try:
+        begun = threading.Event()
+        thread = threading.Thread(target=lambda: begun.wait() and signal.raise_signal(number))
+        thread.start()
         with workers.deaf():
-            thread = threading.Thread(target=signal.raise_signal, args=[number])
-            thread.start()
+            begun.set()
             thread.join()
             assert not heard
         assert heard == [number]
