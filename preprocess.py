@@ -154,15 +154,12 @@ def size_of(jobs: list[Job]) -> int:
 
 def plan(target: ShardSet, todo: list[Job], vocabulary: Vocabulary, processes: int, why: str) -> None:
     """Say what is to come, from a try with the first texts. Raises UserError when there is no room for it."""
-    tried = np.zeros(2)         # bytes of text, tokens
-
-    def encode(texts: list[bytes]) -> None:
-        tried[:] += sum(map(len, texts)), len(vocabulary.encode_documents(texts))
-    files, size = [path for job in todo for path in job.sources], size_of(todo)
-    time_to_go = workers.estimate(files, encode, size, processes)
-    need, free = size * tried[1] / max(tried[0], 1) * target.dtype.itemsize, shutil.disk_usage(target.folder).free
+    size, tokens = size_of(todo), []
+    read, seconds = workers.pace((path for job in todo for path in job.sources),
+                                 lambda texts: tokens.append(len(vocabulary.encode_documents(texts))))
+    need, free = sum(tokens) * target.dtype.itemsize * size / read, shutil.disk_usage(target.folder).free
     print(f"plan: {size / 1e6:,.1f} MB to read, about {need / 1e6:,.1f} MB to write ({free / 1e6:,.0f} MB are free), "
-          f"{why}, {time_to_go}")
+          f"{why}, {workers.about(seconds * size / read / processes)}")
     if need > free:
         raise UserError(f"no room: about {need / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free on the "
                         f"disk of {target.folder.resolve()}")

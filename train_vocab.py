@@ -83,9 +83,9 @@ def make(cfg) -> None:
     jobs = [Job(i, group, threshold) for i, group in enumerate(corpus.groups(files))]
     processes, why = workers.how_many(cfg.num_workers, len(jobs))
     size = sum(file.stat().st_size for file in files)
-    time_to_go = workers.estimate(files, WordCounts().add, size, processes)
+    read, seconds = workers.pace(files, WordCounts().add)
     print(f"text: {source}, {len(files)} files")
-    print(f"plan: {size / 1e6:,.1f} MB to read with {why}, {time_to_go}")
+    print(f"plan: {size / 1e6:,.1f} MB to read, {why}, {workers.about(seconds * size / read / processes)}")
 
     found, peak = count_words(jobs, processes, size)
     print(f"read: {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text to learn from, "

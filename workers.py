@@ -69,8 +69,8 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def estimate(files: Iterable[Path], work: Callable[[list[bytes]], None], size: int, processes: int) -> str:
-    """How long `size` bytes of files will take, from trying `work` on the first texts."""
+def pace(files: Iterable[Path], work: Callable[[list[bytes]], None]) -> tuple[int, float]:
+    """Try `work` on the first texts of files; returns the bytes of the files that were read, and the seconds."""
     read, began = 0, time.perf_counter()
 
     def progress(count: int) -> None:
@@ -83,7 +83,10 @@ def estimate(files: Iterable[Path], work: Callable[[list[bytes]], None], size: i
                 break
     except UserError:           # the process whose job it is will tell
         pass
-    seconds = (time.perf_counter() - began) / max(read, 1) * size / processes
+    return max(read, 1), time.perf_counter() - began
+
+
+def about(seconds: float) -> str:
     return f"about {timedelta(seconds=math.ceil(seconds))}"
 
 

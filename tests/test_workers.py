@@ -1,4 +1,5 @@
 """How many processes there are, what is said before and after, and what happens when one fails."""
+import gzip
 import shutil
 import signal
 import threading
@@ -56,14 +57,22 @@ def test_after_an_error_nothing_new_is_begun(count):
     assert 2 in found and len(found) <= workers.AHEAD       # one worker may begin late
 
 
-def test_the_estimate_is_of_all_the_text(tmp_path):
-    (tmp_path / "a.txt").write_text("a story<|endoftext|>" * 1000, encoding="utf-8")
-    seen = []
-    assert workers.estimate([tmp_path / "a.txt"], seen.extend, 10, 2) == "about 0:00:01"
-    assert len(seen) == 1000
-    assert workers.estimate([tmp_path / "a.txt"], seen.extend, 10**12, 2) > "about 1"
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_the_pace_counts_bytes_of_the_file(tmp_path, name, monkeypatch):
+    texts = "".join(f"story {i} of many<|endoftext|>" for i in range(20_000)).encode()
+    path, seen = tmp_path / name, []
+    path.write_bytes(gzip.compress(texts) if name.endswith("gz") else texts)
+    read, seconds = workers.pace([path], seen.extend)
+    assert read == path.stat().st_size and len(seen) == 20_000 and seconds > 0
+    monkeypatch.setattr(workers, "TRIED", read // 2)
+    assert workers.pace([path, path], seen.extend)[0] <= path.stat().st_size
+    assert workers.about(3599.5) == "about 1:00:00"
+
+
+def test_a_broken_file_does_not_stop_the_try(tmp_path):
+    """It is told by the process whose job it is."""
     (tmp_path / "b.txt").write_bytes(b"\xff")
-    assert workers.estimate([tmp_path / "b.txt"], seen.extend, 10, 2) == "about 0:00:01"      # step 2 will tell
+    assert workers.pace([tmp_path / "b.txt"], print)[0] >= 1
 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path, call, monkeypatch):
