@@ -292,6 +292,8 @@ PROCESSES = 2
 
 def bench_text(cfg: SimpleNamespace) -> None:
     """Steps 1 and 2 from their start to their end, in turns with tests/plain.py, with PROCESSES for both."""
+    if not 0.1 <= cfg.text_mb <= 100_000:
+        raise UserError(f"text_mb must be 0.1 to 100,000, not {cfg.text_mb}; below 100, starting up tells most")
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as home:
         stories, model = Path(home, "stories"), Path(home, "data", "tok4096.model")

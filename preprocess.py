@@ -35,7 +35,7 @@ data = ""               # the text; empty: what step 1 read
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
 tokenizer = ""          # a vocabulary from elsewhere, or a model that has one; it is copied to data_dir and used
 num_workers = 0         # processes, at most 60; 0: one per core, if there is memory. Each takes up to 400 MB
-verify = False          # compare all shards with their text, in the plain way; about ten times the work
+verify = False          # compare all shards with their text, encoded in the plain way, which is much slower
 # ---- end of settings ----------------------------------------------------------------------------
 
 UNFINISHED = "manifest.part.json"
@@ -159,7 +159,7 @@ def plan(target: ShardSet, todo: list[Job], vocabulary: Vocabulary, processes: i
                                  lambda texts: tokens.append(len(vocabulary.encode_documents(texts))))
     need, free = sum(tokens) * target.dtype.itemsize * size / read, shutil.disk_usage(target.folder).free
     print(f"plan: {size / 1e6:,.1f} MB to read, about {need / 1e6:,.1f} MB to write ({free / 1e6:,.0f} MB are free), "
-          f"{why}, {workers.about(seconds * size / read / processes)}")
+          f"{why}, {workers.about(seconds * size / read, processes)}")
     if need > free:
         raise UserError(f"no room: about {need / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free on the "
                         f"disk of {target.folder.resolve()}")

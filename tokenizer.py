@@ -355,7 +355,8 @@ def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     A space begins a word, a newline and a digit stand alone, a tab is always spelled as its byte, and
     no text is normalised. Where the text has more distinct characters than fit, the commonest get
     half of the room and the others are spelled in bytes. The pieces are those that SentencePiece
-    learns from the text itself.
+    learns from the text itself; only that it leaves out each line with U+2585, here a word, which it
+    keeps for itself.
 
     Args:
         counts: how often each word comes, as `words.count` gives it.

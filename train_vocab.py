@@ -30,6 +30,8 @@ vocab_size = 4096       # 512 to 2048 for a small model on a CPU, 4096 for the d
 num_workers = 0         # processes, at most 60; 0: one per core, if there is memory. Each takes up to 400 MB
 # ---- end of settings ----------------------------------------------------------------------------
 
+AHEAD = 8               # parts of the text that may be counted before an earlier one is, and then wait in memory
+
 
 @dataclass(frozen=True)
 class Job:
@@ -85,7 +87,7 @@ def make(cfg) -> None:
     size = sum(file.stat().st_size for file in files)
     read, seconds = workers.pace(files, WordCounts().add)
     print(f"text: {source}, {len(files)} files")
-    print(f"plan: {size / 1e6:,.1f} MB to read, {why}, {workers.about(seconds * size / read / processes)}")
+    print(f"plan: {size / 1e6:,.1f} MB to read, {why}, {workers.about(seconds * size / read, processes)}")
 
     found, peak = count_words(jobs, processes, size)
     print(f"read: {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text to learn from, "
@@ -99,7 +101,8 @@ def make(cfg) -> None:
 
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     save(vocabulary, path, source, threshold)
-    print(f"wrote {path} ({vocabulary.n_words} entries) after {time.monotonic() - start:.0f} s")
+    print(f"wrote {path} ({vocabulary.n_words} entries) after {time.monotonic() - start:.0f} s"
+          + (f", with {memory / 1e6:,.0f} MB of memory" if (memory := workers.peak_memory()) else ""))
 
 
 def find_source(cfg) -> Path:
@@ -112,7 +115,7 @@ def find_source(cfg) -> Path:
 def count_words(jobs: list[Job], processes: int, size: int) -> tuple[Found, int]:
     """Count the words of all jobs; returns what was found and the largest peak memory of a process."""
     found, waiting, turn, peak = Found(), {}, 0, 0
-    for (index, part), memory in workers.run(count_part, jobs, processes, size, "counting words"):
+    for (index, part), memory in workers.run(count_part, jobs, processes, size, "counting words", AHEAD):
         waiting[index], peak = part, max(peak, memory)
         while turn in waiting:          # in the order of the jobs, so that the same words are left out in every run
             found.merge(waiting.pop(turn))

@@ -17,7 +17,8 @@ import numpy as np
 
 SPACE_MARK = "\u2581".encode()          # SentencePiece takes this character for a space
 BATCH = 1 << 17                         # bytes of text that fit the caches of a processor with all that is made of them
-MOST_WORDS = 1 << 17                    # numbers that are given before all is forgotten
+MOST_WORDS = 1 << 17                    # numbers that are given before all is forgotten,
+MOST_BYTES = 1 << 23                    # and the length of the words that had them, so that long ones take no more
 MOST_MEMORY = 100 << 20                 # bytes that the counted words may take, about
 
 _SLOTS = 2 * MOST_WORDS
@@ -65,17 +66,18 @@ class Words:
 
     A hash table with open addressing, worked on by numpy for all words of a batch at once. A word is its own key, as
     two numbers of 64 bits, so that equal keys are equal words. One that is too long for that, or finds its places
-    taken, gets another number in each batch.
+    taken, gets another number in each batch; where spaces are rare, as in Chinese, nearly all do, and the table is soon
+    full. That costs little more than not to have it.
     """
 
     def __init__(self):
         self.low, self.high = np.zeros(_SLOTS, np.uint64), np.zeros(_SLOTS, np.uint64)
-        self.numbers, self.known = np.zeros(_SLOTS, np.int32), 0
+        self.numbers, self.known, self.size = np.zeros(_SLOTS, np.int32), 0, 0
 
     @property
     def full(self) -> bool:
         """Whether it is time to begin anew with another one."""
-        return self.known >= MOST_WORDS
+        return self.known >= MOST_WORDS or self.size >= MOST_BYTES
 
     def number(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
         """Number the words of texts.
@@ -99,6 +101,7 @@ class Words:
                     to_keep.append(at)
             numbers[at] = new[word]
         self.known += len(new)
+        self.size += sum(map(len, new))
         self._keep(*(key[to_keep] for key in keys), numbers[to_keep])
         return numbers, firsts, list(new)
 
@@ -219,8 +222,8 @@ class WordCounts:
 
 
 def _memory(word: bytes) -> int:
-    """Bytes that a word and its count take, about."""
-    return len(word) + 150
+    """Bytes that a word and its count take, about; long ones count more, for what training makes of them."""
+    return 150 + 4 * len(word)
 
 
 def count(texts: Iterable[str]) -> dict[bytes, int]:

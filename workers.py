@@ -21,7 +21,8 @@ import words
 from settings import UserError
 
 MEMORY = 400_000_000    # bytes that a worker takes at most, with its imports
-AHEAD = 32              # results that may have to wait for one that was begun before them
+MOST = 60               # processes; Windows cannot wait for more
+STOPPED = -(1 << 62)    # instead of the count of bytes
 STOPS = (signal.SIGINT, signal.SIGTERM)
 TRIED = 2_000_000       # bytes of text that are tried, to tell how long all of it takes
 
@@ -30,14 +31,20 @@ def how_many(asked: int, jobs: int) -> tuple[int, str]:
     """The number of processes, and why: what was asked for, else one per core, job and MEMORY that is free."""
     if asked < 0:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {asked}")
-    free = free_memory()
-    cores = os.cpu_count() or 1
-    limits = {f"{cores} core{'s' * (cores > 1)}": cores, f"{jobs} part{'s' * (jobs > 1)} of text": jobs}
-    if free is not None:
-        limits[f"{free / 1e9:.1f} GB of free memory"] = free // MEMORY
+    limits = {f"{jobs} part{'s' * (jobs > 1)} of text": jobs, "as asked": asked}
+    if not asked:
+        free = free_memory()
+        limits = {f"{cores()} core{'s' * (cores() > 1)}": cores(), **limits, "as asked": MOST}
+        if free is not None:
+            limits[f"{free / 1e9:.1f} GB of free memory"] = free // MEMORY
     reason = min(limits, key=lambda name: limits[name])
-    count = asked or max(limits[reason], 1)
-    return count, f"{count} process{'es' * (count > 1)} ({'as asked' if asked else reason})"
+    count = max(min(limits[reason], MOST), 1)
+    return count, f"{count} process{'es' * (count > 1)} ({reason})"
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> int | None:
@@ -48,11 +55,12 @@ def free_memory() -> int | None:
         return None
     free = int(known.partition("MemAvailable:")[2].split()[0]) * 1024
     try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").strip()
-                       for name in ("memory.max", "memory.current"))
+        limit, used, parts = (Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").strip()
+                              for name in ("memory.max", "memory.current", "memory.stat"))
     except OSError:
         return free
-    return free if limit == "max" else min(free, max(int(limit) - int(used), 0))
+    cached = int(parts.partition("inactive_file ")[2].split()[0])       # files that were read, and can be forgotten
+    return free if limit == "max" else min(free, max(int(limit) - int(used) + cached, 0))
 
 
 def peak_memory() -> int:
@@ -86,8 +94,9 @@ def pace(files: Iterable[Path], work: Callable[[list[bytes]], None]) -> tuple[in
     return max(read, 1), time.perf_counter() - began
 
 
-def about(seconds: float) -> str:
-    return f"about {timedelta(seconds=math.ceil(seconds))}"
+def about(seconds: float, processes: int) -> str:
+    """The time that work of so many seconds takes with so many processes, in words."""
+    return f"about {timedelta(seconds=math.ceil(seconds / min(processes, cores())))}"
 
 
 def cost(text_bytes: int, seconds: float, peak: int) -> str:
@@ -96,48 +105,55 @@ def cost(text_bytes: int, seconds: float, peak: int) -> str:
     return f"{text_bytes / 1e6 / seconds:,.1f} MB/s{memory}"
 
 
-def run(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], workers: int, total: int, label: str
-        ) -> Iterator[tuple[Any, int]]:
+def run(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], workers: int, total: int, label: str,
+        ahead: int = sys.maxsize) -> Iterator[tuple[Any, int]]:
     """Do function(job, progress) for all jobs, here or in worker processes; progress takes the bytes that were read.
 
     After an error nothing new is begun, and what is under way is finished and yielded before the
     error is raised.
 
     Args:
-        workers: 1 means here. total, label: of the progress bar.
+        workers: 1 means here.
+        total, label: of the progress bar.
+        ahead: how many jobs may be begun after one that has not ended.
     Yields:
         as each job ends: what the function returned, and the peak memory of the process that did it.
     """
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
         if workers > 1:
-            yield from _run_in_pool(function, jobs, workers, bar)
+            yield from _run_in_pool(function, jobs, workers, bar, ahead)
         else:
             for job in jobs:
                 yield function(job, bar.update), peak_memory()
 
 
-def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm) -> Iterator[tuple[Any, int]]:
+def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, ahead: int
+                 ) -> Iterator[tuple[Any, int]]:
     context, failure = get_context("spawn"), None
     counter = context.Value("q", 0)
-    count = max(min(workers, len(jobs), 60), 1)
-    with ProcessPoolExecutor(count, context, _start_worker, (counter,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
         running, begun = {}, 0              # the number of the job that a future is for
-        while running or begun < len(jobs) and not failure:
-            with deaf():
-                while (begun < len(jobs) and not failure and len(running) < 2 * count
-                       and begun < min(running.values(), default=begun) + AHEAD):
-                    running[pool.submit(_work, function, jobs[begun])] = begun
-                    begun += 1
-            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            bar.update(counter.value - bar.n)
-            for future in done:
-                del running[future]
-                if not future.cancelled() and not future.exception():
-                    yield future.result()
-                elif not future.cancelled():
-                    failure = failure or future.exception()
-                    for other in running:
-                        other.cancel()
+        try:
+            while running or begun < len(jobs) and not failure:
+                with deaf():
+                    while (begun < len(jobs) and not failure and len(running) < 2 * workers
+                           and begun < min(running.values(), default=begun) + ahead):
+                        running[pool.submit(_work, function, jobs[begun])] = begun
+                        begun += 1
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                bar.update(counter.value - bar.n)
+                for future in done:
+                    del running[future]
+                    if not future.cancelled() and not future.exception():
+                        yield future.result()
+                    elif not future.cancelled():
+                        failure = failure or future.exception()
+                        for other in running:
+                            other.cancel()
+        except BaseException:               # Ctrl-C, or no room for what was yielded: nothing more is needed
+            counter.value = STOPPED
+            pool.shutdown(cancel_futures=True)
+            raise
     if isinstance(failure, BrokenProcessPool):
         raise UserError("a worker process was killed, most likely for want of memory\n       run this again with "
                         "--num_workers 1; it continues with what is missing")
@@ -188,4 +204,6 @@ def _work(function: Callable, job: Any) -> tuple[Any, int]:
 
 def _count(size: int) -> None:
     with _counter.get_lock():
+        if _counter.value < 0:
+            raise RuntimeError("the parent has stopped")        # which nobody will see
         _counter.value += size

@@ -42,7 +42,7 @@ def texts(tmp_path, call, monkeypatch) -> Path:
             records = json.dumps([{"text": text} for text in part])
             (folder / f"{'ab'[i // 50]}.json").write_text(records, encoding="utf-8")
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)      # processes take time; tests that need them ask for them
+    monkeypatch.setattr(workers, "cores", lambda: 1)    # processes take time; tests that need them ask for them
     call("train_vocab", "--data", folder, "--vocab_size", 400)
     return folder
 
