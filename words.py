@@ -223,7 +223,7 @@ class WordCounts:
 
 def _memory(word: bytes) -> int:
     """Bytes that a word and its count take, about; long ones count more, for what training makes of them."""
-    return 150 + 4 * len(word)
+    return 150 + 8 * len(word)
 
 
 def count(texts: Iterable[str]) -> dict[bytes, int]:

@@ -99,7 +99,7 @@ def test_counts_add_up():
 
 def test_rare_words_are_left_out_for_want_of_memory(monkeypatch):
     every = by_hand(STORIES)
-    monkeypatch.setattr(words, "MOST_MEMORY", sum(150 + 4 * len(word) for word in every) - 1)
+    monkeypatch.setattr(words, "MOST_MEMORY", sum(150 + 8 * len(word) for word in every) - 1)
     found = WordCounts()
     found.add([text.encode() for text in STORIES])
     found.settle()
