@@ -135,11 +135,14 @@ def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, a
         running, begun = {}, 0              # the number of the job that a future is for
         try:
             while running or begun < len(jobs) and not failure:
-                with deaf():
-                    while (begun < len(jobs) and not failure and len(running) < 2 * workers
-                           and begun < min(running.values(), default=begun) + ahead):
-                        running[pool.submit(_work, function, jobs[begun])] = begun
-                        begun += 1
+                try:
+                    with deaf():
+                        while (begun < len(jobs) and not failure and len(running) < 2 * workers
+                               and begun < min(running.values(), default=begun) + ahead):
+                            running[pool.submit(_work, function, jobs[begun])] = begun
+                            begun += 1
+                except BrokenProcessPool as error:
+                    failure = error
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 bar.update(counter.value - bar.n)
                 for future in done:

@@ -1,5 +1,6 @@
 """How many processes there are, what is said before and after, and what happens when one fails."""
 import gzip
+import os
 import shutil
 import signal
 import threading
@@ -86,6 +87,22 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path, call, monkeypa
     with pytest.raises(UserError, match="no room: about 0.0 MB are to be written, 0.0 MB are free"):
         call("preprocess")
     assert list(corpus.find_files(tmp_path / "a.txt")) and not Path("data/tok300/manifest.json").exists()
+
+
+def killed_at_5(job: int, progress) -> int:
+    if job == 5:
+        os._exit(1)
+    time.sleep(0.02)
+    return job
+
+
+def test_a_killed_worker_is_told_and_what_was_done_is_kept():
+    found = []
+    with pytest.raises(UserError, match="a worker process was killed.*\n.*--num_workers 1"):
+        for result, _ in workers.run(killed_at_5, list(range(80)), 2, 80, "counting"):
+            found.append(result)
+            time.sleep(0.05)            # so that the next one is submitted after the kill
+    assert {0, 1} <= set(found) and len(found) < 20
 
 
 def slow(job: int, progress) -> int:
