@@ -10,8 +10,9 @@ The first process reads, chooses the tokens, prints and writes files. The others
 along: the ids of the prompts, then each token. So nobody can disagree about a token, and the others never ask how a
 token is chosen, nor when a text is over.
 
-PyTorch's parallelize_module does not fit here: the matrices of engine.py are packed for int8 and float16 products that
-know no DTensor, and with float32, a DTensor takes many times longer to start a product than a small product takes.
+PyTorch's parallelize_module is not used: what engine.py computes with are packed matrices, in float16 and int8 of a
+kind that no DTensor can hold, and wq, wk and wv in one, which it could not divide by heads. With plain matrices in
+float32, a feed-forward of dim 288 took three times the processor's time with DTensors (450 against 140 microseconds).
 """
 import math
 import sys
