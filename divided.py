@@ -48,7 +48,7 @@ class Team:
         self.world, self.first = world, world.rank == 0
         self.words = dist.new_group(backend="gloo", timeout=FOREVER)
 
-    def make(self, make: Callable[[], Made]) -> Made:
+    def in_each(self, make: Callable[[], Made]) -> Made:
         """What make() gives in each process.
 
         Raises UserError in the first process when there was one in any; the others end, for one message is enough.
@@ -91,7 +91,7 @@ class DividedEngine(Engine):
 
     def __init__(self, model: Transformer, team: Team, where: Device, quantize: str = ""):
         """Takes most of its weights away from the model. Raises UserError when the team cannot divide them."""
-        self.team = team
+        self.team, self.writing = team, 0               # how many texts are being written
         divide(model, team.world)
         super().__init__(model.to(where.device), where.dtype, quantize)
         self.n_heads, self.n_kv_heads = (number // team.world.size for number in (self.n_heads, self.n_kv_heads))
@@ -110,16 +110,23 @@ class DividedEngine(Engine):
             return torch.cat(parts, 1)[:, :self.args.vocab_size] if parts else part
         return gathered
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = GREEDY,
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
                  ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:
         """As Engine.generate, for the first process."""
         self.team.request(prompts, max_new_tokens)
+        self.writing = len(prompts)
         try:
             for step in super().generate(prompts, max_new_tokens, sampling, ends, rows):
                 yield step
                 self.team.tokens([token or 0 for token in step.tokens])     # of what has ended, nothing is used
         finally:
-            self.team.tokens([OVER] * len(prompts))
+            self._say_over()
+
+    def _say_over(self) -> None:
+        """End the texts that the others compute along with, if there are any."""
+        if count := self.writing:
+            self.writing = 0
+            self.team.tokens([OVER] * count)
 
     def read(self, ids: list[int]) -> Iterator[Tensor]:
         """As Engine.read, for the first process."""
@@ -133,11 +140,12 @@ class DividedEngine(Engine):
         try:
             lead()
         finally:
+            self._say_over()                            # an error may keep what was being written from being closed
             self.team.request()
 
     def _follow(self) -> None:
         while request := self.team.request():
-            if len(request) == 1:
+            if len(request) == 1:                       # ids to read
                 deque(super().read(*request), 0)
                 continue
             with suppress(_Over):

@@ -70,7 +70,7 @@ class Engine:
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
             self.rope = torch.view_as_complex(model.rope.movedim(0, -1).contiguous())[:, None]
 
-    _choose = staticmethod(choose)
+    _choose = staticmethod(choose)          # divided.py has its own
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),

@@ -329,7 +329,7 @@ def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
         cfg.device = str(device)
     with parallel.joined(device):
         team = Team(world)
-        generator, given = team.make(lambda: prepare(cfg, team))
+        generator, given = team.in_each(lambda: prepare(cfg, team))
         generator.engine.work(lambda: answer(generator, given, cfg))
 
 

@@ -191,6 +191,21 @@ def test_mistakes_are_said_by_the_first_process(trained):
         assert first.startswith(message) and second is None
 
 
+def fails_while_writing() -> str:
+    with parallel.joined(CPU) as world:
+        engine = Team(world).engine(make(), Device(CPU, torch.float32, ""), "")
+
+        def lead():
+            for step in (steps := engine.generate(PROMPTS, 1000)):
+                raise UserError(f"{steps.__name__} {len(step.tokens)}")
+        engine.work(lead)
+    return "fine"
+
+
+def test_an_error_of_the_first_process_lets_the_others_end():
+    assert side_by_side(2, fails_while_writing) == ["generate 3", "fine"]
+
+
 def dies_while_writing() -> None:
     with parallel.joined(CPU) as world:
         engine = Team(world).engine(make(), Device(CPU, torch.float32, ""), "")
