@@ -46,6 +46,7 @@ class Engine:
         compiled: write with compiled.py: single texts on a CPU, batches too on an NVIDIA GPU.
         """
         self.args, self.device = model.args, model.tok_embeddings.weight.device
+        self.n_heads, self.n_kv_heads = self.args.n_heads, self.args.n_kv_heads
         on_cpu = self.device.type == "cpu"
         self.records = compiled and not on_cpu
         self.numbers = torch.float32 if on_cpu else dtype                   # the format of the cache
@@ -69,6 +70,8 @@ class Engine:
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
             self.rope = torch.view_as_complex(model.rope.movedim(0, -1).contiguous())[:, None]
 
+    _choose = staticmethod(choose)          # divided.py has its own
+
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
                  ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:
@@ -90,7 +93,7 @@ class Engine:
         noise = draws(sampling, rows or everyone, self.args.vocab_size, self.device)
         seen = mark(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
         room = min(window, max(map(len, prompts)) + max_new_tokens)
-        cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.args.n_kv_heads, room, self.args.head_dim,
+        cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.numbers)         # keys, and then values
         step = RecordedStep(self._extend, cache) if self.records else partial(self._step, cache)
         lengths, tokens = [window] * len(prompts), torch.empty(0)           # of what the cache holds of each; none yet
@@ -110,7 +113,7 @@ class Engine:
                     for row, context in zip(full, contexts):
                         lengths[row] = len(context)
             # 2. tokens
-            tokens = choose(logits, sampling, next(noise), seen)            # (B,)
+            tokens = self._choose(logits, sampling, next(noise), seen)      # (B,)
             found = tokens.tolist()
             ended = [end or token in ends for end, token in zip(ended, found)]
             if all(ended):
@@ -139,7 +142,7 @@ class Engine:
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             heads = heads.unflatten(0, (-1, width))
-            cache[layer, places, :, :width] = heads[:, :, self.args.n_heads:].transpose(1, 2)
+            cache[layer, places, :, :width] = heads[:, :, self.n_heads:].transpose(1, 2)
             return self._causal(heads)
 
         tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in contexts], device=self.device)
@@ -158,7 +161,7 @@ class Engine:
 
     def _extend(self, cache: Tensor, tokens: Tensor, at: int | Tensor) -> Tensor:
         """Run tokens that come at a place of the cache: the last one for all, or one for each (B, 1)."""
-        batch, groups = len(tokens), self.args.n_heads // self.args.n_kv_heads
+        batch, groups = len(tokens), self.n_heads // self.n_kv_heads
         keys, values = (part.unbind() for part in cache.chunk(2, 2))            # of each layer, (B, K, end, D)
         if isinstance(at, int):
             turns, mask, fresh = self._turns(slice(at, at + 1)), None, cache[:, :, :, at].unbind()
@@ -167,7 +170,7 @@ class Engine:
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
-            q, kv = heads.split_with_sizes((self.args.n_heads, cache.shape[2]), 1)
+            q, kv = heads.split_with_sizes((self.n_heads, cache.shape[2]), 1)
             if mask is None:
                 fresh[layer].copy_(kv)
             else:
@@ -180,15 +183,15 @@ class Engine:
 
     def _causal(self, heads: Tensor) -> Tensor:
         """Attention of whole sequences: (B, T, H + 2 K, D) -> (B * T, dim)."""
-        q, k, v = heads.transpose(1, 2).split((self.args.n_heads, self.args.n_kv_heads, self.args.n_kv_heads), 1)
+        q, k, v = heads.transpose(1, 2).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] > k.shape[1])
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _turns(self, at: slice | Tensor) -> Tensor:
         """What heads at some places are multiplied with: (..., H + 2 K, D / 2). Values are not turned."""
         turns = self.rope[at]                                                               # (..., 1, D / 2)
-        both = [turns.expand(*turns.shape[:-2], self.args.n_heads + self.args.n_kv_heads, -1),
-                torch.ones_like(turns).expand(*turns.shape[:-2], self.args.n_kv_heads, -1)]
+        both = [turns.expand(*turns.shape[:-2], self.n_heads + self.n_kv_heads, -1),
+                torch.ones_like(turns).expand(*turns.shape[:-2], self.n_kv_heads, -1)]
         return torch.cat(both, -2)
 
     def _layers(self, tokens: Tensor, turns: Tensor, attend: Attend) -> Tensor:

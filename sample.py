@@ -9,31 +9,38 @@
     python sample.py --score story.txt                                # how well it expects a text that is there
     python sample.py --quantize int8 --compile                        # faster on a CPU, and nearly the same
     python sample.py --checkpoint gpt2 --prompt "The meaning of"      # GPT-2, which is downloaded
+    torchrun --nproc_per_node=2 sample.py                             # a model that is too large for one GPU
 
 Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stories go to stdout, a line
 `---` between them; everything else goes to stderr. The same seed gives the same stories.
 """
+import io
 import json
 import math
+import signal
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import checkpoint as checkpoints
 import device as devices
 import formats
+import parallel
 import settings
 from chat import FORMATS, ChatFormat, Message, known_format
 from engine import Step
 from sampling import Sampling
 from settings import UserError, printable, shown
 from tokenizer import Reader
+
+if TYPE_CHECKING:
+    from divided import Team
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
@@ -109,22 +116,25 @@ class TextGenerator:
 
     def __init__(self, checkpoint: str | Path = checkpoint, tokenizer_model_path: str | Path | None = None,
                  seed: int = seed, device: str = device, dtype: str = dtype, quantize: str = quantize,
-                 compile: bool = compile, chat: str = chat):
-        """Load a checkpoint. Raises UserError when it, the vocabulary or the device cannot be used."""
+                 compile: bool = compile, chat: str = chat, team: "Team | None" = None):
+        """Load a checkpoint, or with a team this process's part. Raises UserError when something cannot be used."""
         self.where = devices.choose(device, dtype, training=False)
         if quantize not in ("", "int8") or quantize and self.where.device.type != "cpu":
             raise UserError(f"--quantize {quantize} is not for {self.where.device}; there is int8, for a CPU")
         if compile and self.where.device.type not in ("cpu", "cuda"):
             raise UserError(f"--compile is not for {self.where.device}; leave it out")
+        if compile and team:
+            raise UserError("--compile is for one process, without torchrun; leave it out")
         state = formats.read(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(state)
-        model = checkpoints.build_model(state, own=False, name=checkpoint).to(self.where.device)
+        model = checkpoints.build_model(state, own=False, name=checkpoint)
         if self.tokenizer.n_words > model.args.vocab_size:
             raise UserError(f"the vocabulary has {self.tokenizer.n_words} entries, the model "
                             f"{model.args.vocab_size}; they do not belong together")
         self.chat = self._chat_format(chat, state.get("chat", ""))
         self.seed, self.parameters, self.noted = seed, model.count_parameters(), False
-        self.engine = checkpoints.build_engine(model, self.where.dtype, quantize, compile)
+        self.engine = team.engine(model, self.where, quantize) if team else checkpoints.build_engine(
+            model.to(self.where.device), self.where.dtype, quantize, compile)
 
     def _chat_format(self, asked: str, known: str) -> ChatFormat | None:
         if asked not in ("auto", "none", *FORMATS):
@@ -261,27 +271,66 @@ def check(max_new_tokens: int, how: Sampling, num_samples: int = 1) -> None:
 
 # ---- the command line ---------------------------------------------------------------------------
 
+class Given(NamedTuple):
+    """What there is to do: a beginning, a text to score, prompts of a file."""
+    start: str
+    text: str
+    prompts: list[str]
+
+
 def main() -> None:
-    cfg, _ = settings.read(globals(), out=sys.stderr)
+    world = parallel.find_world()
+    cfg, _ = settings.read(globals(), out=sys.stderr if world.rank == 0 else io.StringIO())
+    if world.size == 1:
+        answer(*prepare(cfg), cfg)
+    else:
+        answer_together(cfg, world)
+
+
+def prepare(cfg: SimpleNamespace, team: "Team | None" = None) -> tuple[TextGenerator, Given | None]:
+    """Load the model, and what it shall do; of a team, only the first process has something to do."""
+    given = read_given(cfg) if not team or team.first else None
+    check_settings(cfg)
+    return TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype, cfg.quantize,
+                         cfg.compile, cfg.chat, team), given
+
+
+def read_given(cfg: SimpleNamespace) -> Given:
     start = read_text(cfg.prompt.removeprefix("FILE:")) if cfg.prompt.startswith("FILE:") else cfg.prompt
     text = read_text(cfg.score) if cfg.score else ""
     *prompts, last = read_text(cfg.input_file).split("\n") if cfg.input_file else [""]
-    prompts += [last] if last else []
-    check_settings(cfg)
-    generator = TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype, cfg.quantize,
-                              cfg.compile, cfg.chat)
+    return Given(start, text, prompts + [last] if last else prompts)
+
+
+def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None:
     where = f"{generator.where.device} with {cfg.quantize}" if cfg.quantize else generator.where
     where = f"{where}, compiled" if cfg.compile else where
     print(f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {where}", file=sys.stderr)
     if cfg.score:
-        print_score(generator, text)
+        print_score(generator, given.text)
     elif cfg.interactive:
         import dialogue
         dialogue.talk(generator, cfg, options)
     elif cfg.input_file:
-        write_all(generator, prompts, cfg)
+        write_all(generator, given.prompts, cfg)
     else:
-        write_stories(generator, start, cfg)
+        write_stories(generator, given.start, cfg)
+
+
+def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
+    """The same in several processes, each with a part of the model: the first one leads, the others compute along."""
+    from divided import Team
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all
+    device = devices.choose(cfg.device, cfg.dtype, training=False).device
+    if device.type == "mps":
+        raise UserError("--device mps is for one process; use --device cpu, or python sample.py without torchrun")
+    if device.type == "cuda":
+        device = torch.device("cuda", world.local_rank)
+        cfg.device = str(device)
+    with parallel.joined(device):
+        team = Team(world)
+        generator, given = team.in_each(lambda: prepare(cfg, team))
+        generator.engine.work(lambda: answer(generator, given, cfg))
 
 
 # settings that change nothing in a mode
