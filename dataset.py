@@ -113,13 +113,16 @@ class Task:
 
     @staticmethod
     def iter_once(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
-                  device: str | torch.device = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+                  device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1
+                  ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield a whole split in order: every token of every document once, after what its window has of it.
 
-        No window holds two documents; the targets after the end of one are IGNORE.
+        No window holds two documents; the targets after the end of one are IGNORE. Rank r of `world_size` has every
+        world_size-th batch.
         """
         rows = _rows(shard_set, split, max_seq_len)
-        while batch := list(islice(rows, batch_size)):
+        batches = iter(lambda: list(islice(rows, batch_size)), [])
+        for batch in islice(batches, rank, None, world_size):
             windows = _send(torch.from_numpy(np.stack(batch)), torch.device(device))
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
 
