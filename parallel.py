@@ -6,6 +6,7 @@ All have the same weights and take the same steps: each computes the gradients o
 takes their mean. What hangs on a clock, a signal or a file must be the same in all too, so the first one tells it.
 """
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -45,12 +46,11 @@ class World:
 
     def max(self, *values: float) -> list[float]:
         """The largest of what the processes have."""
-        return self._over_all(torch.tensor(values), dist.ReduceOp.MAX).tolist() if self.size > 1 else [*values]
+        return self._over_all(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
 
     def first_says(self, value: float) -> float:
         """The value that the first process has, in all processes."""
-        own = torch.tensor(value if self.first else 0.0, dtype=torch.float64)
-        return self.sum(own).item() if self.size > 1 else value
+        return self.sum(torch.tensor(value if self.first else 0.0, dtype=torch.float64)).item()
 
     def _over_all(self, values: Tensor, how: dist.ReduceOp) -> Tensor:
         values = values.to("cpu", torch.float64, copy=True)
@@ -80,7 +80,7 @@ class World:
         """The model as it is trained: with several processes, the backward pass takes the mean of their gradients."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def keeping(self, wrapped: nn.Module, more: bool) -> AbstractContextManager:
         """While `more` micro-batches follow, a process keeps its gradients to itself: one exchange for each step."""
@@ -119,6 +119,16 @@ def find_world() -> World:
                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
 
 
+def join(world: World) -> None:
+    """Find the other processes: messages between CPUs go through gloo, between GPUs through NCCL."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # PyTorch 2.13 keeps this store when it starts the processes again, with the addresses of those that are dead
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=world.rank, world_size=world.size)
+
+
 @contextmanager
 def joined() -> Iterator[World]:
     """Be one of the processes, until the end of the block. Only the first one prints.
@@ -130,14 +140,15 @@ def joined() -> Iterator[World]:
     if world.size == 1:
         yield world
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
+        join(world)
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             with redirect_stdout(sys.stdout if world.first else nowhere):
                 yield world
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in GONE):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun is about to send it, but why comes first
         raise UserError(f"process {world.rank} of {world.size} ends, because another one has ended; what was saved "
                         "stays, and the same command goes on with it") from error
     dist.destroy_process_group()

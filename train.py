@@ -7,7 +7,7 @@
     python train.py                                         # the same command goes on where it stopped
     python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/mine    # fine-tune
     python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
-    torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, each with a GPU if there are
+    torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, or GPUs, share each step
 
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl, and from
 it samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that was not
@@ -185,8 +185,12 @@ class Run:
 
     def meet(self) -> None:
         """Take the time of the first process, and learn whether any was asked to stop."""
+        if self.world.size == 1:
+            self.stop = self.asked
+            return
         now = time.monotonic() - self.began if self.world.first else 0.0
-        self.met, self.stop = self.world.max(now, self.asked)
+        self.met, stop = self.world.max(now, self.asked)
+        self.stop = int(stop)
 
     def finished(self) -> bool:
         late = self.cfg.max_minutes and self.seconds() + self.reserve >= 60 * self.cfg.max_minutes
@@ -492,7 +496,7 @@ def say_goodbye(run: Run) -> None:
     if run.stop:
         print(f"saved step {run.state.iter_num:,} in {out}/last.pt\n"
               f"go on: python train.py --init_from resume --out_dir {out}")
-        sys.exit(128 + int(run.stop))
+        sys.exit(128 + run.stop)
     print(f"done: {run.state.iter_num:,} steps in {clock(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
           f"stories on the way: {out}/samples.txt\n"
           f'next: python sample.py --checkpoint {out}/ckpt.pt --prompt "Once upon a time"')
