@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from settings import UserError
 
 PATIENCE = timedelta(minutes=10)        # for a process that is busy; one that is dead is noticed at once
-GONE = ("Connection closed", "Connection reset", "Broken pipe", "Connection refused", "Socket")
+GONE = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")   # of gloo's words
 
 T = TypeVar("T")
 
@@ -64,6 +64,8 @@ class World:
         Raises:
             UserError: what the first of those that failed raised; in the others SystemExit.
         """
+        if self.size == 1:
+            return action()
         result, problem = None, None
         try:
             result = action()
@@ -149,6 +151,6 @@ def joined() -> Iterator[World]:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in GONE):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun is about to send it, but why comes first
-        raise UserError(f"process {world.rank} of {world.size} ends, because another one has ended; what was saved "
-                        "stays, and the same command goes on with it") from error
+        raise UserError(f"process {world.rank} of {world.size} ends, because another one has ended or hangs; what was "
+                        "saved stays, and the same command goes on with it") from error
     dist.destroy_process_group()

@@ -387,7 +387,7 @@ def train(run: Run) -> None:
         saves = evaluates or run.stop or run.seconds() - run.saved_at > 60 * cfg.checkpoint_minutes
         if not (logs or saves or ends):
             continue
-        loss, norm, jumps = look(run)                           # stops when they are no numbers
+        loss, norm, jumps = run.world.attempt(lambda: look(run))        # stops when they are no numbers
 
         # 3. log
         for jump in jumps:
