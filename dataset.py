@@ -6,6 +6,7 @@
 Training order is a function of (seed, epoch, position) and of nothing else: a run that goes on at a
 position sees what it would have seen, whatever the number of processes or loader workers.
 """
+import os
 import signal
 from collections.abc import Iterator
 from itertools import islice
@@ -144,6 +145,8 @@ def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _start_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process, which ends the workers
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()                                    # and so are torchrun's signals, to a whole group
 
 
 def _rows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndarray]:
