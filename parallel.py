@@ -82,6 +82,8 @@ class World:
         """The model as it is trained: with several processes, the backward pass takes the mean of their gradients."""
         if self.size == 1:
             return model
+        if (place := next(model.parameters()).device).type == "cuda":
+            torch.cuda.set_device(place)                # for NCCL, and for whatever names no device
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def keeping(self, wrapped: nn.Module, more: bool) -> AbstractContextManager:
@@ -135,6 +137,8 @@ def join(world: World) -> None:
 def joined() -> Iterator[World]:
     """Be one of the processes, until the end of the block. Only the first one prints.
 
+    After an error the group is left as it is: taking leave of a process that is dead could last.
+
     Raises:
         UserError: when another process has ended.
     """
@@ -147,6 +151,9 @@ def joined() -> Iterator[World]:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             with redirect_stdout(sys.stdout if world.first else nowhere):
                 yield world
+    except SystemExit:
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in GONE):
             raise

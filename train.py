@@ -130,7 +130,7 @@ class Run:
                  Transformer(plan.args))
         self.model = model.to(self.where.device)
         self.chat = plan.saved.get("chat", "") if plan.saved else ""       # the form of messages it was taught
-        self.wrapped = self.world.wrap(self.model)      # the same model, as it is trained
+        self.wrapped = self.model                       # the same, as it is trained: see World.wrap
         self.optimizers = make_optimizers(self)
         self.scaler = self.where.scaler()
         self.state = State()
@@ -308,16 +308,17 @@ def owned(out_dir: str, world: World) -> Iterator[None]:
     with locked(out_dir) if world.first else nullcontext():
         if world.first:
             put_back(out_dir)
-        world.max(0)
+        world.max(0)                    # nobody looks into it before
         yield
 
 
 def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
     """Begin or go on with a run, and see it to its end."""
     plan = world.attempt(lambda: prepare(cfg, given, world))
+    world.attempt(lambda: require_same(plan))
     with enough_memory(cfg):
-        run = Run(plan)
-    world.attempt(lambda: require_same(run))
+        run = world.attempt(lambda: Run(plan))
+        run.wrapped = world.wrap(run.model)
     if plan.resumed:
         check_best(run)
     if run.finished():
@@ -336,11 +337,12 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
         say_goodbye(run)
 
 
-def require_same(run: Run) -> None:
+def require_same(plan: Plan) -> None:
     """Raise UserError when this process has found another run, or other text, than the first one."""
-    own = [run.state.iter_num, int(run.data.sha256[:12], 16)]       # 12 digits, for they travel as a float
-    if own != [run.world.first_says(number) for number in own]:
-        raise UserError(f"process {run.world.rank} has another {run.cfg.out_dir} or {run.cfg.data_dir} than process 0\n"
+    cfg, world = plan.cfg, plan.world
+    own = [plan.saved["iter_num"] if plan.resumed else 0, int(plan.data.sha256[:12], 16)]     # 12 digits fit a float
+    if own != [world.first_says(number) for number in own]:
+        raise UserError(f"process {world.rank} has another {cfg.out_dir} or {cfg.data_dir} than process 0\n"
                         "       they must be the same folders on all machines, shared or copied")
 
 

@@ -136,3 +136,12 @@ def test_random_numbers_are_those_of_a_step_and_a_process():
     others = [numbers(1, 2, 1), numbers(1, 3, 0), numbers(2, 2, 0)]
     assert not any(torch.equal(numbers(1, 2, 0), other) for other in others)
     assert World().seed(1, 2) is None and not torch.equal(torch.rand(4), numbers(1, 2, 0))
+
+
+def test_processes_that_see_other_files_are_refused():
+    cfg, data = SimpleNamespace(out_dir="output", data_dir="data"), SimpleNamespace(sha256="0123456789abcdef")
+    resumed = plan.Plan(cfg, None, data, None, None, {"iter_num": 5}, True)
+    train.require_same(resumed)
+    resumed.world = SimpleNamespace(rank=1, first_says=lambda number: number + 1)
+    with pytest.raises(UserError, match="process 1 has another output or data"):
+        train.require_same(resumed)
