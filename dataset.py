@@ -6,6 +6,7 @@
 Training order is a function of (seed, epoch, position) and of nothing else: a run that goes on at a
 position sees what it would have seen, whatever the number of processes or loader workers.
 """
+import os
 import signal
 from collections.abc import Iterator
 from itertools import islice
@@ -113,13 +114,16 @@ class Task:
 
     @staticmethod
     def iter_once(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
-                  device: str | torch.device = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+                  device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1
+                  ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield a whole split in order: every token of every document once, after what its window has of it.
 
-        No window holds two documents; the targets after the end of one are IGNORE.
+        No window holds two documents; the targets after the end of one are IGNORE. Rank r of `world_size` has every
+        world_size-th batch.
         """
         rows = _rows(shard_set, split, max_seq_len)
-        while batch := list(islice(rows, batch_size)):
+        batches = iter(lambda: list(islice(rows, batch_size)), [])
+        for batch in islice(batches, rank, None, world_size):
             windows = _send(torch.from_numpy(np.stack(batch)), torch.device(device))
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
 
@@ -141,6 +145,8 @@ def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _start_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process, which ends the workers
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()                                    # and so are torchrun's signals, to a whole group
 
 
 def _rows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndarray]:

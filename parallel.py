@@ -1,20 +1,31 @@
-"""Several processes as one, as torchrun starts them. Without torchrun there is one, and nothing here is used.
+"""Several processes as one, as torchrun starts them. Without torchrun there is one, and nothing here does anything.
 
     torchrun --nproc_per_node=2 train.py            # two processes of this machine, a GPU for each if there are GPUs
+
+All have the same weights and take the same steps: each computes the gradients of its share of a step, PyTorch's DDP
+takes their mean. What hangs on a clock, a signal or a file must be the same in all too, so the first one tells it.
 """
 import os
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from settings import UserError
 
 PATIENCE = timedelta(minutes=10)        # for a process that is busy; one that is dead is noticed at once
+GONE = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")   # of gloo's words
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,21 +35,86 @@ class World:
     size: int = 1
     local_rank: int = 0
 
-    def first_says(self, values: list[float]) -> list[float]:
-        """The values that the first process has, in all processes. What hangs on the clock must be the same in all."""
-        if self.size == 1:
-            return values
-        told = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(told, 0)
-        return told.tolist()
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """The sums of what the processes have."""
+    def sum(self, values: Tensor) -> Tensor:
+        """The sums of what the processes have, in float64 and on the CPU. No process goes on before all have come."""
+        return self._over_all(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """The largest of what the processes have."""
+        return self._over_all(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
+
+    def first_says(self, value: float) -> float:
+        """The value that the first process has, in all processes."""
+        return self.sum(torch.tensor(value if self.first else 0.0, dtype=torch.float64)).item()
+
+    def _over_all(self, values: Tensor, how: dist.ReduceOp) -> Tensor:
+        values = values.to("cpu", torch.float64, copy=True)
+        if self.size > 1:
+            dist.all_reduce(values, how)
+        return values
+
+    def attempt(self, action: Callable[[], T]) -> T:
+        """Do something in all processes. Where it fails, all of them end, and one says why.
+
+        Raises:
+            UserError: what the first of those that failed raised; in the others SystemExit.
+        """
         if self.size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.tolist()
+            return action()
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = error
+        failed = self.sum(torch.eye(self.size)[self.rank] * bool(problem)).tolist()
+        if problem and failed.index(1) == self.rank:
+            raise problem
+        if any(failed):
+            sys.exit(1)
+        return result
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as it is trained: with several processes, the backward pass takes the mean of their gradients."""
+        if self.size == 1:
+            return model
+        if (place := next(model.parameters()).device).type == "cuda":
+            torch.cuda.set_device(place)                # for NCCL, and for whatever names no device
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def keeping(self, wrapped: nn.Module, more: bool) -> AbstractContextManager:
+        """While `more` micro-batches follow, a process keeps its gradients to itself: one exchange for each step."""
+        return wrapped.no_sync() if more and self.size > 1 else nullcontext()
+
+    def seed(self, seed: int, step: int) -> None:
+        """Give each process and step random numbers of its own, so that a run which goes on has the same."""
+        if self.size > 1:
+            numbers = np.random.SeedSequence((seed, step, self.rank))
+            torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0]))
+
+    def device(self, name: str) -> str:
+        """The device for this process when the settings say `name`: of several GPUs its own.
+
+        Raises:
+            UserError: when there are fewer GPUs than processes.
+        """
+        if self.size == 1 or name == "cpu":
+            return name
+        gpus = torch.cuda.device_count()
+        if name == "auto" and not gpus:
+            return "cpu"
+        if name not in ("auto", "cuda") or self.local_rank >= gpus:
+            here = os.environ.get("LOCAL_WORLD_SIZE", self.size)
+            raise UserError(f"--device {name} is not enough for {here} processes, this machine has {gpus} GPUs\n"
+                            f"       use --device auto and torchrun --nproc_per_node={max(gpus, 1)}, or --device cpu")
+        return f"cuda:{self.local_rank}"
+
+
+ALONE = World()
 
 
 def find_world() -> World:
@@ -47,9 +123,21 @@ def find_world() -> World:
                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
 
 
+def join(world: World) -> None:
+    """Find the other processes: messages between CPUs go through gloo, between GPUs through NCCL."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # PyTorch 2.13 keeps this store when it starts the processes again, with the addresses of those that are dead
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=world.rank, world_size=world.size)
+
+
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
+def joined() -> Iterator[World]:
     """Be one of the processes, until the end of the block. Only the first one prints.
+
+    After an error the group is left as it is: taking leave of a process that is dead could last.
 
     Raises:
         UserError: when another process has ended.
@@ -58,18 +146,18 @@ def joined(device: torch.device) -> Iterator[World]:
     if world.size == 1:
         yield world
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    shown = sys.stdout
     try:
-        if world.rank:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        yield world
-    except RuntimeError as error:
-        if "Connection closed" not in str(error) and not isinstance(error, dist.DistError):
-            raise
-        raise UserError(f"process {world.rank} of {world.size} stops, because another one has ended") from error
-    finally:
-        sys.stdout = shown
+        join(world)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            with redirect_stdout(sys.stdout if world.first else nowhere):
+                yield world
+    except SystemExit:
         dist.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in GONE):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun is about to send it, but why comes first
+        raise UserError(f"process {world.rank} of {world.size} ends, because another one has ended or hangs; what was "
+                        "saved stays, and the same command goes on with it") from error
+    dist.destroy_process_group()

@@ -20,6 +20,7 @@ from dataset import PretokDataset, fits
 from files import replace
 from gpt2 import GPT2Args
 from model import ModelArgs
+from parallel import ALONE, World
 from settings import UserError
 from tokenizer import Vocabulary, find, load
 
@@ -43,6 +44,7 @@ class Plan:
     args: ModelArgs | GPT2Args
     saved: dict[str, Any] | None
     resumed: bool
+    world: World = ALONE
 
 
 def lasting(cfg: SimpleNamespace) -> dict[str, Any]:
@@ -50,12 +52,13 @@ def lasting(cfg: SimpleNamespace) -> dict[str, Any]:
     return {name: value for name, value in vars(cfg).items() if name not in HERE}
 
 
-def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
+def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -> Plan:
     """Check everything and report all problems at once.
 
     Args:
         cfg: the settings; with init_from "resume" they become those that the run was begun with.
         given: those that the command line names, which count in any case.
+        world: the processes that share the work.
     Raises:
         UserError: with every problem.
     """
@@ -78,8 +81,8 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
             saved = with_window(saved, min(cfg.max_seq_len, saved["model_args"]["max_seq_len"]))
     if resumed and saved:
         attempt(lambda: take_over(cfg, given, saved))
-    problems += check_values(cfg)
-    where = attempt(lambda: devices.choose(cfg.device, cfg.dtype))
+    problems += check_values(cfg) or check_shares(cfg, world)
+    where = attempt(lambda: devices.choose(world.device(cfg.device), cfg.dtype))
     last = None if resumed else attempt(lambda: find_last(cfg))
     data, vocabulary = attempt(lambda: find_data(cfg, saved or last), (None, None))
     if data and resumed and saved and saved["data_sha256"] != data.sha256:
@@ -92,7 +95,7 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any]) -> Plan:
         attempt(lambda: check_disk(cfg, args, resumed))
     if problems:
         raise UserError("\n       ".join(problems))
-    return Plan(cfg, where, data, vocabulary, args, saved, resumed)
+    return Plan(cfg, where, data, vocabulary, args, saved, resumed, world)
 
 
 def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
@@ -199,6 +202,18 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
                     f"not {getattr(cfg, name)}" for name, low, high in ranges if not low <= getattr(cfg, name) < high]
 
 
+def check_shares(cfg: SimpleNamespace, world: World) -> list[str]:
+    """A problem, if the micro-batches of a step cannot be divided among the processes."""
+    parts, size = cfg.gradient_accumulation_steps, cfg.batch_size
+    if cfg.eval_only or parts % world.size == 0:
+        return []
+    more = -(-parts // world.size) * world.size
+    same = next((n for n in range(more, parts * size + 1, world.size) if parts * size % n == 0), 0)
+    use = (f"--gradient_accumulation_steps {same} --batch_size {parts * size // same}, which is the same step" if same
+           else f"--gradient_accumulation_steps {more}, which is a larger step")
+    return [f"gradient_accumulation_steps {parts} cannot be divided among {world.size} processes\n       use {use}"]
+
+
 def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Vocabulary]:
     """The shards, and their vocabulary; of several in data_dir that of the saved state."""
     path = find(cfg.data_dir, cfg.vocab_size, (saved or {}).get("tokenizer_sha256", ""))
@@ -274,28 +289,31 @@ def print_plan(run: Any) -> float:
 
     To know the time to go, one micro-batch is tried out, which leaves no trace in the run.
     """
-    cfg, args, data = run.cfg, run.model.args, run.data
+    cfg, args, data, world = run.cfg, run.model.args, run.data, run.world
     parameters, val_tokens = run.model.count_parameters(), data.count("val", "tokens")
     print(f"device: {run.where}")
     print(f"model:  {parameters:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
     print(f"data:   {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on"
           + (", all in the GPU's memory" if not cfg.num_workers and fits(data, "train", run.where.device) else ""))
-    print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens")
+    print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens"
+          + (f", shared by {world.size} processes" if world.size > 1 else ""))
     print(f"memory: {memory(run)}")
     eager = seconds = try_out(run)
-    compiles, why = choose_compile(run, seconds * cfg.gradient_accumulation_steps)
+    compiles, why = choose_compile(run, seconds * run.own_parts)
+    compiles = bool(world.first_says(compiles))
     print(f"compile: {'yes' if compiles else 'no'} ({why})", flush=True)
     if compiles:
         run.compile()
         seconds = try_out(run)
-    left = run.seconds_left(seconds * cfg.gradient_accumulation_steps)
-    steps = round(left / seconds / cfg.gradient_accumulation_steps)
+    left = run.seconds_left(seconds * run.own_parts)
+    steps = round(left / seconds / run.own_parts)
     windows = PretokDataset(data, "train", cfg.batch_size, args.max_seq_len).n_windows
     epochs = steps * cfg.batch_size * cfg.gradient_accumulation_steps / windows
     print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs"
           + (f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""), flush=True)
-    return eager / 3 * PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
+    batches = PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
+    return world.first_says(eager / 3 * batches / world.size)
 
 
 def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
@@ -342,7 +360,7 @@ def try_out(run: Any, batch_size: int = 0) -> float:
         for _ in range(2):                                  # the first one warms up, or compiles
             began = time.monotonic()
             with run.where.autocast():
-                loss = run.model(tokens, tokens)
+                loss = run.wrapped(tokens, tokens)
             loss.backward()
             loss.item()
         return time.monotonic() - began

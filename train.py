@@ -7,17 +7,19 @@
     python train.py                                         # the same command goes on where it stopped
     python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/mine    # fine-tune
     python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
+    torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, or GPUs, share each step
 
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl, and from
 it samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that was not
-interrupted (on a CPU, and with the same number of threads; on a GPU as far as its kernels allow).
+interrupted (on a CPU, and with the same number of threads; on a GPU as far as its kernels allow). Under torchrun
+the steps are the same for any number of processes, but for rounding: see parallel.py.
 """
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,9 +36,10 @@ from dataset import IGNORE, Task
 from files import locked, replace
 from model import Transformer
 from muon import Muon
+from parallel import World, joined
 from plan import NEW, Plan, clock, lasting, prepare, print_plan, put_back, saved_in, set_aside
 from presets import PRESETS
-from record import Record
+from record import NoRecord, Record
 from sampling import Sampling
 from settings import UserError
 from watch import enough_memory, look, require_finite
@@ -62,7 +65,7 @@ sample_prompts = "|Once upon a time|One day, Lily met a Shoggoth"   # stories be
 sample_tokens = 200                 # length of these stories; 0: none
 # batch: one step sees batch_size * gradient_accumulation_steps windows
 batch_size = 32                     # windows at a time; halve it when memory runs out ...
-gradient_accumulation_steps = 1     # ... and double this: the steps stay the same
+gradient_accumulation_steps = 1     # ... and double this: the steps stay the same. Processes of torchrun share them
 max_seq_len = 256                   # tokens the model can look back on; time and memory grow with it
 vocab_size = 0                      # which vocabulary of data_dir, when there are several; 0: the only one
 # model: the defaults have 8.5 million parameters; dim 128, n_layers 4 (1.3 million) suits a few CPU minutes
@@ -121,21 +124,24 @@ class Run:
     def __init__(self, plan: Plan):
         """Build it as planned: new, from saved weights, or as a saved run was when it stopped."""
         self.cfg, self.where, self.data, self.vocabulary = plan.cfg, plan.where, plan.data, plan.vocabulary
+        self.world = plan.world
         torch.manual_seed(self.cfg.seed)
         model = (checkpoint.build_model(plan.saved, name=saved_in(plan.cfg)) if plan.saved else
                  Transformer(plan.args))
         self.model = model.to(self.where.device)
         self.chat = plan.saved.get("chat", "") if plan.saved else ""       # the form of messages it was taught
+        self.wrapped = self.model                       # the same, as it is trained: see World.wrap
         self.optimizers = make_optimizers(self)
         self.scaler = self.where.scaler()
         self.state = State()
         if plan.resumed:
             self.restore(plan.saved)
-        self.began = self.saved_at = time.monotonic()
+        self.began, self.met = time.monotonic(), 0.0    # met: seconds since, when the processes last met
+        self.saved_at = self.seconds()
         self.saved_step = self.state.iter_num           # of last.pt; 0: there is none of this run
         self.fresh: list[list[Tensor]] = []             # loss and gradient length of steps that nobody looked at yet
         self.reserve = 0.0              # seconds that the last evaluation will take
-        self.stop = 0                   # the signal that asks to stop
+        self.asked = self.stop = 0      # the signal that asked this process to stop, and all of them
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on where a saved run stopped. Raises UserError when the file has not what that takes."""
@@ -153,11 +159,16 @@ class Run:
             self.scaler.load_state_dict(saved["scaler"])
             torch.set_rng_state(saved["rng"]["cpu"])
             if saved["rng"]["cuda"] and self.where.device.type == "cuda":
-                torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+                torch.cuda.set_rng_state(saved["rng"]["cuda"][0], self.where.device)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             last = f"{self.cfg.out_dir}/last.pt"
             raise UserError(f"{last} is of another version, or damaged ({error!r:.200})\n       use its weights: "
                             f"python train.py --out_dir {self.cfg.out_dir} --init_from {last}") from error
+
+    @property
+    def own_parts(self) -> int:
+        """Micro-batches of a step that this process does."""
+        return self.cfg.gradient_accumulation_steps // self.world.size
 
     @property
     def tokens_per_step(self) -> int:
@@ -169,8 +180,17 @@ class Run:
         return self.state.position * self.model.args.max_seq_len
 
     def seconds(self) -> float:
-        """Wall time of the run so far, all its parts together."""
-        return self.state.seconds + time.monotonic() - self.began
+        """Wall time of the run so far, all its parts together; of several processes, as of their last meeting."""
+        return self.state.seconds + (time.monotonic() - self.began if self.world.size == 1 else self.met)
+
+    def meet(self) -> None:
+        """Take the time of the first process, and learn whether any was asked to stop."""
+        if self.world.size == 1:
+            self.stop = self.asked
+            return
+        now = time.monotonic() - self.began if self.world.first else 0.0
+        self.met, stop = self.world.max(now, self.asked)
+        self.stop = int(stop)
 
     def finished(self) -> bool:
         late = self.cfg.max_minutes and self.seconds() + self.reserve >= 60 * self.cfg.max_minutes
@@ -204,23 +224,25 @@ class Run:
     @torch.inference_mode()
     @torch.compiler.set_stance("force_eager")
     def evaluate(self) -> dict[str, float]:
-        """Score the whole val split; always the same windows, whatever the batch size."""
+        """Score the whole val split; always the same windows, whatever the batch size. Processes share them."""
         self.model.eval()
         nats = scored = 0.0
         batches = Task.iter_once(self.data, "val", self.cfg.batch_size, self.model.args.max_seq_len,
-                                 device=self.where.device)
-        for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False, disable=None):
+                                 device=self.where.device, rank=self.world.rank, world_size=self.world.size)
+        for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False,
+                         disable=None if self.world.first else True):
             with self.where.autocast():
                 loss = self.model(x, y)
             count = (y != IGNORE).sum().item()
             nats, scored = nats + loss.item() * count, scored + count
         self.model.train()
+        nats, scored = self.world.sum(torch.tensor([nats, scored], dtype=torch.float64)).tolist()
         return {"val_loss": nats / scored, "perplexity": math.exp(min(nats / scored, 700)),
                 "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
 
     def write_samples(self) -> list[str]:
         """Stories from the fixed prompts, with the same random numbers each time."""
-        if not self.cfg.sample_tokens:
+        if not self.cfg.sample_tokens or not self.world.first:
             return []
         rows = [self.vocabulary.begin(text) for text in self.cfg.sample_prompts.split("|")]
         how = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.cfg.seed)
@@ -231,19 +253,24 @@ class Run:
         return [self.vocabulary.decode(row) for row in rows]
 
     def save(self, name: str) -> None:
-        """Write ckpt.pt or last.pt, unless the weights are no numbers any more."""
+        """Write ckpt.pt or last.pt, unless the weights are no numbers any more. The first process does it for all."""
         require_finite(self)
-        cuda = torch.cuda.get_rng_state_all() if self.where.device.type == "cuda" else []
+        if self.world.first:
+            checkpoint.save(Path(self.cfg.out_dir) / name, self.content())
+        if name == "last.pt":
+            self.saved_at, self.saved_step = self.seconds(), self.state.iter_num
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        cuda = [torch.cuda.get_rng_state(self.where.device)] if self.where.device.type == "cuda" else []
         state = State(**{**asdict(self.state), "seconds": self.seconds()})
-        checkpoint.save(Path(self.cfg.out_dir) / name, {
+        return {
             **checkpoint.model_state(self.model), "optimizer": [each.state_dict() for each in self.optimizers],
             "iter_num": state.iter_num, "best_val_loss": state.best_val_loss, "config": lasting(self.cfg),
             "tokenizer": self.vocabulary.model, "tokenizer_sha256": self.vocabulary.sha256,
             "data_sha256": self.data.sha256, "chat": self.chat,
             "state": asdict(state), "scaler": self.scaler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}})
-        if name == "last.pt":
-            self.saved_at, self.saved_step = time.monotonic(), state.iter_num
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}}
 
 
 def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
@@ -263,22 +290,35 @@ def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
 
 
 def main() -> None:
-    cfg, given = settings.read(globals(), presets={name: preset.settings for name, preset in PRESETS.items()},
-                               epilog=presets.table())
-    if cfg.eval_only:
-        with enough_memory(cfg):
-            print_scores(Run(prepare(cfg, given)).evaluate())
-    else:
-        with locked(cfg.out_dir):
-            put_back(cfg.out_dir)
-            go(cfg, given)
+    with joined() as world:
+        cfg, given = world.attempt(lambda: settings.read(globals(), epilog=presets.table(), presets={
+            name: preset.settings for name, preset in PRESETS.items()}))
+        if cfg.eval_only:
+            plan = world.attempt(lambda: prepare(cfg, given, world))
+            with enough_memory(cfg):
+                print_scores(Run(plan).evaluate())
+        else:
+            with owned(cfg.out_dir, world):
+                go(cfg, given, world)
 
 
-def go(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
+@contextmanager
+def owned(out_dir: str, world: World) -> Iterator[None]:
+    """Keep other runs from a folder, and make it tidy. The first process does that, and the others wait for it."""
+    with locked(out_dir) if world.first else nullcontext():
+        if world.first:
+            put_back(out_dir)
+        world.max(0)                    # nobody looks into it before
+        yield
+
+
+def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
     """Begin or go on with a run, and see it to its end."""
-    plan = prepare(cfg, given)
+    plan = world.attempt(lambda: prepare(cfg, given, world))
+    world.attempt(lambda: require_same(plan))
     with enough_memory(cfg):
-        run = Run(plan)
+        run = world.attempt(lambda: Run(plan))
+        run.wrapped = world.wrap(run.model)
     if plan.resumed:
         check_best(run)
     if run.finished():
@@ -289,14 +329,30 @@ def go(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     else:
         with enough_memory(cfg, run):
             run.reserve = print_plan(run)
+        run.meet()
         if not plan.resumed:
-            run.state.setup = run.seconds()
-            run.save(NEW)               # from here on there is a run to go on with, and saving is known to work
-            set_aside(cfg.out_dir)
-            replace(Path(cfg.out_dir, NEW), Path(cfg.out_dir, "last.pt"))
+            begin(run)
         with listening(run), enough_memory(cfg, run):
             train(run)
         say_goodbye(run)
+
+
+def require_same(plan: Plan) -> None:
+    """Raise UserError when this process has found another run, or other text, than the first one."""
+    cfg, world = plan.cfg, plan.world
+    own = [plan.saved["iter_num"] if plan.resumed else 0, int(plan.data.sha256[:12], 16)]     # 12 digits fit a float
+    if own != [world.first_says(number) for number in own]:
+        raise UserError(f"process {world.rank} has another {cfg.out_dir} or {cfg.data_dir} than process 0\n"
+                        "       they must be the same folders on all machines, shared or copied")
+
+
+def begin(run: Run) -> None:
+    """Write the first state of a new run. From here on there is one to go on with, and saving is known to work."""
+    run.state.setup = run.seconds()
+    run.save(NEW)
+    if run.world.first:
+        set_aside(run.cfg.out_dir)
+        replace(Path(run.cfg.out_dir, NEW), Path(run.cfg.out_dir, "last.pt"))
 
 
 def check_best(run: Run) -> None:
@@ -314,11 +370,10 @@ def check_best(run: Run) -> None:
 def train(run: Run) -> None:
     """Take steps until the run is finished, or a signal asks to stop."""
     cfg, state = run.cfg, run.state
-    facts = {"config": lasting(cfg), "model_args": asdict(run.model.args), "parameters": run.model.count_parameters(),
-             "device": str(run.where.device), "dtype": str(run.where.dtype)}
-    record = Record(Path(cfg.out_dir), facts, state.log_lines, state.log_sha256)
+    record = open_record(run)
     batches = Task.iter_batches(run.data, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
-                                position=state.position, device=run.where.device, num_workers=cfg.num_workers)
+                                position=state.position, device=run.where.device, num_workers=cfg.num_workers,
+                                rank=run.world.rank, world_size=run.world.size)
     run.model.train()
     mark, marked, ends = time.monotonic(), state.iter_num, False
     while not ends:
@@ -327,13 +382,14 @@ def train(run: Run) -> None:
         run.fresh.append(numbers)
 
         # 2. what is due now
+        run.meet()
         ends = bool(run.stop) or run.finished()
         logs = state.iter_num % cfg.log_interval == 0 or state.iter_num == 1
         evaluates = state.iter_num % cfg.eval_interval == 0
-        saves = evaluates or run.stop or time.monotonic() - run.saved_at > 60 * cfg.checkpoint_minutes
+        saves = evaluates or run.stop or run.seconds() - run.saved_at > 60 * cfg.checkpoint_minutes
         if not (logs or saves or ends):
             continue
-        loss, norm, jumps = look(run)                           # stops when they are no numbers
+        loss, norm, jumps = run.world.attempt(lambda: look(run))        # stops when they are no numbers
 
         # 3. log
         for jump in jumps:
@@ -345,7 +401,7 @@ def train(run: Run) -> None:
             record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
                          {"seconds": run.seconds(), "tokens_per_second": speed})
             left = clock(run.seconds_left((time.monotonic() - mark) / (state.iter_num - marked)))
-            mfu = run.where.mfu(speed * run.model.flops_per_token())
+            mfu = run.where.mfu(speed / run.world.size * run.model.flops_per_token())
             print(f"step {state.iter_num:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  {speed:,.0f} tokens/s  "
                   + (f"{mfu:.0%} MFU  " if mfu else "") + f"{left} left", flush=True)
 
@@ -363,6 +419,15 @@ def train(run: Run) -> None:
         mark, marked = time.monotonic(), state.iter_num
 
 
+def open_record(run: Run) -> Record | NoRecord:
+    """The log, whose first line says what run it is."""
+    if not run.world.first:
+        return NoRecord()
+    facts = {"config": lasting(run.cfg), "model_args": asdict(run.model.args),
+             "parameters": run.model.count_parameters(), "device": str(run.where.device), "dtype": str(run.where.dtype)}
+    return Record(Path(run.cfg.out_dir), facts, run.state.log_lines, run.state.log_sha256)
+
+
 def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
     """One optimizer step; returns its learning rate, its loss and the length of its gradient."""
     cfg, device = run.cfg, run.where.device
@@ -370,12 +435,14 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
     for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
         group["lr"] = lr * group["ratio"]
     total = torch.zeros((), device=device)
-    for _ in range(cfg.gradient_accumulation_steps):
+    run.world.seed(cfg.seed, run.state.iter_num)
+    for following in reversed(range(run.own_parts)):
         x, y = next(batches)                                    # (batch_size, max_seq_len) each
-        with run.where.autocast():
-            loss = run.model(x, y)
-        loss = loss / cfg.gradient_accumulation_steps           # so that the sum is the mean
-        run.scaler.scale(loss).backward()
+        with run.world.keeping(run.wrapped, more=following > 0):
+            with run.where.autocast():
+                loss = run.wrapped(x, y)
+            loss = loss / run.own_parts                         # so that the sum is the mean
+            run.scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
@@ -389,11 +456,12 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
     return lr, total, norm
 
 
-def score(run: Run, record: Record) -> None:
+def score(run: Run, record: Record | NoRecord) -> None:
     """Evaluate, write stories, and keep the model if it is the best so far."""
     require_finite(run)
-    began = time.monotonic()
+    began = run.seconds()
     scores, samples = run.evaluate(), run.write_samples()
+    run.meet()
     record.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens, "samples": samples},
                  {"seconds": run.seconds()})
     record.draw(presets.curve(run.cfg.preset))
@@ -404,14 +472,15 @@ def score(run: Run, record: Record) -> None:
     if scores["val_loss"] < run.state.best_val_loss:
         run.state.best_val_loss = scores["val_loss"]
         run.save("ckpt.pt")
-    run.reserve = time.monotonic() - began
+    run.meet()
+    run.reserve = run.seconds() - began
 
 
 @contextmanager
 def listening(run: Run) -> Iterator[None]:
     """Let Ctrl-C and a polite kill end the run after its step; a second one ends it at once."""
     def stop(number: int, frame) -> None:
-        run.stop = number
+        run.asked = number
         signal.signal(number, before[number])
         print("\nstopping after this step; what is done will be saved", flush=True)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

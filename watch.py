@@ -26,7 +26,8 @@ def look(run: Any) -> tuple[float, float, list[dict[str, Any]]]:
         UserError: when one is no number. A GradScaler skips such steps itself, and may until its scale is used up.
     """
     jumps, first = [], run.state.iter_num - len(run.fresh) + 1
-    numbers = torch.stack([torch.stack(pair) for pair in run.fresh]).tolist()
+    numbers = torch.stack([torch.stack(pair) for pair in run.fresh])
+    numbers = (run.world.sum(numbers) / run.world.size).tolist()    # the loss is that of a process, the length of all
     run.fresh.clear()
     for step, (loss, norm) in enumerate(numbers, first):
         if not math.isfinite(loss + norm):
@@ -83,7 +84,7 @@ def enough_memory(cfg: SimpleNamespace, run: Any = None) -> Iterator[None]:
         if not is_about_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)         # they hold what did not fit
-        size = what_fits(run) if run else 0
+        size = what_fits(run) if run and run.world.size == 1 else 0     # of several, the others are not there to try
         again = f"python train.py --init_from resume --out_dir {cfg.out_dir} " if run and run.state.iter_num else ""
         less = (f"the same steps in less: {again}--batch_size {size} --gradient_accumulation_steps "
                 f"{cfg.gradient_accumulation_steps * cfg.batch_size // size}" if size else

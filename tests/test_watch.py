@@ -16,6 +16,7 @@ import train
 import watch
 from conftest import ROOT, TINY, assert_user_error, script
 from files import locked
+from parallel import World
 from settings import UserError
 from test_train import assert_same_run, go, log, prepared, state  # noqa: F401    fixtures among them
 
@@ -27,6 +28,7 @@ def a_run(losses: list[float], norms: list[float] | None = None, scale: float | 
     return SimpleNamespace(
         cfg=SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, out_dir="out", learning_rate=0.1),
         state=train.State(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, saved_step=0,
+        world=World(),
         fresh=[[torch.tensor(loss), torch.tensor(norm)] for loss, norm in pairs])
 
 

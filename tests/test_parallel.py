@@ -1,0 +1,147 @@
+"""Under torchrun any number of processes takes the steps of one, and none is missed for long."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import plan
+import settings
+import train
+from conftest import ROOT, TINY, assert_same
+from dataset import Task
+from parallel import World
+from settings import UserError
+from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's processes send each other signals here")
+
+OPTIONS = [*TINY, "--gradient_accumulation_steps", "4", "--dtype", "float32", "--lr_decay_iters", "12",
+           "--eval_interval", "4"]
+HIT = '''
+import os, sys
+sys.path.insert(0, {root!r})
+import settings, train
+
+def hit(run, batches, step=train.take_step):
+    """Send process 1 a signal before its step, unless torchrun has started it again."""
+    if run.world.rank == 1 and run.state.iter_num == {at} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), {number})
+    return step(run, batches)
+
+train.take_step = hit
+settings.run(train.main)
+'''
+
+
+def torchrun(processes: int, script: Path, *args, restarts: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               f"--max_restarts={restarts}", script, *args]
+    return subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", timeout=120)
+
+
+def hitting(number: int, at: int) -> Path:
+    """train.py, but process 1 is hit by a signal after so many steps."""
+    path = Path(f"hit_{number}.py")
+    path.write_text(HIT.format(root=str(ROOT), number=number, at=at), encoding="utf-8")
+    return path
+
+
+def assert_near(one: str, two: str) -> None:
+    """The same log and the same weights, but for rounding."""
+    for a, b in zip(log(one)[1:], log(two)[1:], strict=True):
+        assert a.keys() == b.keys() and a["iter"] == b["iter"] and a["tokens"] == b["tokens"]
+        for name in {"loss", "lr", "grad_norm", "val_loss", "bpb"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a, b)
+    for name, weight in state(one)["model"].items():
+        torch.testing.assert_close(weight, state(two)["model"][name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_one_two_and_four_processes_take_the_same_steps(go, project):  # noqa: F811
+    """Two processes, of which one is asked to stop; one goes on with their run, and four end it."""
+    go("whole", *OPTIONS, "--max_iters", 12)
+    files = ["--data_dir", project, "--out_dir", "parts"]
+    two = torchrun(2, hitting(15, at=4), *files, *OPTIONS, "--max_iters", 12)
+    assert "saved step 5 in parts/last.pt" in two.stdout and state("parts")["iter_num"] == 5, two.stderr
+    assert two.stdout.count("step 3 ") == 1 and "error:" not in two.stderr
+    go("parts", *OPTIONS, "--max_iters", 8)
+    four = torchrun(4, ROOT / "train.py", *files, *OPTIONS, "--max_iters", 12)
+    assert four.returncode == 0 and "shared by 4 processes" in four.stdout, four.stderr
+    assert_near("whole", "parts")
+    assert state("parts")["state"]["position"] == 12 * 16
+
+
+def test_a_killed_process_ends_all_and_torchrun_goes_on_exactly(project):
+    options = ["--data_dir", project, *OPTIONS, "--max_iters", 8, "--dropout", 0.2]
+    whole = torchrun(2, ROOT / "train.py", "--out_dir", "whole", *options)
+    parts = torchrun(2, hitting(9, at=6), "--out_dir", "parts", *options, restarts=1)
+    assert whole.returncode == parts.returncode == 0, parts.stderr
+    assert "process 0 of 2 ends, because another one has ended" in parts.stderr
+    assert "after the 4 steps that are done" in parts.stdout and "Traceback" not in parts.stderr
+    assert_same_run("whole", "parts")
+    assert_same(state("whole", "ckpt.pt"), state("parts", "ckpt.pt"))
+
+
+def test_alone_there_is_no_group(go, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a group of one"))
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: pytest.fail("a message to nobody"))
+    go("out", "--max_iters", 1)
+    assert not dist.is_initialized() and state("out")["iter_num"] == 1
+
+
+@pytest.mark.parametrize("processes, batch_size, parts, use", [
+    (2, 32, 1, "--gradient_accumulation_steps 2 --batch_size 16, which is the same step"),
+    (4, 4, 2, "--gradient_accumulation_steps 4 --batch_size 2, which is the same step"),
+    (3, 4, 4, "--gradient_accumulation_steps 6, which is a larger step"),
+    (6, 3, 4, "--gradient_accumulation_steps 6 --batch_size 2, which is the same step")])
+def test_a_step_that_cannot_be_divided_is_refused_with_one_that_can(project, processes, batch_size, parts, use):
+    def prepare(*more):
+        cfg, given = settings.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, more)])
+        return plan.prepare(cfg, given, World(0, processes))
+    refused = ["--batch_size", batch_size, "--gradient_accumulation_steps", parts]
+    with pytest.raises(UserError, match=f"{parts} cannot be divided among {processes} processes\n.*{use}"):
+        prepare(*refused)
+    assert prepare(*refused, *use.split(",")[0].split()).cfg.gradient_accumulation_steps % processes == 0
+
+
+def test_processes_share_an_evaluation(project):
+    data = plan.find_data(SimpleNamespace(data_dir=str(project), vocab_size=0), None)[0]
+    whole = list(Task.iter_once(data, "val", 3, 32))
+    parts = [list(Task.iter_once(data, "val", 3, 32, rank=rank, world_size=4)) for rank in range(4)]
+    for number, (x, y) in enumerate(whole):
+        assert_same([x, y], list(parts[number % 4][number // 4]))
+    assert sum(map(len, parts)) == len(whole)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [World(rank, 2, rank).device("auto") for rank in (0, 1)] == ["cuda:0", "cuda:1"]
+    assert World(5, 8, 1).device("cuda") == "cuda:1" and World().device("cuda:1") == "cuda:1"
+    for name, rank in (("auto", 2), ("cuda:1", 1)):
+        with pytest.raises(UserError, match="for 3 processes, this machine has 2 GPUs\n.*nproc_per_node=2"):
+            World(rank, 3, rank).device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert World(1, 2, 1).device("auto") == "cpu"
+
+
+def test_random_numbers_are_those_of_a_step_and_a_process():
+    def numbers(seed, step, rank):
+        World(rank, 2).seed(seed, step)
+        return torch.rand(4)
+    assert torch.equal(numbers(1, 2, 0), numbers(1, 2, 0))
+    others = [numbers(1, 2, 1), numbers(1, 3, 0), numbers(2, 2, 0)]
+    assert not any(torch.equal(numbers(1, 2, 0), other) for other in others)
+    assert World().seed(1, 2) is None and not torch.equal(torch.rand(4), numbers(1, 2, 0))
+
+
+def test_processes_that_see_other_files_are_refused():
+    cfg, data = SimpleNamespace(out_dir="output", data_dir="data"), SimpleNamespace(sha256="0123456789abcdef")
+    resumed = plan.Plan(cfg, None, data, None, None, {"iter_num": 5}, True)
+    train.require_same(resumed)
+    resumed.world = SimpleNamespace(rank=1, first_says=lambda number: number + 1)
+    with pytest.raises(UserError, match="process 1 has another output or data"):
+        train.require_same(resumed)
