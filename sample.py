@@ -321,13 +321,10 @@ def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
     """The same in several processes, each with a part of the model: the first one leads, the others compute along."""
     from divided import Team
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all
-    device = devices.choose(cfg.device, cfg.dtype, training=False).device
-    if device.type == "mps":
-        raise UserError("--device mps is for one process; use --device cpu, or python sample.py without torchrun")
-    if device.type == "cuda":
-        device = torch.device("cuda", world.local_rank)
-        cfg.device = str(device)
-    with parallel.joined(device):
+    cfg.device = world.device(cfg.device)
+    if cfg.device.startswith("cuda"):
+        torch.cuda.set_device(cfg.device)
+    with parallel.joined():
         team = Team(world)
         generator, given = team.in_each(lambda: prepare(cfg, team))
         generator.engine.work(lambda: answer(generator, given, cfg))
