@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NoReturn, TextIO
@@ -96,6 +97,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt:
+        end_children()
         sys.exit(130)
     except BrokenPipeError:             # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -105,6 +107,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(printable(f"error: {error.strerror}: {error.filename or 'a file'}"))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done, and Ctrl-C would only break into tidying up
+
+
+def end_children() -> None:
+    """End the processes that this one has begun, before what they would look for is gone."""
+    for child in active_children():
+        child.kill()
+        child.join()
 
 
 def _comments(source: str) -> dict[str, str]:

@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 import corpus
 import words
-from settings import UserError
+from settings import UserError, end_children
 
 MEMORY = 400_000_000    # bytes that a worker takes at most, with its imports
 MOST = 60               # processes; Windows cannot wait for more
-STOPPED = -(1 << 62)    # instead of the count of bytes
 STOPS = (signal.SIGINT, signal.SIGTERM)
 TRIED = 2_000_000       # bytes of text that are tried, to tell how long all of it takes
 
@@ -144,7 +143,7 @@ def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, a
                 except BrokenProcessPool as error:
                     failure = error
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(counter.value - bar.n)
+                bar.update(counter.get_obj().value - bar.n)      # without its lock, which a worker may have died with
                 for future in done:
                     del running[future]
                     if not future.cancelled() and not future.exception():
@@ -153,9 +152,8 @@ def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, a
                         failure = failure or future.exception()
                         for other in running:
                             other.cancel()
-        except BaseException:               # Ctrl-C, or no room for what was yielded: nothing more is needed
-            counter.value = STOPPED
-            pool.shutdown(cancel_futures=True)
+        except BaseException:               # Ctrl-C, or no room for what was yielded: nothing more is wanted
+            end_children()
             raise
     if isinstance(failure, BrokenProcessPool):
         raise UserError("a worker process was killed, most likely for want of memory\n       run this again with "
@@ -169,20 +167,20 @@ def deaf() -> Iterator[None]:
     """Ctrl-C and a polite kill have to wait, also in processes that begin here: else these end in tracebacks."""
     came: list[int] = []
     before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOPS}
-    _signals("SIG_BLOCK")               # is inherited; here it would not do, for other threads may get the signal
+    _hear_ctrl_c("SIG_BLOCK")           # is inherited; here it would not do, for other threads may get the signal
     try:
         yield
     finally:
-        _signals("SIG_UNBLOCK")
+        _hear_ctrl_c("SIG_UNBLOCK")
         for number, handler in before.items():
             signal.signal(number, handler)
         for number in came:
             signal.raise_signal(number)
 
 
-def _signals(how: str) -> None:
+def _hear_ctrl_c(how: str) -> None:
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(getattr(signal, how), STOPS)
+        signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT})
 
 
 _counter: Any = None    # in a worker process: the bytes read by all of them
@@ -192,7 +190,7 @@ def _start_worker(counter: Any) -> None:
     global _counter
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
-    _signals("SIG_UNBLOCK")
+    _hear_ctrl_c("SIG_UNBLOCK")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -207,6 +205,4 @@ def _work(function: Callable, job: Any) -> tuple[Any, int]:
 
 def _count(size: int) -> None:
     with _counter.get_lock():
-        if _counter.value < 0:
-            raise RuntimeError("the parent has stopped")        # which nobody will see
         _counter.value += size

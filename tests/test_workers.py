@@ -105,25 +105,6 @@ def test_a_killed_worker_is_told_and_what_was_done_is_kept():
     assert {0, 1} <= set(found) and len(found) < 20
 
 
-def slow(job: int, progress) -> int:
-    for _ in range(2000):
-        progress(1)
-        time.sleep(0.01)
-    return job
-
-
-def test_whoever_stops_does_not_wait_for_what_is_under_way():
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        for _ in workers.run(double_then_slow, [1, 2, 3, 4, 5], 2, 1, "stopping"):
-            raise KeyboardInterrupt
-    assert time.monotonic() - began < 15            # of 20 for each job
-
-
-def double_then_slow(job: int, progress) -> int:
-    return double(job, progress) if job == 1 else slow(job, progress)
-
-
 @pytest.mark.parametrize("number", workers.STOPS)
 def test_a_signal_waits_until_the_processes_have_begun(number):
     """Also one that another thread gets."""
