@@ -12,7 +12,7 @@ token is chosen, nor when a text is over.
 
 PyTorch's parallelize_module is not used: what engine.py computes with are packed matrices, in float16 and int8 of a
 kind that no DTensor can hold, and wq, wk and wv in one, which it could not divide by heads. With plain matrices in
-float32, a feed-forward of dim 288 took three times the processor's time with DTensors (450 against 140 microseconds).
+float32, a feed-forward of dim 288 took about three times the processor's time with DTensors (a throw-away script).
 """
 import math
 import sys

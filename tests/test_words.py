@@ -19,7 +19,8 @@ from words import WordCounts, Words
 
 STORIES = list(demo_stories.stories(300))
 ODD = ["a  b   c d e \n\n x \x1f y z q\r\n", "  lead", "café 中文 字 中文 hello中文", "\n\nx\n  y \n",
-       "tab\tand\t\ttab\n\tt", "0123 4567", "\x00 nul", "e\u0301 ﬁ½ \u00a0\u3000\u200b \ufeff", "😀👍🏽", "▁a ▁ b"] * 2
+       "tab\tand\t\ttab\n\tt", "0123 4567", "\x00 nul",
+       "e\u0301 ﬁ½ \u00a0\u3000\u200b \ufeff", "😀👍🏽", "▁a ▁ b"] * 2
 TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\tthe<>e \u2581")))
 LISTS = st.lists(st.one_of(TEXTS, st.sampled_from(STORIES[:9])), max_size=9)
 
