@@ -55,9 +55,9 @@ def test_every_job_is_done_once(count):
 def test_after_an_error_nothing_new_is_begun(count):
     found = []
     with pytest.raises(UserError, match="-1 is no job"):
-        for result, _ in workers.run(double, [-1, *range(1, 80)], count, 80, "counting"):
+        for result, _ in workers.run(double, [-1, *range(1, 80)], count, 80, "counting", ahead=20):
             found.append(result)
-    assert len(found) < 20
+    assert len(found) < 20          # a second worker may do those that had begun before the error was known
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
