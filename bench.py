@@ -47,6 +47,7 @@ from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from plan import Plan, memory
 from presets import PRESETS
+from run import Run
 from sampling import Sampling
 from settings import UserError
 from tokenizer import find
@@ -108,10 +109,10 @@ def bench_train(cfg: SimpleNamespace) -> None:
         print(f"peak of all of them: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 
 
-def own_run(block: SimpleNamespace, where: devices.Device, args: ModelArgs, compiled: bool) -> train.Run:
+def own_run(block: SimpleNamespace, where: devices.Device, args: ModelArgs, compiled: bool) -> Run:
     """What train.py trains, with steps of one micro-batch."""
     once = SimpleNamespace(**{**vars(block), "gradient_accumulation_steps": 1})
-    run = train.Run(Plan(once, where, None, None, args, None, False))
+    run = Run(Plan(once, where, None, None, args, None, False))
     if compiled:
         run.compile()
     return run

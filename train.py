@@ -20,27 +20,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import presets
 import settings
-from dataset import IGNORE, Task
+from dataset import Task
 from files import locked, replace
-from model import Transformer
-from muon import Muon
 from parallel import World, joined
-from plan import NEW, Plan, clock, lasting, prepare, print_plan, put_back, saved_in, set_aside
+from plan import NEW, Plan, clock, lasting, prepare, print_plan, put_back, set_aside
 from presets import PRESETS
 from record import NoRecord, Record
-from sampling import Sampling
+from run import Run
 from settings import UserError
 from watch import enough_memory, look, require_finite
 
@@ -99,195 +96,6 @@ compile = "auto"                    # auto: when it saves more time than it take
 num_workers = 0                     # processes that prepare batches; 0 is fast enough for memory-mapped files
 seed = 1337
 # ---- end of settings ----------------------------------------------------------------------------
-
-SAMPLE_TEMPERATURE = 0.8        # of the stories that are written on the way
-
-
-@dataclass
-class State:
-    """Where a run is. With weights, optimizer and random numbers it is all that the run needs to go on."""
-    iter_num: int = 0                   # optimizer steps done
-    position: int = 0                   # windows seen
-    best_val_loss: float = math.inf
-    seconds: float = 0.0                # wall time of the earlier parts of the run
-    setup: float = 0.0                  # seconds of it before the first step
-    log_lines: int = 0                  # entries of the log that belong to the steps done,
-    log_sha256: str = ""                # and their digest
-    usual_loss: float = 0.0             # average of the last losses, and of how far they rise above it: see watch.py
-    usual_rise: float = 0.0
-    compiled: bool = False
-
-
-class Run:
-    """A training: settings, data, model and optimizer, and where it is."""
-
-    def __init__(self, plan: Plan):
-        """Build it as planned: new, from saved weights, or as a saved run was when it stopped."""
-        self.cfg, self.where, self.data, self.vocabulary = plan.cfg, plan.where, plan.data, plan.vocabulary
-        self.world = plan.world
-        torch.manual_seed(self.cfg.seed)
-        model = (checkpoint.build_model(plan.saved, name=saved_in(plan.cfg)) if plan.saved else
-                 Transformer(plan.args))
-        self.model = model.to(self.where.device)
-        self.chat = plan.saved.get("chat", "") if plan.saved else ""       # the form of messages it was taught
-        self.wrapped = self.model                       # the same, as it is trained: see World.wrap
-        self.optimizers = make_optimizers(self)
-        self.scaler = self.where.scaler()
-        self.state = State()
-        if plan.resumed:
-            self.restore(plan.saved)
-        self.began, self.met = time.monotonic(), 0.0    # met: seconds since, when the processes last met
-        self.saved_at = self.seconds()
-        self.saved_step = self.state.iter_num           # of last.pt; 0: there is none of this run
-        self.fresh: list[list[Tensor]] = []             # loss and gradient length of steps that nobody looked at yet
-        self.reserve = 0.0              # seconds that the last evaluation will take
-        self.asked = self.stop = 0      # the signal that asked this process to stop, and all of them
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on where a saved run stopped. Raises UserError when the file has not what that takes."""
-        try:
-            self.state = State(**saved["state"])
-            if [*map(type, vars(self.state).values())] != [*map(type, vars(State()).values())]:
-                raise ValueError("state")
-            for optimizer, own in zip(self.optimizers, saved["optimizer"], strict=True):
-                # rates and the like are those of the settings, which may have changed
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": own["state"]})
-                wrong = [weight for weight, moments in optimizer.state.items() for moment in moments.values()
-                         if isinstance(moment, Tensor) and moment.dim() and moment.shape != weight.shape]
-                if wrong:
-                    raise ValueError("optimizer")
-            self.scaler.load_state_dict(saved["scaler"])
-            torch.set_rng_state(saved["rng"]["cpu"])
-            if saved["rng"]["cuda"] and self.where.device.type == "cuda":
-                torch.cuda.set_rng_state(saved["rng"]["cuda"][0], self.where.device)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            last = f"{self.cfg.out_dir}/last.pt"
-            raise UserError(f"{last} is of another version, or damaged ({error!r:.200})\n       use its weights: "
-                            f"python train.py --out_dir {self.cfg.out_dir} --init_from {last}") from error
-
-    @property
-    def own_parts(self) -> int:
-        """Micro-batches of a step that this process does."""
-        return self.cfg.gradient_accumulation_steps // self.world.size
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.model.args.max_seq_len
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen so far."""
-        return self.state.position * self.model.args.max_seq_len
-
-    def seconds(self) -> float:
-        """Wall time of the run so far, all its parts together; of several processes, as of their last meeting."""
-        return self.state.seconds + (time.monotonic() - self.began if self.world.size == 1 else self.met)
-
-    def meet(self) -> None:
-        """Take the time of the first process, and learn whether any was asked to stop."""
-        if self.world.size == 1:
-            self.stop = self.asked
-            return
-        now = time.monotonic() - self.began if self.world.first else 0.0
-        self.met, stop = self.world.max(now, self.asked)
-        self.stop = int(stop)
-
-    def finished(self) -> bool:
-        late = self.cfg.max_minutes and self.seconds() + self.reserve >= 60 * self.cfg.max_minutes
-        return bool(late) or self.state.iter_num >= self.cfg.max_iters
-
-    def seconds_left(self, seconds_per_step: float) -> float:
-        left = (self.cfg.max_iters - self.state.iter_num) * seconds_per_step
-        return min(left, 60 * self.cfg.max_minutes - self.seconds()) if self.cfg.max_minutes else left
-
-    def progress(self) -> float:
-        """How much of the run is done, 0 to 1, by steps or by the clock, whichever is further."""
-        done = self.state.iter_num / (self.cfg.lr_decay_iters or self.cfg.max_iters)
-        if self.cfg.max_minutes:
-            span = 60 * self.cfg.max_minutes - self.reserve - self.state.setup
-            done = max(done, (self.seconds() - self.state.setup) / max(span, 1e-9))
-        return min(done, 1.0)
-
-    def learning_rate(self) -> float:
-        """Linear warm-up, then linear decay to min_lr (arXiv 2502.15938)."""
-        cfg = self.cfg
-        warmup = min(1.0, (self.state.iter_num + 1) / (cfg.warmup_iters + 1))
-        decay = 1 - self.progress() if cfg.decay_lr else 1.0
-        return warmup * (cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * decay)
-
-    def compile(self) -> None:
-        """Compile the layers, which are all alike, so that it takes the time of one; and a part of the loss."""
-        for part in (*self.model.layers, self.model.loss.part):
-            part.compile(dynamic=False)
-        self.state.compiled = True
-
-    @torch.inference_mode()
-    @torch.compiler.set_stance("force_eager")
-    def evaluate(self) -> dict[str, float]:
-        """Score the whole val split; always the same windows, whatever the batch size. Processes share them."""
-        self.model.eval()
-        nats = scored = 0.0
-        batches = Task.iter_once(self.data, "val", self.cfg.batch_size, self.model.args.max_seq_len,
-                                 device=self.where.device, rank=self.world.rank, world_size=self.world.size)
-        for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False,
-                         disable=None if self.world.first else True):
-            with self.where.autocast():
-                loss = self.model(x, y)
-            count = (y != IGNORE).sum().item()
-            nats, scored = nats + loss.item() * count, scored + count
-        self.model.train()
-        nats, scored = self.world.sum(torch.tensor([nats, scored], dtype=torch.float64)).tolist()
-        return {"val_loss": nats / scored, "perplexity": math.exp(min(nats / scored, 700)),
-                "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
-
-    def write_samples(self) -> list[str]:
-        """Stories from the fixed prompts, with the same random numbers each time."""
-        if not self.cfg.sample_tokens or not self.world.first:
-            return []
-        rows = [self.vocabulary.begin(text) for text in self.cfg.sample_prompts.split("|")]
-        how = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.cfg.seed)
-        engine = checkpoint.build_engine(self.model)
-        for step in engine.generate(rows, self.cfg.sample_tokens, how, [self.vocabulary.eos_id]):
-            for row, token in zip(rows, step.tokens):
-                row += [token] if token is not None else []
-        return [self.vocabulary.decode(row) for row in rows]
-
-    def save(self, name: str) -> None:
-        """Write ckpt.pt or last.pt, unless the weights are no numbers any more. The first process does it for all."""
-        require_finite(self)
-        if self.world.first:
-            checkpoint.save(Path(self.cfg.out_dir) / name, self.content())
-        if name == "last.pt":
-            self.saved_at, self.saved_step = self.seconds(), self.state.iter_num
-
-    def content(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        cuda = [torch.cuda.get_rng_state(self.where.device)] if self.where.device.type == "cuda" else []
-        state = State(**{**asdict(self.state), "seconds": self.seconds()})
-        return {
-            **checkpoint.model_state(self.model), "optimizer": [each.state_dict() for each in self.optimizers],
-            "iter_num": state.iter_num, "best_val_loss": state.best_val_loss, "config": lasting(self.cfg),
-            "tokenizer": self.vocabulary.model, "tokenizer_sha256": self.vocabulary.sha256,
-            "data_sha256": self.data.sha256, "chat": self.chat,
-            "state": asdict(state), "scaler": self.scaler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}}
-
-
-def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
-    """AdamW (arXiv 1711.05101), and Muon for the matrices of the layers. What has one dimension does not decay."""
-    cfg, parameters = run.cfg, list(run.model.parameters())
-    matrices = [w for w in run.model.layers.parameters() if w.dim() > 1]
-    embeddings = [w for w in parameters if w.dim() > 1 and all(w is not matrix for matrix in matrices)]
-    of_layers = {"params": matrices, "weight_decay": cfg.weight_decay, "ratio": 1.0}
-    groups = [{"params": embeddings, "weight_decay": cfg.weight_decay, "ratio": cfg.embedding_lr_ratio},
-              {"params": [w for w in parameters if w.dim() <= 1], "weight_decay": 0.0, "ratio": cfg.embedding_lr_ratio}]
-    adamw = torch.optim.AdamW(groups + [of_layers] * (cfg.optimizer == "adamw"), cfg.learning_rate,
-                              (cfg.beta1, cfg.beta2), fused=run.where.device.type != "mps")
-    if cfg.optimizer == "adamw":
-        return [adamw]
-    products = torch.float32 if run.where.dtype == torch.float32 else torch.bfloat16
-    return [adamw, Muon([of_layers], cfg.learning_rate, cfg.momentum, dtype=products)]
-
 
 def main() -> None:
     with joined() as world:

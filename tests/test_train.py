@@ -15,9 +15,11 @@ import torch
 
 import checkpoint
 import plan
+import run
 import settings
 import train
 from conftest import ROOT, TINY, assert_same, assert_user_error, script
+from run import Run
 from settings import UserError
 
 
@@ -32,9 +34,9 @@ def go(call, project):
 @pytest.fixture
 def prepared(project, monkeypatch):
     """A Run as main() builds it, from command line settings."""
-    def build(*args) -> train.Run:
+    def build(*args) -> Run:
         cfg, given = settings.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
-        return train.Run(plan.prepare(cfg, given))
+        return Run(plan.prepare(cfg, given))
     return build
 
 
@@ -202,7 +204,7 @@ def test_checkpoints_hold_what_tools_expect(go):
 
 def test_the_best_model_is_kept(go, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.2])
-    monkeypatch.setattr(train.Run, "evaluate", lambda run: {"val_loss": next(losses), "perplexity": 1.0, "bpb": 1.0})
+    monkeypatch.setattr(Run, "evaluate", lambda run: {"val_loss": next(losses), "perplexity": 1.0, "bpb": 1.0})
     go("out", "--max_iters", 4, "--eval_interval", 1)
     assert state("out", "ckpt.pt")["iter_num"] == 2 and state("out")["iter_num"] == 4
     assert state("out")["best_val_loss"] == 2.0
@@ -273,8 +275,8 @@ def ticking(monkeypatch):
     """A clock that goes on by a tenth of a second each time that somebody looks at it."""
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(ticks) / 10)
-    monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(plan, "time", clock)
+    for module in (train, run, plan):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 

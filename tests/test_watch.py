@@ -16,7 +16,9 @@ import train
 import watch
 from conftest import ROOT, TINY, assert_user_error, script
 from files import locked
+from model import Transformer
 from parallel import World
+from run import State
 from settings import UserError
 from test_train import assert_same_run, go, log, prepared, state  # noqa: F401    fixtures among them
 
@@ -27,7 +29,7 @@ def a_run(losses: list[float], norms: list[float] | None = None, scale: float | 
     pairs = zip(losses, norms or [1.0] * len(losses))
     return SimpleNamespace(
         cfg=SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, out_dir="out", learning_rate=0.1),
-        state=train.State(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, saved_step=0,
+        state=State(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, saved_step=0,
         world=World(),
         fresh=[[torch.tensor(loss), torch.tensor(norm)] for loss, norm in pairs])
 
@@ -113,13 +115,13 @@ def test_weights_that_are_no_numbers_are_not_saved(go, monkeypatch):  # noqa: F8
 
 def test_what_fits_is_tried_and_the_same_run_goes_on_with_it(go, monkeypatch, capsys):  # noqa: F811
     go("out", "--max_iters", 4)
-    forward = train.Transformer.forward
+    forward = Transformer.forward
 
     def too_large(model, tokens, targets=None):
         if len(tokens) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, tokens, targets)
-    monkeypatch.setattr(train.Transformer, "forward", too_large)
+    monkeypatch.setattr(Transformer, "forward", too_large)
     with pytest.raises(UserError, match="same steps in less: python train.py --init_from resume --out_dir out "
                                         "--batch_size 1 --gradient_accumulation_steps 8"):
         go("out", "--max_iters", 8)

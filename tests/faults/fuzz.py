@@ -47,6 +47,7 @@ import shards  # noqa: E402
 import tokenizer  # noqa: E402
 import train  # noqa: E402
 import train_vocab  # noqa: E402
+from run import Run  # noqa: E402
 
 SECONDS, MEMORY, BATCH = 10, 1 << 30, 1000      # what an input may take, and how many a child process reads
 DEEP, DEPTH = "@deep@", 100_000                 # a text that becomes a list in a list in a list ...
@@ -102,7 +103,7 @@ def read_checkpoint() -> Any:
 
 def read_last() -> Any:
     cfg, _ = settings.read(vars(train), ["--init_from", "resume"])
-    run = train.Run(plan.prepare(cfg, {}))
+    run = Run(plan.prepare(cfg, {}))
     return weights(run.model), repr([run.state, run.cfg, [one.state_dict() for one in run.optimizers]])
 
 
