@@ -119,11 +119,12 @@ class Task:
         """Yield a whole split in order: every token of every document once, after what its window has of it.
 
         No window holds two documents; the targets after the end of one are IGNORE. Rank r of `world_size` has every
-        world_size-th batch.
+        world_size-th batch; all have equally many, the last of some is a window of which nothing is scored.
         """
         rows = _rows(shard_set, split, max_seq_len)
         batches = iter(lambda: list(islice(rows, batch_size)), [])
-        for batch in islice(batches, rank, None, world_size):
+        while turn := list(islice(batches, world_size)):
+            batch = turn[rank] if rank < len(turn) else [np.full(max_seq_len + 1, IGNORE)]
             windows = _send(torch.from_numpy(np.stack(batch)), torch.device(device))
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 
 class Muon(torch.optim.Optimizer):
@@ -29,13 +30,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes: dict[tuple[int, int], list[Tensor]] = {}
             for weight in group["params"]:
-                shapes.setdefault(tuple(sorted(weight.shape)), []).append(weight)
-            for (_, longer), weights in shapes.items():
-                steps = torch.stack([_wide(self._smooth(weight, group["momentum"])) for weight in weights])
-                scale = group["lr"] * 0.2 * longer ** 0.5
-                for weight, step in zip(weights, orthogonal(steps.to(self.dtype))):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    _wide(weight).add_(step, alpha=-scale)
+                shapes.setdefault(tuple(weight.shape), []).append(weight)
+            for shape, weights in shapes.items():
+                steps = torch.stack([self._smooth(weight, group["momentum"]) for weight in weights]).to(self.dtype)
+                scale = group["lr"] * 0.2 * max(shape) ** 0.5
+                for weight, step in zip(weights, _orthogonal(steps).unbind()):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-scale)
 
     def _smooth(self, weight: Tensor, momentum: float) -> Tensor:
         """Nesterov's momentum: the gradient, drawn towards the mean of those before it."""
@@ -46,18 +46,25 @@ class Muon(torch.optim.Optimizer):
         return weight.grad.lerp(state["mean"], momentum)
 
 
+def _orthogonal(steps: Tensor) -> Tensor:
+    """The same where all processes have some rows of all matrices: each gets some whole ones, works on them, and
+    gives them back."""
+    if not isinstance(steps, DTensor):
+        return orthogonal(steps)
+    own = orthogonal(steps.redistribute(placements=[Shard(0)]).to_local())
+    return DTensor.from_local(own, steps.device_mesh, [Shard(0)], shape=steps.shape, stride=steps.stride()
+                              ).redistribute(placements=steps.placements)
+
+
 def orthogonal(x: Tensor) -> Tensor:
-    """Bring the singular values of matrices near to 1: (n, rows, columns), rows <= columns, of any scale.
+    """Bring the singular values of matrices near to 1: (n, rows, columns), of any scale.
 
     Five steps of a polynomial in x x^T that pulls what lies in (0, 1] to about 0.7 to 1.2.
     """
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x
-
-
-def _wide(x: Tensor) -> Tensor:
-    """A matrix with at least as many columns as rows: the matrix, or a view of it turned over."""
-    return x if x.shape[0] <= x.shape[1] else x.mT

@@ -78,17 +78,31 @@ class World:
             sys.exit(1)
         return result
 
+    @property
+    def command(self) -> str:
+        """What starts a script as this one was started."""
+        here = os.environ.get("LOCAL_WORLD_SIZE", self.size)
+        return "python" if self.size == 1 else f"torchrun --nproc_per_node={here}"
+
+    @staticmethod
+    def claim(device: torch.device) -> None:
+        """Make a GPU the one for NCCL, and for whatever names no device."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: with several processes, the backward pass takes the mean of their gradients."""
         if self.size == 1:
             return model
-        if (place := next(model.parameters()).device).type == "cuda":
-            torch.cuda.set_device(place)                # for NCCL, and for whatever names no device
+        self.claim(next(model.parameters()).device)
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def keeping(self, wrapped: nn.Module, more: bool) -> AbstractContextManager:
-        """While `more` micro-batches follow, a process keeps its gradients to itself: one exchange for each step."""
-        return wrapped.no_sync() if more and self.size > 1 else nullcontext()
+        """While `more` micro-batches follow, a process keeps its gradients to itself: one exchange for each step.
+
+        Not where the model is divided (sharded.py), for whole gradients would not fit.
+        """
+        return wrapped.no_sync() if more and isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
     def seed(self, seed: int, step: int) -> None:
         """Give each process and step random numbers of its own, so that a run which goes on has the same."""

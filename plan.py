@@ -26,7 +26,7 @@ from tokenizer import Vocabulary, find, load
 
 HERE = ("out_dir", "eval_only")             # settings of this command, not of the run
 FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
-        "device", "dtype", "compile", "num_workers", "sample_prompts", "sample_tokens",  # may change in a run, and
+        "device", "dtype", "compile", "num_workers", "shard", "sample_prompts", "sample_tokens",    # may change, and
         "data_dir", "vocab_size")           # these two, but not what they lead to
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
 HALF = "old.part"                           # the folder of an old run while its files are moved to it
@@ -297,7 +297,8 @@ def print_plan(run: Any) -> float:
     print(f"data:   {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on"
           + (", all in the GPU's memory" if not cfg.num_workers and fits(data, "train", run.where.device) else ""))
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens"
-          + (f", shared by {world.size} processes" if world.size > 1 else ""))
+          + (f", shared by {world.size} processes" if world.size > 1 else "")
+          + (", each with a part of the model" if run.divided else ""))
     print(f"memory: {memory(run)}")
     eager = seconds = try_out(run)
     compiles, why = choose_compile(run, seconds * run.own_parts)
@@ -333,8 +334,11 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
 
 
 def memory(run: Any) -> str:
-    return (f"{STATE_BYTES * run.model.count_parameters() / 1e6:,.0f} MB for weights, gradients and optimizer, "
-            f"about {count_activations(run) / 1e6:,.0f} MB for {run.cfg.batch_size} windows")
+    state = STATE_BYTES * run.model.count_parameters() / 1e6
+    if run.divided:
+        return f"{state / run.world.size:,.0f} MB in each process for weights, gradients, optimizer; more for windows"
+    return (f"{state:,.0f} MB for weights, gradients and optimizer, about {count_activations(run) / 1e6:,.0f} MB for "
+            f"{run.cfg.batch_size} windows")
 
 
 def count_activations(run: Any) -> int:

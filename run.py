@@ -16,6 +16,7 @@ from muon import Muon
 from plan import Plan, lasting, saved_in
 from sampling import Sampling
 from settings import UserError
+from sharded import divide, gathered, part_of
 from watch import require_finite
 
 SAMPLE_TEMPERATURE = 0.8        # of the stories that are written on the way
@@ -44,16 +45,17 @@ class Run:
         self.cfg, self.where, self.data, self.vocabulary = plan.cfg, plan.where, plan.data, plan.vocabulary
         self.world = plan.world
         torch.manual_seed(self.cfg.seed)
-        model = (checkpoint.build_model(plan.saved, name=saved_in(plan.cfg)) if plan.saved else
-                 Transformer(plan.args))
-        self.model = model.to(self.where.device)
-        self.chat = plan.saved.get("chat", "") if plan.saved else ""       # the form of messages it was taught
-        self.wrapped = self.model                       # the same, as it is trained: see World.wrap
+        self.model = self.world.attempt(lambda: checkpoint.build_model(plan.saved, name=saved_in(plan.cfg))
+                                        if plan.saved else Transformer(plan.args))
+        self.wrapped = (divide(self.model, self.where, self.world) if self.divided else         # as it is trained
+                        self.world.wrap(self.model.to(self.where.device)))
+        self.chat = plan.saved.get("chat", "") if plan.saved else ""        # the form of messages it was taught
         self.optimizers = make_optimizers(self)
         self.scaler = self.where.scaler()
         self.state = State()
         if plan.resumed:
-            self.restore(plan.saved)
+            self.world.attempt(lambda: self.restore(plan.saved))
+        plan.saved = None               # what was in it is in the model, and would not fit twice
         self.began, self.met = time.monotonic(), 0.0    # met: seconds since, when the processes last met
         self.saved_at = self.seconds()
         self.saved_step = self.state.iter_num           # of last.pt; 0: there is none of this run
@@ -68,8 +70,11 @@ class Run:
             if [*map(type, vars(self.state).values())] != [*map(type, vars(State()).values())]:
                 raise ValueError("state")
             for optimizer, own in zip(self.optimizers, saved["optimizer"], strict=True):
+                weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+                moments = {i: {name: part_of(value, weights[i]) if isinstance(value, Tensor) and value.dim() else value
+                               for name, value in state.items()} for i, state in own["state"].items()}
                 # rates and the like are those of the settings, which may have changed
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": own["state"]})
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
                 wrong = [weight for weight, moments in optimizer.state.items() for moment in moments.values()
                          if isinstance(moment, Tensor) and moment.dim() and moment.shape != weight.shape]
                 if wrong:
@@ -82,6 +87,11 @@ class Run:
             last = f"{self.cfg.out_dir}/last.pt"
             raise UserError(f"{last} is of another version, or damaged ({error!r:.200})\n       use its weights: "
                             f"python train.py --out_dir {self.cfg.out_dir} --init_from {last}") from error
+
+    @property
+    def divided(self) -> bool:
+        """Whether each process has but a part of the model."""
+        return self.cfg.shard and self.world.size > 1
 
     @property
     def own_parts(self) -> int:
@@ -151,16 +161,16 @@ class Run:
                          disable=None if self.world.first else True):
             with self.where.autocast():
                 loss = self.model(x, y)
-            count = (y != IGNORE).sum().item()
-            nats, scored = nats + loss.item() * count, scored + count
+            if count := (y != IGNORE).sum().item():     # else it only keeps the others company
+                nats, scored = nats + loss.item() * count, scored + count
         self.model.train()
         nats, scored = self.world.sum(torch.tensor([nats, scored], dtype=torch.float64)).tolist()
         return {"val_loss": nats / scored, "perplexity": math.exp(min(nats / scored, 700)),
                 "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
 
     def write_samples(self) -> list[str]:
-        """Stories from the fixed prompts, with the same random numbers each time."""
-        if not self.cfg.sample_tokens or not self.world.first:
+        """Stories from the fixed prompts, with the same random numbers each time. None where no process has it all."""
+        if not self.cfg.sample_tokens or not self.world.first or self.divided:
             return []
         rows = [self.vocabulary.begin(text) for text in self.cfg.sample_prompts.split("|")]
         how = Sampling(temperature=SAMPLE_TEMPERATURE, seed=self.cfg.seed)
@@ -172,9 +182,10 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write ckpt.pt or last.pt, unless the weights are no numbers any more. The first process does it for all."""
-        require_finite(self)
+        self.world.attempt(lambda: require_finite(self))
+        content = gathered(self.content(), self.world)
         if self.world.first:
-            checkpoint.save(Path(self.cfg.out_dir) / name, self.content())
+            checkpoint.save(Path(self.cfg.out_dir) / name, content)
         if name == "last.pt":
             self.saved_at, self.saved_step = self.seconds(), self.state.iter_num
 

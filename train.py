@@ -39,6 +39,7 @@ from presets import PRESETS
 from record import NoRecord, Record
 from run import Run
 from settings import UserError
+from sharded import whole
 from watch import enough_memory, look, require_finite
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -94,6 +95,8 @@ device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16
 compile = "auto"                    # auto: when it saves more time than it takes; True; False
 num_workers = 0                     # processes that prepare batches; 0 is fast enough for memory-mapped files
+shard = False                       # under torchrun: divide weights and optimizer among the processes, for a model that
+                                    # does not fit one GPU; slower, and without stories on the way
 seed = 1337
 # ---- end of settings ----------------------------------------------------------------------------
 
@@ -125,15 +128,14 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
     plan = world.attempt(lambda: prepare(cfg, given, world))
     world.attempt(lambda: require_same(plan))
     with enough_memory(cfg):
-        run = world.attempt(lambda: Run(plan))
-        run.wrapped = world.wrap(run.model)
+        run = Run(plan)
     if plan.resumed:
         check_best(run)
     if run.finished():
         more = f"--max_minutes {2 * cfg.max_minutes:g}" if cfg.max_minutes else f"--max_iters {2 * cfg.max_iters}"
         print(f"the run in {cfg.out_dir} is finished, with step {run.state.iter_num:,}\n"
-              f"go on with it: python train.py --init_from resume --out_dir {cfg.out_dir} {more}\n"
-              f"begin anew:    python train.py --init_from scratch --out_dir {cfg.out_dir}")
+              f"go on with it: {world.command} train.py --init_from resume --out_dir {cfg.out_dir} {more}\n"
+              f"begin anew:    {world.command} train.py --init_from scratch --out_dir {cfg.out_dir}")
     else:
         with enough_memory(cfg, run):
             run.reserve = print_plan(run)
@@ -254,7 +256,7 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
         total += loss.detach()
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf))
     for optimizer in run.optimizers:
         run.scaler.step(optimizer)
     run.scaler.update()
@@ -266,7 +268,7 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
 
 def score(run: Run, record: Record | NoRecord) -> None:
     """Evaluate, write stories, and keep the model if it is the best so far."""
-    require_finite(run)
+    run.world.attempt(lambda: require_finite(run))
     began = run.seconds()
     scores, samples = run.evaluate(), run.write_samples()
     run.meet()
@@ -305,11 +307,12 @@ def say_goodbye(run: Run) -> None:
         print(f"peak of the GPU's memory: {torch.cuda.max_memory_reserved(run.where.device) / 1e6:,.0f} MB")
     if run.stop:
         print(f"saved step {run.state.iter_num:,} in {out}/last.pt\n"
-              f"go on: python train.py --init_from resume --out_dir {out}")
+              f"go on: {run.world.command} train.py --init_from resume --out_dir {out}")
         sys.exit(128 + run.stop)
     print(f"done: {run.state.iter_num:,} steps in {clock(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
-          f"stories on the way: {out}/samples.txt\n"
-          f'next: python sample.py --checkpoint {out}/ckpt.pt --prompt "Once upon a time"')
+          + (f"stories on the way: {out}/samples.txt\n" if not run.divided else "")
+          + f'next: {run.world.command if run.divided else "python"} sample.py --checkpoint {out}/ckpt.pt '
+          '--prompt "Once upon a time"')
 
 
 def print_scores(scores: dict[str, float]) -> None:

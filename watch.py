@@ -72,7 +72,8 @@ def no_numbers(run: Any, step: int, what: str) -> UserError:
     return UserError(
         f"step {step:,}, windows {begin:,} to {end:,}: {what}; this is not saved\n"
         f"       the last good state is step {run.saved_step:,}, in {Path(out) / 'last.pt'}; go on from it, more "
-        f"slowly: python train.py --init_from resume --out_dir {out} --learning_rate {run.cfg.learning_rate / 2:g}")
+        f"slowly: {run.world.command} train.py --init_from resume --out_dir {out} "
+        f"--learning_rate {run.cfg.learning_rate / 2:g}")
 
 
 @contextmanager
@@ -85,7 +86,8 @@ def enough_memory(cfg: SimpleNamespace, run: Any = None) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)         # they hold what did not fit
         size = what_fits(run) if run and run.world.size == 1 else 0     # of several, the others are not there to try
-        again = f"python train.py --init_from resume --out_dir {cfg.out_dir} " if run and run.state.iter_num else ""
+        again = (f"{run.world.command} train.py --init_from resume --out_dir {cfg.out_dir} "
+                 if run and run.state.iter_num else "")
         less = (f"the same steps in less: {again}--batch_size {size} --gradient_accumulation_steps "
                 f"{cfg.gradient_accumulation_steps * cfg.batch_size // size}" if size else
                 f"use a smaller --batch_size{'' if cfg.eval_only else ', --max_seq_len, --dim or --n_layers'}, or "

@@ -13,7 +13,7 @@ import plan
 import settings
 import train
 from conftest import ROOT, TINY, assert_same
-from dataset import Task
+from dataset import IGNORE, Task
 from parallel import World
 from settings import UserError
 from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
@@ -86,6 +86,19 @@ def test_a_killed_process_ends_all_and_torchrun_goes_on_exactly(project):
     assert_same(state("whole", "ckpt.pt"), state("parts", "ckpt.pt"))
 
 
+def test_a_divided_model_takes_the_same_steps(go, project):  # noqa: F811
+    """Two processes with half a model each, then one with the whole, then four; their parts are uneven."""
+    options = [*OPTIONS, "--hidden_dim", 90, "--n_layers", 1]
+    go("whole", *options, "--max_iters", 12)
+    divided = [ROOT / "train.py", "--data_dir", project, "--out_dir", "parts", *options, "--shard", "True"]
+    two = torchrun(2, *divided, "--max_iters", 4)
+    assert two.returncode == 0 and "each with a part of the model" in two.stdout, two.stderr
+    go("parts", *options, "--max_iters", 8)
+    four = torchrun(4, *divided, "--max_iters", 12)
+    assert four.returncode == 0 and "after the 8 steps that are done" in four.stdout, four.stderr
+    assert_near("whole", "parts")
+
+
 def test_alone_there_is_no_group(go, monkeypatch):  # noqa: F811
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a group of one"))
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: pytest.fail("a message to nobody"))
@@ -114,7 +127,9 @@ def test_processes_share_an_evaluation(project):
     parts = [list(Task.iter_once(data, "val", 3, 32, rank=rank, world_size=4)) for rank in range(4)]
     for number, (x, y) in enumerate(whole):
         assert_same([x, y], list(parts[number % 4][number // 4]))
-    assert sum(map(len, parts)) == len(whole)
+    assert {len(part) for part in parts} == {-(-len(whole) // 4)} and len(whole) % 4 == 2
+    for x, y in [parts[2][-1], parts[3][-1]]:
+        assert x.shape == (1, 32) and (x >= 0).all() and (y == IGNORE).all()
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
