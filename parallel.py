@@ -141,10 +141,25 @@ def join(world: World) -> None:
     """Find the other processes: messages between CPUs go through gloo, between GPUs through NCCL."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # PyTorch 2.13 keeps this store when it starts the processes again, with the addresses of those that are dead
+    if keeps_store():
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=world.rank, world_size=world.size)
+
+
+def keeps_store() -> bool:
+    """Whether torchrun still has the addresses of the dead when it starts the processes again, as in PyTorch 2.13.
+
+    On one machine the number of the start tells them apart; several machines do not count alike.
+    """
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def check_restarts(world: World) -> None:
+    """Raise UserError, in the first process, when torchrun was told to restart what could not meet again."""
+    restarts, machines = (int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if restarts and machines > 1 and keeps_store():
+        raise UserError("--max_restarts on several machines needs this in front of torchrun, on each of them:\n"
+                        "       TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...") if world.first else SystemExit(1)
 
 
 @contextmanager
@@ -154,12 +169,13 @@ def joined() -> Iterator[World]:
     After an error the group is left as it is: taking leave of a process that is dead could last.
 
     Raises:
-        UserError: when another process has ended.
+        UserError: when another process has ended, or torchrun's own settings do not fit together.
     """
     world = find_world()
     if world.size == 1:
         yield world
         return
+    check_restarts(world)
     try:
         join(world)
         with open(os.devnull, "w", encoding="utf-8") as nowhere:

@@ -14,7 +14,7 @@ import settings
 import train
 from conftest import ROOT, TINY, assert_same
 from dataset import IGNORE, Task
-from parallel import World
+from parallel import World, check_restarts, joined
 from settings import UserError
 from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
 
@@ -151,6 +151,22 @@ def test_random_numbers_are_those_of_a_step_and_a_process():
     others = [numbers(1, 2, 1), numbers(1, 3, 0), numbers(2, 2, 0)]
     assert not any(torch.equal(numbers(1, 2, 0), other) for other in others)
     assert World().seed(1, 2) is None and not torch.equal(torch.rand(4), numbers(1, 2, 0))
+
+
+def test_restarts_on_several_machines_need_a_new_store(monkeypatch):
+    for name, value in {"WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 2, "TORCHELASTIC_MAX_RESTARTS": 3,
+                        "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    for rank, error, says in ((0, UserError, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun"), (1, SystemExit, "^1$")):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(error, match=says):
+            with joined():
+                pass
+    for name, value in [("GROUP_WORLD_SIZE", "1"), ("TORCHELASTIC_MAX_RESTARTS", "0"),
+                        ("TORCHELASTIC_USE_AGENT_STORE", "False")]:
+        with monkeypatch.context() as other:
+            other.setenv(name, value)
+            check_restarts(World(0, 2))
 
 
 def test_processes_that_see_other_files_are_refused():
