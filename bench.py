@@ -7,6 +7,7 @@
     python bench.py sample --peer ../llama2.c       # and that of the run.c in another folder (needs gcc)
     python bench.py sample --checkpoint output/ckpt.pt         # and the val loss of each format of the weights
     python bench.py text --data my_stories --text_mb 200       # steps 1 and 2, and the plain way of doing them
+    torchrun --nproc_per_node=2 bench.py scale      # steps and writing of several processes, and of one
 
 Contenders take turns, so that a machine that slows down slows all of them; medians are printed.
 """
@@ -45,6 +46,7 @@ from engine import Engine
 from formats import llama2c
 from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
+from parallel import ALONE, World
 from plan import Plan, memory
 from presets import PRESETS
 from run import Run
@@ -53,7 +55,7 @@ from settings import UserError
 from tokenizer import find
 
 # ---- settings -----------------------------------------------------------------------------------
-preset = ""             # train: the model and batch of a preset; empty: the defaults of train.py
+preset = ""             # train, scale: the model and batch of a preset; empty: the defaults of train.py
 peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss or returned)
                         # sample: a folder with llama2.c's run.c
 rounds = 10             # turns of each contender; of text, whose turns are long, at most 3
@@ -69,8 +71,8 @@ dtype = "auto"
 
 
 def main() -> None:
-    commands = {"train": bench_train, "quality": bench_quality, "sample": bench_sample,
-                "text": bench_text}
+    commands = {"train": bench_train, "quality": bench_quality, "sample": bench_sample, "text": bench_text,
+                "scale": bench_scale}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         cfg, _ = settings.read(globals(), sys.argv[2:])
         if cfg.rounds < 1:
@@ -81,18 +83,20 @@ def main() -> None:
         raise UserError(f"what is to be measured? python bench.py {' | '.join(commands)}")
 
 
+def bench_scale(cfg: SimpleNamespace) -> None:
+    import bench_scale
+    bench_scale.bench_scale(cfg)
+
+
 # ---- a training step ----------------------------------------------------------------------------
 
 def bench_train(cfg: SimpleNamespace) -> None:
     where = devices.choose(cfg.device, cfg.dtype)
-    chosen = ["--preset", cfg.preset] if cfg.preset else []
-    block, _ = settings.read(vars(train), chosen, sys.stderr, {name: p.settings for name, p in PRESETS.items()})
-    vocab_size = PRESETS[cfg.preset].vocab_size if cfg.preset else ModelArgs.vocab_size
-    args = ModelArgs(**{name: getattr(block, name) for name in ModelArgs.__dataclass_fields__ if hasattr(block, name)}
-                     | {"vocab_size": vocab_size})
-    tokens = torch.randint(0, vocab_size, (block.batch_size, args.max_seq_len + 1), device=where.device)
+    block, args = default_shape(cfg)
+    tokens = torch.randint(0, args.vocab_size, (block.batch_size, args.max_seq_len + 1), device=where.device)
     batch = (tokens[:, :-1], tokens[:, 1:])
-    runs = {"compiled": own_run(block, where, args, True), "eager": own_run(block, where, args, False)}
+    runs = {name: own_run(block, where, args, name == "compiled", gradient_accumulation_steps=1)
+            for name in ("compiled", "eager")}
     steps = {name: partial(train.take_step, run, repeat(batch)) for name, run in runs.items()}
     steps["transformers, float32"] = transformers_step(where, args, batch)
     if cfg.peer:
@@ -109,10 +113,19 @@ def bench_train(cfg: SimpleNamespace) -> None:
         print(f"peak of all of them: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 
 
-def own_run(block: SimpleNamespace, where: devices.Device, args: ModelArgs, compiled: bool) -> Run:
-    """What train.py trains, with steps of one micro-batch."""
-    once = SimpleNamespace(**{**vars(block), "gradient_accumulation_steps": 1})
-    run = Run(Plan(once, where, None, None, args, None, False))
+def default_shape(cfg: SimpleNamespace) -> tuple[SimpleNamespace, ModelArgs]:
+    """The settings of train.py, or of a preset, and the model that they make."""
+    chosen = ["--preset", cfg.preset] if cfg.preset else []
+    block, _ = settings.read(vars(train), chosen, sys.stderr, {name: p.settings for name, p in PRESETS.items()})
+    vocab_size = PRESETS[cfg.preset].vocab_size if cfg.preset else ModelArgs.vocab_size
+    shape = {name: getattr(block, name) for name in ModelArgs.__dataclass_fields__ if hasattr(block, name)}
+    return block, ModelArgs(**{**shape, "vocab_size": vocab_size})
+
+
+def own_run(block: SimpleNamespace, where: devices.Device, args: ModelArgs, compiled: bool, world: World = ALONE,
+            **changes: Any) -> Run:
+    """What train.py trains, with some settings changed."""
+    run = Run(Plan(SimpleNamespace(**{**vars(block), **changes}), where, None, None, args, None, False, world))
     if compiled:
         run.compile()
     return run

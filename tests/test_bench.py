@@ -64,6 +64,7 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where)
 
 
 @pytest.mark.parametrize("argv, message", [([], "bench.py train | quality"), (["quality"], "--data PATH"),
+                                           (["scale"], "torchrun"),
                                            (["quality", "--data", "x", "--minutes", "1"], "--minutes 3"),
                                            (["train", "--rounds", "0"], "rounds must be"),
                                            (["train", "--peer", "nowhere"], "no model.py in"),
@@ -71,7 +72,7 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where)
                                            (["train", "--preset", "cpu_4"], "no preset 'cpu_4'")])
 def test_mistakes_are_said(monkeypatch, argv, message):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
-    monkeypatch.setattr(bench, "own_run", lambda *args: None)
+    monkeypatch.setattr(bench, "own_run", lambda *args, **changes: None)
     with pytest.raises(UserError) as found:
         bench.main()
     assert message in str(found.value)
