@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import device
 import plan
 import run
 import settings
@@ -447,7 +448,7 @@ def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
         go("out", "--max_iters", 4)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+@pytest.mark.skipif(not device.has_compiler(), reason="there is no C++ compiler")
 def test_a_compiled_run_is_the_same_run(go):
     """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
     options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32"]
