@@ -27,7 +27,8 @@ BEGIN, END = "# ---- settings", "# ---- end of settings"
 USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,
                 errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,          # a closed door, a broken one,
                 errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,    # something else than should be there,
-                errno.ENAMETOOLONG, errno.ELOOP)                            # a name that cannot be one
+                errno.ENAMETOOLONG, errno.ELOOP,                            # a name that cannot be one,
+                *[errno.EINVAL] * (os.name == "nt"))                        # on Windows such as a?.txt
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
 
