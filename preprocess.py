@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def adopt(path: Path, folder: str) -> Path:
     return target
 
 
-def find_source(cfg, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int]:
+def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int]:
     """The text to read and the rule of its validation split: those of step 1 unless told otherwise."""
     notes, known, threshold = model_path.with_suffix(".json"), None, 0
     if notes.exists():

@@ -18,10 +18,11 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
 USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,

@@ -287,7 +287,7 @@ def score(run: Run, record: Record | NoRecord) -> None:
 @contextmanager
 def listening(run: Run) -> Iterator[None]:
     """Let Ctrl-C and a polite kill end the run after its step; a second one ends it at once."""
-    def stop(number: int, frame) -> None:
+    def stop(number: int, frame: Any) -> None:
         run.asked = number
         signal.signal(number, before[number])
         print("\nstopping after this step; what is done will be saved", flush=True)

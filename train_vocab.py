@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import corpus
 import settings
@@ -76,7 +77,7 @@ def main() -> None:
     print("next: python preprocess.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
 
 
-def make(cfg) -> None:
+def make(cfg: SimpleNamespace) -> None:
     """Find the text, count its words, learn from them, check what was learned, and write it."""
     start = time.monotonic()
     source = find_source(cfg)
@@ -105,7 +106,7 @@ def make(cfg) -> None:
           + (f", with {memory / 1e6:,.0f} MB of memory" if (memory := workers.peak_memory()) else ""))
 
 
-def find_source(cfg) -> Path:
+def find_source(cfg: SimpleNamespace) -> Path:
     if cfg.download:
         from download import tinystories        # here, because only this needs requests
         return tinystories(cfg.data_dir, cfg.mirror)
