@@ -28,8 +28,7 @@ BEGIN, END = "# ---- settings", "# ---- end of settings"
 USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,
                 errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,          # a closed door, a broken one,
                 errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,    # something else than should be there,
-                errno.ENAMETOOLONG, errno.ELOOP,                            # a name that cannot be one,
-                *[errno.EINVAL] * (os.name == "nt"))                        # on Windows such as a?.txt
+                errno.ENAMETOOLONG, errno.ELOOP)                            # a name that cannot be one
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
 
@@ -104,7 +103,8 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:             # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in USERS_ERRNOS:
+        odd_name = os.name == "nt" and error.errno == errno.EINVAL and error.filename       # such as a?.txt
+        if error.errno not in USERS_ERRNOS and not odd_name:
             raise
         sys.exit(printable(f"error: {error.strerror}: {error.filename or 'a file'}"))
     finally:
