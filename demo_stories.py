@@ -12,6 +12,7 @@ stand between ` | `, `a / b = x / y | ...` fills two slots together. In a text, 
 import random
 import re
 from collections.abc import Iterator
+from typing import Any
 
 BOYS = "Tom Ben Max Sam Leo Jack Finn Oscar Noah Theo Hugo Eli Peter Felix".split()
 GIRLS = "Lily Mia Anna Sue Zoe Emma Ruby Nora Ella Ivy Rosa Clara Amy Lucy".split()
@@ -441,7 +442,7 @@ class _Slots(dict):
         return value[:1].upper() + value[1:]
 
 
-def _pick(rng: random.Random, options: list):
+def _pick(rng: random.Random, options: list[Any]) -> Any:
     """Like `rng.choice`, from `random()` alone: the one stream that Python promises to keep."""
     return options[int(rng.random() * len(options))]
 

@@ -1,4 +1,5 @@
 """Where the numbers are crunched and in which format, chosen by what the machine has, with the reason."""
+import os
 import re
 import shutil
 from contextlib import AbstractContextManager
@@ -107,5 +108,5 @@ def _has_fbgemm() -> bool:
 
 
 def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
-    return any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU. On Windows it takes that of Microsoft."""
+    return any(map(shutil.which, ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")))

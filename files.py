@@ -3,7 +3,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ except ImportError:         # Windows
     fcntl = None
     import msvcrt
 
+LOCK = ".lock"                                  # on Windows, which cannot open a folder, a file in it is locked
 BUSY = (BlockingIOError, PermissionError)       # what a lock raises that another process holds
 
 
@@ -65,7 +66,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     folder = Path(folder)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
     except BUSY as error:
@@ -78,6 +79,9 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if not fcntl:
+            with suppress(OSError):             # as long as another process has it open, which may hold the lock by now
+                os.unlink(folder / LOCK)
         if made and not any(folder.iterdir()):      # nothing came of it
             folder.rmdir()
 

@@ -13,6 +13,7 @@ Shapes below: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -245,7 +246,7 @@ class PartOfCrossEntropy(nn.Module):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, part: PartOfCrossEntropy) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, part: PartOfCrossEntropy) -> Tensor:
         rows = LOGITS_AT_A_TIME[h.device.type == "cuda"] // len(weight)
         rows = 1 << max(rows, 1).bit_length() - 1           # a power of two, so that parts are mostly of one size
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
@@ -257,7 +258,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.stack(losses).sum() / count
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_weight, count = ctx.saved_tensors
         scale = (grad / count).to(grad_h.dtype)
         return grad_h * scale, grad_weight * scale, None, None

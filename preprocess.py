@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class Job:
 
 def main() -> None:
     cfg, _ = settings.read(globals())
-    start = time.monotonic()
+    start = time.perf_counter()
     model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
     vocabulary = load(model_path)
     source, threshold = find_source(cfg, model_path, vocabulary)
@@ -75,7 +76,7 @@ def main() -> None:
         make(target, jobs, cfg.num_workers, vocabulary)
         if cfg.verify:
             verify_all(jobs, cfg.num_workers)
-    print(f"{folder / MANIFEST} is complete after {time.monotonic() - start:.0f} s")
+    print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
     print("next: python train.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
 
 
@@ -93,7 +94,7 @@ def adopt(path: Path, folder: str) -> Path:
     return target
 
 
-def find_source(cfg, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int]:
+def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int]:
     """The text to read and the rule of its validation split: those of step 1 unless told otherwise."""
     notes, known, threshold = model_path.with_suffix(".json"), None, 0
     if notes.exists():
@@ -132,14 +133,14 @@ def make(target: ShardSet, jobs: list[Job], num_workers: int, vocabulary: Vocabu
         plan(target, todo, vocabulary, processes, why)
         if (target.folder / MANIFEST).exists():
             replace(target.folder / MANIFEST, target.folder / UNFINISHED)
-    start, written, most = time.monotonic(), 0, 0
+    start, written, most = time.perf_counter(), 0, 0
     for (index, pair), peak in workers.run(write_shards, todo, processes, size_of(todo), "tokenizing"):
         done[index], most, written = pair, max(most, peak), written + sum(shard.bytes for shard in pair)
         target.shards = [shard for index in sorted(done) for shard in done[index]]
         target.save(UNFINISHED)
     report(target)
     if todo:
-        print(f"speed: {workers.cost(written, time.monotonic() - start, most)}")
+        print(f"speed: {workers.cost(written, time.perf_counter() - start, most)}")
     target.require_both()
     target.save()
     (target.folder / UNFINISHED).unlink(missing_ok=True)

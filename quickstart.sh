@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 say() { printf '\n== %s\n' "$*"; }
 
 say "Python packages, in .venv"
-if ! ls .venv/bin/python .venv/Scripts/python.exe >/dev/null 2>&1; then
+if ! [ -x .venv/bin/python ] && ! [ -x .venv/Scripts/python.exe ]; then
     for candidate in python3 python; do
         "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
         candidate=

@@ -56,7 +56,7 @@ class Run:
         if plan.resumed:
             self.world.attempt(lambda: self.restore(plan.saved))
         plan.saved = None               # what was in it is in the model, and would not fit twice
-        self.began, self.met = time.monotonic(), 0.0    # met: seconds since, when the processes last met
+        self.began, self.met = time.perf_counter(), 0.0    # met: seconds since, when the processes last met
         self.saved_at = self.seconds()
         self.saved_step = self.state.iter_num           # of last.pt; 0: there is none of this run
         self.fresh: list[list[Tensor]] = []             # loss and gradient length of steps that nobody looked at yet
@@ -109,14 +109,14 @@ class Run:
 
     def seconds(self) -> float:
         """Wall time of the run so far, all its parts together; of several processes, as of their last meeting."""
-        return self.state.seconds + (time.monotonic() - self.began if self.world.size == 1 else self.met)
+        return self.state.seconds + (time.perf_counter() - self.began if self.world.size == 1 else self.met)
 
     def meet(self) -> None:
         """Take the time of the first process, and learn whether any was asked to stop."""
         if self.world.size == 1:
             self.stop = self.asked
             return
-        now = time.monotonic() - self.began if self.world.first else 0.0
+        now = time.perf_counter() - self.began if self.world.first else 0.0
         self.met, stop = self.world.max(now, self.asked)
         self.stop = int(stop)
 

@@ -18,10 +18,11 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
 USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,
@@ -102,7 +103,8 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:             # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in USERS_ERRNOS:
+        odd_name = os.name == "nt" and error.errno == errno.EINVAL and error.filename       # such as a?.txt
+        if error.errno not in USERS_ERRNOS and not odd_name:
             raise
         sys.exit(printable(f"error: {error.strerror}: {error.filename or 'a file'}"))
     finally:

@@ -185,7 +185,7 @@ def train(run: Run) -> None:
                                 position=state.position, device=run.where.device, num_workers=cfg.num_workers,
                                 rank=run.world.rank, world_size=run.world.size)
     run.model.train()
-    mark, marked, ends = time.monotonic(), state.iter_num, False
+    mark, marked, ends = time.perf_counter(), state.iter_num, False
     while not ends:
         # 1. one update of the weights
         lr, *numbers = take_step(run, batches)
@@ -207,10 +207,10 @@ def train(run: Run) -> None:
             print("step {iter:,}: the loss jumped to {jump:.4f} from about {usual:.4f}; windows {windows[0]:,} to "
                   "{windows[1]:,}".format(**jump), flush=True)
         if logs:
-            speed = (state.iter_num - marked) * run.tokens_per_step / (time.monotonic() - mark)
+            speed = (state.iter_num - marked) * run.tokens_per_step / (time.perf_counter() - mark)
             record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
                          {"seconds": run.seconds(), "tokens_per_second": speed})
-            left = clock(run.seconds_left((time.monotonic() - mark) / (state.iter_num - marked)))
+            left = clock(run.seconds_left((time.perf_counter() - mark) / (state.iter_num - marked)))
             mfu = run.where.mfu(speed / run.world.size * run.model.flops_per_token())
             print(f"step {state.iter_num:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  {speed:,.0f} tokens/s  "
                   + (f"{mfu:.0%} MFU  " if mfu else "") + f"{left} left", flush=True)
@@ -226,7 +226,7 @@ def train(run: Run) -> None:
         if saves or ends:
             record.sync()
             run.save("last.pt")
-        mark, marked = time.monotonic(), state.iter_num
+        mark, marked = time.perf_counter(), state.iter_num
 
 
 def open_record(run: Run) -> Record | NoRecord:
@@ -289,7 +289,7 @@ def score(run: Run, record: Record | NoRecord) -> None:
 @contextmanager
 def listening(run: Run) -> Iterator[None]:
     """Let Ctrl-C and a polite kill end the run after its step; a second one ends it at once."""
-    def stop(number: int, frame) -> None:
+    def stop(number: int, frame: Any) -> None:
         run.asked = number
         signal.signal(number, before[number])
         print("\nstopping after this step; what is done will be saved", flush=True)

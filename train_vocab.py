@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import corpus
 import settings
@@ -76,9 +77,9 @@ def main() -> None:
     print("next: python preprocess.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
 
 
-def make(cfg) -> None:
+def make(cfg: SimpleNamespace) -> None:
     """Find the text, count its words, learn from them, check what was learned, and write it."""
-    start = time.monotonic()
+    start = time.perf_counter()
     source = find_source(cfg)
     files = corpus.find_files(source)
     threshold = corpus.validation_threshold(files)
@@ -91,7 +92,7 @@ def make(cfg) -> None:
 
     found, peak = count_words(jobs, processes, size)
     print(f"read: {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text to learn from, "
-          f"{len(found.words.counts):,} distinct words, {workers.cost(found.bytes, time.monotonic() - start, peak)}")
+          f"{len(found.words.counts):,} distinct words, {workers.cost(found.bytes, time.perf_counter() - start, peak)}")
     if found.words.left_out:
         print(f"note: {found.words.left_out:,} rare words were left out, so that the others fit into memory")
     vocabulary = tokenizer.train(found.words.counts, cfg.vocab_size)
@@ -101,11 +102,11 @@ def make(cfg) -> None:
 
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     save(vocabulary, path, source, threshold)
-    print(f"wrote {path} ({vocabulary.n_words} entries) after {time.monotonic() - start:.0f} s"
+    print(f"wrote {path} ({vocabulary.n_words} entries) after {time.perf_counter() - start:.0f} s"
           + (f", with {memory / 1e6:,.0f} MB of memory" if (memory := workers.peak_memory()) else ""))
 
 
-def find_source(cfg) -> Path:
+def find_source(cfg: SimpleNamespace) -> Path:
     if cfg.download:
         from download import tinystories        # here, because only this needs requests
         return tinystories(cfg.data_dir, cfg.mirror)

@@ -21,6 +21,8 @@ import settings  # noqa: E402
 import tokenizer  # noqa: E402
 import words  # noqa: E402
 
+torch.backends.mps.is_available = lambda: False     # tests are of the CPU; the Macs of GitHub have a GPU in name only
+
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32",
         "--batch_size", "4", "--gradient_accumulation_steps", "2", "--warmup_iters", "2", "--sample_tokens", "8",
         "--device", "cpu", "--log_interval", "1", "--compile", "False"]
@@ -54,7 +56,7 @@ def script(name: str, *args, **options) -> subprocess.CompletedProcess:
 
 def quickly(name: str, *args) -> subprocess.CompletedProcess:
     """The same as `script`, in this process: it saves the seconds that the imports take."""
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n") for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
         for kind, stream in zip(("stdout", "stderr"), streams):

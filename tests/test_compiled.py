@@ -1,16 +1,15 @@
 """--compile: other arithmetic, the same texts."""
-import shutil
-
 import pytest
 import torch
 
 import compiled
+import device
 from engine import Engine
 from model import ModelArgs, Transformer
 from sampling import Sampling
 from settings import UserError
 
-COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+COMPILER = pytest.mark.skipif(not device.has_compiler(), reason="there is no C++ compiler")
 PROMPT, LENGTH = [1, 5, 9, 30], 40          # beyond the window of the model
 
 

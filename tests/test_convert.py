@@ -80,6 +80,19 @@ def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
     assert set(Path().iterdir()) == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of what is mapped into memory")
+@pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
+def test_nothing_of_the_target_is_mapped_when_it_gets_its_name(source, name, monkeypatch):
+    """Windows would not rename it."""
+    real = convert.replace
+
+    def looks(old, new):
+        assert old.parent.name not in Path("/proc/self/maps").read_text(encoding="utf-8")
+        real(old, new)
+    monkeypatch.setattr(convert, "replace", looks)
+    assert quickly("convert", source, name).returncode == 0
+
+
 @pytest.mark.parametrize("name", ["a.gguf", "a"])
 def test_an_end_at_the_last_moment_leaves_the_old_target(source, name, monkeypatch):
     assert quickly("convert", source, name).returncode == 0

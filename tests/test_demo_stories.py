@@ -67,5 +67,5 @@ def test_every_slot_of_the_grammar_is_used_and_filled():
         everything = text + " ".join(value for values in [*slots.values(), *common.values()] for value in values)
         for names in slots:
             for name in names.split(" / "):
-                assert re.search("{%s}" % name, everything, re.IGNORECASE), name
+                assert re.search(f"{{{name}}}", everything, re.IGNORECASE), name
             assert all(len(value.split(" / ")) == len(names.split(" / ")) for value in slots[names]), names

@@ -1,4 +1,6 @@
 """The choice of device and format, for machines that this one is not."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -72,3 +74,11 @@ def test_no_share_where_the_peak_is_not_known(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA H200")
     assert device.choose("cuda", "float32").mfu(1e12) is None
     assert device.choose("cpu").mfu(1e12) is None
+
+
+@pytest.mark.parametrize("system, name, expected", [("posix", "g++", True), ("posix", "clang++", True),
+                                                    ("posix", "cl", False), ("nt", "g++", False), ("nt", "cl", True)])
+def test_the_compiler_is_one_that_pytorch_takes(monkeypatch, system, name, expected):
+    monkeypatch.setattr(device, "os", SimpleNamespace(name=system))
+    monkeypatch.setattr(device.shutil, "which", lambda found: found if found == name else None)
+    assert device.has_compiler() == expected

@@ -16,7 +16,7 @@ STEPS = ("train_vocab", "preprocess", "train", "sample")
 
 def commands() -> list[tuple[str, str, list[str]]]:
     """(page, script, arguments) of every call of a step in the pages and in the scripts' docstrings."""
-    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
     pages = {path.name: path.read_text(encoding="utf-8") for path in files}
     for name in STEPS:
         pages[f"{name}.py"] = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
@@ -48,6 +48,33 @@ def test_the_settings_of_quickstart_exist():
 def test_ci_calls_the_test_command_of_the_readme():
     assert "\nbash test.sh" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().endswith("\nbash test.sh")
+
+
+def test_github_runs_the_commands_of_the_readme_on_the_versions_that_it_names():
+    readme, workflow, lint = ((ROOT / name).read_text(encoding="utf-8")
+                              for name in ("README.md", ".github/workflows/test.yml", "ruff.toml"))
+    for command in ("bash test.sh", "bash quickstart.sh"):
+        assert f"\n{command}\n" in readme and f"- run: {command}\n" in workflow
+    oldest = int(re.search(r"Python 3\.(\d+) or newer", readme)[1])
+    versions = [int(found) for found in re.findall(r"3\.(\d+)", re.search(r"python: \[.*\]", workflow)[0])]
+    assert versions == list(range(oldest, versions[-1] + 1)) and f'target-version = "py3{oldest}"' in lint
+    others = re.findall(r'os: (\w+)-latest, python: "3\.(\d+)"', workflow)
+    assert others == [(system, str(version)) for system in ("macos", "windows") for version in (oldest, versions[-1])]
+
+
+def test_what_contributing_names_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/.-]+\.(?:py|md|txt|toml|yml))`", text))
+    assert len(named) > 9 and not [name for name in named if not (ROOT / name).exists()]
+    for module, name in re.findall(r"`(\w+)\.([A-Za-z_]+)`", text):
+        assert name in ("py", "md") or hasattr(importlib.import_module(module), name), (module, name)
+    for module, names in (("formats", ("_reader", "_folder_reader", "WRITERS")), ("convert", ("BY_NAME", "TOLERANCE"))):
+        assert all(f"`{name}`" in text and hasattr(importlib.import_module(module), name) for name in names)
+
+
+def test_the_version_is_the_same_everywhere():
+    version, date = re.search(r"\n## \[(.+)\] - (.+)\n", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")).groups()
+    assert f"\nversion: {version}\ndate-released: {date}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_readme_names_every_file():

@@ -202,7 +202,8 @@ def test_checkpoints_of_llama2_c_load(vocabulary):
     found = formats.read("ckpt.pt", tokenizer="tokenizer.bin")
     assert found["model_args"] == asdict(ModelArgs(**{**state["model_args"], "n_kv_heads": 4}))
     assert all(torch.equal(found["model"][name], weight) for name, weight in state["model"].items())
-    done = script("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3)
+    done = script("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3,
+                  "--device", "cpu")
     assert done.returncode == 0 and done.stdout, done.stderr
 
 

@@ -18,7 +18,7 @@ from parallel import World, check_restarts, joined
 from settings import UserError
 from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's processes send each other signals here")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="PyTorch's torchrun does not start on Windows")
 
 OPTIONS = [*TINY, "--gradient_accumulation_steps", "4", "--dtype", "float32", "--lr_decay_iters", "12",
            "--eval_interval", "4"]

@@ -54,6 +54,8 @@ def trained(tmp_path_factory) -> Path:
 
 
 def torchrun(count: int, *args, **options) -> subprocess.CompletedProcess:
+    if os.name == "nt":
+        pytest.skip("PyTorch's torchrun does not start on Windows (pytorch/pytorch#148283)")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
                str(ROOT / "sample.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, **options)
@@ -108,6 +110,8 @@ def test_what_does_not_go_with_several_processes(trained):
 
 def side_by_side(count: int, work, *args) -> list:
     """What work(*args) gives, or the UserError that it raises, in each of several processes."""
+    if sys.platform != "linux":
+        pytest.skip("a process that has loaded PyTorch can be forked on Linux only")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

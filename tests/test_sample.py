@@ -2,6 +2,7 @@
 import ast
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -210,7 +211,8 @@ def test_taking_turns(trained):
     """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
     lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x",
              "The dog", " and", "", "/clear", "The dog", "/what", "/exit", "never"]
-    result = script("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", input="\n".join(lines))
+    result = script("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", "--device", "cpu",
+                    input="\n".join(lines))
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     generator = TextGenerator(trained)
     first = generator.sample("The dog", 1, 8, temperature=0)[0]
@@ -269,13 +271,13 @@ def test_another_vocabulary_is_refused(trained, project):
 
 def test_stdout_holds_the_stories_and_nothing_else(trained):
     result = script("sample", "--checkpoint", trained, "--prompt", "One day, Lily met a Shoggoth", "--num_samples", "3",
-                    "--max_new_tokens", "20")
+                    "--max_new_tokens", "20", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     texts = result.stdout.removesuffix("\n").split("\n---\n")
     assert texts == TextGenerator(trained).sample("One day, Lily met a Shoggoth", 3, 20)
     assert "parameters" in result.stderr
     again = script("sample", "--checkpoint", trained, "--prompt=One day, Lily met a Shoggoth", "--num_samples=3",
-                   "--max_new_tokens=20")
+                   "--max_new_tokens=20", "--device=cpu")
     assert again.stdout == result.stdout
 
 
@@ -299,16 +301,17 @@ def test_mistakes_are_one_clear_line(trained, tmp_path):
     assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "junk.pt", "--top_k", 3), "--top_k has no")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--compile", "--num_samples", 2), "one text at a time")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--input_file", "x" * 300), "name too long")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--input_file", "x" * 300), "x" * 300)
     assert_user_error(quickly("sample", "--prompt", "-x"), "--name=-value")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--system", "x"), "--interactive")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--system", "x", "--interactive"), "taught to talk")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows calls a pipe without a reader an invalid argument")
 def test_a_closed_pipe_ends_quietly(trained):
     command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", str(trained), "--max_new_tokens", "5000",
-               "--temperature", "2"]
+               "--temperature", "2", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     process.stdout.read(10)
     process.stdout.close()

@@ -127,7 +127,7 @@ def test_a_model_loads_from_file_and_from_bytes(vocabulary, tmp_path):
     assert Tokenizer(path).sha256 == Tokenizer(vocabulary.model).sha256 == vocabulary.sha256
 
 
-@pytest.mark.parametrize("content", [b"", b"no model", "<html>".encode() * 100])
+@pytest.mark.parametrize("content", [b"", b"no model", b"<html>" * 100])
 def test_what_is_no_model_is_refused(content, tmp_path):
     path = tmp_path / "bad.model"
     path.write_bytes(content)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as TheirTokenizer
 
@@ -51,6 +52,7 @@ def byte_level() -> JsonTokenizer:
     return JsonTokenizer(own_json(content, "<|im_start|>", "<|im_end|>", adds_bos=False))
 
 
+@hypothesis_settings(deadline=None)
 @given(st.text())
 def test_byte_vocabularies_lose_nothing(llama3, byte_level, text):
     assert llama3.decode(llama3.encode(text, bos=True, eos=True)) == text

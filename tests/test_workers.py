@@ -102,7 +102,7 @@ def test_a_killed_worker_is_told_and_what_was_done_is_kept():
         for result, _ in workers.run(killed_at_5, list(range(80)), 2, 80, "counting"):
             found.append(result)
             time.sleep(0.05)            # so that the next one is submitted after the kill
-    assert {0, 1} <= set(found) and len(found) < 20
+    assert len({0, 1, 2, 3, 4} & set(found)) >= 4 and len(found) < 20       # the other process may be at one of them
 
 
 @pytest.mark.parametrize("number", workers.STOPS)

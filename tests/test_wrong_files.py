@@ -23,7 +23,8 @@ from files import sha256
 from settings import UserError
 
 MODEL, NOTES, MANIFEST = "data/tok300.model", "data/tok300.json", "data/tok300/manifest.json"
-SHARD, CKPT, LAST = "data/tok300/val_0000.bin", "output/ckpt.pt", "output/last.pt"
+SHARD = "data/tok300/val_0000.bin"
+CKPT, LAST = str(Path("output/ckpt.pt")), str(Path("output/last.pt"))     # as messages spell them
 PREPROCESS, TRAIN, RESUME = ["preprocess"], ["train", "--max_iters", 2], ["train", "--init_from", "resume"]
 SAMPLE = ["sample", "--max_new_tokens", 2]
 VOCAB = ["train_vocab", "--vocab_size", 300, "--data"]

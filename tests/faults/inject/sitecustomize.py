@@ -88,7 +88,7 @@ class _Clock:
 def install(patch: Callable[[object, str, object], object] = setattr, clock: int | None = None, **disk) -> Disk | None:
     """Put the faults into this process. patch: what sets an attribute, such as pytest's monkeypatch.setattr."""
     if clock is not None:
-        for name, back in (("time", True), ("monotonic", False)):
+        for name, back in (("time", True), ("monotonic", False), ("perf_counter", False)):
             patch(time, name, _Clock(name, clock, back))
     if not disk:
         return None
