@@ -7,6 +7,7 @@
     python train.py                                         # the same command goes on where it stopped
     python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/mine    # fine-tune
     python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
+    python train.py --doctor                                # what is there, in what state, and what to type next
     torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, or GPUs, share each step
 
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl, and from
@@ -95,13 +96,18 @@ dtype = "auto"                      # auto, float32, bfloat16, float16
 compile = "auto"                    # auto: when it saves more time than it takes; True; False
 num_workers = 0                     # processes that prepare batches; 0 is fast enough for memory-mapped files
 seed = 1337
+# questions, instead of a training
+doctor = False                      # print the state of the machine and of the four steps, and what to type next
 # ---- end of settings ----------------------------------------------------------------------------
 
 def main() -> None:
     with joined() as world:
         cfg, given = world.attempt(lambda: settings.read(globals(), epilog=presets.table(), presets={
             name: preset.settings for name, preset in PRESETS.items()}))
-        if cfg.eval_only:
+        if cfg.doctor:
+            from doctor import examine      # here, because a training has no use for it
+            world.attempt(lambda: world.first and examine(cfg, given))
+        elif cfg.eval_only:
             plan = world.attempt(lambda: prepare(cfg, given, world))
             with enough_memory(cfg):
                 print_scores(Run(plan).evaluate())
