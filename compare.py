@@ -49,7 +49,7 @@ def compare_runs(folders: list[str], out_dir: str) -> None:
     runs = [read(folder) for folder in folders]
     print_table([["settings that differ", *folders], *differences(runs)])
     if not same_text(runs):
-        print("\nwarning: as far as their checkpoints tell, these runs were not validated on the same text;\n"
+        print("\nwarning: nothing in their checkpoints says that these runs were validated on the same text;\n"
               "         bits per byte of different texts say little about the models")
     print_table([["", *folders], *facts(runs)])
     for unit, curves in ("tokens", [run.by_tokens for run in runs]), ("minutes", [run.by_minutes for run in runs]):
