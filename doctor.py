@@ -60,11 +60,12 @@ def show(name: str, finding: Finding) -> None:
 
 
 def attempt(check: Callable[[], Finding], mend: str = "") -> Finding:
-    """What a check finds; one that fails has found damage."""
+    """What a check finds; one that fails has found damage, or that a package is missing."""
     try:
         return check()
     except Exception as error:              # of any kind: the other checks go on
-        return Finding(DAMAGED, said(error), mend)
+        install = re.search(r"pip install \S+", str(error))
+        return Finding(MISSING if install else DAMAGED, said(error), install[0] if install else mend)
 
 
 def said(error: Exception) -> str:
@@ -238,7 +239,7 @@ class Project:
             return last._replace(mend=command("train", **resume))
         # where ckpt.pt is not there or damaged, one more step ends with an evaluation, which writes it
         more = command("train", **resume, max_iters=last.what["iter_num"] + 1, max_minutes="0")
-        return last if best.state == DONE else best._replace(mend=more)
+        return last if best.state == DONE else best._replace(mend=best.mend or more)
 
 
 def belonging(finding: Finding, vocabulary: tokenizer.Vocabulary | None, data: shards.ShardSet | None) -> Finding:

@@ -10,8 +10,10 @@ import torch
 import checkpoint
 import demo_stories
 import shards
+import tokenizer
 from conftest import TINY, quickly
 from files import load_json, save_json
+from settings import UserError
 
 SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 
@@ -23,7 +25,7 @@ def doctor(*args) -> tuple[list[str], str]:
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
     lines = [line for line in result.stdout.splitlines() if not line.startswith("settings:")]
-    assert lines[-1].startswith("next: python ")
+    assert lines[-1].startswith(("next: python ", "next: pip install "))
     return [line.split()[1] for line in lines if line.split()[0].endswith(".py")], lines[-1].removeprefix("next: ")
 
 
@@ -156,6 +158,17 @@ def test_a_text_that_is_gone_is_to_be_named(here):
     assert states == ["done", "missing", "missing", "missing"] and command == "python preprocess.py --data PATH"
     damage("data/tok512.json")
     assert doctor("--out_dir", "new")[1] == "python train_vocab.py --vocab_size 512"
+
+
+def test_a_package_that_is_missing_is_no_damage(here, monkeypatch):
+    """Of a vocabulary that an extra package reads."""
+    def load(source):
+        raise UserError("this vocabulary needs the package tokenizers\n       pip install tokenizers")
+    monkeypatch.setattr(tokenizer, "load", load)
+    assert doctor() == (["missing", "done", "missing", "missing"], "pip install tokenizers")
+    shutil.rmtree("data")
+    assert doctor("--data_dir", "data")[0] == ["missing"] * 4
+    assert "needs the package tokenizers" in quickly("train", "--doctor").stdout
 
 
 def test_a_model_that_is_there_needs_no_text(here):
