@@ -24,7 +24,7 @@ from parallel import ALONE, World
 from settings import UserError
 from tokenizer import Vocabulary, find, load
 
-HERE = ("out_dir", "eval_only")             # settings of this command, not of the run
+HERE = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run
 FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
         "device", "dtype", "compile", "num_workers", "shard", "sample_prompts", "sample_tokens",    # may change, and
         "data_dir", "vocab_size")           # these two, but not what they lead to

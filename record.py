@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import plots
 from files import replace, whole_file
 
 
@@ -20,7 +21,7 @@ class Record:
         """Begin the log with its first line, and keep `lines` entries of an earlier part of the run, whose digest
         is known; if they have another now, they are put aside."""
         self.folder, log = folder, folder / "log.jsonl"
-        self.entries = _read(log)[1:lines + 1]
+        self.entries = read(log)[1:lines + 1]
         self.digest = hashlib.sha256("".join(map(_line, self.entries)).encode())
         if lines and self.sha256 != sha256:
             self.entries, self.digest = [], hashlib.sha256()
@@ -32,7 +33,7 @@ class Record:
         with whole_file(folder / "log.jsonl") as file:
             file.write("".join(map(_line, [first, *self.entries])).encode())
         step = self.entries[-1]["iter"] if self.entries else 0
-        self.clock = [entry for entry in _read(folder / "clock.jsonl") if _is_time(entry) and entry["iter"] <= step]
+        self.clock = [entry for entry in read(folder / "clock.jsonl") if _is_time(entry) and entry["iter"] <= step]
         with whole_file(folder / "clock.jsonl") as file:
             file.write("".join(map(_line, self.clock)).encode())
 
@@ -61,29 +62,36 @@ class Record:
         Args:
             expected: (minutes, bits per byte) of the run to compare with, drawn in grey.
         """
-        evaluations = [entry for entry in self.entries if "val_loss" in entry]
         with whole_file(self.folder / "samples.txt") as file:
-            for entry in evaluations:
+            for entry in filter(lambda entry: "val_loss" in entry, self.entries):
                 file.write(f"=== step {entry['iter']}, val loss {entry['val_loss']:.4f}\n\n".encode())
                 file.writelines(f"{text}\n---\n".encode() for text in entry["samples"])
         try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return
-        steps = [entry for entry in self.entries if "loss" in entry]
+            self.draw_losses(expected)
+        except ImportError:         # matplotlib is not installed
+            pass
+
+    def draw_losses(self, expected: Sequence[tuple[float, float]]) -> None:
+        figure, *panels = plots.canvas("loss (nats per token)")
+        ratio = next((entry["bpb"] / entry["val_loss"] for entry in self.entries if entry.get("val_loss")), 1.0)
+        expected = [(x, bpb / ratio) for x, bpb in expected]
         minutes = {entry["iter"]: entry["seconds"] / 60 for entry in self.clock}
-        timed = [entry for entry in evaluations if entry["iter"] in minutes]
-        left, right = (figure := Figure(figsize=(11, 4.5), layout="constrained")).subplots(1, 2)
-        left.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], label="train", color="C1", linewidth=1)
-        left.plot([e["tokens"] for e in evaluations], [e["val_loss"] for e in evaluations], "o-", label="val")
-        left.set(xlabel="tokens", ylabel="loss (nats per token)", ylim=(0, None))
-        right.plot([minutes[e["iter"]] for e in timed], [e["bpb"] for e in timed], "o-", label="val")
-        right.plot(*zip(*expected) if expected else ([], []), color="0.6", label="the preset, where it was measured")
-        right.set(xlabel="minutes", ylabel="bits per byte", ylim=(0, None))
-        left.legend()
-        right.legend()
-        with whole_file(self.folder / "loss.png") as file:
-            figure.savefig(file, format="png", dpi=100)
+        tokens = {entry["iter"]: entry["tokens"] for entry in self.entries if "tokens" in entry}
+        for panel, places in zip(panels, (tokens, minutes)):
+            plots.noisy(panel, self.curve("loss", places), "train", "C1")
+            plots.measured(panel, self.curve("val_loss", places), "val", "C0",
+                           lambda loss: f"{loss:.3f}\n{ratio * loss:.3f} bpb")
+        plots.show_later(panels[0], [self.curve("loss", tokens), self.curve("val_loss", tokens), expected])
+        plots.second_scale(panels[1], ratio, "bits per byte (bpb) of val")
+        plots.grey(panels[1], expected, "val of the preset, where it was measured")
+        for panel in panels:
+            panel.legend()
+        plots.save(figure, self.folder / "loss.png")
+
+    def curve(self, name: str, places: dict[int, float]) -> list[tuple[float, float]]:
+        """The values of that name in the log, each after the place of its step."""
+        return [(places[entry["iter"]], entry[name]) for entry in self.entries
+                if name in entry and entry["iter"] in places]
 
 
 class NoRecord:
@@ -104,7 +112,7 @@ def _is_time(entry: dict[str, Any]) -> bool:
     return isinstance(entry.get("iter"), int) and isinstance(entry.get("seconds"), float)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """Entries of a file, up to the first line that is not whole, as a kill may leave one."""
     entries = []
     if path.exists():

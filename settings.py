@@ -7,8 +7,8 @@ A script writes its settings once, as plain assignments between two rulers:
     # ---- end of settings ----
 
 and calls `cfg, given = settings.read(globals())`. That accepts `--batch_size 16` and
-`--batch-size=16`, and for booleans `--compile`, `--compile False` and `--no-compile`. The type
-comes from the default, the help from the comment, and a typo is an error with a suggestion.
+`--batch-size=16`, for booleans `--compile`, `--compile False` and `--no-compile`, and for lists of texts
+`--compare a b`. The type comes from the default, the help from the comment, and a typo is an error with a suggestion.
 """
 import argparse
 import ast
@@ -150,6 +150,8 @@ def _parser(script: dict[str, Any], comments: dict[str, str], epilog: str) -> _P
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", type=_boolean, nargs="?", const=True, metavar="BOOL", help=text)
             parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+        elif isinstance(default, list):
+            parser.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
         else:
             kind = type(default)
             parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)

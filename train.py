@@ -7,6 +7,8 @@
     python train.py                                         # the same command goes on where it stopped
     python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/mine    # fine-tune
     python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
+    python train.py --doctor                                # what is there, in what state, and what to type next
+    python train.py --compare output output/old-1           # two runs or more: what differs, and what came of it
     torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, or GPUs, share each step
 
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl, and from
@@ -98,19 +100,34 @@ num_workers = 0                     # processes that prepare batches; 0 is fast 
 shard = False                       # under torchrun: divide weights and optimizer among the processes, for a model that
                                     # does not fit one GPU; slower, and without stories on the way
 seed = 1337
+# questions, instead of a training
+doctor = False                      # print the state of the machine and of the four steps, and what to type next
+compare = []                        # folders of runs: their settings and curves side by side, and out_dir/compare.png
 # ---- end of settings ----------------------------------------------------------------------------
 
 def main() -> None:
     with joined() as world:
         cfg, given = world.attempt(lambda: settings.read(globals(), epilog=presets.table(), presets={
             name: preset.settings for name, preset in PRESETS.items()}))
-        if cfg.eval_only:
+        if cfg.doctor or cfg.compare:
+            world.attempt(lambda: world.first and answer(cfg, given))
+        elif cfg.eval_only:
             plan = world.attempt(lambda: prepare(cfg, given, world))
             with enough_memory(cfg):
                 print_scores(Run(plan).evaluate())
         else:
             with owned(cfg.out_dir, world):
                 go(cfg, given, world)
+
+
+def answer(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
+    """Answer a question; it needs no data, and a training has no use for these modules."""
+    if cfg.doctor:
+        from doctor import examine
+        examine(cfg, given)
+    else:
+        from compare import compare_runs
+        compare_runs(cfg.compare, cfg.out_dir)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Settings: types, booleans, spellings, errors; and the blocks of the four scripts themselves."""
 import ast
 import importlib
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -53,6 +54,17 @@ def test_names_with_hyphens(block):
     text = open(path, encoding="utf-8").read().replace("on = False", "max_iters = 1  # steps\non = False")
     open(path, "w", encoding="utf-8").write(text)
     assert read(block, "--max-iters", "7")["max_iters"] == read(block, "--max_iters=7")["max_iters"] == 7
+
+
+def test_a_list_takes_all_up_to_the_next_name(block):
+    text = Path(block["__file__"]).read_text(encoding="utf-8").replace("on = False", "names = []\non = False")
+    Path(block["__file__"]).write_text(text, encoding="utf-8")
+    block["names"] = []
+    assert read(block)["names"] == [] and read(block, "--names=a")["names"] == ["a"]
+    found = read(block, "--names", "a b", "c", "--count", "3")
+    assert found["names"] == ["a b", "c"] and found["count"] == 3
+    with pytest.raises(settings.UserError, match="names: expected at least one argument"):
+        read(block, "--names", "--count", "3")
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -1,0 +1,136 @@
+"""train.py --compare: what differs, and bpb at places between evaluations, with numbers known beforehand."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import plots
+from conftest import TINY, assert_user_error, quickly
+
+SHORT = [*TINY, "--eval_interval", "1", "--max_iters"]
+
+
+def write_run(folder: str, evaluations: list[tuple[int, float, float]], **config) -> None:
+    """A log with evaluations at (tokens, minutes, bpb), 10 tokens a step; and between them steps, which count for
+    nothing."""
+    Path(folder).mkdir(parents=True)
+    log = [{"config": {"seed": 1, **config}, "model_args": {"dim": 8}, "parameters": 12345}]
+    clock = []
+    for tokens, minutes, bpb in evaluations:
+        log += [{"iter": tokens // 10, "loss": 9.0, "tokens": tokens},
+                {"iter": tokens // 10, "val_loss": 2 * bpb, "bpb": bpb, "tokens": tokens, "samples": []}]
+        clock += [{"iter": tokens // 10, "seconds": 60.0 * minutes - 1, "tokens_per_second": 100.0 + tokens},
+                  {"iter": tokens // 10, "seconds": 60.0 * minutes}]
+    for name, entries in ("log.jsonl", log), ("clock.jsonl", clock):
+        Path(folder, name).write_text("".join(f"{json.dumps(entry)}\n" for entry in entries), encoding="utf-8")
+
+
+def compare(*folders) -> dict[str, list[str]]:
+    """The rows of all tables, by their first column, which has no blanks here."""
+    result = quickly("train", "--compare", *folders)
+    assert result.returncode == 0, result.stderr
+    rows = [line.rsplit(maxsplit=len(folders)) for line in result.stdout.splitlines()]
+    return {"all": result.stdout, **{row[0].strip(): row[1:] for row in rows if len(row) == len(folders) + 1}}
+
+
+def test_between_evaluations_the_line_counts():
+    write_run("a", [(100, 1, 2.0), (300, 2, 1.0)])
+    write_run("b", [(150, 1.5, 3.0), (400, 4, 0.5), (600, 5, 0.25)], seed=2)
+    rows = compare("a", "b")
+    assert rows["150"] == ["*1.7500", "3.0000"] and rows["300"] == ["*1.0000", "1.5000"]
+    assert rows["200"] == ["*1.5000", "2.5000"] and rows["250"] == ["*1.2500", "2.0000"]
+    assert rows["1.50"] == ["*1.5000", "3.0000"] and rows["2.00"] == ["*1.0000", "2.5000"]
+    assert not {"100", "400", "600", "1.00", "4.00", "5.00"} & rows.keys()
+    assert rows["best val bpb"] == ["1.0000", "0.2500"] and rows["at tokens"] == ["300", "600"]
+    assert "validated on the same text" in rows["all"]      # there are no checkpoints to tell
+    assert rows["parameters"] == ["12,345", "12,345"] and rows["tokens/s, median"] == ["300", "500"]
+
+
+def test_only_the_settings_that_differ_are_shown():
+    write_run("a", [(100, 1, 2.0)], learning_rate=0.1, dim=1, gone=True)
+    write_run("b", [(100, 1, 2.5)], learning_rate=0.2, dim=2, optimizer="muon")
+    write_run("output/c", [(100, 1, 1.5)], learning_rate=0.1, optimizer="muon")
+    rows = compare("a", "b", "output/c")
+    assert rows["learning_rate"] == ["0.1", "0.2", "0.1"] and rows["optimizer"] == ["-", "'muon'", "'muon'"]
+    assert rows["gone"] == ["True", "-", "-"] and not {"seed", "dim"} & rows.keys()     # dim: the model's own counts
+    assert rows["100"] == ["2.0000", "2.5000", "*1.5000"]
+
+
+def test_runs_that_share_nothing_are_not_compared_beyond_their_ends():
+    write_run("a", [(100, 1, 2.0), (200, 2, 1.0)])
+    write_run("b", [(300, 2, 3.0), (400, 3, 0.5)])
+    rows = compare("a", "b")
+    assert "share no stretch of tokens" in rows["all"] and rows["2.00"] == ["*1.0000", "3.0000"]
+    Path("a/clock.jsonl").unlink()
+    assert "share no stretch of minutes" in compare("a", "b")["all"]
+
+
+def test_what_cannot_be_compared_is_said():
+    write_run("a", [(100, 1, 2.0), (200, 2, 1.0)])
+    assert_user_error(quickly("train", "--compare", "a"), "two or more folders")
+    assert_user_error(quickly("train", "--compare", "a", "b"), "no b", "log.jsonl")
+    write_run("b", [])
+    assert_user_error(quickly("train", "--compare", "a", "b"), "has no evaluation")
+    for content in ("", "{}\n", '{"config": 5}\n', "hello\n", '{"config": {}, "model_args": 5}\n'):
+        Path("b/log.jsonl").write_text(content, encoding="utf-8")
+        assert_user_error(quickly("train", "--compare", "a", "b"), "no log of a training")
+
+
+def test_a_damaged_log_counts_up_to_the_damage():
+    write_run("a", [(100, 1, 2.0), (200, 2, 1.0), (300, 3, 0.5)])
+    write_run("b", [(100, 1, 2.0), (300, 3, 0.5)])
+    lines = Path("a/log.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("a/log.jsonl").write_text("\n".join([*lines[:5], lines[5][:9], lines[6], ""]), encoding="utf-8")
+    rows = compare("a", "b")
+    assert "line 6 of " in rows["all"] and rows["200"] == ["*1.0000", "1.2500"] and "300" not in rows
+    Path("a/log.jsonl").write_text("\n".join([*lines[:5], '{"iter": 30, "val_loss": 1, "bpb": NaN, "tokens": 300}',
+                                              '{"iter": "x", "bpb": 1, "tokens": 300}', ""]), encoding="utf-8")
+    assert "300" not in compare("a", "b")
+
+
+def test_two_real_runs_and_the_one_that_was_put_aside(project):
+    for args in (["1"], ["3", "--learning_rate", "0.1"]):
+        assert quickly("train", "--data_dir", project, *SHORT, *args).returncode == 0
+    rows = compare("output", "output/old-1")
+    want = {folder: checkpoint.load(f"{folder}/ckpt.pt")["best_val_loss"] for folder in ("output", "output/old-1")}
+    assert rows["learning_rate"] == ["0.1", "0.006"] and rows["max_iters"] == ["3", "1"] and "seed" not in rows
+    logs = {folder: [json.loads(line) for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            for folder in want}
+    assert rows["best val bpb"] == [f"{min(e['bpb'] for e in logs[folder] if e.get('val_loss', 99) == best):.4f}"
+                                    for folder, best in want.items()]
+    assert [text.strip("*") for text in rows["256"]] == [f"{logs[folder][2]['bpb']:.4f}" for folder in want]
+    assert "warning" not in rows["all"] and "compare" not in logs["output"][0]["config"]
+
+
+def test_another_validation_text_is_a_warning_but_another_vocabulary_is_not(project, call):
+    for data, size, source in [("same", 300, project / "stories.jsonl"), ("other", 300, Path("other.jsonl"))]:
+        lines = (project / "stories.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        Path("other.jsonl").write_text("".join(lines[:200]), encoding="utf-8")
+        call("train_vocab", "--data", source, "--vocab_size", size, "--data_dir", data)
+        call("preprocess", "--data_dir", data)
+    for data, out in [(project, "a"), ("same", "b"), ("other", "c")]:
+        call("train", "--data_dir", data, "--out_dir", out, *SHORT, 1)
+    assert "warning" not in compare("a", "b")["all"] and "vocab_size" in compare("a", "b")
+    assert "validated on the same text" in compare("a", "b", "c")["all"]
+    call("preprocess", "--data_dir", "other", "--data", project / "stories.jsonl")      # not what c was trained on
+    assert "validated on the same text" in compare("a", "c")["all"]
+
+
+def test_the_picture_is_drawn_where_matplotlib_is(monkeypatch):
+    write_run("a", [(100, 1, 2.0), (300, 2, 1.0)])
+    write_run("b", [(150, 1.5, 3.0), (400, 4, 0.5), (600, 5, 0.75)])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert "pip install matplotlib" in compare("a", "b")["all"] and not Path("output/compare.png").exists()
+    pytest.importorskip("matplotlib")
+    drawn = []
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    compare("a", "b")
+    assert Path("output/compare.png").read_bytes().startswith(b"\x89PNG")
+    for panel, ends in zip(drawn[0].axes, ([300, 400], [2, 4])):
+        stars = [(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines if line.get_marker() == "*"]
+        assert stars == [(ends[0], 1.0), (ends[1], 0.5)]
+        assert [text.get_text() for text in panel.get_legend().get_texts()] == ["a, best 1.000", "b, best 0.500"]
