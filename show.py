@@ -110,7 +110,7 @@ body { max-width: 42rem; margin: 0 auto; padding: 1rem 1rem 12rem; background: v
   font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.1rem; margin-bottom: 0; }
 .legend, .facts, footer { color: var(--faint); font-size: .875rem; overflow-wrap: anywhere; }
-.legend span { color: var(--ink); margin-right: .3rem; white-space: nowrap; }
+.legend { line-height: 1.8; } .legend span { color: var(--ink); margin-right: .3rem; white-space: nowrap; }
 .story { font: 1.125rem/2 Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere; }
 .story span { position: relative; cursor: help; }
 span { border-radius: .2rem; padding: .15em .06em; margin: 0 .03em; }

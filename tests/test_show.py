@@ -106,6 +106,15 @@ def test_what_ends_a_story_has_a_place_but_no_text(bytewise):
     assert page.stories == ["ab"] and len(page.tokens[0]) == len(one.tokens)
 
 
+def test_the_first_token_has_no_probability_where_nothing_is_before_it(bytewise):
+    generator, one = TextGenerator(bytewise), Completion(EVIL, text="\nab")
+    generator.tokenizer.bos_id = -1
+    one.tokens = generator.tokenizer.encode("x\nab")[-2:]
+    one.logprobs = [-1.0] * 2
+    page = Page(story(generator, one, "", echo=True))
+    assert page.stories == [EVIL + "\nab"] and len(page.tokens[0]) == len(generator.tokenizer.encode(EVIL)) - 1 + 2
+
+
 def test_a_character_of_several_tokens_is_with_the_last(bytewise):
     tokenizer = TextGenerator(bytewise).tokenizer
     head = tokenizer.begin("a")
