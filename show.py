@@ -57,9 +57,10 @@ def texts_of(tokenizer: Vocabulary, before: list[int], ids: list[int]) -> list[s
     return [*texts[:-1], texts[-1] + reader.rest()] if texts else []
 
 
-def loss_of(tokens: list[Token]) -> str:
-    nats = -sum(token.logprob for token in tokens) / len(tokens)
-    return f"loss {nats:.4f}  perplexity {math.exp(nats) if nats < 700 else math.inf:.2f}"
+def averages(tokens: list[Token]) -> tuple[float, float]:
+    """Loss in nats for a token, and perplexity."""
+    loss = -sum(token.logprob for token in tokens) / len(tokens)
+    return loss, math.exp(loss) if loss < 700 else math.inf
 
 
 # ---- the terminal -------------------------------------------------------------------------------
@@ -89,8 +90,9 @@ def print_score(generator: "TextGenerator", text: str) -> None:
     if not text:
         raise UserError("there is no text in the file to score")
     tokens = generator.read(generator.tokenizer.encode(text, bos=True, eos=True))
-    nats, size = -sum(token.logprob for token in tokens), len(text.encode())
-    print(f"{len(tokens)} tokens, {size} bytes: {loss_of(tokens)}  bits per byte {nats / math.log(2) / size:.4f}")
+    (loss, perplexity), size = averages(tokens), len(text.encode())
+    print(f"{len(tokens)} tokens, {size} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
+          f"bits per byte {loss * len(tokens) / math.log(2) / size:.4f}")
     print("least expected:")
     for place in sorted(range(len(tokens)), key=lambda place: tokens[place].logprob)[:10]:
         before = "".join(token.piece for token in tokens[max(place - 8, 0):place]).replace(SPACE, " ")
@@ -112,21 +114,38 @@ h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.1rem; margin-bott
 .legend, .facts, footer { color: var(--faint); font-size: .875rem; overflow-wrap: anywhere; }
 .legend { line-height: 1.8; } .legend span { color: var(--ink); margin-right: .3rem; white-space: nowrap; }
 .story { font: 1.125rem/2 Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere; }
-.story span { position: relative; cursor: help; }
+[data-tip] { position: relative; cursor: help; }
 span { border-radius: .2rem; padding: .15em .06em; margin: 0 .03em; }
 .p0 { background: var(--p0); } .p1 { background: var(--p1); } .p2 { background: var(--p2); }
 .p3 { background: var(--p3); } .p4 { background: var(--p4); } .p5 { background: var(--p5); }
 .prompt { border-bottom: .15em solid; border-radius: .2rem .2rem 0 0; }
-.line::before { content: "\\21b5"; } .story span:empty::before { content: "\\b7"; }
-.story span:hover, .story span:focus { outline: .12em solid var(--ink); }
-.story span:hover::after, .story span:focus::after { content: attr(data-tip); position: fixed; z-index: 1;
+.line::before { content: "\\21b5"; } [data-tip]:empty::before { content: "\\b7"; }
+[data-tip]:hover, [data-tip]:focus { outline: .12em solid var(--ink); }
+[data-tip]:hover::after, [data-tip]:focus::after { content: attr(data-tip); position: fixed; z-index: 1;
   inset: auto 0 0; padding: .7rem 1rem; background: var(--box); color: var(--ink); border-top: 1px solid var(--line);
   box-shadow: 0 0 1rem #0004; font: .875rem/1.45 ui-monospace, Consolas, monospace; white-space: pre-wrap; }
-body:has(.story span:hover) .story span:focus:not(:hover)::after { display: none; }
+body:has([data-tip]:hover) [data-tip]:focus:not(:hover)::after { display: none; }
 footer { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: .5rem; }
-@media (min-width: 80rem) { .story span:hover::after, .story span:focus::after { position: absolute;
+@media (min-width: 80rem) { [data-tip]:hover::after, [data-tip]:focus::after { position: absolute;
   inset: 100% auto auto 0; width: max-content; max-width: 15rem; margin-top: .3rem; border: 1px solid var(--line);
   border-radius: .4rem; } }
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="legend">Probability: {legend} <span class="prompt">prompt</span><br>
+Point at a token, tap it, or go from one to the next with Tab.</p>
+{stories}<footer>{model}<br>{how}</footer>
+</body>
+</html>
 """
 
 
@@ -151,23 +170,8 @@ def write_page(generator: "TextGenerator", done: list["Completion"], cfg: Simple
     how = ", ".join(f"{name} {value}" for name in options if (value := getattr(cfg, name)) != "")
     legend = "\n".join(f'<span class="p{level}">{100 * low:g} to {100 * high:g}%</span>'
                        for level, (low, high) in enumerate(pairwise([0, *LEVELS, 1])))
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{TITLE}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{TITLE}</h1>
-<p class="legend">Probability: {legend} <span class="prompt">prompt</span><br>
-Point at a token, tap it, or go from one to the next with Tab.</p>
-{"".join(stories)}<footer>{safe(described(generator, cfg))}<br>{safe(how)}</footer>
-</body>
-</html>
-"""
+    page = PAGE.format(title=TITLE, style=STYLE, legend=legend, stories="".join(stories),
+                       model=safe(described(generator, cfg)), how=safe(how))
     with whole_file(cfg.show_probs) as file:
         file.write(page.encode(errors="replace"))       # the name of a checkpoint may be no text
     print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)
@@ -194,7 +198,8 @@ def prompt_of(tokenizer: Vocabulary, head: list[int], tokens: list[Token]) -> st
 
 
 def figures(what: str, tokens: list[Token]) -> str:
-    return f"{what}: {len(tokens)} tokens, {loss_of(tokens).replace('  ', ', ')}"
+    loss, perplexity = averages(tokens)
+    return f"{what}: {len(tokens)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}"
 
 
 def element(text: str, token: Token, kind: str = "") -> str:
