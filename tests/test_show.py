@@ -12,7 +12,7 @@ import pytest
 from conftest import assert_user_error, quickly
 from sample import Completion, TextGenerator
 from settings import printable
-from show import percent, print_tokens, quoted, story, texts_of
+from show import Token, element, percent, print_tokens, quoted, story, texts_of
 
 EVIL = '<script>alert(1)</script> "two"  & \'one\'\n&lt; \u732b \U0001f600'
 
@@ -86,6 +86,13 @@ def test_nothing_in_the_page_is_executed_or_fetched(bytewise):
     assert not re.search(r"url\(|@import|https?:", source)
 
 
+def test_what_appears_beside_a_token_cannot_leave_its_attribute():
+    source = '<p class="story">' + element("x", Token('">\u2581<b>', -1.0, [('" onfocus="a()', 0.5)])) + "</p>"
+    page = Page(source)
+    assert page.tags == {"p", "span"} and {name for name, _ in page.attributes} == {"class", "tabindex", "data-tip"}
+    assert page.tokens[0][0][2][::4] == ["'\"> <b>'", " 50.00%  '\" onfocus=\"a()'"]
+
+
 def test_average_and_colours(bytewise):
     generator, one = TextGenerator(bytewise), Completion("", text="ab c")
     one.tokens = generator.tokenizer.encode("ab c")
@@ -107,12 +114,12 @@ def test_what_ends_a_story_has_a_place_but_no_text(bytewise):
 
 
 def test_the_first_token_has_no_probability_where_nothing_is_before_it(bytewise):
-    generator, one = TextGenerator(bytewise), Completion(EVIL, text="\nab")
+    generator, one = TextGenerator(bytewise), Completion("abc" + EVIL, text="\nab")
     generator.tokenizer.bos_id = -1
-    one.tokens = generator.tokenizer.encode("x\nab")[-2:]
-    one.logprobs = [-1.0] * 2
-    page = Page(story(generator, one, "", echo=True))
-    assert page.stories == [EVIL + "\nab"] and len(page.tokens[0]) == len(generator.tokenizer.encode(EVIL)) - 1 + 2
+    one.tokens, one.logprobs = generator.tokenizer.encode("x\nab")[-2:], [-1.0] * 2
+    ids, page = generator.tokenizer.encode(one.prompt), Page(story(generator, one, "", echo=True))
+    assert page.stories == ["abc" + EVIL + "\nab"] and generator.tokenizer.decode(ids[:1])
+    assert len(page.tokens[0]) == len(ids) - 1 + 2
 
 
 def test_a_character_of_several_tokens_is_with_the_last(bytewise):
