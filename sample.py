@@ -6,6 +6,7 @@
     python sample.py --interactive                                    # you and the model take turns
     python sample.py --input_file prompts.txt --output_file stories.jsonl       # a story for each line of a file
     python sample.py --show_probs                                     # how sure the model was of each token
+    python sample.py --show_probs probs.html                          # the same as a page for the browser
     python sample.py --score story.txt                                # how well it expects a text that is there
     python sample.py --quantize int8 --compile                        # faster on a CPU, and nearly the same
     python sample.py --checkpoint gpt2 --prompt "The meaning of"      # GPT-2, which is downloaded
@@ -36,7 +37,8 @@ import settings
 from chat import FORMATS, ChatFormat, Message, known_format
 from engine import Step
 from sampling import Sampling
-from settings import UserError, printable, shown
+from settings import UserError, shown
+from show import Token, check_page, described, print_score, print_tokens, write_page
 from tokenizer import Reader
 
 if TYPE_CHECKING:
@@ -70,7 +72,8 @@ seed = 1337                     # another one gives other stories
 stream = True                   # show the first story as it grows
 echo = True                     # show the prompt too
 logprobs = False                # list all tokens with their log-probability (nats), also those of `stop`
-show_probs = False              # the same in colours by probability, and with what else was likely
+show_probs: bool | str = False  # the same in colours by probability, and with what else was likely: in the terminal, or
+                                # with a name as probs.html in a page for the browser, beside the plain stories here
 # machine
 quantize = ""                   # int8: weights of 8 bits, on a CPU; a seed then gives other texts in a batch than alone
 compile = False                 # single texts twice as fast on a CPU; the first time it takes 15 seconds (needs a C++
@@ -95,13 +98,6 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: str = "length"
-
-
-class Token(NamedTuple):
-    """A token of a text, its log-probability in nats, and the likeliest tokens in its place with probabilities."""
-    piece: str
-    logprob: float
-    likeliest: list[tuple[str, float]]
 
 
 class TextGenerator:
@@ -303,9 +299,7 @@ def read_given(cfg: SimpleNamespace) -> Given:
 
 
 def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None:
-    where = f"{generator.where.device} with {cfg.quantize}" if cfg.quantize else generator.where
-    where = f"{where}, compiled" if cfg.compile else where
-    print(f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {where}", file=sys.stderr)
+    print(described(generator, cfg), file=sys.stderr)
     if cfg.score:
         print_score(generator, given.text)
     elif cfg.interactive:
@@ -353,6 +347,7 @@ def check_settings(cfg: SimpleNamespace) -> None:
         raise UserError("--system is for a chat: --interactive")
     if cfg.output_file and not cfg.input_file:
         raise UserError("--output_file needs the prompts of --input_file; one story can go there by > file")
+    check_page(cfg.show_probs)
     if cfg.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {cfg.batch_size}")
 
@@ -370,7 +365,8 @@ def options(cfg: SimpleNamespace) -> dict[str, Any]:
 def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) -> None:
     """Print the first story as it grows, and the others, which end at about the same time, after it."""
     done = [Completion(start) for _ in range(cfg.num_samples)]
-    streams, head = cfg.stream and not cfg.logprobs and not cfg.show_probs, start if cfg.echo else ""
+    listed = cfg.logprobs or cfg.show_probs is True
+    streams, head = cfg.stream and not listed, start if cfg.echo else ""
     if streams:
         print(shown(head), end="", flush=True)
     for row, piece in generator.grow(done, **options(cfg)):
@@ -379,10 +375,12 @@ def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) ->
     for row, one in enumerate(done):
         if row:
             print("---")
-        if cfg.logprobs or cfg.show_probs:
+        if listed:
             print_tokens(generator, one, cfg)
         else:
             print("" if streams and row == 0 else shown(head + one.text), flush=True)
+    if isinstance(cfg.show_probs, str):
+        write_page(generator, done, cfg, options(cfg))
 
 
 def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
@@ -433,43 +431,6 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
         with open(path, "r+b") as file:
             file.truncate(len(whole))
     return len(found)
-
-
-def print_tokens(generator: TextGenerator, one: Completion, cfg: SimpleNamespace) -> None:
-    """A line for each token, in colours if asked for."""
-    head = generator.tokenizer.begin(one.prompt)
-    tokens = generator.read(head + one.tokens)
-    for place, logprob in enumerate(one.logprobs, len(head) - 1):
-        seen = place < generator.engine.args.max_seq_len    # beyond, it was written after another text than is read
-        tokens[place] = Token(tokens[place].piece, logprob, tokens[place].likeliest if seen else [])
-    first = 1 if cfg.echo else len(head)
-    if cfg.show_probs:
-        reader, ids = Reader(generator.tokenizer, head[:first], []), (head + one.tokens)[first:]
-        texts = [painted(reader.add(i), token.logprob) for i, token in zip(ids, tokens[first - 1:])]
-        print(shown(generator.tokenizer.decode(head[:1]) if cfg.echo else "") + "".join(texts) + shown(reader.rest()))
-    for token in tokens[first - 1:]:
-        others = ", ".join(f"{piece!r} {chance:.0%}" for piece, chance in token.likeliest)
-        print(f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"
-              + (f"   likeliest: {others}" if cfg.show_probs else ""), flush=True)
-
-
-def painted(text: str, logprob: float) -> str:
-    """The text of a token, red where the model did not expect it, green where it did."""
-    level = min(int(6 * math.exp(logprob)), 5)
-    return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{printable(text)}\033[0m" if sys.stdout.isatty() else text
-
-
-def print_score(generator: TextGenerator, text: str) -> None:
-    if not text:
-        raise UserError("there is no text in the file to score")
-    tokens = generator.read(generator.tokenizer.encode(text, bos=True, eos=True))
-    nats, size = -sum(token.logprob for token in tokens), len(text.encode())
-    print(f"{len(tokens)} tokens, {size} bytes: loss {nats / len(tokens):.4f}  "
-          f"perplexity {math.exp(nats / len(tokens)):.2f}  bits per byte {nats / math.log(2) / size:.4f}")
-    print("least expected:")
-    for place in sorted(range(len(tokens)), key=lambda place: tokens[place].logprob)[:10]:
-        before = "".join(token.piece for token in tokens[max(place - 8, 0):place]).replace("\u2581", " ")
-        print(f"{tokens[place].logprob:8.3f}  {before!r} -> {tokens[place].piece!r}")
 
 
 def read_text(name: str) -> str:

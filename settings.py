@@ -9,6 +9,7 @@ A script writes its settings once, as plain assignments between two rulers:
 and calls `cfg, given = settings.read(globals())`. That accepts `--batch_size 16` and
 `--batch-size=16`, for booleans `--compile`, `--compile False` and `--no-compile`, and for lists of texts
 `--compare a b`. The type comes from the default, the help from the comment, and a typo is an error with a suggestion.
+A boolean that may also be a text, such as a file's name, is written `name: bool | str = False`.
 """
 import argparse
 import ast
@@ -70,9 +71,9 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
     Raises:
         UserError: for an unknown name, a missing value or a value of the wrong type.
     """
-    comments = _comments(Path(script["__file__"]).read_text(encoding="utf-8"))
-    defaults = {name: script[name] for name in comments}
-    parser = _parser(script, comments, epilog)
+    source = Path(script["__file__"]).read_text(encoding="utf-8")
+    defaults = {name: script[name] for name in _comments(source)}
+    parser = _parser(script, source, epilog)
     for name in positional:
         parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"the same as --{name}")
     known, unknown = parser.parse_known_args([_normal(a) for a in (sys.argv[1:] if argv is None else argv)])
@@ -121,15 +122,22 @@ def end_children() -> None:
 def _comments(source: str) -> dict[str, str]:
     """Map each name of the settings block to its comment, in order."""
     lines = source.splitlines()
+    found = {}
+    for name, node in _assignments(source).items():
+        tail = lines[node.end_lineno - 1][node.end_col_offset:].lstrip(" #")
+        more = [line.strip(" #") for line in _following(lines, node.end_lineno)]
+        found[name] = " ".join([tail, *more])
+    return found
+
+
+def _assignments(source: str) -> dict[str, ast.Assign | ast.AnnAssign]:
+    """Map each name of the settings block to its assignment, in order."""
+    lines = source.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(BEGIN))
     last = next(i for i, line in enumerate(lines) if line.startswith(END))
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and first < node.lineno <= last:
-            tail = lines[node.end_lineno - 1][node.end_col_offset:].lstrip(" #")
-            more = [line.strip(" #") for line in _following(lines, node.end_lineno)]
-            found[node.targets[0].id] = " ".join([tail, *more])
-    return found
+    return {(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id: node
+            for node in ast.parse(source).body
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and first < node.lineno <= last}
 
 
 def _following(lines: list[str], start: int) -> list[str]:
@@ -140,20 +148,21 @@ def _following(lines: list[str], start: int) -> list[str]:
     return lines[start:end]
 
 
-def _parser(script: dict[str, Any], comments: dict[str, str], epilog: str) -> _Parser:
+def _parser(script: dict[str, Any], source: str, epilog: str) -> _Parser:
     parser = _Parser(prog=Path(script["__file__"]).name, description=script["__doc__"], epilog=epilog,
                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, comment in comments.items():
-        default = script[name]
+    annotated = {name for name, node in _assignments(source).items() if isinstance(node, ast.AnnAssign)}
+    for name, comment in _comments(source).items():
+        default, kind = script[name], type(script[name])
         text = f"{comment} (default: {default!r})".replace("%", "%%")
-        if isinstance(default, bool):
-            parser.add_argument(f"--{name}", type=_boolean, nargs="?", const=True, metavar="BOOL", help=text)
+        if kind is bool:
+            read_as, metavar = (_boolean_or_text, "BOOL|STR") if name in annotated else (_boolean, "BOOL")
+            parser.add_argument(f"--{name}", type=read_as, nargs="?", const=True, metavar=metavar, help=text)
             parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         elif isinstance(default, list):
             parser.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
         else:
-            kind = type(default)
             parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
     return parser
 
@@ -168,6 +177,13 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
     return text.lower() in ("true", "1", "yes")
+
+
+def _boolean_or_text(text: str) -> bool | str:
+    try:
+        return _boolean(text)
+    except argparse.ArgumentTypeError:
+        return text
 
 
 def _suggest(arg: str, names: list[str]) -> str:

@@ -16,10 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")       # two test processes on two 
 
 import torch  # noqa: E402
 
+import checkpoint  # noqa: E402
 import demo_stories  # noqa: E402
 import settings  # noqa: E402
 import tokenizer  # noqa: E402
 import words  # noqa: E402
+from model import ModelArgs, Transformer  # noqa: E402
 
 torch.backends.mps.is_available = lambda: False     # tests are of the CPU; the Macs of GitHub have a GPU in name only
 
@@ -113,6 +115,18 @@ def project(tmp_path_factory) -> Path:
             patch.setattr(sys, "argv", [f"{name}.py", "--data_dir", str(folder), *map(str, args)])
             importlib.import_module(name).main()
     return folder
+
+
+@pytest.fixture(scope="session")
+def bytewise(tmp_path_factory) -> Path:
+    """A checkpoint whose vocabulary knows no Chinese, so that it must spell it in bytes."""
+    torch.manual_seed(0)
+    vocabulary = learn(["abc"], 300)
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=vocabulary.n_words))
+    path = tmp_path_factory.mktemp("bytes") / "ckpt.pt"
+    checkpoint.save(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {}, "tokenizer": vocabulary.model,
+                           "tokenizer_sha256": vocabulary.sha256})
+    return path
 
 
 @pytest.fixture(scope="session")

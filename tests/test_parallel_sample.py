@@ -188,6 +188,12 @@ def test_greedy_text_of_four_processes(trained):
         assert side_by_side(4, shown, *args, *more) == [quickly("sample", *args, *more).stdout, "", "", ""]
 
 
+def test_the_first_process_writes_the_page(trained):
+    args = "--checkpoint", trained, "--prompt", "One day", "--max_new_tokens", 8, "--temperature", 0
+    assert side_by_side(2, shown, *args, "--show_probs", "page.html") == [quickly("sample", *args).stdout, ""]
+    assert "Written: 8 tokens, loss " in Path("page.html").read_text(encoding="utf-8")
+
+
 def test_mistakes_are_said_by_the_first_process(trained):
     for args, message in [(["--checkpoint", "none.pt"], "no checkpoint at"), (["--top_p", 2], "top_p must be"),
                           (["--checkpoint", trained, "--prompt", "FILE:none.txt"], "no file at")]:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ import checkpoint
 import shards
 from conftest import ROOT, TINY, assert_user_error, learn, quickly, script
 from engine import Step
-from model import ModelArgs, Transformer
-from sample import Completion, TextGenerator, print_tokens
+from sample import Completion, TextGenerator
 from settings import UserError
 
 
@@ -27,18 +25,6 @@ def trained(project, tmp_path_factory) -> Path:
     result = script("train", "--data_dir", project, "--out_dir", out, *TINY, "--max_iters", 30, "--learning_rate", 0.02)
     assert result.returncode == 0, result.stderr
     return out / "ckpt.pt"
-
-
-@pytest.fixture(scope="module")
-def bytewise(tmp_path_factory) -> Path:
-    """A checkpoint whose vocabulary knows no Chinese, so that it must spell it in bytes."""
-    torch.manual_seed(0)
-    vocabulary = learn(["abc"], 300)
-    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=vocabulary.n_words))
-    path = tmp_path_factory.mktemp("bytes") / "ckpt.pt"
-    checkpoint.save(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {}, "tokenizer": vocabulary.model,
-                           "tokenizer_sha256": vocabulary.sha256})
-    return path
 
 
 def dictate(monkeypatch, generator, *rows):
@@ -231,15 +217,6 @@ def test_longer_than_the_window_is_said_once(bytewise, capsys, monkeypatch):
         dictate(monkeypatch, generator, [97] * count)
         assert len(generator.completions([""], 300)[0].tokens) == count
         assert capsys.readouterr().err.count("note: the model sees 256 tokens") == notes
-
-
-def test_beyond_the_window_no_alternatives_are_listed(bytewise, monkeypatch, capsys):
-    generator, one = TextGenerator(bytewise), Completion("")
-    one.tokens, one.logprobs = [97] * 264, [-1.0] * 264
-    cfg = SimpleNamespace(echo=True, show_probs=True)
-    print_tokens(generator, one, cfg)
-    lines = [line.split("likeliest: ")[1] for line in capsys.readouterr().out.splitlines() if "likeliest:" in line]
-    assert len(lines) == 264 and all(lines[:256]) and not any(lines[256:])
 
 
 def test_what_is_no_text_is_refused(trained):

@@ -24,10 +24,11 @@ count = 2 * 8   # how many,
                 # on two lines
 name = "a#b"    # a text
 on = False      # a switch
+page: bool | str = False    # a switch, or a name
 # ---- end of settings ----
 other = 1
 """, encoding="utf-8")
-    values = {"rate": 0.5, "count": 16, "name": "a#b", "on": False}
+    values = {"rate": 0.5, "count": 16, "name": "a#b", "on": False, "page": False}
     return {"__file__": str(path), "__doc__": "A tool.", **values}
 
 
@@ -36,14 +37,16 @@ def read(block, *argv):
 
 
 def test_defaults_are_those_of_the_block(block):
-    assert read(block) == {"rate": 0.5, "count": 16, "name": "a#b", "on": False}
+    assert read(block) == {"rate": 0.5, "count": 16, "name": "a#b", "on": False, "page": False}
 
 
 @pytest.mark.parametrize("argv, name, value", [
     (["--rate", "1"], "rate", 1.0), (["--rate=1e-4"], "rate", 1e-4), (["--count=3"], "count", 3),
     (["--name", "x=y z"], "name", "x=y z"), (["--name=--odd"], "name", "--odd"), (["--name="], "name", ""),
     (["--on"], "on", True), (["--on", "True"], "on", True), (["--on", "False"], "on", False),
-    (["--on=false"], "on", False), (["--no-on"], "on", False), (["--no_on"], "on", False)])
+    (["--on=false"], "on", False), (["--no-on"], "on", False), (["--no_on"], "on", False),
+    (["--page"], "page", True), (["--page", "--on"], "page", True), (["--page", "yes"], "page", True),
+    (["--page", "False"], "page", False), (["--no_page"], "page", False), (["--page", "a.html"], "page", "a.html")])
 def test_overrides_are_typed(block, argv, name, value):
     assert read(block, *argv)[name] == value and type(read(block, *argv)[name]) is type(value)
 

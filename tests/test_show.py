@@ -1,0 +1,171 @@
+"""What shows how likely the model found each token: the page, and the lines in the terminal."""
+import errno
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from conftest import assert_user_error, quickly
+from sample import Completion, TextGenerator
+from settings import printable
+from show import Token, element, percent, print_tokens, quoted, story, texts_of
+
+EVIL = '<script>alert(1)</script> "two"  & \'one\'\n&lt; \u732b \U0001f600'
+
+
+class Page(HTMLParser):
+    """The stories of a page: text, and of each token its text, kind and tip. And all tags and attributes."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.stories, self.tokens, self.tags, self.attributes, self.open = [], [], set(), [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.add(tag)
+        self.attributes += attributes
+        self.open.append((tag, found))
+        if found.get("class") == "story":
+            self.stories.append("")
+            self.tokens.append([])
+        if "data-tip" in found:
+            self.tokens[-1].append(["", found["class"].split(), found["data-tip"].split("\n")])
+
+    def handle_endtag(self, tag):
+        while self.open.pop()[0] != tag:
+            pass                                        # meta and br have no end
+
+    def handle_data(self, data):
+        if any(found.get("class") == "story" for _, found in self.open):
+            self.stories[-1] += data
+            if "data-tip" in self.open[-1][1]:
+                self.tokens[-1][-1][0] += data
+
+
+def page_of(path: Path, *args) -> Page:
+    result = quickly("sample", "--checkpoint", path, "--max_new_tokens", 30, *args, "--show_probs=new/folder/page.html")
+    assert result.returncode == 0, result.stderr
+    return Page(Path("new/folder/page.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_has_the_stories_and_what_was_read_of_each_token(bytewise):
+    page, generator = page_of(bytewise, "--prompt", EVIL, "--num_samples", 2), TextGenerator(bytewise)
+    done, head = generator.completions([EVIL] * 2, 30), generator.tokenizer.begin(EVIL)
+    assert page.stories == [printable(EVIL + one.text) for one in done] and done[0].text != done[1].text
+    for one, found in zip(done, page.tokens, strict=True):
+        read = generator.read(head + one.tokens, 5)
+        for (_, _, lines), token in zip(found, read, strict=True):
+            assert lines[0] == quoted(token.piece)
+            assert float(lines[1].split()[1].rstrip("%")) == pytest.approx(100 * math.exp(token.logprob), abs=0.006)
+            assert float(lines[2].split()[1]) == pytest.approx(token.logprob, abs=0.002)
+            assert lines[4:] == [f"{percent(chance)}  {quoted(piece)}" for piece, chance in token.likeliest]
+            assert len(lines) == 4 + 5
+        given = ["prompt" in kinds for _, kinds, _ in found]
+        assert given == [True] * (len(head) - 1) + [False] * len(one.tokens)
+        assert [text for text, _, _ in found if "\u732b" in text] == ["\u732b"]     # once, though it is three tokens
+
+
+def test_without_echo_the_page_has_no_prompt(bytewise):
+    page = page_of(bytewise, "--prompt", EVIL, "--no_echo")
+    assert page.stories == [printable(TextGenerator(bytewise).completions([EVIL], 30)[0].text)]
+    assert len(page.tokens[0]) == 30
+
+
+def test_nothing_in_the_page_is_executed_or_fetched(bytewise):
+    page = page_of(bytewise, "--prompt", EVIL, "--stop", "<img src=x onerror=alert(1)>")
+    assert page.tags == {"html", "head", "meta", "title", "style", "body", "h1", "p", "span", "br", "article", "footer"}
+    assert {name for name, _ in page.attributes} == {"lang", "charset", "name", "content", "http-equiv", "class",
+                                                     "tabindex", "data-tip"}
+    source = Path("new/folder/page.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in source and "stop &lt;img src=x onerror=alert(1)&gt;" in source
+    assert not re.search(r"url\(|@import|https?:", source)
+
+
+def test_what_appears_beside_a_token_cannot_leave_its_attribute():
+    source = '<p class="story">' + element("x", Token('">\u2581<b>', -1.0, [('" onfocus="a()', 0.5)])) + "</p>"
+    page = Page(source)
+    assert page.tags == {"p", "span"} and {name for name, _ in page.attributes} == {"class", "tabindex", "data-tip"}
+    assert page.tokens[0][0][2][::4] == ["'\"> <b>'", " 50.00%  '\" onfocus=\"a()'"]
+
+
+def test_average_and_colours(bytewise):
+    generator, one = TextGenerator(bytewise), Completion("", text="ab c")
+    one.tokens = generator.tokenizer.encode("ab c")
+    chances = [0.005, 0.03, 0.1, 0.3, 0.6, 0.9][:len(one.tokens)]
+    one.logprobs = [math.log(chance) for chance in chances]
+    source = story(generator, one, "", echo=True)
+    loss = -sum(one.logprobs) / len(chances)
+    assert f"Written: {len(chances)} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}<" in source
+    assert "Prompt:" not in source and len(chances) > 2
+    assert [kinds for _, kinds, _ in Page(source).tokens[0]] == [[f"p{level}"] for level in range(len(chances))]
+
+
+def test_what_ends_a_story_has_a_place_but_no_text(bytewise):
+    generator, one = TextGenerator(bytewise), Completion("", text="ab", stop_reason="stop")
+    one.tokens = generator.tokenizer.encode("abc")
+    one.logprobs = [-1.0] * len(one.tokens)
+    page = Page(story(generator, one, "", echo=True))
+    assert page.stories == ["ab"] and len(page.tokens[0]) == len(one.tokens)
+
+
+def test_the_first_token_has_no_probability_where_nothing_is_before_it(bytewise):
+    generator, one = TextGenerator(bytewise), Completion("abc" + EVIL, text="\nab")
+    generator.tokenizer.bos_id = -1
+    one.tokens, one.logprobs = generator.tokenizer.encode("x\nab")[-2:], [-1.0] * 2
+    ids, page = generator.tokenizer.encode(one.prompt), Page(story(generator, one, "", echo=True))
+    assert page.stories == ["abc" + EVIL + "\nab"] and generator.tokenizer.decode(ids[:1])
+    assert len(page.tokens[0]) == len(ids) - 1 + 2
+
+
+def test_a_character_of_several_tokens_is_with_the_last(bytewise):
+    tokenizer = TextGenerator(bytewise).tokenizer
+    head = tokenizer.begin("a")
+    ids = tokenizer.begin("a\u732bb")[len(head):]
+    assert texts_of(tokenizer, head, ids) == ["", "", "\u732b", "b"]
+    assert texts_of(tokenizer, head, ids[:2]) == ["", "\ufffd" * 2] and texts_of(tokenizer, head, []) == []
+
+
+@pytest.mark.parametrize("given, listed", [([], True), (["True"], True), (["False"], False), ([".html"], None)])
+def test_only_a_name_makes_a_page(bytewise, given, listed):
+    command = ["sample", "--checkpoint", bytewise, "--prompt", "ab", "--max_new_tokens", 5]
+    result = quickly(*command, "--show_probs", *given)
+    if listed is None:
+        assert_user_error(result, "--show_probs .html is neither True, False nor a page")
+    else:
+        assert ("likeliest:" in result.stdout) is listed and not list(Path().iterdir())
+        assert listed or result.stdout == quickly(*command).stdout
+
+
+def test_pages_that_cannot_be_are_refused_before_the_model_is_loaded():
+    Path("folder.html").mkdir()
+    Path("file").touch()
+    for name, message in [("perhaps", "name it perhaps.html"), ("folder.html", "folder.html is a folder"),
+                          ("file/deep/page.html", "file is a file")]:
+        assert_user_error(quickly("sample", "--checkpoint", "none.pt", "--show_probs", name), message)
+
+
+def test_a_full_disk_leaves_the_old_page_and_the_story_is_printed(bytewise, monkeypatch):
+    Path("page.html").write_text("old", encoding="utf-8")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    command = ["sample", "--checkpoint", bytewise, "--prompt", "ab", "--max_new_tokens", 5]
+    result = quickly(*command, "--show_probs", "page.html")
+    assert_user_error(result, "No space left on device: page.html")
+    assert result.stdout == quickly(*command).stdout
+    assert [path.name for path in Path().iterdir()] == ["page.html"] and Path("page.html").read_text() == "old"
+
+
+def test_beyond_the_window_no_alternatives_are_listed(bytewise, monkeypatch, capsys):
+    generator, one = TextGenerator(bytewise), Completion("")
+    one.tokens, one.logprobs = [97] * 264, [-1.0] * 264
+    cfg = SimpleNamespace(echo=True, show_probs=True)
+    print_tokens(generator, one, cfg)
+    lines = [line.split("likeliest: ")[1] for line in capsys.readouterr().out.splitlines() if "likeliest:" in line]
+    assert len(lines) == 264 and all(lines[:256]) and not any(lines[256:])
