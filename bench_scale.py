@@ -17,7 +17,7 @@ import torch
 import bench
 import device as devices
 import train
-from divided import Team
+from divided import Team, check
 from engine import Engine
 from model import ModelArgs, Transformer
 from parallel import World, joined
@@ -34,10 +34,21 @@ def bench_scale(cfg: SimpleNamespace) -> None:
         world.claim(where.device)
         block, args = bench.default_shape(cfg)
         compare_steps(cfg, block, args, where, world)
+        if problem := cannot_divide(args, world):
+            print(f"writing is left out: {problem}")
+            return
         torch.manual_seed(0)
         whole = Engine(Transformer(args).to(where.device), where.dtype)
         divided = Team(world).engine(Transformer(args), where, "")
         divided.work(lambda: compare_writing(cfg, whole, divided, where, world))
+
+
+def cannot_divide(args: ModelArgs, world: World) -> str:
+    try:
+        check(args, world)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def compare_steps(cfg: SimpleNamespace, block: SimpleNamespace, args: ModelArgs, where: devices.Device, world: World

@@ -1,4 +1,4 @@
-"""The walkthroughs of docs/: every Python block runs, in one session, and prints what the page says it prints."""
+"""Pages of docs/: every Python block runs, in one session for each page, and prints what the page says."""
 import io
 import re
 from contextlib import redirect_stdout
@@ -11,7 +11,7 @@ import torch
 
 from conftest import ROOT
 
-ENGLISH, CHINESE = (ROOT / "docs" / name for name in ("walkthrough.md", "walkthrough.zh-CN.md"))
+ENGLISH, CHINESE, SCALING = (ROOT / "docs" / name for name in ("walkthrough.md", "walkthrough.zh-CN.md", "scaling.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXTRA = ("matplotlib", "safetensors")       # a block that imports one of these is left out where it is missing
 
@@ -65,6 +65,10 @@ def one_thread():
 
 def test_the_session_prints_what_the_page_says(one_thread):
     assert check(ENGLISH) > 25
+
+
+def test_the_formulas_of_the_page_about_scaling():
+    assert check(SCALING) == 3
 
 
 def test_the_chinese_page_has_the_same_session():
