@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import sys
+from collections import Counter
 
 import pytest
 
@@ -16,7 +17,7 @@ STEPS = ("train_vocab", "preprocess", "train", "sample")
 
 def commands() -> list[tuple[str, str, list[str]]]:
     """(page, script, arguments) of every call of a step in the pages and in the scripts' docstrings."""
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    files = [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
     pages = {path.name: path.read_text(encoding="utf-8") for path in files}
     for name in STEPS:
         pages[f"{name}.py"] = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
@@ -80,6 +81,22 @@ def test_the_version_is_the_same_everywhere():
 def test_the_readme_names_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in readme]
+
+
+def test_the_chinese_readme_has_the_commands_names_and_figures_of_the_english_one():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8").replace(".zh-CN.md", ".md")
+                        for name in ("README.md", "README.zh-CN.md"))
+    blocks = r"(?ms)^```\w+\n.*?^```$"
+    assert re.findall(blocks, english) == re.findall(blocks, chinese) != []
+    names, numbers = r"`[^`]+`|\]\(.+?\)|src=\".+?\"|(?<!\*)\*[^*|]{20,}\*", r"\d[\d.,]*\b"
+    parts = [[re.sub(r"\s+", " ", part) for part in re.split("(?m)^## ", re.sub(blocks, "", page))]
+             for page in (english, chinese)]
+    for one, other in zip(*parts, strict=True):
+        assert not set(re.findall(names, one)) - set(re.findall(names, other))
+        assert not Counter(re.findall(numbers, one)) - Counter(re.findall(numbers, other))
+    rows = [re.findall(r"(?m)^\|.*", page) for page in (english, chinese)]
+    for one, other in zip(*rows, strict=True):
+        assert sorted(re.findall(numbers, one)) == sorted(re.findall(numbers, other))
 
 
 def test_five_packages_carry_the_four_steps():
