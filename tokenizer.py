@@ -28,12 +28,10 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from settings import UserError
-from words import SPACE_MARK, WordEncoder
+from words import BYTE, CONTROL, NORMAL, SPACE, SPACE_MARK, UNKNOWN, UNUSED, WordEncoder, undivided
 
-SPACE = "\u2581"        # SentencePiece writes a space as this character
 WALL = "\x1f"           # ends a word while training, and is dropped from the text
 RESERVED = 3 + 256      # unknown, bos, eos, and a piece for each byte
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6      # kinds of pieces in SentencePiece's file
 
 
 class Vocabulary:
@@ -121,7 +119,7 @@ class Tokenizer(Vocabulary):
     @cached_property
     def undivided(self) -> str:
         try:
-            return _undivided(self.model)
+            return undivided(self.model)
         except LookupError:
             return "its file is of an unknown form"
 
@@ -411,51 +409,6 @@ def _train(counts: dict[bytes, int], walls: dict[int, str], vocab_size: int) -> 
     # field that comes twice in a protocol buffer has its last value: normalizer_spec (3) { add_dummy_prefix (3): true }
     with_prefix = SentencePieceProcessor(model_proto=model.getvalue() + bytes([3 << 3 | 2, 2, 3 << 3, 1]))
     return Tokenizer(with_prefix.serialized_model_proto())
-
-
-def _undivided(model: bytes) -> str:
-    """Why the words of a text cannot be encoded one by one with a SentencePiece model; empty when they can.
-
-    They can when nothing but byte-pair encoding is done, and no piece crosses the border of a word. Fields and numbers
-    are those of sentencepiece_model.proto.
-    """
-    fields = list(_fields(model))
-    trainer, normalizer = (dict(pair for field, part in fields if field == which for pair in _fields(part))
-                           for which in (2, 3))
-    if trainer.get(3, 1) != 2 or not trainer.get(35) or trainer.get(24):
-        return "it is no byte-pair encoding with bytes for unknown characters and spaces in front of words"
-    if normalizer.get(2) or not normalizer.get(3, 1) or normalizer.get(4, 1) or not normalizer.get(5, 1):
-        return "it changes the text before it encodes it, or puts no space in front"
-    pieces = [dict(_fields(part)) for field, part in fields if field == 1]
-    texts = [piece[1].decode() for piece in pieces if piece.get(3, NORMAL) in (NORMAL, UNUSED)]
-    if any(piece.get(3, NORMAL) not in (NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE) for piece in pieces):
-        return "it has symbols that are found before all others"
-    crossing = next((text for text in texts if re.search(f"[^{SPACE}]{SPACE}|\n.|.\n", text, re.DOTALL)), "")
-    return f"its entry {crossing!r} crosses the border of a word" if crossing else ""
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The number and the value, an int or bytes, of each field of a protocol buffer."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = message[at], at + 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-        else:
-            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-            yield number, message[at:at + size]
-            at += size
 
 
 def find(data_dir: str | Path, vocab_size: int = 0, sha256: str = "") -> Path:

@@ -9,13 +9,17 @@ the border of a word, so that byte-pair encoding of a text is that of its words,
 Text repeats itself: 3.4 million words of TinyStories are 36,000 distinct ones. What is left to do per word is done by
 numpy for 128 kB of text at a time.
 """
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 
-SPACE_MARK = "\u2581".encode()          # SentencePiece takes this character for a space
+SPACE = "\u2581"                        # SentencePiece writes a space as this character
+SPACE_MARK = SPACE.encode()
+NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6          # kinds of pieces in its files
 BATCH = 1 << 17                         # bytes of text that fit the caches of a processor with all that is made of them
 MOST_WORDS = 1 << 17                    # numbers that are given before all is forgotten,
 MOST_BYTES = 1 << 23                    # and the length of the words that had them, so that long ones take no more
@@ -233,3 +237,48 @@ def count(texts: Iterable[str]) -> dict[bytes, int]:
         found.add(batch)
     found.settle()
     return found.counts
+
+
+def undivided(model: bytes) -> str:
+    """Why the words of a text cannot be encoded one by one with a SentencePiece model; empty when they can.
+
+    They can when nothing but byte-pair encoding is done, and no piece crosses the border of a word. Fields and numbers
+    are those of sentencepiece_model.proto.
+    """
+    fields = list(_fields(model))
+    trainer, normalizer = (dict(pair for field, part in fields if field == which for pair in _fields(part))
+                           for which in (2, 3))
+    if trainer.get(3, 1) != 2 or not trainer.get(35) or trainer.get(24):
+        return "it is no byte-pair encoding with bytes for unknown characters and spaces in front of words"
+    if normalizer.get(2) or not normalizer.get(3, 1) or normalizer.get(4, 1) or not normalizer.get(5, 1):
+        return "it changes the text before it encodes it, or puts no space in front"
+    pieces = [dict(_fields(part)) for field, part in fields if field == 1]
+    texts = [piece[1].decode() for piece in pieces if piece.get(3, NORMAL) in (NORMAL, UNUSED)]
+    if any(piece.get(3, NORMAL) not in (NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE) for piece in pieces):
+        return "it has symbols that are found before all others"
+    crossing = next((text for text in texts if re.search(f"[^{SPACE}]{SPACE}|\n.|.\n", text, re.DOTALL)), "")
+    return f"its entry {crossing!r} crosses the border of a word" if crossing else ""
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The number and the value, an int or bytes, of each field of a protocol buffer."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        else:
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            yield number, message[at:at + size]
+            at += size
