@@ -88,7 +88,7 @@ def test_the_chinese_readme_has_the_commands_names_and_figures_of_the_english_on
                         for name in ("README.md", "README.zh-CN.md"))
     blocks = r"(?ms)^```\w+\n.*?^```$"
     assert re.findall(blocks, english) == re.findall(blocks, chinese) != []
-    names, numbers = r"`[^`]+`|\]\(.+?\)|src=\".+?\"|(?<!\*)\*[^*|]{20,}\*", r"\d[\d.,]*\b"
+    names, numbers = r'`[^`]+`|\]\(.+?\)|src=".+?"|\*[^*|]{20,}\*', r"\d+(?:[.,]\d+)*"
     parts = [[re.sub(r"\s+", " ", part) for part in re.split("(?m)^## ", re.sub(blocks, "", page))]
              for page in (english, chinese)]
     for one, other in zip(*parts, strict=True):
