@@ -11,6 +11,7 @@ the model was taught, if any; and in last.pt what an exact continuation needs.
 """
 import os
 import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,14 @@ def _is_plain(weight: Any) -> bool:
     """Whether it is a tensor of numbers that are all there. One number that poses as a large array is not."""
     return (isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.layout == torch.strided
             and weight.dtype in FLOATS and weight.nbytes <= weight.untyped_storage().nbytes())
+
+
+def checksum(state: Any) -> int:
+    """A number for all tensors of a state, to tell whether two are the same."""
+    if isinstance(state, torch.Tensor):
+        return zlib.crc32(state.detach().contiguous().flatten().view(torch.uint8).numpy())
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return zlib.crc32(repr([checksum(value) for value in values]).encode())
 
 
 def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:

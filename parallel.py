@@ -62,14 +62,14 @@ class World:
         """Do something in all processes. Where it fails, all of them end, and one says why.
 
         Raises:
-            UserError: what the first of those that failed raised; in the others SystemExit.
+            UserError or OSError: what the first of those that failed raised; in the others SystemExit.
         """
         if self.size == 1:
             return action()
         result, problem = None, None
         try:
             result = action()
-        except UserError as error:
+        except (UserError, OSError) as error:
             problem = error
         failed = self.sum(torch.eye(self.size)[self.rank] * bool(problem)).tolist()
         if problem and failed.index(1) == self.rank:
@@ -77,6 +77,11 @@ class World:
         if any(failed):
             sys.exit(1)
         return result
+
+    @property
+    def begun_again(self) -> bool:
+        """Whether torchrun has started the processes again, after one had died."""
+        return bool(self.max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))[0])
 
     @property
     def command(self) -> str:

@@ -306,7 +306,8 @@ def print_plan(run: Any) -> float:
     print(f"compile: {'yes' if compiles else 'no'} ({why})", flush=True)
     if compiles:
         run.compile()
-        seconds = try_out(run)
+        with compiler_errors():
+            seconds = try_out(run)
     left = run.seconds_left(seconds * run.own_parts)
     steps = round(left / seconds / run.own_parts)
     windows = PretokDataset(data, "train", cfg.batch_size, args.max_seq_len).n_windows
@@ -333,8 +334,22 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
     return left > PAYS_AFTER, f"{clock(left)} of training {'makes' if left > PAYS_AFTER else 'does not make'} up for it"
 
 
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Turn an error of the compiler into what to type. A file that was cut off by a kill makes it fail, for example."""
+    from torch._dynamo.exc import BackendCompilerFailed             # here, since they take time
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        line = str(error).strip().split("\n")[0]
+        raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete what is "
+                        f"left of an earlier time, {cache_dir()}, and try again") from error
+
+
 def memory(run: Any) -> str:
-    state = STATE_BYTES * run.model.count_parameters() / 1e6
+    aside = 4 * (run.world.size > 1 and run.own_parts > 1 and not run.divided)      # DDP keeps sums apart from its own
+    state = (STATE_BYTES + aside) * run.model.count_parameters() / 1e6
     if run.divided:
         return f"{state / run.world.size:,.0f} MB in each process for weights, gradients, optimizer; more for windows"
     return (f"{state:,.0f} MB for weights, gradients and optimizer, about {count_activations(run) / 1e6:,.0f} MB for "

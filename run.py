@@ -184,8 +184,7 @@ class Run:
         """Write ckpt.pt or last.pt, unless the weights are no numbers any more. The first process does it for all."""
         self.world.attempt(lambda: require_finite(self))
         content = gathered(self.content(), self.world)
-        if self.world.first:
-            checkpoint.save(Path(self.cfg.out_dir) / name, content)
+        self.world.attempt(lambda: checkpoint.save(Path(self.cfg.out_dir, name), content) if self.world.first else None)
         if name == "last.pt":
             self.saved_at, self.saved_step = self.seconds(), self.state.iter_num
 

@@ -10,7 +10,7 @@
     python sample.py --score story.txt                                # how well it expects a text that is there
     python sample.py --quantize int8 --compile                        # faster on a CPU, and nearly the same
     python sample.py --checkpoint gpt2 --prompt "The meaning of"      # GPT-2, which is downloaded
-    torchrun --nproc_per_node=2 sample.py                             # a model that is too large for one GPU
+    torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf       # a model that is too large for one GPU
 
 Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stories go to stdout, a line
 `---` between them; everything else goes to stderr. The same seed gives the same stories.

@@ -20,8 +20,9 @@ import math
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import divided
 import presets
 import settings
 from dataset import Task
@@ -105,6 +107,8 @@ doctor = False                      # print the state of the machine and of the 
 compare = []                        # folders of runs: their settings and curves side by side, and out_dir/compare.png
 # ---- end of settings ----------------------------------------------------------------------------
 
+OF_A_MACHINE = ("data_dir", "device", "num_workers")        # settings that may differ where several share a run
+
 def main() -> None:
     with joined() as world:
         cfg, given = world.attempt(lambda: settings.read(globals(), epilog=presets.table(), presets={
@@ -113,6 +117,7 @@ def main() -> None:
             world.attempt(lambda: world.first and answer(cfg, given))
         elif cfg.eval_only:
             plan = world.attempt(lambda: prepare(cfg, given, world))
+            world.attempt(lambda: require_same(plan))
             with enough_memory(cfg):
                 print_scores(Run(plan).evaluate())
         else:
@@ -133,26 +138,31 @@ def answer(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
 @contextmanager
 def owned(out_dir: str, world: World) -> Iterator[None]:
     """Keep other runs from a folder, and make it tidy. The first process does that, and the others wait for it."""
-    with locked(out_dir) if world.first else nullcontext():
-        if world.first:
-            put_back(out_dir)
-        world.max(0)                    # nobody looks into it before
+    with ExitStack() as held:
+        def take() -> None:
+            if world.first:
+                held.enter_context(locked(out_dir))
+                put_back(out_dir)
+        world.attempt(take)
         yield
 
 
 def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
     """Begin or go on with a run, and see it to its end."""
+    if cfg.init_from == "scratch" and world.begun_again:
+        cfg.init_from = "auto"          # scratch was for the first time
     plan = world.attempt(lambda: prepare(cfg, given, world))
     world.attempt(lambda: require_same(plan))
     with enough_memory(cfg):
         run = Run(plan)
     if plan.resumed:
         check_best(run)
+        run.state.best_val_loss = world.first_says(run.state.best_val_loss)
     if run.finished():
         more = f"--max_minutes {2 * cfg.max_minutes:g}" if cfg.max_minutes else f"--max_iters {2 * cfg.max_iters}"
         print(f"the run in {cfg.out_dir} is finished, with step {run.state.iter_num:,}\n"
               f"go on with it: {world.command} train.py --init_from resume --out_dir {cfg.out_dir} {more}\n"
-              f"begin anew:    {world.command} train.py --init_from scratch --out_dir {cfg.out_dir}")
+              "begin anew:    the same command as this one with --init_from scratch")
     else:
         with enough_memory(cfg, run):
             run.reserve = print_plan(run)
@@ -165,12 +175,16 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
 
 
 def require_same(plan: Plan) -> None:
-    """Raise UserError when this process has found another run, or other text, than the first one."""
-    cfg, world = plan.cfg, plan.world
-    own = [plan.saved["iter_num"] if plan.resumed else 0, int(plan.data.sha256[:12], 16)]     # 12 digits fit a float
-    if own != [world.first_says(number) for number in own]:
-        raise UserError(f"process {world.rank} has another {cfg.out_dir} or {cfg.data_dir} than process 0\n"
-                        "       they must be the same folders on all machines, shared or copied")
+    """Raise UserError when this process has other settings, text or weights than the first one."""
+    if plan.world.size == 1:
+        return
+    settings = {name: value for name, value in lasting(plan.cfg).items() if name not in OF_A_MACHINE}
+    own = {"other settings": zlib.crc32(repr(settings).encode()), "other text": zlib.crc32(plan.data.sha256.encode()),
+           "another checkpoint": checkpoint.checksum(plan.saved) if plan.saved else 0}
+    differ = [what for what, number in own.items() if number != plan.world.first_says(number)]
+    if differ:
+        raise UserError(f"process {plan.world.rank} has {' and '.join(differ)} than process 0\n       the same command "
+                        "must be typed on all machines, with the same data and output folders, shared or copied")
 
 
 def begin(run: Run) -> None:
@@ -328,8 +342,16 @@ def say_goodbye(run: Run) -> None:
         sys.exit(128 + run.stop)
     print(f"done: {run.state.iter_num:,} steps in {clock(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
           + (f"stories on the way: {out}/samples.txt\n" if not run.divided else "")
-          + f'next: {run.world.command if run.divided else "python"} sample.py --checkpoint {out}/ckpt.pt '
-          '--prompt "Once upon a time"')
+          + f'next: {writer(run)} sample.py --checkpoint {out}/ckpt.pt --prompt "Once upon a time"')
+
+
+def writer(run: Run) -> str:
+    """What starts sample.py: several processes where the model was divided, and can be for writing."""
+    try:
+        divided.check(run.model.args, run.world)
+    except UserError:
+        return "python"
+    return run.world.command if run.divided else "python"
 
 
 def print_scores(scores: dict[str, float]) -> None:

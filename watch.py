@@ -85,7 +85,7 @@ def enough_memory(cfg: SimpleNamespace, run: Any = None) -> Iterator[None]:
         if not is_about_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)         # they hold what did not fit
-        size = what_fits(run) if run and run.world.size == 1 else 0     # of several, the others are not there to try
+        size = smaller(run) if run else 0
         again = (f"{run.world.command} train.py --init_from resume --out_dir {cfg.out_dir} "
                  if run and run.state.iter_num else "")
         less = (f"the same steps in less: {again}--batch_size {size} --gradient_accumulation_steps "
@@ -93,6 +93,13 @@ def enough_memory(cfg: SimpleNamespace, run: Any = None) -> Iterator[None]:
                 f"use a smaller --batch_size{'' if cfg.eval_only else ', --max_seq_len, --dim or --n_layers'}, or "
                 "close what else uses the memory")
         raise UserError(f"there is not enough memory for batch_size {cfg.batch_size}\n       {less}") from error
+
+
+def smaller(run: Any) -> int:
+    """A part of a batch that fits; of several processes, the others are not there to try it, and a half may do."""
+    if run.world.size == 1:
+        return what_fits(run)
+    return run.cfg.batch_size // 2 if run.cfg.batch_size % 2 == 0 else 0
 
 
 def is_about_memory(error: BaseException) -> bool:

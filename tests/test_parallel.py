@@ -14,6 +14,7 @@ import settings
 import train
 from conftest import ROOT, TINY, assert_same
 from dataset import IGNORE, Task
+from model import ModelArgs
 from parallel import World, check_restarts, joined
 from settings import UserError
 from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
@@ -169,10 +170,46 @@ def test_restarts_on_several_machines_need_a_new_store(monkeypatch):
             check_restarts(World(0, 2))
 
 
-def test_processes_that_see_other_files_are_refused():
-    cfg, data = SimpleNamespace(out_dir="output", data_dir="data"), SimpleNamespace(sha256="0123456789abcdef")
-    resumed = plan.Plan(cfg, None, data, None, None, {"iter_num": 5}, True)
-    train.require_same(resumed)
-    resumed.world = SimpleNamespace(rank=1, first_says=lambda number: number + 1)
-    with pytest.raises(UserError, match="process 1 has another output or data"):
-        train.require_same(resumed)
+class Second(World):
+    """Process 1 of two, that hears what the first one said."""
+    said: list[float] = []
+
+    def first_says(self, value):
+        return self.said.pop(0)
+
+
+def test_processes_with_other_settings_or_files_are_refused():
+    def planned(world, rate=0.1, device="cpu", text="a", weight=1.0):
+        cfg = SimpleNamespace(learning_rate=rate, device=device, out_dir="output")
+        saved = {"model": {"w": torch.full((3,), weight, dtype=torch.bfloat16)}, "optimizer": [{"m": torch.ones(2)}]}
+        return plan.Plan(cfg, None, SimpleNamespace(sha256=text), None, None, saved, True, world)
+    first, said = SimpleNamespace(size=2, rank=0, first_says=lambda value: said.append(value) or value), []
+    train.require_same(planned(first))
+    for change, what in [({"device": "cuda"}, None), ({"rate": 0.2}, "other settings"), ({"text": "b"}, "other text"),
+                         ({"weight": 1.5}, "another checkpoint")]:
+        second = Second(1, 2)
+        second.said[:] = said
+        if what is None:
+            train.require_same(planned(second, **change))
+        else:
+            with pytest.raises(UserError, match=f"^process 1 has {what} than process 0"):
+                train.require_same(planned(second, **change))
+
+
+def test_scratch_is_for_the_first_time_only(go, monkeypatch):  # noqa: F811
+    """Else a run that torchrun starts again after a death would lose what was done."""
+    go("out", "--max_iters", 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    go("out", "--max_iters", 4, "--init_from", "scratch")
+    assert state("out")["iter_num"] == 4 and not Path("out/old-1").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    go("out", "--max_iters", 4, "--init_from", "scratch")
+    assert Path("out/old-1").exists()
+
+
+def test_what_writes_with_a_divided_model():
+    def command(shard, **shape):
+        run = SimpleNamespace(divided=shard, world=World(0, 2), model=SimpleNamespace(args=ModelArgs(**shape)))
+        return train.writer(run)
+    assert command(True, n_kv_heads=2, n_heads=6) == "torchrun --nproc_per_node=2"
+    assert command(True) == command(False, n_kv_heads=2, n_heads=6) == "python"      # 3 kv heads for two

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 import checkpoint
 import device
@@ -453,6 +454,15 @@ def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
     monkeypatch.setattr(train, "take_step", too_much)
     with pytest.raises(UserError, match="--batch_size 2 --gradient_accumulation_steps 4"):
         go("out", "--max_iters", 4)
+
+
+def test_a_compiler_that_fails_is_told_with_its_cache(go, monkeypatch):
+    def fails(run):
+        raise BackendCompilerFailed(print, ImportError("main.so: file too short"))
+    try_out = plan.try_out
+    monkeypatch.setattr(plan, "try_out", lambda run: fails(run) if run.state.compiled else try_out(run))
+    with pytest.raises(UserError, match="file too short\n.*--compile False; or delete .*torchinductor"):
+        go("out", "--max_iters", 1, "--compile", "True")
 
 
 @pytest.mark.skipif(not device.has_compiler(), reason="there is no C++ compiler")
