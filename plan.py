@@ -342,7 +342,7 @@ def compiler_errors() -> Iterator[None]:
     try:
         yield
     except BackendCompilerFailed as error:
-        line = str(error).strip().split("\n")[0]
+        line = str(error.inner_exception).strip().split("\n")[0]
         raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete what is "
                         f"left of an earlier time, {cache_dir()}, and try again") from error
 

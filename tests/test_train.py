@@ -458,7 +458,7 @@ def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
 
 def test_a_compiler_that_fails_is_told_with_its_cache(go, monkeypatch):
     def fails(run):
-        raise BackendCompilerFailed(print, ImportError("main.so: file too short"))
+        raise BackendCompilerFailed(print, ImportError("main.so: file too short"), None)
     try_out = plan.try_out
     monkeypatch.setattr(plan, "try_out", lambda run: fails(run) if run.state.compiled else try_out(run))
     with pytest.raises(UserError, match="file too short\n.*--compile False; or delete .*torchinductor"):
