@@ -70,7 +70,10 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = 
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path.resolve()}\n       python train.py makes one")
+        others = [other for other in (path.with_name("last.pt"), *sorted(path.parent.glob("*/ckpt.pt")))
+                  if other.is_file() and other != path]
+        raise UserError(f"no checkpoint at {path.resolve()}\n       " + (
+            f"there is {', '.join(map(str, others[:5]))}" if others else "python train.py makes one"))
     state = read_tensors(path, mapped)
     if not isinstance(state, dict) or (missing := [key for key in required if key not in state]):
         lacks = f"it has no {', '.join(missing)}" if isinstance(state, dict) else f"it holds a {type(state).__name__}"

@@ -56,7 +56,8 @@ def compare_runs(folders: list[str], out_dir: str) -> None:
         if rows := lowest_marked(unit, curves):
             print_table([[f"val bpb at {unit}", *folders], *rows])
         else:
-            print(f"\nthe evaluations of these runs share no stretch of {unit}")
+            print(f"\nthe evaluations of these runs share no stretch of {unit}; runs to be compared want a smaller "
+                  "--eval_interval")
     try:
         path = Path(out_dir) / "compare.png"
         draw(runs, path)

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -51,6 +52,13 @@ def find_files(path: str | Path) -> list[Path]:
     return files
 
 
+def passed_over(path: str | Path) -> str:
+    """How many files of a folder are of which kind that cannot be read, in words; empty when there are none."""
+    kinds = Counter(other.suffix or "without a kind" for other in Path(path).rglob("[!.]*")
+                    if other.is_file() and not other.name.lower().endswith(SUFFIXES))
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
 def groups(files: list[Path]) -> Iterator[list[Path]]:
     """Arrange files into groups for one process to work on; small ones share a group."""
     group, size = [], 0
@@ -89,8 +97,8 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None) 
                     progress(raw.tell() - at)
                     at = raw.tell()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: after record {number}: not UTF-8 text ({error.reason})\n"
-                        "       save the file as UTF-8") from error
+        raise UserError(f"{path}: after record {number}: not UTF-8 text ({error.reason})\n       save it as UTF-8; "
+                        f"from Chinese Windows, for example: iconv -f GBK -t UTF-8 {path} > new.txt") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error
 

@@ -107,12 +107,6 @@ def _has_fbgemm() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def multiplies_integers() -> bool:
-    """Whether this CPU and this PyTorch multiply 8-bit integers in an instruction, without overflow between."""
-    return (bool(torch.cpu.get_capabilities().get("avx512_vnni")) and _has_fbgemm()
-            and hasattr(torch, "_make_per_channel_quantized_tensor"))
-
-
 def has_compiler() -> bool:
     """Whether there is a C++ compiler, which torch.compile needs on a CPU. On Windows it takes that of Microsoft."""
     return any(map(shutil.which, ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")))

@@ -27,6 +27,8 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
         pass
     if cfg.system and not generator.chat:
         raise UserError("--system is for a model that was taught to talk; leave it out")
+    if sys.stdin.isatty():
+        print("/help lists what else can be done, /exit ends", file=sys.stderr)
     said: list[str] = []                        # by you and by the model, in turns
     while True:
         try:
@@ -45,6 +47,8 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
         elif command == "/set":
             change(generator, cfg, options, words)
         elif command.startswith("/"):
+            if command != "/help":
+                print(printable(f"there is no {command}"), file=sys.stderr)
             print(__doc__.partition("\n\n")[2], end="")
         elif line or not generator.chat:
             said = go_on(generator, [*said, line], cfg.system, options(cfg))
@@ -87,6 +91,8 @@ def joined(said: list[str]) -> str:
 def change(generator: "TextGenerator", cfg: SimpleNamespace, options: Options, words: list[str]) -> None:
     """/set NAME VALUE, with the value read as the type that the setting has, and taken if the generator takes it."""
     name, value = words[0] if words else "", " ".join(words[1:])
+    if name and name not in options(cfg):
+        print(printable(f"there is no setting {name}"), file=sys.stderr)
     if name not in options(cfg) or not value and name != "stop":
         print(*(f"{known} = {getattr(cfg, known)!r}" for known in options(cfg)), sep="\n")
         return

@@ -160,7 +160,9 @@ class Project:
     def vocabulary(self, path: Path | None) -> Finding:
         if path is None:
             name = f"tok{self.size}.model" if self.size else "vocabulary"
-            return Finding(MISSING, f"no {name} in {self.data}", self.learn(None))
+            others = sorted({str(other.parent) for other in self.data.glob("*/tok*.model")})
+            hint = f"; --data_dir {' or '.join(others[:5])} has one" if others else ""
+            return Finding(MISSING, f"no {name} in {self.data}{hint}", self.learn(None))
         found = tokenizer.load(path)
         return Finding(DONE, f"{path}: {found.n_words:,} entries", what=found)
 
@@ -210,7 +212,9 @@ class Project:
         minutes, steps = config["max_minutes"], config["max_iters"]
         ends = step >= steps or minutes and state["state"]["seconds"] >= 60 * minutes
         length = f"{minutes:g} minutes" if minutes else f"{steps:,} steps"
-        facts = f"{path}: step {step:,} of a run of {length}, best val loss {state['best_val_loss']:.4f}"
+        best = state["best_val_loss"]
+        score = f"best val loss {best:.4f}" if best < float("inf") else "not evaluated yet"
+        facts = f"{path}: step {step:,} of a run of {length}, {score}"
         return Finding(DONE if ends else UNFINISHED, facts, what=state)
 
     def read_best(self) -> Finding:

@@ -93,7 +93,8 @@ def fetch(mirrors: dict[str, str], target: Path, begins: bytes = b"") -> None:
         failures.append(failure)
     raise UserError("\n".join([f"{target.name} could not be downloaded", *failures,
                                f"       get it in another way, for example from {next(iter(mirrors.values()))},",
-                               f"       put it at {target.resolve()} and run this again"]))
+                               f"       put it at {target.resolve()} and run this again;",
+                               "       or begin with what comes along: python train_vocab.py"]))
 
 
 def _receive(url: str, part: Path) -> str:

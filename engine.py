@@ -10,7 +10,6 @@ the norms and the scale of attention are multiplied into them.
 
 Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled import CompiledLayers, RecordedStep, to_int8
-from device import multiplies_integers
 from model import RMSNorm, Transformer, TransformerBlock
 from sampling import Sampling, choose, draws, mark
 
@@ -241,29 +239,11 @@ def _half(weight: Tensor, dtype: torch.dtype) -> Product:
 
 
 def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
-    """Weights as 8-bit integers with a scale for each row; inputs in bfloat16, or integers too where it pays."""
-    levels, scale = to_int8(weight)
-    if multiplies_integers():
-        return _integers(levels, scale)
+    """Weights as 8-bit integers with a scale for each row, inputs and results in bfloat16."""
     if weight.shape[1] % 16:                # PyTorch's kernel reads beyond the end of such rows
         return _plain(weight, torch.float32)
+    levels, scale = to_int8(weight)
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), levels, scale)
-
-
-def _integers(levels: Tensor, scale: Tensor) -> Product:
-    """A product of integers (FBGEMM). It rounds all rows of an input with one scale, so they are made alike before:
-    what is read first can be hundreds of times larger than the rest. For use in _PLAIN_CALLS."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # PyTorch may drop this type one day
-        weight = torch._make_per_channel_quantized_tensor(levels, scale.float(), torch.zeros(len(scale)).long(), 0)
-    packed, product = torch.ops.quantized.linear_prepack(weight, None), torch.ops.quantized.linear_dynamic.default._op
-
-    def scaled(x: Tensor) -> Tensor:
-        if len(x) == 1:
-            return product(x, packed)
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
-        return product(x / largest, packed).mul_(largest)
-    return scaled
 
 
 def _norm(stream: Tensor, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
 HALF = "old.part"                           # the folder of an old run while its files are moved to it
 NEW = "new.pt"                              # the first state of a run, until the old run is out of its way
+LONG = 2 * 86400                            # seconds of training on a CPU that few will want
 PAYS_AFTER = 100                            # seconds of training from which on compiling, 10 to 30 seconds, pays
 
 
@@ -303,7 +304,11 @@ def print_plan(run: Any) -> float:
     eager = seconds = try_out(run)
     compiles, why = choose_compile(run, seconds * run.own_parts)
     compiles = bool(world.first_says(compiles))
-    print(f"compile: {'yes' if compiles else 'no'} ({why})", flush=True)
+    print(f"compile: {'yes' if compiles else 'no'} ({why})" + (
+        "; this takes a minute or two, --compile False goes without" if compiles else ""), flush=True)
+    if (left := run.seconds_left(seconds * run.own_parts)) > LONG and run.where.device.type == "cpu":
+        print(f"note:   the run would take {left / 86400:.1f} days; --preset cpu_3min, or --max_minutes 60, fits one "
+              "to the time you have", flush=True)
     if compiles:
         run.compile()
         with compiler_errors():
@@ -331,7 +336,7 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
         return False, "there is no triton package for it"
     if kind not in ("cpu", "cuda"):
         return False, f"not for {kind}"
-    return left > PAYS_AFTER, f"{clock(left)} of training {'makes' if left > PAYS_AFTER else 'does not make'} up for it"
+    return left > PAYS_AFTER, f"{'' if left > PAYS_AFTER else 'not '}worth it for a run of {clock(left)}"
 
 
 @contextmanager

@@ -77,7 +77,11 @@ def main() -> None:
         if cfg.verify:
             verify_all(jobs, cfg.num_workers)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
-    print("next: python train.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
+    train = "python train.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else "")
+    if cfg.tokenizer and Path(cfg.tokenizer).suffix not in (".model", ".json"):
+        print(f"next: {train} --init_from {cfg.tokenizer} --out_dir output/tuned --max_iters 200")
+    else:
+        print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
 
 
 def adopt(path: Path, folder: str) -> Path:

@@ -300,6 +300,9 @@ def read_given(cfg: SimpleNamespace) -> Given:
 
 def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None:
     print(described(generator, cfg), file=sys.stderr)
+    if generator.chat and cfg.chat == "auto" and not cfg.interactive and not cfg.score:
+        print("note: this model was taught to talk, and may have nothing to add to a text; ask it with --interactive",
+              file=sys.stderr)
     if cfg.score:
         print_score(generator, given.text)
     elif cfg.interactive:

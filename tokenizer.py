@@ -425,7 +425,8 @@ def find(data_dir: str | Path, vocab_size: int = 0, sha256: str = "") -> Path:
         found = [path for path in found if hashlib.sha256(path.read_bytes()).hexdigest() == sha256] or found
     if not found:
         size = f" of size {vocab_size}" if vocab_size else ""
-        command = f"python train_vocab.py{f' --vocab_size {vocab_size}' if vocab_size else ''}"
+        command = (f"python train_vocab.py{f' --data_dir {data_dir}' if str(data_dir) != 'data' else ''}"
+                   f"{f' --vocab_size {vocab_size}' if vocab_size else ''}")
         raise UserError(f"no vocabulary{size} in {folder.resolve()}\n       make one: {command}")
     if len(found) > 1:
         sizes = ", ".join(path.stem.removeprefix("tok") for path in found)

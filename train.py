@@ -13,8 +13,8 @@
 
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl, and from
 it samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that was not
-interrupted (on a CPU, and with the same number of threads; on a GPU as far as its kernels allow). Under torchrun
-the steps are the same for any number of processes, but for rounding: see parallel.py.
+interrupted (on a CPU, with the same number of threads; not with max_minutes, whose schedule follows the
+clock). Under torchrun the steps are the same for any number of processes, but for rounding: see parallel.py.
 """
 import math
 import signal
@@ -107,6 +107,7 @@ doctor = False                      # print the state of the machine and of the 
 compare = []                        # folders of runs: their settings and curves side by side, and out_dir/compare.png
 # ---- end of settings ----------------------------------------------------------------------------
 
+STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 OF_A_MACHINE = ("data_dir", "device", "num_workers")        # settings that may differ where several share a run
 
 def main() -> None:
@@ -139,11 +140,8 @@ def answer(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
 def owned(out_dir: str, world: World) -> Iterator[None]:
     """Keep other runs from a folder, and make it tidy. The first process does that, and the others wait for it."""
     with ExitStack() as held:
-        def take() -> None:
-            if world.first:
-                held.enter_context(locked(out_dir))
-                put_back(out_dir)
-        world.attempt(take)
+        world.attempt(lambda: held.enter_context(locked(out_dir)) if world.first else None)
+        world.attempt(lambda: put_back(out_dir) if world.first else None)
         yield
 
 
@@ -236,7 +234,7 @@ def train(run: Run) -> None:
         for jump in jumps:
             record.write(jump, {"seconds": run.seconds()})
             print("step {iter:,}: the loss jumped to {jump:.4f} from about {usual:.4f}; windows {windows[0]:,} to "
-                  "{windows[1]:,}".format(**jump), flush=True)
+                  "{windows[1]:,}; no harm if it comes back".format(**jump), flush=True)
         if logs:
             speed = (state.iter_num - marked) * run.tokens_per_step / (time.perf_counter() - mark)
             record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
@@ -319,12 +317,12 @@ def score(run: Run, record: Record | NoRecord) -> None:
 
 @contextmanager
 def listening(run: Run) -> Iterator[None]:
-    """Let Ctrl-C and a polite kill end the run after its step; a second one ends it at once."""
+    """Let Ctrl-C, a polite kill and a closed terminal end the run after its step; a second one ends it at once."""
     def stop(number: int, frame: Any) -> None:
         run.asked = number
         signal.signal(number, before[number])
         print("\nstopping after this step; what is done will be saved", flush=True)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in STOPS}
     try:
         yield
     finally:

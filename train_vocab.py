@@ -87,7 +87,8 @@ def make(cfg: SimpleNamespace) -> None:
     processes, why = workers.how_many(cfg.num_workers, len(jobs))
     size = sum(file.stat().st_size for file in files)
     read, seconds = workers.pace(files, WordCounts().add)
-    print(f"text: {source}, {len(files)} files")
+    left = corpus.passed_over(source)
+    print(f"text: {source}, {len(files)} files" + (f"; passed over: {left}" if left else ""))
     print(f"plan: {size / 1e6:,.1f} MB to read, {why}, {workers.about(seconds * size / read, processes)}")
 
     found, peak = count_words(jobs, processes, size)
