@@ -16,13 +16,16 @@ it samples.txt and loss.png. A run that was continued is the same, bit for bit, 
 interrupted (on a CPU, with the same number of threads; not with max_minutes, whose schedule follows the
 clock). Under torchrun the steps are the same for any number of processes, but for rounding: see parallel.py.
 """
+import errno
+import io
 import math
+import os
 import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,7 +110,8 @@ doctor = False                      # print the state of the machine and of the 
 compare = []                        # folders of runs: their settings and curves side by side, and out_dir/compare.png
 # ---- end of settings ----------------------------------------------------------------------------
 
-STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+HANGUP = getattr(signal, "SIGHUP", None)        # Windows has none
+STOPS = (signal.SIGINT, signal.SIGTERM, *[HANGUP] * bool(HANGUP))
 OF_A_MACHINE = ("data_dir", "device", "num_workers")        # settings that may differ where several share a run
 
 def main() -> None:
@@ -321,13 +325,45 @@ def listening(run: Run) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         run.asked = number
         signal.signal(number, before[number])
+        if number == HANGUP:
+            print_nowhere()
         print("\nstopping after this step; what is done will be saved", flush=True)
-    before = {number: signal.signal(number, stop) for number in STOPS}
+    # what is ignored stays so: a run under nohup shall go on
+    before = {number: signal.signal(number, stop) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        yield
+        with redirect_stdout(Output(run)):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Output(io.TextIOBase):
+    """Standard output while a run is on. When its reader is gone, a terminal or `| head`, the run is asked to stop."""
+
+    def __init__(self, run: Run):
+        self.run, self.stream = run, sys.stdout
+
+    def write(self, text: str) -> int:
+        return self._unless_gone(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._unless_gone(self.stream.flush)
+
+    def _unless_gone(self, action: Callable[..., Any], *args: str) -> Any:
+        try:
+            return action(*args)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            print_nowhere()
+            self.run.asked = self.run.asked or signal.SIGTERM
+
+
+def print_nowhere() -> None:
+    """Let what is printed from now on, also by libraries, go nowhere instead of failing."""
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def say_goodbye(run: Run) -> None:

@@ -54,6 +54,16 @@ class Payload:
         return (os.mkdir, ("it_ran",))
 
 
+def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    with pytest.raises(UserError, match="train.py makes one"):
+        checkpoint.load(tmp_path / "ckpt.pt")
+    for name in ("last.pt", "mine/ckpt.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="no checkpoint at .*\n.*there is .*last.pt, .*mine.ckpt.pt"):
+        checkpoint.load(tmp_path / "ckpt.pt")
+
+
 def test_code_in_a_checkpoint_does_not_run(state):
     torch.save({**state, "config": Payload()}, "evil.pt")
     with open("evil.pickle", "wb") as file:

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 import corpus
-from corpus import documents, find_files, fingerprint, validation_threshold
+from corpus import documents, find_files, fingerprint, passed_over, validation_threshold
 from settings import UserError
 
 
@@ -103,6 +103,8 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
         (tmp_path / name).write_text("x", encoding="utf-8")
     found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path)]
     assert found == ["a/b.jsonl.gz", "a/z.json", "b.txt"]
+    (tmp_path / ".DS_Store").touch()
+    assert passed_over(tmp_path) == "1 .bak, 1 .md" and passed_over(tmp_path / "b.txt") == ""
     assert find_files(tmp_path / "b.txt") == [tmp_path / "b.txt"]
 
 
