@@ -324,9 +324,10 @@ def listening(run: Run) -> Iterator[None]:
     """Let Ctrl-C, a polite kill and a closed terminal end the run after its step; a second one ends it at once."""
     def stop(number: int, frame: Any) -> None:
         run.asked = number
-        signal.signal(number, before[number])
+        # a terminal that closes sends it twice, itself and through the shell
+        signal.signal(number, signal.SIG_IGN if number == HANGUP else before[number])
         if number == HANGUP:
-            print_nowhere()
+            print_nowhere(1, 2)
         print("\nstopping after this step; what is done will be saved", flush=True)
     # what is ignored stays so: a run under nohup shall go on
     before = {number: signal.signal(number, stop) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
@@ -356,13 +357,13 @@ class Output(io.TextIOBase):
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
-            print_nowhere()
+            print_nowhere(*(1, 2) if error.errno == errno.EIO else (1,))
             self.run.asked = self.run.asked or signal.SIGTERM
 
 
-def print_nowhere() -> None:
-    """Let what is printed from now on, also by libraries, go nowhere instead of failing."""
-    for number in (1, 2):
+def print_nowhere(*outputs: int) -> None:
+    """Let what is printed from now on, also by libraries, go nowhere instead of failing. 1: output, 2: errors."""
+    for number in outputs:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 

@@ -133,6 +133,7 @@ def test_a_closed_terminal_saves(project):
     while b"step 3 " not in seen:
         seen += os.read(ours, 1000)
     os.close(ours)
+    process.send_signal(signal.SIGHUP)          # and the shell passes it on
     assert process.wait(60) in (128 + signal.SIGHUP, 128 + signal.SIGTERM)     # by the signal, or a line came first
     assert state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
 
