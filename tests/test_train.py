@@ -2,11 +2,7 @@
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +17,7 @@ import plan
 import run
 import settings
 import train
-from conftest import ROOT, TINY, assert_same, assert_user_error, script
+from conftest import TINY, assert_same, assert_user_error, script
 from run import Run
 from settings import UserError
 
@@ -101,65 +97,6 @@ def test_a_kill_at_any_moment_costs_nothing(go, monkeypatch):
     assert_same(state("whole", "ckpt.pt"), state("parts", "ckpt.pt"))
     clocks = [json.loads(line)["iter"] for line in Path("parts/clock.jsonl").read_text(encoding="utf-8").splitlines()]
     assert clocks == sorted(clocks) and clocks[-1] == 10
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(project, number):
-    command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-    for line in process.stdout:
-        if line.startswith("step 3 "):
-            process.send_signal(number)
-            break
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number and "Traceback" not in rest
-    assert "python train.py --init_from resume --out_dir out" in rest
-    assert state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
-    assert log("out")[-1]["iter"] == state("out")["iter_num"]
-
-
-IN_A_TERMINAL = ("import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-                 "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
-def test_a_closed_terminal_saves(project):
-    ours, theirs = os.openpty()
-    command = [sys.executable, "-c", IN_A_TERMINAL, ROOT / "train.py", "--data_dir", project, "--out_dir", "out", *TINY]
-    process = subprocess.Popen([*map(str, command)], stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    seen = b""
-    while b"step 3 " not in seen:
-        seen += os.read(ours, 1000)
-    os.close(ours)
-    process.send_signal(signal.SIGHUP)          # and the shell passes it on
-    assert process.wait(60) in (128 + signal.SIGHUP, 128 + signal.SIGTERM)     # by the signal, or a line came first
-    assert state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
-def test_who_stops_reading_stops_the_run(project):
-    """As `| head` does; what is done is saved."""
-    command = [sys.executable, ROOT / "train.py", "--data_dir", project, "--out_dir", "out", *TINY]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-    next(line for line in process.stdout if line.startswith("step 3 "))
-    process.stdout.close()
-    assert process.wait(60) == 128 + signal.SIGTERM and process.stderr.read() == ""
-    assert state("out")["iter_num"] >= 3
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
-def test_nohup_goes_on(project):
-    """It has its processes ignore that the terminal was closed."""
-    command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
-               "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])", ROOT / "train.py", "--data_dir", project,
-               "--out_dir", "out", *TINY, "--max_iters", 30]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, encoding="utf-8")
-    next(line for line in process.stdout if line.startswith("step 3 "))
-    process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and state("out")["iter_num"] == 30
 
 
 def test_the_same_command_again_goes_on_or_says_it_is_finished(go, capsys):
