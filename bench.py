@@ -47,7 +47,7 @@ from formats import llama2c
 from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from parallel import ALONE, World
-from plan import Plan, memory
+from plan import Plan, count_activations, memory
 from presets import PRESETS
 from run import Run
 from sampling import Sampling
@@ -108,7 +108,7 @@ def bench_train(cfg: SimpleNamespace) -> None:
         print(f"{name:24} {rows / seconds:10,.0f} tokens/s "
               f"{times['transformers, float32'] / seconds:6.2f} x transformers "
               f"{limit / seconds:6.0%} of what the matrix products allow")
-    print(f"memory: {memory(runs['eager'])}")
+    print(f"memory: {memory(runs['eager'], count_activations(runs['eager']))}")
     if where.device.type == "cuda":
         print(f"peak of all of them: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 

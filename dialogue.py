@@ -49,10 +49,16 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
         elif command.startswith("/"):
             if command != "/help":
                 print(printable(f"there is no {command}"), file=sys.stderr)
-            print(__doc__.partition("\n\n")[2], end="")
+            print(help_text(bool(generator.chat)), end="")
         elif line or not generator.chat:
             said = go_on(generator, [*said, line], cfg.system, options(cfg))
             cfg.seed += 1                       # the same words shall not always get the same answer
+
+
+def help_text(chats: bool) -> str:
+    text = __doc__.partition("\n\n")[2]
+    return text.replace("One day, Lily met a dog.        the model goes on,",
+                        "What do dogs like to eat?       the model answers,") if chats else text
 
 
 def go_on(generator: "TextGenerator", said: list[str], system: str, options: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +23,10 @@ import preprocess
 import shards
 import tokenizer
 import workers
-from files import load_json
+from files import load_json, locked
 from settings import UserError, printable
 
-DONE, UNFINISHED, STALE, MISSING, DAMAGED = "done", "unfinished", "stale", "missing", "damaged"
+DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
 
 
 class Finding(NamedTuple):
@@ -205,7 +206,8 @@ class Project:
     def read_last(self) -> Finding:
         path = self.out / "last.pt"
         if not path.is_file():
-            return Finding(MISSING, f"no {path}")
+            others = sorted(str(other.parent) for other in self.out.glob("*/last.pt"))
+            return Finding(MISSING, f"no {path}" + (f"; --out_dir {' or '.join(others[:5])} has one" if others else ""))
         state = checkpoint.load(path, checkpoint.TO_GO_ON, mapped=True)
         checkpoint.build_model(state, own=False, name=path)
         config, step = state["config"], state["iter_num"]
@@ -227,11 +229,21 @@ class Project:
         return Finding(DONE, f"{path}: step {state['iter_num']:,}, {count:,} parameters, with its vocabulary of "
                              f"{entries:,} entries", what=state)
 
+    def is_locked(self) -> bool:
+        try:
+            with locked(self.out) if self.out.is_dir() else nullcontext():
+                return False
+        except UserError:
+            return True
+
     def training(self, vocabulary: Finding, data: Finding) -> Finding:
         """Step 3: is there a run, is it of this text, and how far is it?"""
         last, best = (belonging(finding, vocabulary.what, data.what) for finding in (self.last, self.best))
         begin = {**self.text(self.path), **self.run}
         resume = {**begin, "preset": "", "init_from": "resume"}
+        if self.is_locked():
+            watch = command("sample", checkpoint=self.out / "last.pt", prompt="Once upon a time")
+            return last._replace(state=BUSY, facts=f"{last.facts}; a process is training it now", mend=watch)
         if last.state == STALE:
             return last._replace(mend=command("train", **begin))
         if last.state == MISSING:

@@ -16,6 +16,7 @@ import checkpoint
 import device as devices
 import formats
 import shards
+import workers
 from dataset import PretokDataset, fits
 from files import replace
 from gpt2 import GPT2Args
@@ -32,6 +33,7 @@ STATE_BYTES = 16                            # per parameter: weight, gradient an
 HALF = "old.part"                           # the folder of an old run while its files are moved to it
 NEW = "new.pt"                              # the first state of a run, until the old run is out of its way
 LONG = 2 * 86400                            # seconds of training on a CPU that few will want
+PEAK = 2                                    # times what a micro-batch keeps is taken at its peak, about
 PAYS_AFTER = 100                            # seconds of training from which on compiling, 10 to 30 seconds, pays
 
 
@@ -300,7 +302,9 @@ def print_plan(run: Any) -> float:
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens"
           + (f", shared by {world.size} processes" if world.size > 1 else "")
           + (", each with a part of the model" if run.divided else ""))
-    print(f"memory: {memory(run)}")
+    kept = 0 if run.divided else count_activations(run)
+    print(f"memory: {memory(run, kept)}", flush=True)
+    warn_of_memory(run, kept)
     eager = seconds = try_out(run)
     compiles, why = choose_compile(run, seconds * run.own_parts)
     compiles = bool(world.first_says(compiles))
@@ -319,6 +323,9 @@ def print_plan(run: Any) -> float:
     epochs = steps * cfg.batch_size * cfg.gradient_accumulation_steps / windows
     print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs"
           + (f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""), flush=True)
+    if not run.state.iter_num and cfg.warmup_iters > steps / 2:
+        print(f"note:   the learning rate grows over {cfg.warmup_iters} steps, which is most of the run; "
+              f"--warmup_iters {max(steps // 10, 0)} would leave room for what follows", flush=True)
     batches = PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
     return world.first_says(eager / 3 * batches / world.size)
 
@@ -352,13 +359,25 @@ def compiler_errors() -> Iterator[None]:
                         f"left of an earlier time, {cache_dir()}, and try again") from error
 
 
-def memory(run: Any) -> str:
+def memory(run: Any, kept: int) -> str:
+    """What a run takes, in words; kept: by count_activations."""
     aside = 4 * (run.world.size > 1 and run.own_parts > 1 and not run.divided)      # DDP keeps sums apart from its own
     state = (STATE_BYTES + aside) * run.model.count_parameters() / 1e6
     if run.divided:
         return f"{state / run.world.size:,.0f} MB in each process for weights, gradients, optimizer; more for windows"
-    return (f"{state:,.0f} MB for weights, gradients and optimizer, about {count_activations(run) / 1e6:,.0f} MB for "
+    return (f"{state:,.0f} MB for weights, gradients and optimizer, about {kept / 1e6:,.0f} MB for "
             f"{run.cfg.batch_size} windows")
+
+
+def warn_of_memory(run: Any, kept: int) -> None:
+    """On a CPU, whoever takes more memory than there is gets killed without a word."""
+    free = workers.free_memory() if run.where.device.type == "cpu" else None
+    size, state = run.cfg.batch_size, STATE_BYTES * run.model.count_parameters()
+    if free is not None and state + PEAK * kept > free:
+        fits = [part for part in range(1, size) if size % part == 0 and state + PEAK * kept * part / size < free]
+        less = (f"the same steps in less: --batch_size {fits[-1]} --gradient_accumulation_steps "
+                f"{run.cfg.gradient_accumulation_steps * size // fits[-1]}" if fits else "use a smaller model")
+        print(f"note:   {free / 1e9:.1f} GB of memory are free, which may be too little; {less}", flush=True)
 
 
 def count_activations(run: Any) -> int:

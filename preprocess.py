@@ -79,7 +79,8 @@ def main() -> None:
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
     train = "python train.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else "")
     if cfg.tokenizer and Path(cfg.tokenizer).suffix not in (".model", ".json"):
-        print(f"next: {train} --init_from {cfg.tokenizer} --out_dir output/tuned --max_iters 200")
+        print(f"next: {train} --init_from {cfg.tokenizer} --out_dir output/tuned --batch_size 4 "
+              "--learning_rate 3e-4 --max_iters 200")
     else:
         print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
 

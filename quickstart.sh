@@ -5,6 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+[ -z "${1:-}" ] || [ "$1" = --setup_only ] || { grep '^# ' "$0" | cut -c3-; exit 0; }
+
 say() { printf '\n== %s\n' "$*"; }
 
 say "Python packages, in .venv"
@@ -25,7 +27,7 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! "$python
         2>/dev/null || echo "no CPU build of torch within reach; taking what pip finds"
 fi
 "$python" -m pip install --quiet -r requirements.txt
-[ "${1:-}" != --setup_only ] || exit 0
+[ "${1:-}" != --setup_only ] || { echo "all is there; next: source $(dirname "$python")/activate"; exit 0; }
 
 data=data/quickstart out=output/quickstart
 if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then

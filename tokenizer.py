@@ -427,7 +427,8 @@ def find(data_dir: str | Path, vocab_size: int = 0, sha256: str = "") -> Path:
         size = f" of size {vocab_size}" if vocab_size else ""
         command = (f"python train_vocab.py{f' --data_dir {data_dir}' if str(data_dir) != 'data' else ''}"
                    f"{f' --vocab_size {vocab_size}' if vocab_size else ''}")
-        raise UserError(f"no vocabulary{size} in {folder.resolve()}\n       make one: {command}")
+        raise UserError(f"no vocabulary{size} in {folder.resolve()}\n       make one: {command}, with --data "
+                        "PATH for text of your own")
     if len(found) > 1:
         sizes = ", ".join(path.stem.removeprefix("tok") for path in found)
         raise UserError(f"{folder} holds several vocabularies ({sizes})\n       say which: "
