@@ -99,7 +99,8 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None) 
     except UnicodeDecodeError as error:
         place = f" after record {number}" if number else ""
         raise UserError(f"{path}: this is not UTF-8 text{place} ({error.reason})\n       save it as UTF-8; from "
-                        f"Chinese Windows, for example:\n       iconv -f GBK -t UTF-8 {path} > new.txt && mv new.txt {path}"
+                        "Chinese Windows, for example:\n"
+                        f"       iconv -f GBK -t UTF-8 {path} > new.txt && mv new.txt {path}"
                         ) from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error

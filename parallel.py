@@ -5,6 +5,7 @@
 All have the same weights and take the same steps: each computes the gradients of its share of a step, PyTorch's DDP
 takes their mean. What hangs on a clock, a signal or a file must be the same in all too, so the first one tells it.
 """
+import atexit
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from settings import UserError
+from settings import UserError, end_children
 
 PATIENCE = timedelta(minutes=10)        # for a process that is busy; one that is dead is noticed at once
 GONE = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")   # of gloo's words
@@ -171,7 +172,7 @@ def check_restarts(world: World) -> None:
 def joined() -> Iterator[World]:
     """Be one of the processes, until the end of the block. Only the first one prints.
 
-    After an error the group is left as it is: taking leave of a process that is dead could last.
+    The group is left as it is: taking leave of a process that is dead could last.
 
     Raises:
         UserError: when another process has ended, or torchrun's own settings do not fit together.
@@ -186,13 +187,25 @@ def joined() -> Iterator[World]:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             with redirect_stdout(sys.stdout if world.first else nowhere):
                 yield world
-    except SystemExit:
-        dist.destroy_process_group()
+        atexit.register(leave, 0)
+    except SystemExit as end:
+        atexit.register(leave, end.code or 0)
+        raise
+    except UserError:
+        atexit.register(leave, 1)
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in GONE):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun is about to send it, but why comes first
+        atexit.register(leave, 1)
         raise UserError(f"process {world.rank} of {world.size} ends, because another one has ended or hangs; what was "
                         "saved stays, and the same command goes on with it") from error
-    dist.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """End the process when all is done. Tearing gloo's threads down ends in an abort, once in some hundred times."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    end_children()
+    os._exit(status)
