@@ -76,9 +76,9 @@ show_probs: bool | str = False  # the same in colours by probability, and with w
                                 # with a name as probs.html in a page for the browser, beside the plain stories here
 # machine
 quantize = ""                   # int8: weights of 8 bits, on a CPU; a seed then gives other texts in a batch than alone
-compile = False                 # single texts twice as fast on a CPU; the first time it takes 15 seconds (needs a C++
-                                # compiler), then it is kept in ~/.cache/tiny-llm; on an NVIDIA GPU, a CUDA graph. On
-                                # a CPU that is busy with other things, set OMP_NUM_THREADS=1
+compile = False                 # with int8, single texts 1.5 to 2 times as fast on a CPU; the first time it takes 15
+                                # seconds (needs a C++ compiler), then it is kept in ~/.cache/tiny-llm; on an NVIDIA
+                                # GPU, a CUDA graph. On a CPU that is busy with other things, set OMP_NUM_THREADS=1
 batch_size = 32                 # prompts of input_file that are continued at the same time
 device = "auto"                 # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                  # auto, float32, bfloat16, float16
