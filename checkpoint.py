@@ -70,10 +70,7 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = 
     """
     path = Path(path)
     if not path.is_file():
-        others = [other for other in (path.with_name("last.pt"), *sorted(path.parent.glob("*/ckpt.pt")))
-                  if other.is_file() and other != path]
-        raise UserError(f"no checkpoint at {path.resolve()}\n       " + (
-            f"there is {', '.join(map(str, others[:5]))}" if others else "python train.py makes one"))
+        raise not_there(path)
     state = read_tensors(path, mapped)
     if not isinstance(state, dict) or (missing := [key for key in required if key not in state]):
         lacks = f"it has no {', '.join(missing)}" if isinstance(state, dict) else f"it holds a {type(state).__name__}"
@@ -87,6 +84,13 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = 
     if strange := [name for name, weight in state["model"].items() if not _is_plain(weight)]:
         raise UserError(f"{path} is not a checkpoint of this project: {strange[0]} is no array of numbers")
     return state
+
+
+def not_there(path: Path) -> UserError:
+    """What to say of a checkpoint that is missing: which others there are, or what makes one."""
+    others = [*sorted(path.parent.glob("*.pt")), *sorted(path.parent.glob("*/ckpt.pt"))]
+    return UserError(f"no checkpoint at {path.resolve()}\n       " + (
+        f"there is {', '.join(map(str, others[:5]))}" if others else "python train.py makes one"))
 
 
 def read_tensors(path: Path, mapped: bool = False) -> Any:

@@ -154,8 +154,9 @@ def load_last(cfg: SimpleNamespace) -> dict[str, Any]:
         return checkpoint.load(last, checkpoint.TO_GO_ON)
     except UserError as error:
         best = last.with_name("ckpt.pt")
-        raise UserError(f"{error}\n       begin anew, and with the best weights if they are sound: python train.py "
-                        f"--out_dir {cfg.out_dir} --init_from {best if best.is_file() else 'scratch'}") from error
+        how, start = (", with the best weights if they are sound", best) if best.is_file() else ("", "scratch")
+        raise UserError(f"{error}\n       begin anew{how}: python train.py --data_dir {cfg.data_dir} "
+                        f"--out_dir {cfg.out_dir} --init_from {start}") from error
 
 
 def goes_on(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -> bool:

@@ -82,7 +82,7 @@ def _reader(path: Path) -> Callable[[Path], State] | None:
     if path.is_dir():
         return _folder_reader(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path.resolve()}\n       python train.py makes one")
+        raise checkpoint.not_there(path)
     with open(path, "rb") as file:
         begin = file.read(4)
     known = {b"GGUF": gguf_file.read, llama2c.MAGIC: llama2c.read, b"PK\3\4": partial(checkpoint.load, mapped=True)}

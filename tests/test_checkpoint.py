@@ -82,7 +82,7 @@ def test_cut_and_foreign_files_are_refused(state):
             file.write(content)
         with pytest.raises(UserError, match="bad.pt"):
             checkpoint.load("bad.pt")
-    with pytest.raises(UserError, match="python train.py"):
+    with pytest.raises(UserError, match="there is a.pt, bad.pt"):
         checkpoint.load("missing.pt")
     with zipfile.ZipFile("zip.pt", "w") as file:
         file.writestr("hello.txt", "x")
