@@ -310,7 +310,7 @@ def print_plan(run: Any) -> float:
     compiles, why = choose_compile(run, seconds * run.own_parts)
     compiles = bool(world.first_says(compiles))
     print(f"compile: {'yes' if compiles else 'no'} ({why})" + (
-        "; this takes a minute or two, --compile False goes without" if compiles else ""), flush=True)
+        "; --compile False begins at once" if compiles else ""), flush=True)
     if (left := run.seconds_left(seconds * run.own_parts)) > LONG and run.where.device.type == "cpu":
         print(f"note:   the run would take {left / 86400:.1f} days; --preset cpu_3min, or --max_minutes 60, fits one "
               "to the time you have", flush=True)

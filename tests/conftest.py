@@ -137,3 +137,12 @@ def sound(tmp_path_factory) -> Path:
         patch.chdir(folder := tmp_path_factory.mktemp("sound"))
         fuzz.make_files()
     return folder
+
+
+def random_model(**shape) -> Transformer:
+    """A model of two layers and a window of 24, whose random weights are large enough for its tokens to differ."""
+    torch.manual_seed(1)
+    model = Transformer(ModelArgs(**{"dim": 64, "n_layers": 2, "max_seq_len": 24, **shape})).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 2)
+    return model

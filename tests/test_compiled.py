@@ -4,8 +4,9 @@ import torch
 
 import compiled
 import device
+from conftest import random_model
 from engine import Engine
-from model import ModelArgs, Transformer
+from model import Transformer
 from sampling import Sampling
 from settings import UserError
 
@@ -14,12 +15,7 @@ PROMPT, LENGTH = [1, 5, 9, 30], 40          # beyond the window of the model
 
 
 def make(**shape) -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(ModelArgs(**{"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61,
-                                     "max_seq_len": 24, **shape})).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 2)
-    return model
+    return random_model(**{"n_heads": 4, "n_kv_heads": 2, "vocab_size": 61, **shape})
 
 
 def logits(engine: Engine, prompt=PROMPT, count=LENGTH) -> torch.Tensor:

@@ -16,12 +16,12 @@ import checkpoint
 import divided
 import parallel
 import sample
-from conftest import ROOT, learn, quickly
+from conftest import ROOT, learn, quickly, random_model
 from device import Device, _has_fbgemm
 from divided import Team
 from engine import Engine
 from gpt2 import GPT2Args
-from model import ModelArgs, Transformer
+from model import Transformer
 from parallel import World
 from sample import TextGenerator
 from sampling import Sampling
@@ -33,12 +33,7 @@ LENGTH = 40                                             # beyond the window of t
 
 
 def make(**shape) -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(ModelArgs(**{"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 299,
-                                     "max_seq_len": 24, **shape})).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 2)
-    return model
+    return random_model(**{"n_heads": 8, "n_kv_heads": 4, "vocab_size": 299, **shape})
 
 
 def save(path: Path, **shape) -> Path:
