@@ -24,7 +24,7 @@ import shards
 import tokenizer
 import workers
 from files import load_json, locked
-from settings import UserError, printable
+from settings import UserError, command, printable
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
 
@@ -52,8 +52,13 @@ def examine(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     todo = [finding for finding in found if finding.state != DONE]
     if found[2].state == DONE and all(finding.state == MISSING for finding in todo):
         todo = []                           # a model that is there needs no text
+    others, look = attempt(lambda: Finding("", "", what=elsewhere(cfg))).what or ("", "")
+    if others:
+        show("elsewhere", Finding("", others))
+    if "data_dir" in given or "out_dir" in given or any(finding.state != MISSING for finding in found):
+        look = ""                           # it is these folders that are meant
     write = command("sample", checkpoint=project.out / "ckpt.pt", prompt="Once upon a time")
-    print("next:", printable(todo[0].mend if todo else write))
+    print("next:", printable(look or (todo[0].mend if todo else write)))
 
 
 def show(name: str, finding: Finding) -> None:
@@ -75,11 +80,19 @@ def said(error: Exception) -> str:
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
 
 
-def command(script: str, **settings: Any) -> str:
-    """What to type, with those settings that say something."""
-    values = {name: f'"{value}"' if re.search(r"[^\w./\\:~-]", str(value)) else value
-              for name, value in settings.items() if value}
-    return " ".join([f"python {script}.py", *(f"--{name} {value}" for name, value in values.items())])
+def elsewhere(cfg: SimpleNamespace) -> tuple[str, str]:
+    """Runs and texts in folders within out_dir and data_dir, in words, and the command that looks at the newest."""
+    runs, texts = within(cfg.out_dir, "last.pt"), within(cfg.data_dir, "tok*.model")
+    parts = [f"{what} in {', '.join(map(str, found[-5:]))} (look with --{name})"
+             for what, found, name in (("runs", runs, "out_dir"), ("text", texts, "data_dir")) if found]
+    newest = {"out_dir": runs[-1]} if runs else {"data_dir": texts[-1]} if texts else {}
+    return "; ".join(parts), command("train", doctor=True, **newest) if newest else ""
+
+
+def within(folder: str, name: str) -> list[Path]:
+    """The folders within a folder that have such a file, the newest last, without those of old runs."""
+    found = {path.parent for path in Path(folder).glob(f"*/{name}") if not path.parent.name.startswith("old-")}
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 # ---- the machine --------------------------------------------------------------------------------
@@ -142,7 +155,14 @@ class Project:
         self.paths = attempt(lambda: Finding("", "", what=sorted(self.data.glob("tok*.model")))).what or []
         found = attempt(lambda: Finding("", "", what=tokenizer.find(self.data, self.size, known["tokenizer_sha256"])))
         self.path = found.what or (self.paths[0] if self.paths and not self.size else None)
-        self.run = {"out_dir": given.get("out_dir"), "preset": given.get("preset")}
+        self.run = {"out_dir": given.get("out_dir"), "preset": given.get("preset") or self.suggested(cfg, given)}
+
+    @staticmethod
+    def suggested(cfg: SimpleNamespace, given: dict[str, Any]) -> str:
+        """The preset to begin with, unless a length is given: the settings of the block take days on a CPU."""
+        where = attempt(lambda: Finding("", "", what=devices.choose(cfg.device, cfg.dtype))).what
+        long = where and where.device.type == "cpu" and not {"max_iters", "max_minutes"} & set(given)
+        return "cpu_3min" if long else ""
 
     def text(self, path: Path | None) -> dict[str, Any]:
         """The settings, to be typed, that lead to a vocabulary and its text."""
@@ -161,16 +181,14 @@ class Project:
     def vocabulary(self, path: Path | None) -> Finding:
         if path is None:
             name = f"tok{self.size}.model" if self.size else "vocabulary"
-            others = sorted({str(other.parent) for other in self.data.glob("*/tok*.model")})
-            hint = f"; --data_dir {' or '.join(others[:5])} has one" if others else ""
-            return Finding(MISSING, f"no {name} in {self.data}{hint}", self.learn(None))
+            return Finding(MISSING, f"no {name} in {self.data}", self.learn(None))
         found = tokenizer.load(path)
         return Finding(DONE, f"{path}: {found.n_words:,} entries", what=found)
 
     def learn(self, path: Path | None) -> str:
         """Step 1; to be repeated, it needs the text that it had."""
-        if path is None:
-            return command("train_vocab", **self.given)
+        if path is None:                    # another folder is for a text of one's own
+            return command("train_vocab", **self.given, data="PATH" if self.given["data_dir"] else "")
         notes = path.with_suffix(".json")
         noted = attempt(lambda: Finding("", source if Path(source := load_json(notes)["source"]).exists() else ""))
         source = "" if noted.state else noted.facts
@@ -206,8 +224,7 @@ class Project:
     def read_last(self) -> Finding:
         path = self.out / "last.pt"
         if not path.is_file():
-            others = sorted(str(other.parent) for other in self.out.glob("*/last.pt"))
-            return Finding(MISSING, f"no {path}" + (f"; --out_dir {' or '.join(others[:5])} has one" if others else ""))
+            return Finding(MISSING, f"no {path}")
         state = checkpoint.load(path, checkpoint.TO_GO_ON, mapped=True)
         checkpoint.build_model(state, own=False, name=path)
         config, step = state["config"], state["iter_num"]
@@ -242,20 +259,28 @@ class Project:
         begin = {**self.text(self.path), **self.run}
         resume = {**begin, "preset": "", "init_from": "resume"}
         if self.is_locked():
-            watch = command("sample", checkpoint=self.out / "last.pt", prompt="Once upon a time")
-            return last._replace(state=BUSY, facts=f"{last.facts}; a process is training it now", mend=watch)
+            return last._replace(state=BUSY, facts=f"a process is training in {self.out} now; saved last: {last.facts}",
+                                 mend=self.watch())
         if last.state == STALE:
             return last._replace(mend=command("train", **begin))
         if last.state == MISSING:
             return best._replace(facts=f"{last.facts}; {best.facts}", mend=command("train", **begin))
         if last.state == DAMAGED or best.state == STALE:
-            weights = self.out / "ckpt.pt" if best.state == DONE else "scratch"
-            return (last if last.state == DAMAGED else best)._replace(mend=command("train", **begin, init_from=weights))
+            anew = command("train", **begin, init_from="scratch")
+            weights = command("train", **{**begin, "preset": "", "init_from": self.out / "ckpt.pt"})
+            return (last if last.state == DAMAGED else best)._replace(mend=weights if best.state == DONE else anew)
         if last.state == UNFINISHED:
             return last._replace(mend=command("train", **resume))
         # where ckpt.pt is not there or damaged, one more step ends with an evaluation, which writes it
         more = command("train", **resume, max_iters=last.what["iter_num"] + 1, max_minutes="0")
         return last if best.state == DONE else best._replace(mend=best.mend or more)
+
+
+    def watch(self) -> str:
+        """A look at a run that is on: a story, or another look when nothing is saved that has learned."""
+        if self.last.what and self.last.what["iter_num"]:
+            return command("sample", checkpoint=self.out / "last.pt", prompt="Once upon a time")
+        return command("train", doctor=True, **self.given, out_dir=self.run["out_dir"])
 
 
 def belonging(finding: Finding, vocabulary: tokenizer.Vocabulary | None, data: shards.ShardSet | None) -> Finding:

@@ -100,6 +100,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt:
         end_children()
+        print("\nstopped; no file is half-written: the same command goes on, or begins anew", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:             # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,6 +111,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(printable(f"error: {error.strerror}: {error.filename or 'a file'}"))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done, and Ctrl-C would only break into tidying up
+
+
+def command(script: str, launcher: str = "python", **settings: Any) -> str:
+    """What to type, with those settings that say something."""
+    values = {name: f'"{value}"' if re.search(r"[^\w./\\:~-]", str(value)) else value
+              for name, value in settings.items() if value not in ("", None)}
+    words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items()]
+    return " ".join([f"{launcher} {script}.py", *words])
 
 
 def end_children() -> None:

@@ -12,7 +12,7 @@ import demo_stories
 import shards
 import tokenizer
 from conftest import TINY, quickly
-from files import load_json, save_json
+from files import load_json, locked, save_json
 from settings import UserError
 
 SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
@@ -21,7 +21,7 @@ SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 def doctor(*args) -> tuple[list[str], str]:
     """The states of the steps, in order, and the command that is to be typed next. Nothing on the disk changes."""
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    result = quickly("train", "--doctor", *args)
+    result = quickly("train", "--doctor", "--device", "cpu", *args)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
     lines = [line for line in result.stdout.splitlines() if not line.startswith("settings:")]
@@ -73,13 +73,13 @@ def here(whole, tmp_path):
 def test_from_nothing_to_stories():
     write_texts()
     flags = ["--data_dir", "my data", "--out_dir", "out", "--vocab_size", "512"]
-    assert doctor(*flags) == (["missing"] * 4, 'python train_vocab.py --data_dir "my data" --vocab_size 512')
-    follow(doctor(*flags)[1] + " --data texts")
+    assert doctor(*flags) == (["missing"] * 4, 'python train_vocab.py --data_dir "my data" --vocab_size 512 --data PATH')
+    follow(doctor(*flags)[1].replace("PATH", "texts"))
     assert doctor(*flags) == (["done", "missing", "missing", "missing"],
                               'python preprocess.py --data_dir "my data" --vocab_size 512')
     follow(doctor(*flags)[1])
     assert doctor(*flags) == (["done", "done", "missing", "missing"],
-                              'python train.py --data_dir "my data" --vocab_size 512 --out_dir out')
+                              'python train.py --data_dir "my data" --vocab_size 512 --out_dir out --preset cpu_3min')
     follow(doctor(*flags)[1])
     assert doctor(*flags) == (["done", "done", "done", "ready"],
                               'python sample.py --checkpoint out/ckpt.pt --prompt "Once upon a time"')
@@ -112,14 +112,14 @@ def test_minutes_can_end_a_run_too(here, seconds, state):
 def test_shards_of_another_vocabulary(here):
     quickly("train_vocab", "--data", "texts/0.json", "--vocab_size", 512)
     assert doctor()[0] == ["done", "stale", "stale", "ready"]
-    assert heal()[:2] == ["python preprocess.py", "python train.py"]
+    assert heal()[:2] == ["python preprocess.py", "python train.py --preset cpu_3min"]
     assert Path("output/old-1/ckpt.pt").exists() and doctor()[0] == ["done", "done", "done", "ready"]
 
 
 def test_a_run_on_another_text(here):
     Path("texts/1.json").unlink()
     quickly("preprocess")
-    assert doctor() == (["done", "done", "stale", "ready"], "python train.py")
+    assert doctor() == (["done", "done", "stale", "ready"], "python train.py --preset cpu_3min")
     heal()
     assert checkpoint.load("output/ckpt.pt")["data_sha256"] == shards.read(Path("data/tok512")).sha256
 
@@ -147,7 +147,9 @@ def test_what_is_damaged_is_mended(here, name, states, first):
 def test_both_checkpoints_are_damaged(here):
     damage("output/ckpt.pt")
     damage("output/last.pt")
-    assert doctor() == (["done", "done", "damaged", "damaged"], "python train.py --init_from scratch")
+    assert doctor() == (["done", "done", "damaged", "damaged"],
+                        "python train.py --preset cpu_3min --init_from scratch")
+    assert doctor("--max_minutes", 60)[1] == "python train.py --init_from scratch"
 
 
 def test_a_text_that_is_gone_is_to_be_named(here):
@@ -200,6 +202,29 @@ def test_a_state_of_another_version_is_a_line(here, config, damaged):
     checkpoint.save("output/last.pt", {**state, "config": {**state["config"], **config} if config else {}})
     states, _ = doctor()
     assert len(states) == 4 and (states[2] == "damaged") == damaged
+
+
+def test_what_is_in_other_folders_is_looked_at(here):
+    Path("data/mine").mkdir()
+    Path("output/mine").mkdir()
+    for path in [*Path("data").glob("tok*"), *Path("output").glob("*.*")]:
+        path.rename(path.parent / "mine" / path.name)
+    state = checkpoint.load("output/mine/last.pt")
+    checkpoint.save("output/mine/last.pt", {**state, "config": {**state["config"], "data_dir": "data/mine"}})
+    assert doctor() == (["missing"] * 4, f"python train.py --doctor --out_dir {Path('output/mine')}")
+    assert doctor("--out_dir", "output/mine")[0] == ["done", "done", "done", "ready"]
+    assert doctor("--data_dir", "data")[1] == "python train_vocab.py --data_dir data --data PATH"
+    shutil.rmtree("output")
+    assert doctor()[1] == f"python train.py --doctor --data_dir {Path('data/mine')}"
+
+
+@pytest.mark.parametrize("step, todo", [
+    (0, "python train.py --doctor"), (1, 'python sample.py --checkpoint output/last.pt --prompt "Once upon a time"')])
+def test_a_run_that_is_on_is_left_alone(here, step, todo):
+    state = checkpoint.load("output/last.pt")
+    checkpoint.save("output/last.pt", {**state, "iter_num": step})
+    with locked("output"):
+        assert doctor() == (["done", "done", "busy", "ready"], todo)
 
 
 def test_a_device_that_is_not_there_is_a_line():
