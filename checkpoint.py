@@ -88,7 +88,8 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = 
 
 def not_there(path: Path) -> UserError:
     """What to say of a checkpoint that is missing: which others there are, or what makes one."""
-    others = [*sorted(path.parent.glob("*.pt")), *sorted(path.parent.glob("*/ckpt.pt"))]
+    near = path.parent if path.parent.is_dir() else Path("output")
+    others = [*sorted(near.glob("*.pt")), *sorted(near.glob("*/ckpt.pt"))]
     return UserError(f"no checkpoint at {path.resolve()}\n       " + (
         f"there is {', '.join(map(str, others[:5]))}" if others else "python train.py makes one"))
 

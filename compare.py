@@ -30,6 +30,7 @@ class Trained:
     by_tokens: Points
     by_minutes: Points
     speeds: list[float]
+    steps: int
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -52,12 +53,15 @@ def compare_runs(folders: list[str], out_dir: str) -> None:
         print("\nwarning: nothing in their checkpoints says that these runs were validated on the same text;\n"
               "         bits per byte of different texts say little about the models")
     print_table([["", *folders], *facts(runs)])
+    missing = []
     for unit, curves in ("tokens", [run.by_tokens for run in runs]), ("minutes", [run.by_minutes for run in runs]):
         if rows := lowest_marked(unit, curves):
             print_table([[f"val bpb at {unit}", *folders], *rows])
         else:
-            print(f"\nthe evaluations of these runs share no stretch of {unit}; runs to be compared want a smaller "
-                  "--eval_interval")
+            missing.append(unit)
+    if missing:
+        print(f"\nthe evaluations of these runs share no stretch of {' or '.join(missing)}; to be compared, they want "
+              f"more of them, as with --eval_interval {max(min(run.steps for run in runs) // 10, 1)}")
     try:
         path = Path(out_dir) / "compare.png"
         draw(runs, path)
@@ -85,7 +89,8 @@ def read(folder: str) -> Trained:
     minutes = {entry["iter"]: entry["seconds"] / 60 for entry in clock}
     return Trained(folder, first, [(entry["tokens"], entry["bpb"]) for entry in evaluations],
                    [(minutes[entry["iter"]], entry["bpb"]) for entry in evaluations if entry["iter"] in minutes],
-                   [entry["tokens_per_second"] for entry in clock if numbers(entry, "tokens_per_second")])
+                   [entry["tokens_per_second"] for entry in clock if numbers(entry, "tokens_per_second")],
+                   evaluations[-1]["iter"])
 
 
 def numbers(entry: dict[str, Any], *names: str) -> bool:

@@ -13,8 +13,9 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import demo_stories
 from files import replace
@@ -29,11 +30,16 @@ VAL_BYTES = 2_000_000           # and no more than about so much text: each eval
 GROUP_BYTES = 4 << 20           # small files share a part of the work, and a shard, until they are so large together
 DEMO = Path("data/demo")
 DEMO_FILES = 10
+NAMED = 5                       # files that a message names, of many that are wrong
 FOLDER = "TinyStories_all_data"                 # in the data folder, where download.py unpacks the real stories
 
 _READ = 1 << 18                 # characters read at a time
 _RECORD = 1 << 24               # characters that one JSON record may have
 _GAP = re.compile(r"[\s,]*")
+
+
+class NotUTF8(UserError):
+    """A file is not the text that it should be."""
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -87,8 +93,7 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None) 
     number = 0
     try:
         with open(path, "rb") as raw:
-            plain = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
-            stream = io.TextIOWrapper(plain, encoding="utf-8-sig")
+            stream = _opened(path, raw)
             read = _txt_records if path.name.lower().removesuffix(".gz").endswith(".txt") else _json_records
             at = 0
             for number, record in enumerate(read(stream), 1):
@@ -98,12 +103,44 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None) 
                     at = raw.tell()
     except UnicodeDecodeError as error:
         place = f" after record {number}" if number else ""
-        raise UserError(f"{path}: this is not UTF-8 text{place} ({error.reason})\n       save it as UTF-8; from "
-                        "Chinese Windows, for example:\n"
-                        f"       iconv -f GBK -t UTF-8 {path} > new.txt && mv new.txt {path}"
-                        ) from error
+        raise NotUTF8(f"{path}: this is not UTF-8 text{place} ({error.reason}){_save_as_utf8(path)}") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error
+
+
+@contextmanager
+def naming_all(files: list[Path]) -> Iterator[None]:
+    """Where a file turns out not to be UTF-8, name all that are not, so that they can be mended at once."""
+    try:
+        yield
+    except NotUTF8 as error:
+        wrong = [path for path in files if not _is_utf8(path)]
+        if len(wrong) < 2:
+            raise
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {', '.join(map(str, wrong[:NAMED]))}"
+                        f"{more}{_save_as_utf8(wrong[0])}") from error
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        with open(path, "rb") as raw, _opened(path, raw) as stream:
+            while stream.read(_READ):
+                pass
+    except UnicodeDecodeError:
+        return False
+    except (OSError, EOFError, zlib.error):     # wrong in another way
+        pass
+    return True
+
+
+def _opened(path: Path, raw: BinaryIO) -> TextIO:
+    return io.TextIOWrapper(gzip.open(raw) if path.suffix.lower() == ".gz" else raw, encoding="utf-8-sig")
+
+
+def _save_as_utf8(path: Path) -> str:
+    return ("\n       save as UTF-8; from Chinese Windows, for example:\n"
+            f"       iconv -f GBK -t UTF-8 {path} > new.txt && mv new.txt {path}")
 
 
 def _pieces(text: str) -> Iterator[str]:

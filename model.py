@@ -147,7 +147,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
         (B, H, T, D).
     """
     groups = q.shape[1] // k.shape[1]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > BLOCKED_UP_TO or dropout:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > BLOCKED_UP_TO:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, dropout_p=dropout)
     # PyTorch's fused kernel is slow in bfloat16 on a CPU. Plain products of a block of queries with the keys up to
     # its end are faster, and leave out most of what the mask would hide. Heads that share keys are one longer block.
@@ -159,7 +159,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
         hidden = torch.arange(end, device=q.device) > torch.arange(begin, end, device=q.device)[:, None]
         scores = block.flatten(2, 3) @ k[:, :, :end].mT                             # (B, K, H / K * block, end)
         scores = scores.float().unflatten(2, (groups, -1)).masked_fill(hidden, -math.inf)
-        out.append((scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v[:, :, :end]).unflatten(2, (groups, -1)))
+        weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout)
+        out.append((weights.flatten(2, 3) @ v[:, :, :end]).unflatten(2, (groups, -1)))
     return torch.cat(out, 3).flatten(1, 2)
 
 

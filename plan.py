@@ -30,10 +30,12 @@ FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log
         "device", "dtype", "compile", "num_workers", "shard", "sample_prompts", "sample_tokens",    # may change, and
         "data_dir", "vocab_size")           # these two, but not what they lead to
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
+CHECKPOINT_BYTES = 12                       # all of them but the gradient
 HALF = "old.part"                           # the folder of an old run while its files are moved to it
 NEW = "new.pt"                              # the first state of a run, until the old run is out of its way
 LONG = 2 * 86400                            # seconds of training on a CPU that few will want
 PEAK = 2                                    # times what a micro-batch keeps is taken at its peak, about
+OFTEN = 5                                   # epochs; 4 are nearly as good as new text, says arXiv 2305.16264
 PAYS_AFTER = 100                            # seconds of training from which on compiling, 10 to 30 seconds, pays
 
 
@@ -248,7 +250,7 @@ def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args, resumed: bool) 
         return
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    need = 3 * (STATE_BYTES - 4) * count_parameters(args)
+    need = 3 * CHECKPOINT_BYTES * count_parameters(args)
     need -= sum(path.stat().st_size for path in folder.glob("*.pt")) if resumed else 0
     free = shutil.disk_usage(folder).free
     if free < need:
@@ -288,8 +290,8 @@ def put_back(out_dir: str) -> None:
     new.unlink(missing_ok=True)
 
 
-def print_plan(run: Any) -> float:
-    """Print what will happen; return the seconds that an evaluation will take.
+def print_plan(run: Any) -> None:
+    """Print what will happen, and learn how long an evaluation will take.
 
     To know the time to go, one micro-batch is tried out, which leaves no trace in the run.
     """
@@ -304,31 +306,36 @@ def print_plan(run: Any) -> float:
           + (f", shared by {world.size} processes" if world.size > 1 else "")
           + (", each with a part of the model" if run.divided else ""))
     kept = 0 if run.divided else count_activations(run)
-    print(f"memory: {memory(run, kept)}", flush=True)
+    print(f"memory: {memory(run, kept)}\ndisk:   up to {CHECKPOINT_BYTES * parameters / 1e6:,.0f} MB each for "
+          f"{Path(cfg.out_dir) / 'last.pt'} and ckpt.pt", flush=True)
     warn_of_memory(run, kept)
-    eager = seconds = try_out(run)
+    seconds = try_out(run)
+    batches = PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
+    evaluation = world.first_says(seconds / 3 * batches / world.size)
     compiles, why = choose_compile(run, seconds * run.own_parts)
     compiles = bool(world.first_says(compiles))
     print(f"compile: {'yes' if compiles else 'no'} ({why})" + (
         "; --compile False begins at once" if compiles else ""), flush=True)
-    if (left := run.seconds_left(seconds * run.own_parts)) > LONG and run.where.device.type == "cpu":
-        print(f"note:   the run would take {left / 86400:.1f} days; --preset cpu_3min, or --max_minutes 60, fits one "
-              "to the time you have", flush=True)
     if compiles:
         run.compile()
         with compiler_errors():
             seconds = try_out(run)
-    left = run.seconds_left(seconds * run.own_parts)
-    steps = round(left / seconds / run.own_parts)
+    run.reserve = evaluation
+    left, steps = run.seconds_left(seconds * run.own_parts), run.steps_left(seconds * run.own_parts)
     windows = PretokDataset(data, "train", cfg.batch_size, args.max_seq_len).n_windows
     epochs = steps * cfg.batch_size * cfg.gradient_accumulation_steps / windows
-    print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs"
+    print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations"
           + (f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""), flush=True)
+    if left > LONG and run.where.device.type == "cpu":
+        print(f"note:   that is {left / 86400:.1f} days; --preset cpu_3min, or --max_minutes 60, fits a run to the "
+              "time you have", flush=True)
+    if epochs > OFTEN and cfg.eval_interval > 2 * steps / epochs:
+        print(f"note:   the text is read {epochs:.0f} times, and known by heart after {OFTEN} or so; ckpt.pt keeps the "
+              f"best if evaluations come often enough: --eval_interval {max(round(steps / epochs), 1)}"
+              + (", and --dropout 0.1 helps" if not cfg.dropout else ""), flush=True)
     if not run.state.iter_num and cfg.warmup_iters > steps / 2:
         print(f"note:   the learning rate grows over {cfg.warmup_iters} steps, which is most of the run; "
               f"--warmup_iters {max(steps // 10, 0)} would leave room for what follows", flush=True)
-    batches = PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
-    return world.first_says(eager / 3 * batches / world.size)
 
 
 def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
@@ -344,7 +351,8 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
         return False, "there is no triton package for it"
     if kind not in ("cpu", "cuda"):
         return False, f"not for {kind}"
-    return left > PAYS_AFTER, f"{'' if left > PAYS_AFTER else 'not '}worth it for a run of {clock(left)}"
+    return left > PAYS_AFTER, f"in a run of {'over' if left > PAYS_AFTER else 'under'} {PAYS_AFTER} seconds it " + (
+        "saves more time than it takes" if left > PAYS_AFTER else "takes more time than it saves")
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class Run:
         self.saved_at = self.seconds()
         self.saved_step = self.state.iter_num           # of last.pt; 0: there is none of this run
         self.fresh: list[list[Tensor]] = []             # loss and gradient length of steps that nobody looked at yet
-        self.reserve = 0.0              # seconds that the last evaluation will take
+        self.reserve = 0.0              # seconds that an evaluation takes
         self.asked = self.stop = 0      # the signal that asked this process to stop, and all of them
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -125,8 +125,19 @@ class Run:
         return bool(late) or self.state.iter_num >= self.cfg.max_iters
 
     def seconds_left(self, seconds_per_step: float) -> float:
-        left = (self.cfg.max_iters - self.state.iter_num) * seconds_per_step
-        return min(left, 60 * self.cfg.max_minutes - self.seconds()) if self.cfg.max_minutes else left
+        """Until the end of the run, with the evaluations that are still to come."""
+        cfg, done = self.cfg, self.state.iter_num
+        evaluations = -(-cfg.max_iters // cfg.eval_interval) - done // cfg.eval_interval
+        left = (cfg.max_iters - done) * seconds_per_step + evaluations * self.reserve
+        return min(left, 60 * cfg.max_minutes - self.seconds()) if cfg.max_minutes else left
+
+    def steps_left(self, seconds_per_step: float) -> int:
+        """How many steps that leaves time for."""
+        steps = self.cfg.max_iters - self.state.iter_num
+        if not self.cfg.max_minutes:
+            return steps
+        left = 60 * self.cfg.max_minutes - self.seconds() - self.reserve
+        return min(steps, max(round(left / (seconds_per_step + self.reserve / self.cfg.eval_interval)), 0))
 
     def progress(self) -> float:
         """How much of the run is done, 0 to 1, by steps or by the clock, whichever is further."""
@@ -145,8 +156,10 @@ class Run:
 
     def compile(self) -> None:
         """Compile the layers, which are all alike, so that it takes the time of one; and a part of the loss."""
+        # on a CPU, random numbers for dropout are faster uncompiled
+        options = {"fallback_random": self.where.device.type == "cpu"}
         for part in (*self.model.layers, self.model.loss.part):
-            part.compile(dynamic=False)
+            part.compile(dynamic=False, options=options)
         self.state.compiled = True
 
     @torch.inference_mode()

@@ -162,12 +162,14 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
         run.state.best_val_loss = world.first_says(run.state.best_val_loss)
     if run.finished():
         more = f"--max_minutes {2 * cfg.max_minutes:g}" if cfg.max_minutes else f"--max_iters {2 * cfg.max_iters}"
+        of_preset = PRESETS[name].settings if (name := given.get("preset")) else {}
+        typed = {name: value for name, value in given.items() if of_preset.get(name) != value}
         print(f"the run in {cfg.out_dir} is finished, with step {run.state.iter_num:,}\n"
               f"go on with it: {world.command} train.py --init_from resume --out_dir {cfg.out_dir} {more}\n"
-              "begin anew:    the same command as this one with --init_from scratch")
+              f"begin anew:    {settings.command('train', world.command, **{**typed, 'init_from': 'scratch'})}")
     else:
         with enough_memory(cfg, run):
-            run.reserve = print_plan(run)
+            print_plan(run)
         run.meet()
         if not plan.resumed:
             begin(run)

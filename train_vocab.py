@@ -73,15 +73,16 @@ def main() -> None:
     if cfg.data and cfg.download:
         raise UserError("--data and --download name two sources; give one of them")
     with locked(cfg.data_dir):
-        make(cfg)
+        source = find_source(cfg)
+        files = corpus.find_files(source)
+        with corpus.naming_all(files):
+            make(cfg, source, files)
     print("next: python preprocess.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
 
 
-def make(cfg: SimpleNamespace) -> None:
-    """Find the text, count its words, learn from them, check what was learned, and write it."""
+def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> None:
+    """Count the words of the text, learn from them, check what was learned, and write it."""
     start = time.perf_counter()
-    source = find_source(cfg)
-    files = corpus.find_files(source)
     threshold = corpus.validation_threshold(files)
     jobs = [Job(i, group, threshold) for i, group in enumerate(corpus.groups(files))]
     processes, why = workers.how_many(cfg.num_workers, len(jobs))

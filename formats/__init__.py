@@ -94,4 +94,6 @@ def _folder_reader(path: Path) -> Callable[[Path], State]:
         return gpt2_folder.read if huggingface.architecture_of(path) == "GPT2LMHeadModel" else huggingface.read
     if (path / "params.json").is_file():
         return meta.read
+    if (path / "ckpt.pt").is_file():
+        raise UserError(f"{path} is the folder of a training; its model is {path / 'ckpt.pt'}")
     raise UserError(f"{path} has neither a config.json (Hugging Face) nor a params.json (Meta), so it is no model")

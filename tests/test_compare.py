@@ -64,7 +64,8 @@ def test_runs_that_share_nothing_are_not_compared_beyond_their_ends():
     rows = compare("a", "b")
     assert "share no stretch of tokens" in rows["all"] and rows["2.00"] == ["*1.0000", "3.0000"]
     Path("a/clock.jsonl").unlink()
-    assert "share no stretch of minutes" in compare("a", "b")["all"]
+    printed = compare("a", "b")["all"]
+    assert "share no stretch of tokens or minutes; to be compared" in printed and "with --eval_interval 2\n" in printed
 
 
 def test_what_cannot_be_compared_is_said():

@@ -179,6 +179,11 @@ def test_the_comparison_is_of_the_models_own_logits(source):
 def test_mistakes_are_one_clear_line(source):
     assert_user_error(quickly("convert"), "name a model", "python convert.py")
     assert_user_error(script("convert", "nowhere.pt", "a.gguf"), "no checkpoint at")
+    Path("output/mine").mkdir(parents=True)
+    Path("output/mine/ckpt.pt").touch()
+    found = str(Path("output/mine/ckpt.pt"))
+    assert_user_error(quickly("convert", "outptu/ckpt.pt", "a.gguf"), f"there is {found}")
+    assert_user_error(quickly("convert", "output/mine", "a.gguf"), f"the folder of a training; its model is {found}")
     assert_user_error(quickly("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
     assert_user_error(quickly("convert", source, "a.gguf", "more"), "more")
     Path("empty").mkdir()

@@ -73,7 +73,8 @@ def here(whole, tmp_path):
 def test_from_nothing_to_stories():
     write_texts()
     flags = ["--data_dir", "my data", "--out_dir", "out", "--vocab_size", "512"]
-    assert doctor(*flags) == (["missing"] * 4, 'python train_vocab.py --data_dir "my data" --vocab_size 512 --data PATH')
+    assert doctor(*flags) == (["missing"] * 4,
+                              'python train_vocab.py --data_dir "my data" --vocab_size 512 --data PATH')
     follow(doctor(*flags)[1].replace("PATH", "texts"))
     assert doctor(*flags) == (["done", "missing", "missing", "missing"],
                               'python preprocess.py --data_dir "my data" --vocab_size 512')

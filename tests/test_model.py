@@ -229,6 +229,18 @@ def test_attention_in_blocks_is_attention(length, heads, kv_heads):
         assert a.shape == b.shape and (a.double() - b).norm() <= 0.01 * b.norm()
 
 
+def test_dropout_in_blocks_drops_weights_of_attention():
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(500, 2, 70, 16).bfloat16() for _ in range(3))
+    k[:], v[:] = k[0], v[0]
+    q[:] = q[0]
+    found, plain = causal_attention(q, k, v, dropout=0.5), causal_attention(q, k, v)
+    first = found[:, :, 0] / v[:, :, 0]                     # the first token has but itself to look at
+    assert set(first.unique().tolist()) == {0.0, 2.0} and 400 < first[..., 0].sum() / 2 < 600
+    assert ((found.double().mean(0) - plain[0].double()).norm() < 0.1 * plain[0].double().norm()
+            < found[0].double().sub(plain[0].double()).norm())
+
+
 @pytest.mark.parametrize("at_a_time", [1, 97 * 7, 1 << 20])
 def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
     monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", (at_a_time, at_a_time))

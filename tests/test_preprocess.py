@@ -147,6 +147,18 @@ def test_fewer_sources_leave_no_stale_shards(texts, call):
     assert sorted(contents()) == ["manifest.json", *(f"{s}_{i:04d}.bin" for s in ("train", "val") for i in range(3))]
 
 
+@pytest.mark.parametrize("script", ["train_vocab", "preprocess"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_all_files_that_are_not_utf8_are_named_at_once(texts, call, script, processes):
+    wrong = [texts / f"{i}.txt" for i in range(7)]
+    for path in wrong:
+        path.write_bytes("你好".encode("gbk"))
+    (texts / "cut.txt.gz").write_bytes(b"wrong in another way")
+    with pytest.raises(UserError, match="7 of 12 files are not UTF-8 text: .*0.txt, .*4.txt and 2 more\n") as error:
+        call(script, "--data", texts, "--num_workers", processes)
+    assert f"iconv -f GBK -t UTF-8 {wrong[0]} >" in str(error.value)
+
+
 def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, call):
     good = (texts / "c.txt").read_bytes()
     (texts / "c.txt").write_bytes(good + b"\xff")

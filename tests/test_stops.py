@@ -27,6 +27,16 @@ def test_a_signal_saves_and_says_how_to_go_on(project, number):
     assert log("out")[-1]["iter"] == state("out")["iter_num"]
 
 
+def test_ctrl_c_before_the_first_step(project):
+    command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    next(line for line in process.stdout if line.startswith("device: "))
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and errors.startswith("\nstopped; ") and errors.count("\n") == 2, errors
+    assert not Path("out").exists()
+
+
 IN_A_TERMINAL = ("import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
                  "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
 

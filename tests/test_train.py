@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
 import checkpoint
 import device
@@ -333,15 +332,6 @@ def test_no_numbers_stop_the_run_before_they_are_saved(go, monkeypatch, bad):
     assert "--learning_rate 0.0005" in str(error.value) and state("out")["iter_num"] == 4
 
 
-def test_all_problems_are_reported_at_once(go):
-    with pytest.raises(UserError) as error:
-        go("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--seed", 2**32,
-           "--max_minutes", "nan", "--init_from", "nowhere.pt")
-    for part in ("dim 33", "learning_rate", "abacus", "beta2", "seed", "max_minutes", "nowhere.pt"):
-        assert part in str(error.value), part
-    assert not Path("out").exists()
-
-
 def test_another_vocabulary_is_refused(go, call, project, tmp_path):
     go("out", "--max_iters", 2)
     call("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", 300)
@@ -355,22 +345,6 @@ def test_another_vocabulary_is_refused(go, call, project, tmp_path):
         call("train", *TINY)
     call("train", "--vocab_size", 300, *TINY, "--max_iters", 1)
     assert state("output")["model_args"]["vocab_size"] == 300
-
-
-def test_too_little_disk_is_said_before_the_first_step(go, monkeypatch):
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match="MB free"):
-        go("out", "--max_iters", 2)
-
-
-def test_trying_out_leaves_no_trace(prepared):
-    run = prepared("--dropout", 0.5)
-    weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
-    random = torch.get_rng_state()
-    seconds, kept = plan.try_out(run), plan.count_activations(run)
-    assert seconds > 0 and 1e5 < kept < 1e8 and torch.equal(torch.get_rng_state(), random)
-    assert all(weight.grad is None for weight in run.model.parameters())
-    assert_same(weights, dict(run.model.state_dict()))
 
 
 def test_from_the_command_line(project):
@@ -436,19 +410,10 @@ def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
         go("out", "--max_iters", 4)
 
 
-def test_a_compiler_that_fails_is_told_with_its_cache(go, monkeypatch):
-    def fails(run):
-        raise BackendCompilerFailed(print, ImportError("main.so: file too short"), None)
-    try_out = plan.try_out
-    monkeypatch.setattr(plan, "try_out", lambda run: fails(run) if run.state.compiled else try_out(run))
-    with pytest.raises(UserError, match="file too short\n.*--compile False; or delete .*torchinductor"):
-        go("out", "--max_iters", 1, "--compile", "True")
-
-
 @pytest.mark.skipif(not device.has_compiler(), reason="there is no C++ compiler")
 def test_a_compiled_run_is_the_same_run(go):
     """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
-    options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32"]
+    options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1]
     go("eager", "--max_iters", 8, *options)
     go("whole", "--max_iters", 8, *options, "--compile", "True")
     go("parts", "--max_iters", 4, *options, "--compile", "True")

@@ -288,15 +288,3 @@ def test_a_damaged_log_is_put_aside(go, capsys):  # noqa: F811
     assert Path("out/log.damaged-1.jsonl").read_text(encoding="utf-8") == lines
     assert [entry["iter"] for entry in log("out")[1:]] == [5, 6, 7, 8, 8]       # and an evaluation
     assert [json.loads(line)["iter"] for line in Path("out/clock.jsonl").read_text().splitlines()] == [5, 6, 7, 8, 8]
-
-
-@pytest.mark.parametrize("free, says", [(1e12, None), (3e6, "--batch_size 2 --gradient_accumulation_steps 4"),
-                                        (1.0, "use a smaller model")])
-def test_too_little_memory_is_announced(monkeypatch, capsys, free, says):
-    run = SimpleNamespace(cfg=SimpleNamespace(batch_size=8, gradient_accumulation_steps=1),
-                          where=SimpleNamespace(device=torch.device("cpu")),
-                          model=SimpleNamespace(count_parameters=lambda: 100_000))
-    monkeypatch.setattr(plan.workers, "free_memory", lambda: free)
-    plan.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
-    out = capsys.readouterr().out
-    assert says in out if says else out == ""

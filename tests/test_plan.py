@@ -1,0 +1,83 @@
+"""What is checked, and said, before the first step."""
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+import plan
+from conftest import assert_same
+from run import Run, State
+from settings import UserError
+from test_train import go, prepared  # noqa: F401    fixtures
+
+
+def test_all_problems_are_reported_at_once(go):  # noqa: F811
+    with pytest.raises(UserError) as error:
+        go("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--seed", 2**32,
+           "--max_minutes", "nan", "--init_from", "nowhere.pt")
+    for part in ("dim 33", "learning_rate", "abacus", "beta2", "seed", "max_minutes", "nowhere.pt"):
+        assert part in str(error.value), part
+    assert not Path("out").exists()
+
+
+def test_too_little_disk_is_said_before_the_first_step(go, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="MB free"):
+        go("out", "--max_iters", 2)
+
+
+def test_trying_out_leaves_no_trace(prepared):  # noqa: F811
+    run = prepared("--dropout", 0.5)
+    weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    random = torch.get_rng_state()
+    seconds, kept = plan.try_out(run), plan.count_activations(run)
+    assert seconds > 0 and 1e5 < kept < 1e8 and torch.equal(torch.get_rng_state(), random)
+    assert all(weight.grad is None for weight in run.model.parameters())
+    assert_same(weights, dict(run.model.state_dict()))
+
+
+@pytest.mark.parametrize("done, max_minutes, seconds, steps", [
+    (0, 0, 1000 * 0.1 + 4 * 2.0, 1000), (300, 0, 700 * 0.1 + 3 * 2.0, 700), (900, 0, 100 * 0.1 + 2.0, 100),
+    (0, 1, 60 - 5, round((60 - 5 - 2.0) / (0.1 + 2.0 / 300))), (900, 1, 12, 100)])
+def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, steps):
+    """A step takes 0.1 s, an evaluation 2 s; there are 1000 steps, with an evaluation each 300 and at the end."""
+    run = SimpleNamespace(cfg=SimpleNamespace(max_iters=1000, eval_interval=300, max_minutes=max_minutes),
+                          state=State(iter_num=done), reserve=2.0, seconds=lambda: 5.0)
+    assert Run.seconds_left(run, 0.1) == pytest.approx(seconds) and Run.steps_left(run, 0.1) == steps
+
+
+@pytest.mark.parametrize("args, note", [
+    (["--max_iters", 100_000], "--eval_interval"), (["--max_iters", 100_000], "--dropout 0.1"),
+    (["--max_iters", 100_000], "--preset cpu_3min"),
+    (["--max_iters", 3, "--warmup_iters", 2], "--warmup_iters 0 would leave room")])
+def test_what_will_go_wrong_is_said(prepared, monkeypatch, capsys, args, note):  # noqa: F811
+    """When a micro-batch takes 5 seconds."""
+    monkeypatch.setattr(plan, "try_out", lambda run: 5.0)
+    plan.print_plan(prepared("--eval_interval", 1000, *args))
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert any(note in line for line in notes)
+    plan.print_plan(prepared("--max_iters", 3, "--warmup_iters", 0))
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_a_compiler_that_fails_is_told_with_its_cache(go, monkeypatch):  # noqa: F811
+    def fails(run):
+        raise BackendCompilerFailed(print, ImportError("main.so: file too short"), None)
+    try_out = plan.try_out
+    monkeypatch.setattr(plan, "try_out", lambda run: fails(run) if run.state.compiled else try_out(run))
+    with pytest.raises(UserError, match="file too short\n.*--compile False; or delete .*torchinductor"):
+        go("out", "--max_iters", 1, "--compile", "True")
+
+
+@pytest.mark.parametrize("free, says", [(1e12, None), (3e6, "--batch_size 2 --gradient_accumulation_steps 4"),
+                                        (1.0, "use a smaller model")])
+def test_too_little_memory_is_announced(monkeypatch, capsys, free, says):
+    run = SimpleNamespace(cfg=SimpleNamespace(batch_size=8, gradient_accumulation_steps=1),
+                          where=SimpleNamespace(device=torch.device("cpu")),
+                          model=SimpleNamespace(count_parameters=lambda: 100_000))
+    monkeypatch.setattr(plan.workers, "free_memory", lambda: free)
+    plan.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
+    out = capsys.readouterr().out
+    assert says in out if says else out == ""
