@@ -13,6 +13,7 @@ import os
 import zipfile
 import zlib
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,11 @@ from engine import Engine
 from files import whole_file
 from gpt2 import GPT2, GPT2Args, GPT2Engine
 from model import ModelArgs, Transformer
-from settings import UserError
+from settings import UserError, command
 from tokenizer import Vocabulary
 
 FORMAT = 1
+SUFFIXES = (".pt", ".gguf", ".bin")      # of files that may be models
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 KINDS = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict,
          "state": dict, "tokenizer": bytes, "tokenizer_sha256": str, "data_sha256": str, "architecture": str,
@@ -87,11 +89,14 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = 
 
 
 def not_there(path: Path) -> UserError:
-    """What to say of a checkpoint that is missing: which others there are, or what makes one."""
-    near = path.parent if path.parent.is_dir() else Path("output")
-    others = [*sorted(near.glob("*.pt")), *sorted(near.glob("*/ckpt.pt"))]
+    """What to say of a checkpoint that is missing: those that there are, the likest first, or what makes one."""
+    folder = path.parent if path.parent.is_dir() else Path("output")
+    others = [str(other) for other in [*folder.glob("*"), *folder.glob(f"*/{path.name}"), *folder.glob("*/ckpt.pt")]
+              if other.suffix in SUFFIXES]
+    likest = get_close_matches(str(path), sorted(set(others)), n=5, cutoff=0)
+    make = command("train", out_dir="" if path.parent == Path("output") else path.parent)
     return UserError(f"no checkpoint at {path.resolve()}\n       " + (
-        f"there is {', '.join(map(str, others[:5]))}" if others else "python train.py makes one"))
+        f"there is {', '.join(likest)}" if likest else f"{make} makes one"))
 
 
 def read_tensors(path: Path, mapped: bool = False) -> Any:

@@ -56,7 +56,7 @@ def compare_runs(folders: list[str], out_dir: str) -> None:
     missing = []
     for unit, curves in ("tokens", [run.by_tokens for run in runs]), ("minutes", [run.by_minutes for run in runs]):
         if rows := lowest_marked(unit, curves):
-            print_table([[f"val bpb at {unit}", *folders], *rows])
+            print_table([[f"val bpb at {unit} (* lowest)", *folders], *rows])
         else:
             missing.append(unit)
     if missing:

@@ -139,8 +139,12 @@ def _opened(path: Path, raw: BinaryIO) -> TextIO:
 
 
 def _save_as_utf8(path: Path) -> str:
-    return ("\n       save as UTF-8; from Chinese Windows, for example:\n"
-            f"       iconv -f GBK -t UTF-8 {path} > new.txt && mv new.txt {path}")
+    with open(path, "rb") as file:
+        utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    kind = "UTF-16" if utf16 else "GBK"
+    return ("\n       save as UTF-8, with an editor; or" + ("" if utf16 else ", if it is GBK, as from Chinese Windows")
+            + f": iconv -f {kind} -t UTF-8 {path} > new.txt"
+            + "\n       look at new.txt before it takes the place of the file")
 
 
 def _pieces(text: str) -> Iterator[str]:

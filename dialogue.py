@@ -1,7 +1,8 @@
 """You and the model in turns: `python sample.py --interactive`. A story; or a chat, if the model was taught to.
 
     >>> One day, Lily met a dog.        the model goes on, then it is your turn again
-    >>> /set temperature 0.5            change how tokens are chosen; /set alone shows what can be set
+    >>> /set temperature 0.5            change how tokens are chosen; /set alone shows what can be set,
+                                        such as max_new_tokens, after which an answer is cut
     >>> /clear                          begin anew
     >>> /exit                           or Ctrl-D; Ctrl-C only ends an answer
 """

@@ -23,7 +23,7 @@ import preprocess
 import shards
 import tokenizer
 import workers
-from files import load_json, locked
+from files import load_json, locked, near, some
 from settings import UserError, command, printable
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
@@ -52,7 +52,7 @@ def examine(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     todo = [finding for finding in found if finding.state != DONE]
     if found[2].state == DONE and all(finding.state == MISSING for finding in todo):
         todo = []                           # a model that is there needs no text
-    others, look = attempt(lambda: Finding("", "", what=elsewhere(cfg))).what or ("", "")
+    others, look = attempt(lambda: Finding("", "", what=elsewhere(cfg.out_dir, project.data))).what or ("", "")
     if others:
         show("elsewhere", Finding("", others))
     if "data_dir" in given or "out_dir" in given or any(finding.state != MISSING for finding in found):
@@ -80,19 +80,13 @@ def said(error: Exception) -> str:
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
 
 
-def elsewhere(cfg: SimpleNamespace) -> tuple[str, str]:
-    """Runs and texts in folders within out_dir and data_dir, in words, and the command that looks at the newest."""
-    runs, texts = within(cfg.out_dir, "last.pt"), within(cfg.data_dir, "tok*.model")
-    parts = [f"{what} in {', '.join(map(str, found[-5:]))} (look with --{name})"
+def elsewhere(out_dir: str, data_dir: Path) -> tuple[str, str]:
+    """Runs and texts in other folders, in words, and the command that looks at the newest."""
+    runs, texts = near(out_dir, "last.pt"), near(data_dir, "tok*.model")
+    parts = [f"{what} in {some(found)} (look with --{name})"
              for what, found, name in (("runs", runs, "out_dir"), ("text", texts, "data_dir")) if found]
     newest = {"out_dir": runs[-1]} if runs else {"data_dir": texts[-1]} if texts else {}
     return "; ".join(parts), command("train", doctor=True, **newest) if newest else ""
-
-
-def within(folder: str, name: str) -> list[Path]:
-    """The folders within a folder that have such a file, the newest last, without those of old runs."""
-    found = {path.parent for path in Path(folder).glob(f"*/{name}") if not path.parent.name.startswith("old-")}
-    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 # ---- the machine --------------------------------------------------------------------------------
@@ -120,7 +114,7 @@ def packages(requirements: str) -> str:
             there.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
-    return ", ".join(there) + (f"; not there: {', '.join(missing)}" if missing else "")
+    return "; ".join([", ".join(there)] * bool(there) + [f"not there: {', '.join(missing)}"] * bool(missing))
 
 
 def gpus() -> str:

@@ -53,6 +53,19 @@ def replace(source: Path, target: Path) -> None:
             os.close(folder)
 
 
+def near(folder: str | Path, name: str) -> list[Path]:
+    """Folders beside a folder, and within it, that have a file of that name; the newest last, old runs left out."""
+    folder = Path(folder)
+    roots = [folder] if folder.parent == Path() else [folder, folder.parent]
+    found = {path.parent for root in roots for path in (*root.glob(name), *root.glob(f"*/{name}"))} - {folder}
+    return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: path.stat().st_mtime)
+
+
+def some(paths: list[Path]) -> str:
+    """The newest of them, as `near` orders them, in words."""
+    return ", ".join(map(str, paths[:-6:-1])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+
+
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep other processes of this project from writing to a folder, which is made if it is not there.

@@ -18,7 +18,7 @@ import formats
 import shards
 import workers
 from dataset import PretokDataset, fits
-from files import replace
+from files import near, replace, some
 from gpt2 import GPT2Args
 from model import ModelArgs
 from parallel import ALONE, World
@@ -31,6 +31,7 @@ FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log
         "data_dir", "vocab_size")           # these two, but not what they lead to
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
 CHECKPOINT_BYTES = 12                       # all of them but the gradient
+OF_A_RUN = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")       # files in its folder
 HALF = "old.part"                           # the folder of an old run while its files are moved to it
 NEW = "new.pt"                              # the first state of a run, until the old run is out of its way
 LONG = 2 * 86400                            # seconds of training on a CPU that few will want
@@ -152,6 +153,10 @@ def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:
 def load_last(cfg: SimpleNamespace) -> dict[str, Any]:
     """The newest state in out_dir. Raises UserError, with what else there is, when it cannot be gone on with."""
     last = Path(cfg.out_dir) / "last.pt"
+    if not last.is_file():
+        others = near(cfg.out_dir, "last.pt")
+        raise UserError(f"no run to go on with in {cfg.out_dir}\n       " + (
+            f"there are runs in {some(others)}; name one: --out_dir" if others else "begin one, without --init_from"))
     try:
         return checkpoint.load(last, checkpoint.TO_GO_ON)
     except UserError as error:
@@ -232,7 +237,9 @@ def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: V
     """The shape of the saved model, else that of the settings."""
     chosen = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}
     if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
-        raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}")
+        raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}\n       "
+                        f"give the text its vocabulary: python preprocess.py --tokenizer {saved_in(cfg)} --data PATH "
+                        "--data_dir data/tuned")
     try:
         args = (checkpoint.build_args(saved, saved_in(cfg)) if saved else
                 ModelArgs(**{**chosen, "vocab_size": vocabulary.n_words}))
@@ -266,8 +273,7 @@ def count_parameters(args: ModelArgs | GPT2Args) -> int:
 def set_aside(out_dir: str) -> None:
     """Move the files of an old run to a folder old-1, old-2, ... so that nothing is lost."""
     folder = Path(out_dir)
-    files = [path for path in folder.iterdir()
-             if path.is_file() and path.suffix in (".pt", ".jsonl", ".txt", ".png") and path.name != NEW]
+    files = [path for name in OF_A_RUN for path in folder.glob(name)]
     if any(path.suffix == ".pt" for path in files):
         old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
         half = folder / HALF
@@ -285,7 +291,7 @@ def put_back(out_dir: str) -> None:
         for path in half.iterdir():
             replace(path, folder / path.name)
         half.rmdir()
-    if new.exists() and len(list(folder.glob("*.pt"))) == 1:
+    if new.exists() and not any(Path(folder, name).exists() for name in ("last.pt", "ckpt.pt")):
         replace(new, folder / "last.pt")
     new.unlink(missing_ok=True)
 
@@ -300,7 +306,7 @@ def print_plan(run: Any) -> None:
     print(f"device: {run.where}")
     print(f"model:  {parameters:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
-    print(f"data:   {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on"
+    print(f"data:   {data.folder}: {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on"
           + (", all in the GPU's memory" if not cfg.num_workers and fits(data, "train", run.where.device) else ""))
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens"
           + (f", shared by {world.size} processes" if world.size > 1 else "")
@@ -330,9 +336,9 @@ def print_plan(run: Any) -> None:
         print(f"note:   that is {left / 86400:.1f} days; --preset cpu_3min, or --max_minutes 60, fits a run to the "
               "time you have", flush=True)
     if epochs > OFTEN and cfg.eval_interval > 2 * steps / epochs:
-        print(f"note:   the text is read {epochs:.0f} times, and known by heart after {OFTEN} or so; ckpt.pt keeps the "
-              f"best if evaluations come often enough: --eval_interval {max(round(steps / epochs), 1)}"
-              + (", and --dropout 0.1 helps" if not cfg.dropout else ""), flush=True)
+        print(f"note:   the text is read {epochs:.0f} times, and known by heart after {OFTEN}; more text helps most\n"
+              f"        --eval_interval {max(round(steps / epochs), 1)} lets ckpt.pt keep the best"
+              + ("; --dropout 0.1 helps too" if not cfg.dropout else ""), flush=True)
     if not run.state.iter_num and cfg.warmup_iters > steps / 2:
         print(f"note:   the learning rate grows over {cfg.warmup_iters} steps, which is most of the run; "
               f"--warmup_iters {max(steps // 10, 0)} would leave room for what follows", flush=True)
@@ -351,8 +357,8 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
         return False, "there is no triton package for it"
     if kind not in ("cpu", "cuda"):
         return False, f"not for {kind}"
-    return left > PAYS_AFTER, f"in a run of {'over' if left > PAYS_AFTER else 'under'} {PAYS_AFTER} seconds it " + (
-        "saves more time than it takes" if left > PAYS_AFTER else "takes more time than it saves")
+    return left > PAYS_AFTER, (f"without, the run would take over {PAYS_AFTER} seconds" if left > PAYS_AFTER else
+                               f"it takes longer than it saves in a run of under {PAYS_AFTER} seconds")
 
 
 @contextmanager

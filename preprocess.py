@@ -27,7 +27,7 @@ import workers
 from files import load_json, locked, replace, sha256, whole_file
 from settings import UserError, shown
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tokenizer import Vocabulary, find, load
+from tokenizer import Vocabulary, find, load, settings_for
 from words import BATCH
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -77,12 +77,17 @@ def main() -> None:
         if cfg.verify:
             verify_all(jobs, cfg.num_workers)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
-    train = "python train.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else "")
+    where = settings_for(model_path)
     if cfg.tokenizer and Path(cfg.tokenizer).suffix not in (".model", ".json"):
-        print(f"next: {train} --init_from {cfg.tokenizer} --out_dir output/tuned --batch_size 4 "
-              "--learning_rate 3e-4 --max_iters 200")
-    else:
-        print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
+        out = Path("output") / (Path(cfg.data_dir).name if cfg.data_dir != data_dir else "tuned")
+        print("next:", settings.command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
+                                        learning_rate="3e-4", max_iters=200))
+        return
+    train = settings.command("train", **where)
+    print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
+    if cfg.tokenizer:
+        print(f"      to go on from a model that has this vocabulary: {train} --init_from CKPT --out_dir output/tuned "
+              "--learning_rate 3e-4 --max_iters 1000")
 
 
 def adopt(path: Path, folder: str) -> Path:

@@ -14,8 +14,9 @@ from typing import Any, get_origin
 
 import numpy as np
 
-from files import load_json, save_json, sha256
-from settings import UserError
+from files import load_json, near, save_json, sha256, some
+from settings import UserError, command
+from tokenizer import settings_for
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -108,15 +109,16 @@ def document_starts(ids: np.ndarray) -> np.ndarray:
 
 def again(folder: Path) -> str:
     """What to type when a folder of shards is not as it should be."""
-    where = "" if folder.parent == Path("data") else f" with --data_dir {folder.parent}"
-    return f"\n       run python preprocess.py again{where}"
+    return f"\n       run {command('preprocess', **settings_for(folder.with_suffix('.model')))} again"
 
 
 def read(folder: Path, name: str = MANIFEST) -> ShardSet:
     """Read a manifest. Raises UserError when it is missing, damaged or of another format."""
     path = folder / name
     if not path.is_file():
-        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it{again(folder)}")
+        others = sorted({found.parent for found in near(folder.parent, f"tok*/{name}")} - {folder.parent})
+        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it{again(folder)}"
+                        + (f"\n       or take that of another --data_dir: {some(others)}" if others else ""))
     try:
         content = load_json(path)
         if content["format"] != FORMAT:

@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from settings import UserError
+from files import near, some
+from settings import UserError, command
 from words import BYTE, CONTROL, NORMAL, SPACE, SPACE_MARK, UNKNOWN, UNUSED, WordEncoder, undivided
 
+DATA = Path("data")      # where the scripts look unless told otherwise
 WALL = "\x1f"           # ends a word while training, and is dropped from the text
 RESERVED = 3 + 256      # unknown, bos, eos, and a piece for each byte
 
@@ -424,16 +426,23 @@ def find(data_dir: str | Path, vocab_size: int = 0, sha256: str = "") -> Path:
     elif len(found) > 1 and sha256:
         found = [path for path in found if hashlib.sha256(path.read_bytes()).hexdigest() == sha256] or found
     if not found:
-        size = f" of size {vocab_size}" if vocab_size else ""
-        command = (f"python train_vocab.py{f' --data_dir {data_dir}' if str(data_dir) != 'data' else ''}"
-                   f"{f' --vocab_size {vocab_size}' if vocab_size else ''}")
-        raise UserError(f"no vocabulary{size} in {folder.resolve()}\n       make one: {command}, with --data "
-                        "PATH for text of your own")
+        make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+        others = near(folder, "tok*.model")
+        raise UserError(f"no vocabulary{f' of size {vocab_size}' * (vocab_size > 0)} in {folder.resolve()}\n       "
+                        f"make one: {make}, with --data PATH for text of your own"
+                        + (f"\n       or take that of another --data_dir: {some(others)}" if others else ""))
     if len(found) > 1:
         sizes = ", ".join(path.stem.removeprefix("tok") for path in found)
         raise UserError(f"{folder} holds several vocabularies ({sizes})\n       say which: "
-                        f"--vocab_size {sizes.split(', ')[0]}")
+                        f"--vocab_size {sizes.split(', ')[0]}, or delete those that you do not need")
     return found[0]
+
+
+def settings_for(path: Path) -> dict[str, str | Path]:
+    """The settings by which `find` finds a vocabulary in its folder."""
+    several = len(list(path.parent.glob("tok*.model"))) > 1
+    return {"data_dir": "" if path.parent == DATA else path.parent,
+            "vocab_size": path.stem.removeprefix("tok") if several else ""}
 
 
 def _read(path: Path) -> bytes:

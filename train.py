@@ -161,12 +161,7 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
         check_best(run)
         run.state.best_val_loss = world.first_says(run.state.best_val_loss)
     if run.finished():
-        more = f"--max_minutes {2 * cfg.max_minutes:g}" if cfg.max_minutes else f"--max_iters {2 * cfg.max_iters}"
-        of_preset = PRESETS[name].settings if (name := given.get("preset")) else {}
-        typed = {name: value for name, value in given.items() if of_preset.get(name) != value}
-        print(f"the run in {cfg.out_dir} is finished, with step {run.state.iter_num:,}\n"
-              f"go on with it: {world.command} train.py --init_from resume --out_dir {cfg.out_dir} {more}\n"
-              f"begin anew:    {settings.command('train', world.command, **{**typed, 'init_from': 'scratch'})}")
+        say_finished(run)
     else:
         with enough_memory(cfg, run):
             print_plan(run)
@@ -176,6 +171,20 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
         with listening(run), enough_memory(cfg, run):
             train(run)
         say_goodbye(run)
+
+
+def say_finished(run: Run) -> None:
+    """What a run did that has nothing left to do, and how to go on with it nevertheless, or to begin it anew."""
+    cfg, steps = run.cfg, run.state.iter_num
+    ended = f", after its {cfg.max_minutes:g} minutes" if steps < cfg.max_iters else ""
+    more = {"max_minutes": f"{2 * cfg.max_minutes:g}"} if cfg.max_minutes else {"max_iters": 2 * cfg.max_iters}
+    usual = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}
+    own = {name: value for name, value in vars(cfg).items() if value != usual[name]}
+    of_none = cfg.init_from in ("auto", "resume", "scratch")        # it began with no other's weights
+    anew = {"init_from": "scratch"} if of_none else {"out_dir": f"{cfg.out_dir}-2"}
+    print(f"the run in {cfg.out_dir} is finished, with step {steps:,}{ended}\ngo on with it: "
+          + settings.command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir, **more)
+          + "\nbegin anew:    " + settings.command("train", run.world.command, **{**own, **anew}))
 
 
 def require_same(plan: Plan) -> None:

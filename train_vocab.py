@@ -76,12 +76,12 @@ def main() -> None:
         source = find_source(cfg)
         files = corpus.find_files(source)
         with corpus.naming_all(files):
-            make(cfg, source, files)
-    print("next: python preprocess.py" + (f" --data_dir {cfg.data_dir}" if cfg.data_dir != data_dir else ""))
+            path = make(cfg, source, files)
+    print("next:", settings.command("preprocess", **tokenizer.settings_for(path)))
 
 
-def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> None:
-    """Count the words of the text, learn from them, check what was learned, and write it."""
+def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
+    """Count the words of the text, learn from them, check what was learned, and write it; returns where."""
     start = time.perf_counter()
     threshold = corpus.validation_threshold(files)
     jobs = [Job(i, group, threshold) for i, group in enumerate(corpus.groups(files))]
@@ -99,13 +99,15 @@ def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> None:
         print(f"note: {found.words.left_out:,} rare words were left out, so that the others fit into memory")
     vocabulary = tokenizer.train(found.words.counts, cfg.vocab_size)
     if vocabulary.n_words < cfg.vocab_size:
-        print(f"vocabulary: {vocabulary.n_words} of {cfg.vocab_size} entries; there is no more to learn from this text")
+        print(f"vocabulary: {vocabulary.n_words:,} of {cfg.vocab_size:,} entries, all that can be learned from this "
+              "text; a model learns faster with fewer, such as --vocab_size 2048")
     check_round_trip(vocabulary, found.held_out)
 
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     save(vocabulary, path, source, threshold)
     print(f"wrote {path} ({vocabulary.n_words} entries) after {time.perf_counter() - start:.0f} s"
           + (f", with {memory / 1e6:,.0f} MB of memory" if (memory := workers.peak_memory()) else ""))
+    return path
 
 
 def find_source(cfg: SimpleNamespace) -> Path:

@@ -2,6 +2,7 @@
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,13 +56,18 @@ class Payload:
 
 
 def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path):
-    with pytest.raises(UserError, match="train.py makes one"):
-        checkpoint.load(tmp_path / "ckpt.pt")
-    for name in ("last.pt", "mine/ckpt.pt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match="no checkpoint at .*\n.*there is .*last.pt, .*mine.ckpt.pt"):
-        checkpoint.load(tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="python train.py makes one"):
+        checkpoint.load("output/ckpt.pt")
+    with pytest.raises(UserError, match="python train.py --out_dir .*output.mine makes one"):
+        checkpoint.load(Path("output/mine/ckpt.pt"))
+    for name in ("output/last.pt", "output/mine/ckpt.pt", "output/Story-Q8.gguf", "output/notes.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    for name, first in [("output/ckpt.pt", "mine.ckpt.pt"), ("outptu/last.pt", "last.pt"),
+                        ("output/Story-Q4.gguf", "Story-Q8.gguf")]:
+        with pytest.raises(UserError, match=f"no checkpoint at .*\n *there is output.{first}, ") as error:
+            checkpoint.load(name)
+        assert "notes.txt" not in str(error.value)
 
 
 def test_code_in_a_checkpoint_does_not_run(state):

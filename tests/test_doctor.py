@@ -215,6 +215,8 @@ def test_what_is_in_other_folders_is_looked_at(here):
     assert doctor() == (["missing"] * 4, f"python train.py --doctor --out_dir {Path('output/mine')}")
     assert doctor("--out_dir", "output/mine")[0] == ["done", "done", "done", "ready"]
     assert doctor("--data_dir", "data")[1] == "python train_vocab.py --data_dir data --data PATH"
+    assert f"runs in {Path('output/mine')} (look" in quickly("train", "--doctor", "--out_dir", "output/mime").stdout
+    assert "elsewhere" not in quickly("train", "--doctor", "--out_dir", "output/mine").stdout
     shutil.rmtree("output")
     assert doctor()[1] == f"python train.py --doctor --data_dir {Path('data/mine')}"
 

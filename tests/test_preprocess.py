@@ -147,6 +147,30 @@ def test_fewer_sources_leave_no_stale_shards(texts, call):
     assert sorted(contents()) == ["manifest.json", *(f"{s}_{i:04d}.bin" for s in ("train", "val") for i in range(3))]
 
 
+def test_the_next_command_names_what_the_others_will_not_find(texts, call, capsys):
+    """A second vocabulary, and a folder of its own."""
+    def following() -> str:
+        return capsys.readouterr().out.partition("next: ")[2].split("\n")[0]
+    call("train_vocab", "--data", texts, "--data_dir", "mine", "--vocab_size", 300)
+    assert following() == "python preprocess.py --data_dir mine"
+    call("train_vocab", "--data", texts, "--data_dir", "mine", "--vocab_size", 301)
+    assert following() == "python preprocess.py --data_dir mine --vocab_size 301"
+    call("preprocess", "--data_dir", "mine", "--vocab_size", 301)
+    assert following() == "python train.py --data_dir mine --vocab_size 301"
+    with pytest.raises(UserError, match="no mine.tok300.*\n.*preprocess.py --data_dir mine --vocab_size 300"):
+        call("train", "--data_dir", "mine", "--vocab_size", 300)
+
+
+def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, call):
+    for folder in "data/mine", "data/yours":
+        call("train_vocab", "--data", texts, "--data_dir", folder, "--vocab_size", 300)
+    call("preprocess", "--data_dir", "data/mine")
+    with pytest.raises(UserError, match="no vocabulary in .*mime\n.*--data_dir data.mime.*\n.*: data.mine, data.yours"):
+        call("train", "--data_dir", "data/mime")
+    with pytest.raises(UserError, match="no data.yours.tok300.manifest.json.*\n.*\n.*another --data_dir: data.mine$"):
+        call("train", "--data_dir", "data/yours")
+
+
 @pytest.mark.parametrize("script", ["train_vocab", "preprocess"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_all_files_that_are_not_utf8_are_named_at_once(texts, call, script, processes):
@@ -157,6 +181,11 @@ def test_all_files_that_are_not_utf8_are_named_at_once(texts, call, script, proc
     with pytest.raises(UserError, match="7 of 12 files are not UTF-8 text: .*0.txt, .*4.txt and 2 more\n") as error:
         call(script, "--data", texts, "--num_workers", processes)
     assert f"iconv -f GBK -t UTF-8 {wrong[0]} >" in str(error.value)
+    for path in wrong[1:]:
+        path.unlink()
+    wrong[0].write_bytes("once".encode("utf-16"))
+    with pytest.raises(UserError, match="0.txt: this is not UTF-8 text.*\n.*iconv -f UTF-16"):
+        call(script, "--data", wrong[0], "--num_workers", processes)
 
 
 def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, call):
