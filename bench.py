@@ -331,7 +331,8 @@ def bench_text(cfg: SimpleNamespace) -> None:
                                                             for name in (own, other))
         for name, time_taken, peak in ((own, seconds, memory), (other, their_seconds, their_memory)):
             print(f"{name:20} {time_taken:7.1f} s {size / 1e6 / time_taken:7.1f} MB/s {peak / 1e6:8,.0f} MB of memory")
-        print(f"{'':20} {their_seconds / seconds:7.2f} x the speed, {memory / their_memory:.2f} x the memory")
+        print(f"{'':20} {their_seconds / seconds:7.2f} x the speed"
+              + (f", {memory / their_memory:.2f} x the memory" if their_memory else ""))       # known on Linux only
 
 
 def write_stories(cfg: SimpleNamespace, folder: Path) -> int:

@@ -173,7 +173,8 @@ def _json_records(stream: TextIO) -> Iterator[str]:
         if isinstance(value, dict):
             key = next((key for key in KEYS if key in value), None)
             if key is None:
-                raise ValueError(f"has the keys {', '.join(value) or '(none)'}; expected {' or '.join(KEYS)}")
+                found = ", ".join(list(value)[:NAMED]) or "(none)"
+                raise ValueError(f"has the keys {found}; expected {' or '.join(KEYS)}")
             value = value[key]
         if not isinstance(value, str):
             raise ValueError(f"expected a text, found {type(value).__name__}")
@@ -196,10 +197,12 @@ def _json_values(stream: TextIO) -> Iterator[object]:
     at = _GAP.match(text).end()
     in_list = text.startswith("[", at)
     at += in_list
+    commas, due = 0, 0                          # in a list: those since the last value, and how many there must be
     while True:
-        at = _GAP.match(text, at).end()
-        if in_list and text.startswith("]", at):
-            if (text[at + 1:] + stream.read(_READ)).strip():
+        gap = _GAP.match(text, at)
+        commas, at = commas + gap[0].count(","), gap.end()
+        if in_list and text.startswith("]", at) and not commas:
+            if text[at + 1:].strip() or any(more.strip() for more in iter(lambda: stream.read(_READ), "")):
                 raise ValueError("text after the end of the list")
             return
         try:
@@ -210,8 +213,12 @@ def _json_values(stream: TextIO) -> Iterator[object]:
             if not text and not in_list:
                 return
             if not more or len(text) > _RECORD:
-                raise ValueError(f"the file is cut here, or not JSON ({getattr(error, 'msg', error)})") from error
+                wrong = f"over {_RECORD:,} characters long" if more else "cut here"
+                raise ValueError(f"it is {wrong}, or not JSON ({getattr(error, 'msg', error)})") from error
         else:
+            if in_list and commas != due:
+                raise ValueError(f"there are {commas} commas before it instead of {due}")
+            commas, due = 0, 1
             yield value
 
 

@@ -15,6 +15,7 @@ except ImportError:         # Windows
     fcntl = None
     import msvcrt
 
+DATA = Path("data")                             # where the scripts look unless told otherwise
 LOCK = ".lock"                                  # on Windows, which cannot open a folder, a file in it is locked
 BUSY = (BlockingIOError, PermissionError)       # what a lock raises that another process holds
 
@@ -59,6 +60,13 @@ def near(folder: str | Path, name: str) -> list[Path]:
     roots = [folder] if folder.parent == Path() else [folder, folder.parent]
     found = {path.parent for root in roots for path in (*root.glob(name), *root.glob(f"*/{name}"))} - {folder}
     return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: path.stat().st_mtime)
+
+
+def settings_for(vocabulary: Path) -> dict[str, str | Path]:
+    """The settings by which the steps find a vocabulary: its folder, and its size if that has several."""
+    several = len(list(vocabulary.parent.glob("tok*.model"))) > 1
+    return {"data_dir": "" if vocabulary.parent == DATA else vocabulary.parent,
+            "vocab_size": vocabulary.stem.removeprefix("tok") if several else ""}
 
 
 def some(paths: list[Path]) -> str:

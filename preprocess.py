@@ -24,10 +24,10 @@ import corpus
 import settings
 import shards
 import workers
-from files import load_json, locked, replace, sha256, whole_file
+from files import load_json, locked, replace, settings_for, sha256, whole_file
 from settings import UserError, shown
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tokenizer import Vocabulary, find, load, settings_for
+from tokenizer import Vocabulary, find, load
 from words import BATCH
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def make(target: ShardSet, jobs: list[Job], num_workers: int, vocabulary: Vocabu
     target.require_both()
     target.save()
     (target.folder / UNFINISHED).unlink(missing_ok=True)
-    for path in target.folder.glob("*_*.bin*"):
+    for path in [path for split in SPLITS for path in target.folder.glob(f"{split}_*.bin*")]:
         if path.name not in {shard.file for shard in target.shards}:
             path.unlink()
 
@@ -168,10 +168,14 @@ def plan(target: ShardSet, todo: list[Job], vocabulary: Vocabulary, processes: i
     size, tokens = size_of(todo), []
     read, seconds = workers.pace((path for job in todo for path in job.sources),
                                  lambda texts: tokens.append(len(vocabulary.encode_documents(texts))))
+    if not tokens:
+        return                          # the first text cannot be read, as will be told in its turn
     need, free = sum(tokens) * target.dtype.itemsize * size / read, shutil.disk_usage(target.folder).free
+    old = sum(path.stat().st_size for job in todo for name in job.names.values()
+              if (path := target.folder / name).exists())               # gives its room to what replaces it
     print(f"plan: {size / 1e6:,.1f} MB to read, about {need / 1e6:,.1f} MB to write ({free / 1e6:,.0f} MB are free), "
           f"{why}, {workers.about(seconds * size / read, processes)}")
-    if need > free:
+    if need > free + old:
         raise UserError(f"no room: about {need / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free on the "
                         f"disk of {target.folder.resolve()}")
 
@@ -260,6 +264,10 @@ def check_shards(job: Job, progress: Callable[[int], None]) -> int:
                 raise UserError(f"{job.folder / job.names[split]}: the ids from {place[split]:,} on are not those of "
                                 f"{text[:60]!r}...\n       delete {job.folder} and run this again")
             place[split], checked = end, checked + 1
+    for split, known in ids.items():
+        if place[split] != len(known):
+            raise UserError(f"{job.folder / job.names[split]} has {len(known) - place[split]:,} ids that are of no "
+                            f"document\n       delete {job.folder} and run this again")
     return checked
 
 

@@ -14,9 +14,8 @@ from typing import Any, get_origin
 
 import numpy as np
 
-from files import load_json, near, save_json, sha256, some
+from files import load_json, near, save_json, settings_for, sha256, some
 from settings import UserError, command
-from tokenizer import settings_for
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -27,11 +27,10 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from files import near, some
+from files import DATA, near, some
 from settings import UserError, command
 from words import BYTE, CONTROL, NORMAL, SPACE, SPACE_MARK, UNKNOWN, UNUSED, WordEncoder, undivided
 
-DATA = Path("data")      # where the scripts look unless told otherwise
 WALL = "\x1f"           # ends a word while training, and is dropped from the text
 RESERVED = 3 + 256      # unknown, bos, eos, and a piece for each byte
 
@@ -364,10 +363,7 @@ def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     Raises:
         UserError: when there is no text, or vocab_size has no room for characters.
     """
-    room = vocab_size - RESERVED
-    if room < 4:
-        raise UserError(f"--vocab_size {vocab_size} is too small: {RESERVED} entries are taken by the bytes and "
-                        "special ids; try 512 or more")
+    check_size(vocab_size)
     walls = {ord("\t"): WALL}           # a tab ends a line's word below
     try:
         return _train(counts, walls, vocab_size)
@@ -380,8 +376,16 @@ def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     for word, count in counts.items():
         for character in word.decode():
             characters[character] += count
-    rare = [character for character, _ in characters.most_common()[room // 2:] if character != " "]
+    half = (vocab_size - RESERVED) // 2
+    rare = [character for character, _ in characters.most_common()[half:] if character != " "]
     return _train(counts, walls | dict.fromkeys(map(ord, rare), WALL), vocab_size)
+
+
+def check_size(vocab_size: int) -> None:
+    """Raise UserError when a vocabulary of that size has no room for characters."""
+    if vocab_size < RESERVED + 4:
+        raise UserError(f"--vocab_size {vocab_size} is too small: {RESERVED} entries are taken by the bytes and "
+                        "special ids; try 512 or more")
 
 
 def _train(counts: dict[bytes, int], walls: dict[int, str], vocab_size: int) -> Tokenizer:
@@ -436,14 +440,6 @@ def find(data_dir: str | Path, vocab_size: int = 0, sha256: str = "") -> Path:
         raise UserError(f"{folder} holds several vocabularies ({sizes})\n       say which: "
                         f"--vocab_size {sizes.split(', ')[0]}, or delete those that you do not need")
     return found[0]
-
-
-def settings_for(path: Path) -> dict[str, str | Path]:
-    """The settings by which `find` finds a vocabulary in its folder."""
-    several = len(list(path.parent.glob("tok*.model"))) > 1
-    return {"data_dir": "" if path.parent == DATA else path.parent,
-            "vocab_size": path.stem.removeprefix("tok") if several else ""}
-
 
 def _read(path: Path) -> bytes:
     if not path.is_file():

@@ -18,7 +18,7 @@ import corpus
 import settings
 import tokenizer
 import workers
-from files import locked, save_json, whole_file
+from files import locked, save_json, settings_for, whole_file
 from settings import UserError
 from words import WordCounts, batches
 
@@ -48,28 +48,39 @@ class Found:
     words: WordCounts = field(default_factory=WordCounts)
     documents: int = 0
     bytes: int = 0
-    held_out: list[str] = field(default_factory=list)
+    kept_back: int = 0                  # documents that are for validation,
+    held_out: list[str] = field(default_factory=list)       # and the first of them, up to VAL_BYTES
+    held_bytes: int = 0
 
     def add(self, texts: list[bytes], threshold: int) -> None:
         learned = []
         for text in texts:
             if corpus.fingerprint(text) <= threshold:
-                self.held_out.append(text.decode())
+                self.kept_back += 1
+                self.hold_out(text.decode(), len(text))
             else:
                 learned.append(text)
         self.words.add(learned)
         self.documents += len(learned)
         self.bytes += sum(map(len, learned))
 
+    def hold_out(self, text: str, size: int) -> None:
+        if self.held_bytes < corpus.VAL_BYTES:
+            self.held_out.append(text)
+            self.held_bytes += size
+
     def merge(self, other: "Found") -> None:
         self.words.merge(other.words)
         self.documents += other.documents
         self.bytes += other.bytes
-        self.held_out += other.held_out
+        self.kept_back += other.kept_back
+        for text in other.held_out:
+            self.hold_out(text, len(text.encode()))
 
 
 def main() -> None:
     cfg, _ = settings.read(globals())
+    tokenizer.check_size(cfg.vocab_size)
     if cfg.data and cfg.download:
         raise UserError("--data and --download name two sources; give one of them")
     with locked(cfg.data_dir):
@@ -77,7 +88,7 @@ def main() -> None:
         files = corpus.find_files(source)
         with corpus.naming_all(files):
             path = make(cfg, source, files)
-    print("next:", settings.command("preprocess", **tokenizer.settings_for(path)))
+    print("next:", settings.command("preprocess", **settings_for(path)))
 
 
 def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
@@ -94,14 +105,20 @@ def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
 
     found, peak = count_words(jobs, processes, size)
     print(f"read: {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text to learn from, "
-          f"{len(found.words.counts):,} distinct words, {workers.cost(found.bytes, time.perf_counter() - start, peak)}")
+          f"{len(found.words.counts) + found.words.left_out:,} distinct words, "
+          f"{workers.cost(found.bytes, time.perf_counter() - start, peak)}")
     if found.words.left_out:
-        print(f"note: {found.words.left_out:,} rare words were left out, so that the others fit into memory")
+        kept = sum(map(len, found.words.counts))
+        print(f"note: {found.words.left_out:,} rare words, or long ones as of Chinese, do not fit into memory; the "
+              f"vocabulary is learned from the {len(found.words.counts):,} others, {kept / 1e6:,.1f} MB")
+    if found.kept_back > found.documents:
+        print(f"note: {found.kept_back:,} documents are for validation, and only {found.documents:,} to learn from: "
+              "they are the same ones again and again")
     vocabulary = tokenizer.train(found.words.counts, cfg.vocab_size)
     if vocabulary.n_words < cfg.vocab_size:
         print(f"vocabulary: {vocabulary.n_words:,} of {cfg.vocab_size:,} entries, all that can be learned from this "
               "text; a model learns faster with fewer, such as --vocab_size 2048")
-    check_round_trip(vocabulary, found.held_out)
+    check_round_trip(vocabulary, found)
 
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     save(vocabulary, path, source, threshold)
@@ -137,13 +154,15 @@ def count_part(job: Job, progress: Callable[[int], None]) -> tuple[int, Found]:
     return job.index, found
 
 
-def check_round_trip(vocabulary: tokenizer.Tokenizer, texts: list[str]) -> None:
-    """Encode and decode the documents that nothing was learned from."""
+def check_round_trip(vocabulary: tokenizer.Tokenizer, found: Found) -> None:
+    """Encode and decode documents that nothing was learned from."""
+    texts = found.held_out
     ids = vocabulary.encode_batch(texts)
     for text, back in zip(texts, map(vocabulary.decode, ids)):
         assert back == text, f"the vocabulary loses text: {text[:80]!r}"
     per_token = sum(len(text.encode()) for text in texts) / sum(map(len, ids))
-    print(f"validation: {len(texts):,} documents come back exactly, at {per_token:.2f} bytes per token")
+    some = f"{len(texts):,} of " if len(texts) < found.kept_back else ""
+    print(f"validation: {some}{found.kept_back:,} documents come back exactly, at {per_token:.2f} bytes per token")
 
 
 def save(vocabulary: tokenizer.Tokenizer, path: Path, source: Path, threshold: int) -> None:

@@ -1,8 +1,10 @@
 """Worker processes for steps 1 and 2: as many as cores and memory allow; they end with their parent, and quietly."""
 import math
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -78,7 +80,7 @@ def peak_memory() -> int:
 
 def pace(files: Iterable[Path], work: Callable[[list[bytes]], None]) -> tuple[int, float]:
     """Try `work` on the first texts of files; returns the bytes of the files that were read, and the seconds."""
-    read, began = 0, time.perf_counter()
+    read, tried, began = 0, 0, time.perf_counter()
 
     def progress(count: int) -> None:
         nonlocal read
@@ -86,7 +88,8 @@ def pace(files: Iterable[Path], work: Callable[[list[bytes]], None]) -> tuple[in
     try:
         for batch in words.batches(text for path in files for text in corpus.documents(path, progress)):
             work(batch)
-            if read > TRIED:
+            tried += sum(map(len, batch))
+            if tried > TRIED:
                 break
     except UserError:           # the process whose job it is will tell
         pass
@@ -130,7 +133,8 @@ def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, a
                  ) -> Iterator[tuple[Any, int]]:
     context, failure = get_context("spawn"), None
     counter = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+          ProcessPoolExecutor(workers, context, _start_worker, (counter, folder)) as pool):
         running, begun = {}, 0              # the number of the job that a future is for
         try:
             while running or begun < len(jobs) and not failure:
@@ -147,7 +151,10 @@ def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, a
                 for future in done:
                     del running[future]
                     if not future.cancelled() and not future.exception():
-                        yield future.result()
+                        path, peak = future.result()
+                        result = pickle.loads(path.read_bytes())
+                        path.unlink()
+                        yield result, peak
                     elif not future.cancelled():
                         failure = failure or future.exception()
                         for other in running:
@@ -183,12 +190,13 @@ def _hear_ctrl_c(how: str) -> None:
         signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT})
 
 
-_counter: Any = None    # in a worker process: the bytes read by all of them
+_counter: Any = None    # in a worker process: the bytes read by all of them,
+_folder = ""            # and where it leaves its results
 
 
-def _start_worker(counter: Any) -> None:
-    global _counter
-    _counter = counter
+def _start_worker(counter: Any, folder: str) -> None:
+    global _counter, _folder
+    _counter, _folder = counter, folder
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
     _hear_ctrl_c("SIG_UNBLOCK")
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -199,8 +207,13 @@ def _end_with_parent() -> None:
     os._exit(1)                                         # else a worker would outlive a killed parent, and go on writing
 
 
-def _work(function: Callable, job: Any) -> tuple[Any, int]:
-    return function(job, _count), peak_memory()
+def _work(function: Callable, job: Any) -> tuple[Path, int]:
+    """Do a job; its result goes into a file. A worker that is killed while a long result is in the pipe would leave
+    the parent waiting for the rest, for ever."""
+    result = function(job, _count)
+    with tempfile.NamedTemporaryFile(dir=_folder, delete=False) as file:
+        pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
+    return Path(file.name), peak_memory()
 
 
 def _count(size: int) -> None:

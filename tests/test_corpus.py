@@ -42,6 +42,12 @@ def test_formats(tmp_path, name, content, expected):
     ("a.json", '[{"story": "one"}, {"title": "two"}]', "record 2: has the keys title; expected story or text"),
     ("a.json", '[{"story": "one"}, {"story": "tw', "record 2"), ("a.json", '[{"story": "one"}', "cut"),
     ("a.json", '["one"] and more', "after the end"), ("a.json", '[{"story": 5}]', "record 1: expected a text"),
+    ("a.json", '["one" "two"]', "record 2: there are 0 commas before it instead of 1"),
+    ("a.json", '["one",, "two"]', "2 commas before it"), ("a.json", '[, "one"]', "1 commas"),
+    ("a.json", '["one",]', "cut"),
+    ("a.json", '["one"]' + " " * (1 << 19) + "and more", "after the end"),
+    ("a.json", json.dumps("x" * (corpus._RECORD + 9)), "record 1: it is over 16,777,216 characters long"),
+    ("a.json", json.dumps({f"k{i}": i for i in range(9)}), "has the keys k0, k1, k2, k3, k4; expected"),
     ("a.json", "hello", "not JSON"), ("a.json", "[" * 100_000, "record 1"), ("a.jsonl", '"one"\n{oops}\n', "record 2"),
     ("a.txt.gz", b"not packed at all", "record 1"), ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-9], "ended"),
     ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-8] + b"8 wrong.", "CRC")])

@@ -218,6 +218,36 @@ def test_verify_finds_a_wrong_shard(texts, call, capsys):
         call("preprocess", "--verify")
 
 
+def test_verify_finds_ids_that_are_of_no_document(texts, call):
+    call("preprocess")
+    path, folder = Path("data/tok400/train_0000.bin"), Path("data/tok400")
+    found = shards.read(folder)
+    path.write_bytes(path.read_bytes() + bytes([5, 1] * 30))
+    found.shards = [replace(shard, sha256=sha256(path), tokens=shard.tokens + 30) if shard.file == path.name else shard
+                    for shard in found.shards]
+    found.save()
+    with pytest.raises(UserError, match="train_0000.bin has 30 ids that are of no document"):
+        call("preprocess", "--verify")
+
+
+def test_what_is_held_out_of_step_1_is_bounded(call, capsys, monkeypatch):
+    """When text repeats itself, nearly all of it may be for validation."""
+    texts = ["the same story", "another one"]
+    often = min(texts, key=lambda text: corpus.fingerprint(text.encode()))
+    Path("a.jsonl").write_text("".join(f'"{text}"\n' for text in texts + 500 * [often]), encoding="utf-8")
+    monkeypatch.setattr(corpus, "VAL_BYTES", 1000)
+    held = []
+    monkeypatch.setattr(train_vocab, "check_round_trip", lambda vocabulary, found: held.extend(found.held_out))
+    call("train_vocab", "--data", "a.jsonl", "--vocab_size", 300)
+    assert set(held) == {often} and 1000 <= sum(map(len, held)) < 1000 + len(often)
+    assert "note: 501 documents are for validation, and only 1 to learn from" in capsys.readouterr().out
+
+
+def test_a_size_that_cannot_be_is_refused_before_all_else(call):
+    with pytest.raises(UserError, match="--vocab_size 100 is too small"):
+        call("train_vocab", "--data", "nowhere", "--vocab_size", 100)
+
+
 def test_a_retrained_vocabulary_is_noticed(texts, call):
     call("preprocess")
     (texts / "a.json").write_text(json.dumps(["entirely other words"] * 50 + STORIES[:3]), encoding="utf-8")

@@ -3,6 +3,8 @@ import gzip
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import corpus
 import preprocess
 import workers
+from conftest import ROOT
 from settings import UserError
 
 
@@ -67,7 +70,7 @@ def test_the_pace_counts_bytes_of_the_file(tmp_path, name, monkeypatch):
     path.write_bytes(gzip.compress(texts) if name.endswith("gz") else texts)
     read, seconds = workers.pace([path], seen.extend)
     assert read == path.stat().st_size and len(seen) == 20_000 and seconds > 0
-    monkeypatch.setattr(workers, "TRIED", read // 2)
+    monkeypatch.setattr(workers, "TRIED", len(texts) // 4)
     assert workers.pace([path, path], seen.extend)[0] <= path.stat().st_size
     monkeypatch.setattr(workers, "cores", lambda: 2)
     assert workers.about(7199.5, 9) == "about 1:00:00"
@@ -89,6 +92,25 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path, call, monkeypa
     assert list(corpus.find_files(tmp_path / "a.txt")) and not Path("data/tok300/manifest.json").exists()
 
 
+def test_old_shards_give_their_room(tmp_path, call, monkeypatch):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>" * 50, encoding="utf-8")
+    call("train_vocab", "--data", tmp_path / "a.txt", "--vocab_size", 300)
+    call("preprocess")
+    (tmp_path / "a.txt").write_text("two<|endoftext|>one<|endoftext|>" * 50, encoding="utf-8")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    call("preprocess", "--verify")
+
+
+def test_a_text_that_cannot_be_tried_has_no_plan(tmp_path, call, capsys):
+    (tmp_path / "a.jsonl").write_text('"one"\n"two"\n', encoding="utf-8")
+    call("train_vocab", "--data", tmp_path / "a.jsonl", "--vocab_size", 300)
+    (tmp_path / "a.jsonl").write_text('5\n"one"\n"two"\n', encoding="utf-8")
+    capsys.readouterr()
+    with pytest.raises(UserError, match="record 1: expected a text"):
+        call("preprocess")
+    assert "plan:" not in capsys.readouterr().out
+
+
 def killed_at_5(job: int, progress) -> int:
     if job == 5:
         os._exit(1)
@@ -103,6 +125,35 @@ def test_a_killed_worker_is_told_and_what_was_done_is_kept():
             found.append(result)
             time.sleep(0.05)            # so that the next one is submitted after the kill
     assert len({0, 1, 2, 3, 4} & set(found)) >= 4 and len(found) < 20       # the other process may be at one of them
+
+
+TALKATIVE = """
+import sys
+import workers
+
+def talk(job, progress):
+    return bytes(30_000_000)
+
+if __name__ == "__main__":
+    for number, _ in enumerate(workers.run(talk, list(range(10_000)), 2, 10_000, "talking", 4)):
+        print(number, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
+def test_ctrl_c_in_the_middle_of_a_long_result_is_the_end(tmp_path):
+    """It kills the workers too, as in a terminal; nobody may wait for the rest of what they were sending."""
+    (tmp_path / "talkative.py").write_text(TALKATIVE, encoding="utf-8")
+    process = subprocess.Popen([sys.executable, "-W", "ignore", tmp_path / "talkative.py"], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                               start_new_session=True)
+    for _ in range(3):
+        process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        assert process.wait(30) != 0
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
 
 
 @pytest.mark.parametrize("number", workers.STOPS)
