@@ -226,8 +226,8 @@ class WordCounts:
 
 
 def _memory(word: bytes) -> int:
-    """Bytes that a word and its count take, about; long ones count more, for what training makes of them."""
-    return 150 + 8 * len(word)
+    """Bytes that a word and its count take, about; long ones count more, for what training makes of each character."""
+    return max(150, 16 * len(word) * word.isascii()) + 8 * len(word)
 
 
 def count(texts: Iterable[str]) -> dict[bytes, int]:
