@@ -139,6 +139,8 @@ def _opened(path: Path, raw: BinaryIO) -> TextIO:
 
 
 def _save_as_utf8(path: Path) -> str:
+    if path.suffix.lower() == ".gz":
+        return "\n       unpack it, save it as UTF-8 with an editor, and pack it again"
     with open(path, "rb") as file:
         utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
     kind = "UTF-16" if utf16 else "GBK"

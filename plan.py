@@ -301,12 +301,29 @@ def print_plan(run: Any) -> None:
 
     To know the time to go, one micro-batch is tried out, which leaves no trace in the run.
     """
-    cfg, args, data, world = run.cfg, run.model.args, run.data, run.world
-    parameters, val_tokens = run.model.count_parameters(), data.count("val", "tokens")
+    print_facts(run)
+    seconds = try_out(run)
+    batches = PretokDataset(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
+    evaluation = run.world.first_says(seconds / 3 * batches / run.cfg.batch_size / run.world.size)
+    compiles, why = choose_compile(run, seconds * run.own_parts)
+    compiles = bool(run.world.first_says(compiles))
+    print(f"compile: {'yes' if compiles else 'no'} ({why})" + (
+        "; --compile False begins at once" if compiles else ""), flush=True)
+    if compiles:
+        run.compile()
+        with compiler_errors():
+            seconds = try_out(run)
+    run.reserve = evaluation
+    print_length(run, seconds * run.own_parts)
+
+
+def print_facts(run: Any) -> None:
+    cfg, args, data, world, parameters = run.cfg, run.model.args, run.data, run.world, run.model.count_parameters()
     print(f"device: {run.where}")
     print(f"model:  {parameters:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
-    print(f"data:   {data.folder}: {data.count('train', 'tokens'):,} tokens to train on, {val_tokens:,} to evaluate on"
+    print(f"data:   {data.folder}: {data.count('train', 'tokens'):,} tokens to train on, "
+          f"{data.count('val', 'tokens'):,} to evaluate on"
           + (", all in the GPU's memory" if not cfg.num_workers and fits(data, "train", run.where.device) else ""))
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens"
           + (f", shared by {world.size} processes" if world.size > 1 else "")
@@ -315,23 +332,16 @@ def print_plan(run: Any) -> None:
     print(f"memory: {memory(run, kept)}\ndisk:   up to {CHECKPOINT_BYTES * parameters / 1e6:,.0f} MB each for "
           f"{Path(cfg.out_dir) / 'last.pt'} and ckpt.pt", flush=True)
     warn_of_memory(run, kept)
-    seconds = try_out(run)
-    batches = PretokDataset(data, "val", cfg.batch_size, args.max_seq_len).n_windows / cfg.batch_size
-    evaluation = world.first_says(seconds / 3 * batches / world.size)
-    compiles, why = choose_compile(run, seconds * run.own_parts)
-    compiles = bool(world.first_says(compiles))
-    print(f"compile: {'yes' if compiles else 'no'} ({why})" + (
-        "; --compile False begins at once" if compiles else ""), flush=True)
-    if compiles:
-        run.compile()
-        with compiler_errors():
-            seconds = try_out(run)
-    run.reserve = evaluation
-    left, steps = run.seconds_left(seconds * run.own_parts), run.steps_left(seconds * run.own_parts)
-    windows = PretokDataset(data, "train", cfg.batch_size, args.max_seq_len).n_windows
+
+
+def print_length(run: Any, seconds_per_step: float) -> None:
+    """Print how long the run will be, and what of that is not likely to be meant."""
+    cfg, done, left = run.cfg, run.state.iter_num, run.seconds_left(seconds_per_step)
+    steps = run.steps_left(seconds_per_step)
+    windows = PretokDataset(run.data, "train", cfg.batch_size, run.model.args.max_seq_len).n_windows
     epochs = steps * cfg.batch_size * cfg.gradient_accumulation_steps / windows
     print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations"
-          + (f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""), flush=True)
+          + (f", after the {done:,} steps that are done" if done else ""), flush=True)
     if left > LONG and run.where.device.type == "cpu":
         print(f"note:   that is {left / 86400:.1f} days; --preset cpu_3min, or --max_minutes 60, fits a run to the "
               "time you have", flush=True)
@@ -339,7 +349,7 @@ def print_plan(run: Any) -> None:
         print(f"note:   the text is read {epochs:.0f} times, and known by heart after {OFTEN}; more text helps most\n"
               f"        --eval_interval {max(round(steps / epochs), 1)} lets ckpt.pt keep the best"
               + ("; --dropout 0.1 helps too" if not cfg.dropout else ""), flush=True)
-    if not run.state.iter_num and cfg.warmup_iters > steps / 2:
+    if not done and cfg.warmup_iters > steps / 2:
         print(f"note:   the learning rate grows over {cfg.warmup_iters} steps, which is most of the run; "
               f"--warmup_iters {max(steps // 10, 0)} would leave room for what follows", flush=True)
 
