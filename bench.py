@@ -43,6 +43,7 @@ import shards
 import train
 from dataset import IGNORE, Task
 from engine import Engine
+from files import find
 from formats import llama2c
 from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
@@ -52,7 +53,6 @@ from presets import PRESETS
 from run import Run
 from sampling import Sampling
 from settings import UserError
-from tokenizer import find
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""             # train, scale: the model and batch of a preset; empty: the defaults of train.py
@@ -290,7 +290,7 @@ def run_c(folder: Path, model: Transformer, home: Path) -> Callable[[], float]:
 def val_loss(engine: Engine, state: dict[str, Any], data_dir: str) -> float:
     """Nats per token over the val split, as train.py scores it."""
     vocabulary = checkpoints.build_tokenizer(state)
-    data = shards.load(find(data_dir, sha256=vocabulary.sha256).with_suffix(""), vocabulary.sha256)
+    data = shards.load(find(data_dir, digest=vocabulary.sha256).with_suffix(""), vocabulary.sha256)
     nats = scored = 0.0
     for x, y in Task.iter_once(data, "val", 1, engine.args.max_seq_len):
         targets = y[0][y[0] != IGNORE]

@@ -71,12 +71,12 @@ def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
         raise UserError(f"--to {cfg.to} is no format for {cfg.target}; name one: {', '.join(formats.WRITERS)}")
     targets = formats.targets(path, kind)
     for each in targets:
-        if each.exists() and not cfg.force:
-            raise UserError(f"{each} is there already; another name, or --force")
         others = [other for other in each.iterdir() if other.name not in WRITTEN] if each.is_dir() else []
         if others or each.exists() and each.is_dir() != (kind == "hf"):
             what = "a folder with other things in it" if each.is_dir() else "a file"
             raise UserError(f"{each} is {what}, which --force does not delete; another name")
+        if each.exists() and not cfg.force:
+            raise UserError(f"{each} is there already; another name, or --force")
     return targets, kind
 
 

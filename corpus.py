@@ -31,6 +31,8 @@ GROUP_BYTES = 4 << 20           # small files share a part of the work, and a sh
 DEMO = Path("data/demo")
 DEMO_FILES = 10
 NAMED = 5                       # files that a message names, of many that are wrong
+HOW_ENCODED = ("\n       say what such files are: --encoding gb18030 (Chinese Windows), cp1252 (western), utf-16, ...; "
+               "or save them as UTF-8")
 FOLDER = "TinyStories_all_data"                 # in the data folder, where download.py unpacks the real stories
 
 _READ = 1 << 18                 # characters read at a time
@@ -78,7 +80,7 @@ def groups(files: list[Path]) -> Iterator[list[Path]]:
         yield group
 
 
-def documents(path: Path, progress: Callable[[int], None] = lambda count: None) -> Iterator[str]:
+def documents(path: Path, progress: Callable[[int], None] = lambda count: None, encoding: str = "") -> Iterator[str]:
     """Yield the documents of a file, without blank ones and without white space around them.
 
     `.txt` is split at `<|endoftext|>`, or is one document; `.json` is a list, `.jsonl` a line per
@@ -87,13 +89,14 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None) 
 
     Args:
         progress: called with the number of bytes of the file read since its last call.
+        encoding: of a file that is not UTF-8.
     Raises:
         UserError: names the file, and the record, that cannot be read.
     """
     number = 0
     try:
         with open(path, "rb") as raw:
-            stream = _opened(path, raw)
+            stream = _opened(path, raw, "" if not encoding or _is_utf8(path) else encoding)
             read = _txt_records if path.name.lower().removesuffix(".gz").endswith(".txt") else _json_records
             at = 0
             for number, record in enumerate(read(stream), 1):
@@ -101,9 +104,10 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None) 
                 if raw.tell() != at:
                     progress(raw.tell() - at)
                     at = raw.tell()
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         place = f" after record {number}" if number else ""
-        raise NotUTF8(f"{path}: this is not UTF-8 text{place} ({error.reason}){_save_as_utf8(path)}") from error
+        reason = getattr(error, "reason", error)
+        raise NotUTF8(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason}){HOW_ENCODED}") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error
 
@@ -119,7 +123,7 @@ def naming_all(files: list[Path]) -> Iterator[None]:
             raise
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {', '.join(map(str, wrong[:NAMED]))}"
-                        f"{more}{_save_as_utf8(wrong[0])}") from error
+                        f"{more}{HOW_ENCODED}") from error
 
 
 def _is_utf8(path: Path) -> bool:
@@ -127,26 +131,23 @@ def _is_utf8(path: Path) -> bool:
         with open(path, "rb") as raw, _opened(path, raw) as stream:
             while stream.read(_READ):
                 pass
-    except UnicodeDecodeError:
+    except UnicodeError:
         return False
     except (OSError, EOFError, zlib.error):     # wrong in another way
         pass
     return True
 
 
-def _opened(path: Path, raw: BinaryIO) -> TextIO:
-    return io.TextIOWrapper(gzip.open(raw) if path.suffix.lower() == ".gz" else raw, encoding="utf-8-sig")
+def _opened(path: Path, raw: BinaryIO, encoding: str = "") -> TextIO:
+    return io.TextIOWrapper(gzip.open(raw) if path.suffix.lower() == ".gz" else raw, encoding=encoding or "utf-8-sig")
 
 
-def _save_as_utf8(path: Path) -> str:
-    if path.suffix.lower() == ".gz":
-        return "\n       unpack it, save it as UTF-8 with an editor, and pack it again"
-    with open(path, "rb") as file:
-        utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    kind = "UTF-16" if utf16 else "GBK"
-    return ("\n       save as UTF-8, with an editor; or" + ("" if utf16 else ", if it is GBK, as from Chinese Windows")
-            + f": iconv -f {kind} -t UTF-8 {path} > new.txt"
-            + "\n       look at new.txt before it takes the place of the file")
+def check_encoding(name: str) -> None:
+    """Raise UserError for what is no encoding of text."""
+    try:
+        "".encode(name or "utf-8")
+    except (LookupError, ValueError) as error:
+        raise UserError(f"--encoding {name} is not known; gb18030, big5, cp1252, utf-16 and others are") from error
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -229,7 +230,7 @@ def fingerprint(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def validation_threshold(files: list[Path]) -> int:
+def validation_threshold(files: list[Path], encoding: str = "") -> int:
     """The rule of the split: documents whose fingerprint is at most this are for validation.
 
     Because it looks at each text by itself, the rule needs no second pass, holds in any order and
@@ -243,7 +244,7 @@ def validation_threshold(files: list[Path]) -> int:
     limit = int(min(VAL_FRACTION, VAL_BYTES / max(size, 1)) * 2**64)
     lowest, highest = 2**64, -1
     for file in files:
-        for text in documents(file):
+        for text in documents(file, encoding=encoding):
             mark = fingerprint(text.encode())
             lowest, highest = min(lowest, mark), max(highest, mark)
             if lowest <= limit < highest:

@@ -23,7 +23,7 @@ import preprocess
 import shards
 import tokenizer
 import workers
-from files import load_json, locked, near, some
+from files import find, load_json, locked, near, some, vocabularies
 from settings import UserError, command, printable
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
@@ -57,7 +57,7 @@ def examine(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
         show("elsewhere", Finding("", others))
     if "data_dir" in given or "out_dir" in given or any(finding.state != MISSING for finding in found):
         look = ""                           # it is these folders that are meant
-    write = command("sample", checkpoint=project.out / "ckpt.pt", prompt="Once upon a time")
+    write = command("sample", checkpoint=project.out / "ckpt.pt")
     print("next:", printable(look or (todo[0].mend if todo else write)))
 
 
@@ -146,8 +146,8 @@ class Project:
         if "data_dir" not in given and isinstance(own, str) and own != cfg.data_dir:
             self.given["data_dir"] = own                # as train.py --init_from resume takes it
         self.data = Path(self.given["data_dir"] or cfg.data_dir)
-        self.paths = attempt(lambda: Finding("", "", what=sorted(self.data.glob("tok*.model")))).what or []
-        found = attempt(lambda: Finding("", "", what=tokenizer.find(self.data, self.size, known["tokenizer_sha256"])))
+        self.paths = attempt(lambda: Finding("", "", what=vocabularies(self.data))).what or []
+        found = attempt(lambda: Finding("", "", what=find(self.data, self.size, known["tokenizer_sha256"])))
         self.path = found.what or (self.paths[0] if self.paths and not self.size else None)
         self.run = {"out_dir": given.get("out_dir"), "preset": given.get("preset") or self.suggested(cfg, given)}
 
@@ -207,7 +207,8 @@ class Project:
             return second
         source = None
         try:
-            source, _ = preprocess.find_source(SimpleNamespace(data="", tokenizer=""), path, first.what)
+            own = SimpleNamespace(data="", tokenizer="", encoding="")
+            source = preprocess.find_source(own, path, first.what)[0]
             corpus.find_files(source)
             return second
         except Exception as error:          # of any kind, as in attempt
@@ -273,7 +274,7 @@ class Project:
     def watch(self) -> str:
         """A look at a run that is on: a story, or another look when nothing is saved that has learned."""
         if self.last.what and self.last.what["iter_num"]:
-            return command("sample", checkpoint=self.out / "last.pt", prompt="Once upon a time")
+            return command("sample", checkpoint=self.out / "last.pt")
         return command("train", doctor=True, **self.given, out_dir=self.run["out_dir"])
 
 

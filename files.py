@@ -2,12 +2,13 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from settings import UserError
+from settings import UserError, command
 
 try:
     import fcntl
@@ -15,6 +16,8 @@ except ImportError:         # Windows
     fcntl = None
     import msvcrt
 
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")    # that JSON leaves as they are, and some readers take for a new line
+MANIFEST = "manifest.json"                      # in a folder of shards, once they are complete
 DATA = Path("data")                             # where the scripts look unless told otherwise
 LOCK = ".lock"                                  # on Windows, which cannot open a folder, a file in it is locked
 BUSY = (BlockingIOError, PermissionError)       # what a lock raises that another process holds
@@ -62,6 +65,40 @@ def near(folder: str | Path, name: str) -> list[Path]:
     return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: path.stat().st_mtime)
 
 
+def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
+    """The vocabulary of a data folder: the one of that size, or the only one, or of several that with the SHA-256.
+
+    Raises:
+        UserError: when there is none, or several and nothing tells which.
+    """
+    folder = Path(data_dir)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; --data_dir names a folder of steps 1 and 2, and --data of step 1 a text")
+    every = vocabularies(folder)
+    found = [path for path in every if not vocab_size or path.stem == f"tok{vocab_size}"]
+    if len(found) > 1 and digest:
+        found = [path for path in found if sha256(path) == digest] or found
+    sizes = [path.stem.removeprefix("tok") for path in every]
+    if not found:
+        others = near(folder, f"tok{vocab_size or '*'}.model")
+        make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+        raise UserError(f"no vocabulary{f' of size {vocab_size}' * (vocab_size > 0)} in {folder.resolve()}"
+                        + (f", where there is {', '.join(sizes)}" if sizes else "") + "\n       "
+                        + (f"is it in another --data_dir: {some(others)}? else " if others else "")
+                        + f"make one: {make}, with --data PATH for text of your own")
+    if len(found) > 1:
+        raise UserError(f"{folder} holds several vocabularies ({', '.join(sizes)})\n       say which: "
+                        f"--vocab_size {sizes[0]}, or delete those that you do not need")
+    return found[0]
+
+
+def vocabularies(folder: Path) -> list[Path]:
+    """Those of a data folder by size, and first of all those whose text is tokenised."""
+    sizes = {path: int(size) if (size := path.stem.removeprefix("tok")).isdecimal() else 0
+             for path in sorted(folder.glob("tok*.model"))}
+    return sorted(sizes, key=lambda path: (not (path.with_suffix("") / MANIFEST).is_file(), sizes[path]))
+
+
 def settings_for(vocabulary: Path) -> dict[str, str | Path]:
     """The settings by which the steps find a vocabulary: its folder, and its size if that has several."""
     several = len(list(vocabulary.parent.glob("tok*.model"))) > 1
@@ -85,6 +122,8 @@ def locked(folder: str | Path) -> Iterator[None]:
         UserError: when another process holds it.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; --data_dir and --out_dir name folders")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
@@ -111,6 +150,11 @@ def save_json(path: str | Path, content: dict[str, Any]) -> None:
     """Write a JSON object, and with it a checksum."""
     with whole_file(path) as file:
         file.write(json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode())
+
+
+def json_line(entry: dict[str, Any]) -> str:
+    """An entry of a file of JSON lines, for people too, and one line for every reader."""
+    return LINE_ENDS.sub(lambda end: f"\\u{ord(end[0]):04x}", json.dumps(entry, ensure_ascii=False)) + "\n"
 
 
 def load_json(path: str | Path) -> dict[str, Any]:

@@ -18,12 +18,12 @@ import formats
 import shards
 import workers
 from dataset import PretokDataset, fits
-from files import near, replace, some
+from files import find, near, replace, some
 from gpt2 import GPT2Args
 from model import ModelArgs
 from parallel import ALONE, World
 from settings import UserError
-from tokenizer import Vocabulary, find, load
+from tokenizer import Vocabulary, load
 
 HERE = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run
 FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
@@ -155,7 +155,7 @@ def load_last(cfg: SimpleNamespace) -> dict[str, Any]:
     last = Path(cfg.out_dir) / "last.pt"
     if not last.is_file():
         others = near(cfg.out_dir, "last.pt")
-        raise UserError(f"no run to go on with in {cfg.out_dir}\n       " + (
+        raise UserError(f"no {last}, so there is no run to go on with\n       " + (
             f"there are runs in {some(others)}; name one: --out_dir" if others else "begin one, without --init_from"))
     try:
         return checkpoint.load(last, checkpoint.TO_GO_ON)
@@ -308,7 +308,7 @@ def print_plan(run: Any) -> None:
     compiles, why = choose_compile(run, seconds * run.own_parts)
     compiles = bool(run.world.first_says(compiles))
     print(f"compile: {'yes' if compiles else 'no'} ({why})" + (
-        "; --compile False begins at once" if compiles else ""), flush=True)
+        "; this takes 10 to 60 seconds, and --compile False none" if compiles else ""), flush=True)
     if compiles:
         run.compile()
         with compiler_errors():
@@ -338,8 +338,7 @@ def print_length(run: Any, seconds_per_step: float) -> None:
     """Print how long the run will be, and what of that is not likely to be meant."""
     cfg, done, left = run.cfg, run.state.iter_num, run.seconds_left(seconds_per_step)
     steps = run.steps_left(seconds_per_step)
-    windows = PretokDataset(run.data, "train", cfg.batch_size, run.model.args.max_seq_len).n_windows
-    epochs = steps * cfg.batch_size * cfg.gradient_accumulation_steps / windows
+    epochs = steps * run.tokens_per_step / run.data.count("train", "tokens")
     print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations"
           + (f", after the {done:,} steps that are done" if done else ""), flush=True)
     if left > LONG and run.where.device.type == "cpu":

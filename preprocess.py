@@ -24,15 +24,16 @@ import corpus
 import settings
 import shards
 import workers
-from files import load_json, locked, replace, settings_for, sha256, whole_file
+from files import find, load_json, locked, replace, settings_for, sha256, whole_file
 from settings import UserError, shown
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tokenizer import Vocabulary, find, load
+from tokenizer import Vocabulary, load
 from words import BATCH
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go
 data = ""               # the text; empty: what step 1 read
+encoding = ""           # of files that are not UTF-8, such as gb18030; empty: as step 1 was told
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
 tokenizer = ""          # a vocabulary from elsewhere, or a model that has one; it is copied to data_dir and used
 num_workers = 0         # processes, at most 60; 0: one per core, if there is memory. Each takes up to 400 MB
@@ -51,6 +52,7 @@ class Job:
     model_path: Path
     model_sha256: str
     threshold: int
+    encoding: str
 
     @property
     def names(self) -> dict[str, str]:
@@ -62,7 +64,7 @@ def main() -> None:
     start = time.perf_counter()
     model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
     vocabulary = load(model_path)
-    source, threshold = find_source(cfg, model_path, vocabulary)
+    source, threshold, encoding = find_source(cfg, model_path, vocabulary)
     files = corpus.find_files(source)
     print(shown(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries"))
     if vocabulary.undivided:
@@ -71,8 +73,8 @@ def main() -> None:
     folder = model_path.with_suffix("")
     target = ShardSet(folder, vocabulary.sha256, vocabulary.n_words, threshold, [])
     with locked(folder), corpus.naming_all(files):
-        jobs = [Job(i, group, folder, model_path, vocabulary.sha256, threshold)
-                for i, group in enumerate(group_files(files, source))]
+        jobs = [Job(i, group, folder, model_path, vocabulary.sha256, threshold, encoding)
+                for i, group in enumerate(group_files(files, source, encoding))]
         make(target, jobs, cfg.num_workers, vocabulary)
         if cfg.verify:
             verify_all(jobs, cfg.num_workers)
@@ -104,13 +106,16 @@ def adopt(path: Path, folder: str) -> Path:
     return target
 
 
-def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int]:
-    """The text to read and the rule of its validation split: those of step 1 unless told otherwise."""
-    notes, known, threshold = model_path.with_suffix(".json"), None, 0
+def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int, str]:
+    """The text to read, the rule of its validation split, and its encoding: those of step 1 unless told otherwise."""
+    corpus.check_encoding(cfg.encoding)
+    notes, known, threshold, encoding = model_path.with_suffix(".json"), None, 0, cfg.encoding
     if notes.exists():
         try:
             facts = load_json(notes)
             digest, known, threshold = facts["sha256"], Path(facts["source"]), int(facts["val_threshold"])
+            encoding = encoding or str(facts.get("encoding", ""))
+            corpus.check_encoding(encoding)
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise UserError(f"{notes} is damaged ({error})\n       run python train_vocab.py again") from error
         if digest != vocabulary.sha256:
@@ -119,13 +124,17 @@ def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) 
     elif not cfg.data and not cfg.tokenizer:
         raise UserError(f"{notes} is gone, which tells what text {model_path.name} is for\n       name it: --data PATH")
     source = Path(cfg.data) if cfg.data else known or corpus.default_source(cfg.data_dir)
-    return source, threshold if source == known else corpus.validation_threshold(corpus.find_files(source))
+    if source != known:
+        threshold = corpus.validation_threshold(corpus.find_files(source), encoding)
+    return source, threshold, encoding
 
 
-def group_files(files: list[Path], root: Path) -> list[dict[Path, Source]]:
-    """Arrange the source files into groups, one for each pair of shards."""
+def group_files(files: list[Path], root: Path, encoding: str) -> list[dict[Path, Source]]:
+    """Arrange the source files into groups, one for each pair of shards. In another encoding they are other files."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, files))
+    if encoding:
+        digests = [hashlib.sha256(f"{digest} {encoding}".encode()).hexdigest() for digest in digests]
     names = [path.relative_to(root).as_posix() if root.is_dir() else path.name for path in files]
     sources = {path: Source(name, path.stat().st_size, digest) for path, name, digest in zip(files, names, digests)}
     return [{path: sources[path] for path in group} for group in corpus.groups(files)]
@@ -167,7 +176,7 @@ def plan(target: ShardSet, todo: list[Job], vocabulary: Vocabulary, processes: i
     """Say what is to come, from a try with the first texts. Raises UserError when there is no room for it."""
     size, tokens = size_of(todo), []
     read, seconds = workers.pace((path for job in todo for path in job.sources),
-                                 lambda texts: tokens.append(len(vocabulary.encode_documents(texts))))
+                                 lambda texts: tokens.append(len(vocabulary.encode_documents(texts))), todo[0].encoding)
     if not tokens:
         return                          # the first text cannot be read, as will be told in its turn
     need, free = sum(tokens) * target.dtype.itemsize * size / read, shutil.disk_usage(target.folder).free
@@ -223,7 +232,7 @@ def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, li
     """Yield (split, documents in UTF-8) in the order of the source, about BATCH bytes at a time."""
     pending, sizes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     for path in job.sources:
-        for text in map(str.encode, corpus.documents(path, progress)):
+        for text in map(str.encode, corpus.documents(path, progress, job.encoding)):
             split = "val" if corpus.fingerprint(text) <= job.threshold else "train"
             pending[split].append(text)
             sizes[split] += len(text)

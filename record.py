@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import plots
-from files import replace, whole_file
+from files import json_line, replace, whole_file
 
 
 class Record:
@@ -22,7 +22,7 @@ class Record:
         is known; if they have another now, they are put aside."""
         self.folder, log = folder, folder / "log.jsonl"
         self.entries = read(log)[1:lines + 1]
-        self.digest = hashlib.sha256("".join(map(_line, self.entries)).encode())
+        self.digest = hashlib.sha256("".join(map(json_line, self.entries)).encode())
         if lines and self.sha256 != sha256:
             self.entries, self.digest = [], hashlib.sha256()
             print(f"note: {log} is damaged or gone, and begins anew")
@@ -31,11 +31,11 @@ class Record:
                 replace(log, aside)
                 print(f"      what was left of it is {aside}")
         with whole_file(folder / "log.jsonl") as file:
-            file.write("".join(map(_line, [first, *self.entries])).encode())
+            file.write("".join(map(json_line, [first, *self.entries])).encode())
         step = self.entries[-1]["iter"] if self.entries else 0
         self.clock = [entry for entry in read(folder / "clock.jsonl") if _is_time(entry) and entry["iter"] <= step]
         with whole_file(folder / "clock.jsonl") as file:
-            file.write("".join(map(_line, self.clock)).encode())
+            file.write("".join(map(json_line, self.clock)).encode())
 
     @property
     def sha256(self) -> str:
@@ -45,11 +45,11 @@ class Record:
         """Append an entry to the log, and what the clock said to the other file."""
         clock = {"iter": entry["iter"], **clock}
         self.entries.append(entry)
-        self.digest.update(_line(entry).encode())
+        self.digest.update(json_line(entry).encode())
         self.clock.append(clock)
         for name, content in (("log.jsonl", entry), ("clock.jsonl", clock)):
             with open(self.folder / name, "a", encoding="utf-8", newline="\n") as file:
-                file.write(_line(content))
+                file.write(json_line(content))
 
     def sync(self) -> None:
         """Have the log on the disk before a checkpoint counts its lines."""
@@ -104,10 +104,6 @@ class NoRecord:
     sync = draw = write
 
 
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
 def _is_time(entry: dict[str, Any]) -> bool:
     return isinstance(entry.get("iter"), int) and isinstance(entry.get("seconds"), float)
 
@@ -119,7 +115,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
                 entry = json.loads(line)
-                _line(entry).encode()               # fails for half of a character, which JSON can spell
+                json_line(entry).encode()       # fails for half of a character, which JSON can spell
             except (ValueError, RecursionError):
                 break
             if not isinstance(entry, dict):

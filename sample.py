@@ -36,6 +36,7 @@ import parallel
 import settings
 from chat import FORMATS, ChatFormat, Message, known_format
 from engine import Step
+from files import json_line
 from sampling import Sampling
 from settings import UserError, shown
 from show import Token, check_page, described, print_score, print_tokens, write_page
@@ -293,7 +294,7 @@ def prepare(cfg: SimpleNamespace, team: "Team | None" = None) -> tuple[TextGener
 
 def read_given(cfg: SimpleNamespace) -> Given:
     start = read_text(cfg.prompt.removeprefix("FILE:")) if cfg.prompt.startswith("FILE:") else cfg.prompt
-    text = read_text(cfg.score) if cfg.score else ""
+    text = read_text(cfg.score).strip() if cfg.score else ""       # as the texts of a training are
     *prompts, last = read_text(cfg.input_file).split("\n") if cfg.input_file else [""]
     return Given(start, text, prompts + [last] if last else prompts)
 
@@ -407,7 +408,7 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
                 pass
         if path:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(asdict(one)) + "\n" for one in chunk[max(done - first, 0):])
+                file.writelines(json_line(asdict(one)) for one in chunk[max(done - first, 0):])
             print(f"{first + len(chunk)} of {len(prompts)}", file=sys.stderr)
         else:
             print(*(shown((one.prompt if cfg.echo else "") + one.text) for one in chunk), sep="\n---\n",
@@ -423,11 +424,11 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
     content = path.read_bytes()
     whole, rest = content[:content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1:]
     try:
-        found = [json.loads(line)["prompt"] for line in whole.decode().split("\n")[:-1]]
+        found = [json.loads(text)["prompt"] for text in whole.decode().split("\n")[:-1]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is there, and not from this command; name another --output_file") from error
-    begun = [json.dumps({"prompt": prompt})[:-1].encode() for prompt in prompts[len(found):len(found) + 1]]
-    own = not rest or any(rest[:len(line)] == line[:len(rest)] for line in begun)
+    begun = [json_line({"prompt": prompt})[:-2].encode() for prompt in prompts[len(found):len(found) + 1]]
+    own = not rest or any(rest[:len(text)] == text[:len(rest)] for text in begun)
     if found != prompts[:len(found)] or not own:
         raise UserError(f"{path} is there, and from other prompts; name another --output_file")
     if rest:
@@ -439,10 +440,10 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
 def read_text(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"no file at {Path(name).resolve()}") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"no file at {Path(name).resolve()}" + ", but a folder" * Path(name).is_dir()) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text") from error
+        raise UserError(f"{name} is not UTF-8 text; save it as such with an editor") from error
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from typing import Any, get_origin
 
 import numpy as np
 
-from files import load_json, near, save_json, settings_for, sha256, some
+from files import MANIFEST, load_json, near, save_json, settings_for, sha256, some
 from settings import UserError, command
 
 FORMAT = 2
-MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 
 
@@ -116,8 +115,9 @@ def read(folder: Path, name: str = MANIFEST) -> ShardSet:
     path = folder / name
     if not path.is_file():
         others = sorted({found.parent for found in near(folder.parent, f"tok*/{name}")} - {folder.parent})
-        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it{again(folder)}"
-                        + (f"\n       or take that of another --data_dir: {some(others)}" if others else ""))
+        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it\n       "
+                        + (f"is it in another --data_dir: {some(others)}? else " if others else "")
+                        + f"run {command('preprocess', **settings_for(folder.with_suffix('.model')))}")
     try:
         content = load_json(path)
         if content["format"] != FORMAT:

@@ -89,13 +89,14 @@ def painted(text: str, logprob: float) -> str:
 def print_score(generator: "TextGenerator", text: str) -> None:
     if not text:
         raise UserError("there is no text in the file to score")
-    tokens = generator.read(generator.tokenizer.encode(text, bos=True, eos=True))
+    ids = generator.tokenizer.encode(text, bos=True, eos=True)
+    tokens = generator.read(ids)
     (loss, perplexity), size = averages(tokens), len(text.encode())
     print(f"{len(tokens)} tokens, {size} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
           f"bits per byte {loss * len(tokens) / math.log(2) / size:.4f}")
     print("least expected:")
     for place in sorted(range(len(tokens)), key=lambda place: tokens[place].logprob)[:10]:
-        before = "".join(token.piece for token in tokens[max(place - 8, 0):place]).replace(SPACE, " ")
+        before = generator.tokenizer.decode(ids[max(place - 7, 1):place + 1])
         print(f"{tokens[place].logprob:8.3f}  {before!r} -> {tokens[place].piece!r}")
 
 
@@ -131,7 +132,7 @@ footer { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: .5rem
   border-radius: .4rem; } }
 """
 PAGE = """<!DOCTYPE html>
-<html lang="en">
+<html lang="">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -27,8 +27,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from files import DATA, near, some
-from settings import UserError, command
+from settings import UserError
 from words import BYTE, CONTROL, NORMAL, SPACE, SPACE_MARK, UNKNOWN, UNUSED, WordEncoder, undivided
 
 WALL = "\x1f"           # ends a word while training, and is dropped from the text
@@ -416,30 +415,6 @@ def _train(counts: dict[bytes, int], walls: dict[int, str], vocab_size: int) -> 
     with_prefix = SentencePieceProcessor(model_proto=model.getvalue() + bytes([3 << 3 | 2, 2, 3 << 3, 1]))
     return Tokenizer(with_prefix.serialized_model_proto())
 
-
-def find(data_dir: str | Path, vocab_size: int = 0, sha256: str = "") -> Path:
-    """The vocabulary of a data folder: the one of that size, or the only one, or of several that with the digest.
-
-    Raises:
-        UserError: when there is none, or several and nothing tells which.
-    """
-    folder = Path(data_dir)
-    found = sorted(folder.glob("tok*.model"))
-    if vocab_size:
-        found = [path for path in found if path.stem == f"tok{vocab_size}"]
-    elif len(found) > 1 and sha256:
-        found = [path for path in found if hashlib.sha256(path.read_bytes()).hexdigest() == sha256] or found
-    if not found:
-        make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
-        others = near(folder, "tok*.model")
-        raise UserError(f"no vocabulary{f' of size {vocab_size}' * (vocab_size > 0)} in {folder.resolve()}\n       "
-                        f"make one: {make}, with --data PATH for text of your own"
-                        + (f"\n       or take that of another --data_dir: {some(others)}" if others else ""))
-    if len(found) > 1:
-        sizes = ", ".join(path.stem.removeprefix("tok") for path in found)
-        raise UserError(f"{folder} holds several vocabularies ({sizes})\n       say which: "
-                        f"--vocab_size {sizes.split(', ')[0]}, or delete those that you do not need")
-    return found[0]
 
 def _read(path: Path) -> bytes:
     if not path.is_file():

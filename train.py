@@ -177,7 +177,8 @@ def say_finished(run: Run) -> None:
     """What a run did that has nothing left to do, and how to go on with it nevertheless, or to begin it anew."""
     cfg, steps = run.cfg, run.state.iter_num
     ended = f", after its {cfg.max_minutes:g} minutes" if steps < cfg.max_iters else ""
-    more = {"max_minutes": f"{2 * cfg.max_minutes:g}"} if cfg.max_minutes else {"max_iters": 2 * cfg.max_iters}
+    twice = 2 * max(cfg.max_iters, steps)
+    more = {"max_minutes": f"{2 * cfg.max_minutes:g}"} if cfg.max_minutes else {"max_iters": twice}
     usual = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}
     own = {name: value for name, value in vars(cfg).items() if value != usual[name]}
     of_none = cfg.init_from in ("auto", "resume", "scratch")        # it began with no other's weights
@@ -202,6 +203,8 @@ def require_same(plan: Plan) -> None:
 
 def begin(run: Run) -> None:
     """Write the first state of a new run. From here on there is one to go on with, and saving is known to work."""
+    if run.cfg.init_from == "scratch":
+        print("note:   with --init_from scratch, the same command begins anew each time; --init_from resume goes on")
     run.state.setup = run.seconds()
     run.save(NEW)
     if run.world.first:
@@ -237,7 +240,8 @@ def train(run: Run) -> None:
 
         # 2. what is due now
         run.meet()
-        ends = bool(run.stop) or run.finished()
+        finished = run.finished()
+        ends = finished or bool(run.stop)
         logs = state.iter_num % cfg.log_interval == 0 or state.iter_num == 1
         evaluates = state.iter_num % cfg.eval_interval == 0
         saves = evaluates or run.stop or run.seconds() - run.saved_at > 60 * cfg.checkpoint_minutes
@@ -263,9 +267,9 @@ def train(run: Run) -> None:
         if evaluates:
             score(run, record)
         state.log_lines, state.log_sha256 = len(record.entries), record.sha256
-        if ends and not evaluates and not run.stop:
+        if finished and not evaluates:
             score(run, record)
-        if ends and not run.stop and state.iter_num < cfg.max_iters:
+        if finished and state.iter_num < cfg.max_iters:
             state.seconds += max(60 * cfg.max_minutes - run.seconds(), 0)       # what is left of it will not be used
         if saves or ends:
             record.sync()
@@ -382,13 +386,13 @@ def say_goodbye(run: Run) -> None:
     out = run.cfg.out_dir
     if run.where.device.type == "cuda":
         print(f"peak of the GPU's memory: {torch.cuda.max_memory_reserved(run.where.device) / 1e6:,.0f} MB")
-    if run.stop:
+    if run.stop and not run.finished():
         print(f"saved step {run.state.iter_num:,} in {out}/last.pt\n"
               f"go on: {run.world.command} train.py --init_from resume --out_dir {out}")
         sys.exit(128 + run.stop)
     print(f"done: {run.state.iter_num:,} steps in {clock(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
-          + (f"stories on the way: {out}/samples.txt\n" if not run.divided else "")
-          + f'next: {writer(run)} sample.py --checkpoint {out}/ckpt.pt --prompt "Once upon a time"')
+          + (f"stories on the way: {out}/samples.txt\n" if run.cfg.sample_tokens and not run.divided else "")
+          + f"next: {writer(run)} sample.py --checkpoint {out}/ckpt.pt" + " --interactive" * bool(run.chat))
 
 
 def writer(run: Run) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import corpus
 import settings
@@ -25,6 +26,7 @@ from words import WordCounts, batches
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where the vocabulary goes; another folder keeps another project apart
 data = ""               # your own text: a file or folder of .txt, .json, .jsonl, each also .gz
+encoding = ""           # of files that are not UTF-8: gb18030 for those of Chinese Windows, cp1252 for western ones
 download = False        # fetch the real TinyStories into data_dir, unless they are there
 mirror = ""             # for the download: huggingface, hf-mirror, modelscope or an address; several with commas
 vocab_size = 4096       # 512 to 2048 for a small model on a CPU, 4096 for the default, 32000 for a large one
@@ -40,6 +42,7 @@ class Job:
     index: int
     files: list[Path]
     threshold: int
+    encoding: str = ""
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Found:
 def main() -> None:
     cfg, _ = settings.read(globals())
     tokenizer.check_size(cfg.vocab_size)
+    corpus.check_encoding(cfg.encoding)
     if cfg.data and cfg.download:
         raise UserError("--data and --download name two sources; give one of them")
     with locked(cfg.data_dir):
@@ -94,11 +98,11 @@ def main() -> None:
 def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
     """Count the words of the text, learn from them, check what was learned, and write it; returns where."""
     start = time.perf_counter()
-    threshold = corpus.validation_threshold(files)
-    jobs = [Job(i, group, threshold) for i, group in enumerate(corpus.groups(files))]
+    threshold = corpus.validation_threshold(files, cfg.encoding)
+    jobs = [Job(i, group, threshold, cfg.encoding) for i, group in enumerate(corpus.groups(files))]
     processes, why = workers.how_many(cfg.num_workers, len(jobs))
     size = sum(file.stat().st_size for file in files)
-    read, seconds = workers.pace(files, WordCounts().add)
+    read, seconds = workers.pace(files, WordCounts().add, cfg.encoding)
     left = corpus.passed_over(source)
     print(f"text: {source}, {len(files)} files" + (f"; passed over: {left}" if left else ""))
     print(f"plan: {size / 1e6:,.1f} MB to read, {why}, {workers.about(seconds * size / read, processes)}")
@@ -117,11 +121,11 @@ def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
     vocabulary = tokenizer.train(found.words.counts, cfg.vocab_size)
     if vocabulary.n_words < cfg.vocab_size:
         print(f"vocabulary: {vocabulary.n_words:,} of {cfg.vocab_size:,} entries, all that can be learned from this "
-              "text; a model learns faster with fewer, such as --vocab_size 2048")
+              "text; with a smaller --vocab_size, a model learns faster")
     check_round_trip(vocabulary, found)
 
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
-    save(vocabulary, path, source, threshold)
+    save(vocabulary, path, {"source": source.as_posix(), "val_threshold": threshold, "encoding": cfg.encoding})
     print(f"wrote {path} ({vocabulary.n_words} entries) after {time.perf_counter() - start:.0f} s"
           + (f", with {memory / 1e6:,.0f} MB of memory" if (memory := workers.peak_memory()) else ""))
     return path
@@ -148,7 +152,7 @@ def count_words(jobs: list[Job], processes: int, size: int) -> tuple[Found, int]
 def count_part(job: Job, progress: Callable[[int], None]) -> tuple[int, Found]:
     """Count the words of a job. May run in a worker process."""
     found = Found()
-    for batch in batches(text for path in job.files for text in corpus.documents(path, progress)):
+    for batch in batches(text for path in job.files for text in corpus.documents(path, progress, job.encoding)):
         found.add(batch, job.threshold)
     found.words.settle()
     return job.index, found
@@ -165,11 +169,11 @@ def check_round_trip(vocabulary: tokenizer.Tokenizer, found: Found) -> None:
     print(f"validation: {some}{found.kept_back:,} documents come back exactly, at {per_token:.2f} bytes per token")
 
 
-def save(vocabulary: tokenizer.Tokenizer, path: Path, source: Path, threshold: int) -> None:
+def save(vocabulary: tokenizer.Tokenizer, path: Path, facts: dict[str, Any]) -> None:
+    """Write the vocabulary, and beside it the facts about its text that step 2 needs."""
     with whole_file(path) as file:
         file.write(vocabulary.model)
-    facts = {"sha256": vocabulary.sha256, "source": source.as_posix(), "val_threshold": threshold}
-    save_json(path.with_suffix(".json"), facts)
+    save_json(path.with_suffix(".json"), {"sha256": vocabulary.sha256, **facts})
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def pace(files: Iterable[Path], work: Callable[[list[bytes]], None]) -> tuple[int, float]:
+def pace(files: Iterable[Path], work: Callable[[list[bytes]], None], encoding: str = "") -> tuple[int, float]:
     """Try `work` on the first texts of files; returns the bytes of the files that were read, and the seconds."""
     read, tried, began = 0, 0, time.perf_counter()
 
@@ -86,7 +86,7 @@ def pace(files: Iterable[Path], work: Callable[[list[bytes]], None]) -> tuple[in
         nonlocal read
         read += count
     try:
-        for batch in words.batches(text for path in files for text in corpus.documents(path, progress)):
+        for batch in words.batches(text for path in files for text in corpus.documents(path, progress, encoding)):
             work(batch)
             tried += sum(map(len, batch))
             if tried > TRIED:

@@ -165,9 +165,11 @@ def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, call):
     for folder in "data/mine", "data/yours":
         call("train_vocab", "--data", texts, "--data_dir", folder, "--vocab_size", 300)
     call("preprocess", "--data_dir", "data/mine")
-    with pytest.raises(UserError, match="no vocabulary in .*mime\n.*--data_dir data.mime.*\n.*: data.mine, data.yours"):
+    with pytest.raises(UserError, match="no vocabulary in .*mime\n.*: data.mine, data.yours, data. else make one: "
+                       "python train_vocab.py --data_dir data.mime"):
         call("train", "--data_dir", "data/mime")
-    with pytest.raises(UserError, match="no data.yours.tok300.manifest.json.*\n.*\n.*another --data_dir: data.mine$"):
+    with pytest.raises(UserError, match="no data.yours.tok300.*\n.*another --data_dir: data.mine. else run "
+                       "python preprocess.py --data_dir data.yours$"):
         call("train", "--data_dir", "data/yours")
 
 
@@ -180,12 +182,37 @@ def test_all_files_that_are_not_utf8_are_named_at_once(texts, call, script, proc
     (texts / "cut.txt.gz").write_bytes(b"wrong in another way")
     with pytest.raises(UserError, match="7 of 12 files are not UTF-8 text: .*0.txt, .*4.txt and 2 more\n") as error:
         call(script, "--data", texts, "--num_workers", processes)
-    assert f"iconv -f GBK -t UTF-8 {wrong[0]} >" in str(error.value)
+    assert "--encoding gb18030" in str(error.value)
     for path in wrong[1:]:
         path.unlink()
-    wrong[0].write_bytes("once".encode("utf-16"))
-    with pytest.raises(UserError, match="0.txt: this is not UTF-8 text.*\n.*iconv -f UTF-16"):
+    with pytest.raises(UserError, match="0.txt: this is not UTF-8 text.*\n.*--encoding gb18030"):
         call(script, "--data", wrong[0], "--num_workers", processes)
+    with pytest.raises(UserError, match="0.txt: this is not utf-16 text"):
+        call(script, "--data", wrong[0], "--encoding", "utf-16")
+    for name in ("gbkk", "base64"):
+        with pytest.raises(UserError, match=f"--encoding {name} is not known"):
+            call(script, "--encoding", name)
+
+
+@pytest.mark.parametrize("name", ["2.txt", "2.txt.gz", "2.jsonl"])
+def test_files_in_another_encoding_are_the_same_text(call, tmp_path, name):
+    """Beside those in UTF-8; step 2 knows it from step 1."""
+    folder, stories = tmp_path / "mixed", [f"很久以前，有{i}只熊。" for i in range(40)]
+    content = "\n".join(map(json.dumps, stories)) if name.endswith("jsonl") else "<|endoftext|>".join(stories)
+    content = content.encode().decode("unicode_escape") if name.endswith("jsonl") else content
+    folder.mkdir()
+    (folder / "1.txt").write_text("从前<|endoftext|>有一天", encoding="utf-8")
+    found = []
+    for encoding in "utf-8", "gb18030":
+        written = content.encode(encoding)
+        (folder / name).write_bytes(gzip.compress(written) if name.endswith("gz") else written)
+        call("train_vocab", "--data", folder, "--vocab_size", 300, "--encoding", "gb18030")
+        call("preprocess", "--verify")
+        shard_set = shards.read(Path("data/tok300"))
+        found.append((Path("data/tok300.model").read_bytes(), [shard.sha256 for shard in shard_set.shards]))
+    assert found[0] == found[1]
+    call("preprocess", "--encoding", "big5")
+    assert [shard.sha256 for shard in shards.read(Path("data/tok300")).shards] != found[0][1]
 
 
 def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, call):

@@ -8,6 +8,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import demo_stories
+import files
 import tokenizer
 from conftest import learn
 from settings import UserError
@@ -143,15 +144,24 @@ def test_cut_models_are_refused(vocabulary):
 
 def test_finding_the_vocabulary(vocabulary, tmp_path):
     with pytest.raises(UserError, match="train_vocab.py"):
-        tokenizer.find(tmp_path)
+        files.find(tmp_path)
     (tmp_path / "tok600.model").write_bytes(vocabulary.model)
-    assert tokenizer.find(tmp_path) == tmp_path / "tok600.model"
+    assert files.find(tmp_path) == tmp_path / "tok600.model"
     (tmp_path / "tok4096.model").write_bytes(vocabulary.model)
-    with pytest.raises(UserError, match=r"4096, 600|600, 4096"):
-        tokenizer.find(tmp_path)
-    assert tokenizer.find(tmp_path, 4096) == tmp_path / "tok4096.model"
+    with pytest.raises(UserError, match=r"several vocabularies \(600, 4096\)\n.*--vocab_size 600"):
+        files.find(tmp_path)
+    (tmp_path / "tok4096").mkdir()
+    (tmp_path / "tok4096" / "manifest.json").touch()
+    with pytest.raises(UserError, match=r"\(4096, 600\)\n.*--vocab_size 4096"):
+        files.find(tmp_path)
+    with pytest.raises(UserError, match="of size 700 in .*, where there is 4096, 600\n *make one"):
+        files.find(tmp_path, 700)
+    (tmp_path / "text.txt").touch()
+    with pytest.raises(UserError, match="text.txt is a file; --data_dir names a folder"):
+        files.find(tmp_path / "text.txt")
+    assert files.find(tmp_path, 4096) == tmp_path / "tok4096.model"
     with pytest.raises(UserError, match="512"):
-        tokenizer.find(tmp_path, 512)
+        files.find(tmp_path, 512)
 
 
 @pytest.mark.parametrize("error", [UserError("stories.txt is not UTF-8"), KeyboardInterrupt()])

@@ -190,7 +190,7 @@ def test_a_finished_run_is_begun_anew_with_all_that_it_was(go, call, capsys):
 def test_a_run_that_is_not_there_is_told_with_those_that_are(go, call):
     go("runs/mine", "--max_iters", 1)
     for out, message in [("runs/mime", "runs in runs.mine; name one"), ("other", "begin one, without --init_from")]:
-        with pytest.raises(UserError, match=f"no run to go on with in {out}\n *.*{message}"):
+        with pytest.raises(UserError, match=f"no {out}.last.pt, so .*\n *.*{message}"):
             call("train", "--init_from", "resume", "--out_dir", out)
 
 
@@ -387,7 +387,7 @@ def test_from_the_command_line(project):
     assert_user_error(result, "did you mean --max_iters?")
     assert_user_error(script("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
     Path("a_file").write_text("x", encoding="utf-8")
-    assert_user_error(script("train", "--data_dir", project, *TINY, "--out_dir", "a_file"), "exists", "a_file")
+    assert_user_error(script("train", "--data_dir", project, *TINY, "--out_dir", "a_file"), "a_file is a file")
     result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--compile", "False")
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):

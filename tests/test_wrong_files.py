@@ -76,8 +76,8 @@ def load_shards() -> shards.ShardSet:
     return shards.load(Path("data/tok300"), tokenizer.load(MODEL).sha256)
 
 
-def load_notes() -> tuple[Path, int]:
-    cfg = SimpleNamespace(data="", data_dir="data", tokenizer="")
+def load_notes() -> tuple[Path, int, str]:
+    cfg = SimpleNamespace(data="", data_dir="data", tokenizer="", encoding="")
     return preprocess.find_source(cfg, Path(MODEL), tokenizer.load(MODEL))
 
 

@@ -119,7 +119,8 @@ def read_vocabulary() -> None:
 
 
 def read_notes() -> None:
-    preprocess.find_source(SimpleNamespace(data="", data_dir="data", tokenizer=""), MODEL, tokenizer.load(MODEL))
+    cfg = SimpleNamespace(data="", data_dir="data", tokenizer="", encoding="")
+    preprocess.find_source(cfg, MODEL, tokenizer.load(MODEL))
 
 
 def read_texts() -> None:
