@@ -1,4 +1,5 @@
 """What is checked, and said, before the first step."""
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import plan
 from conftest import assert_same
 from run import Run, State
 from settings import UserError
-from test_train import go, prepared  # noqa: F401    fixtures
+from test_train import go, prepared, state  # noqa: F401    fixtures
 
 
 def test_all_problems_are_reported_at_once(go):  # noqa: F811
@@ -48,6 +49,14 @@ def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, st
     assert Run.seconds_left(run, 0.1) == pytest.approx(seconds) and Run.steps_left(run, 0.1) == steps
 
 
+def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F811
+    """Not as many windows: these begin at documents, and short ones are in several."""
+    run = prepared("--max_iters", 500)
+    plan.print_length(run, 0.1)
+    read = 500 * run.tokens_per_step / run.data.count("train", "tokens")
+    assert f" 500 steps, {read:.1f} epochs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("args, note", [
     (["--max_iters", 100_000], "--eval_interval"), (["--max_iters", 100_000], "--dropout 0.1"),
     (["--max_iters", 100_000], "--preset cpu_3min"),
@@ -81,3 +90,42 @@ def test_too_little_memory_is_announced(monkeypatch, capsys, free, says):
     plan.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
     out = capsys.readouterr().out
     assert says in out if says else out == ""
+
+
+def test_only_the_files_of_a_run_are_put_aside(go):  # noqa: F811
+    """A model that convert.py put into the folder is not one of them."""
+    Path("out").mkdir()
+    Path("out/smol.pt").write_bytes(b"a model")
+    Path("out/notes.txt").write_text("mine", encoding="utf-8")
+    go("out", "--max_iters", 1)
+    assert not Path("out/old-1").exists()
+    go("out", "--max_iters", 2, "--seed", 2)
+    assert Path("out/smol.pt").exists() and Path("out/notes.txt").exists()
+    assert {path.name for path in Path("out/old-1").iterdir()} >= {"last.pt", "ckpt.pt", "log.jsonl", "clock.jsonl"}
+
+
+def test_a_finished_run_is_begun_anew_with_all_that_it_was(go, call, capsys):  # noqa: F811
+    go("out", "--max_iters", 2, "--learning_rate", 0.001)
+    call("train", "--init_from", "resume", "--out_dir", "out")
+    printed = capsys.readouterr().out
+    assert "go on with it: python train.py --init_from resume --out_dir out --max_iters 4\n" in printed
+    anew = shlex.split(printed.rpartition("begin anew:    python train.py ")[2])
+    call("train", *anew)
+    old, new = state("out/old-1"), state("out")
+    assert {**new["config"], "init_from": "auto"} == old["config"] and new["iter_num"] == 2
+    go("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
+    go("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
+    printed = capsys.readouterr().out.rpartition("begin anew: ")[2]
+    assert "--init_from out/ckpt.pt" in printed and "--out_dir tuned-2" in printed
+
+
+def test_a_run_that_is_not_there_is_told_with_those_that_are(go, call):  # noqa: F811
+    go("runs/mine", "--max_iters", 1)
+    for out, message in [("runs/mime", "runs in runs.mine; name one"), ("other", "begin one, without --init_from")]:
+        with pytest.raises(UserError, match=f"no {out}.last.pt, so .*\n *.*{message}"):
+            call("train", "--init_from", "resume", "--out_dir", out)
+
+
+def test_scratch_says_that_it_begins_each_time(go, capsys):  # noqa: F811
+    go("out", "--max_iters", 1, "--init_from", "scratch")
+    assert "--init_from resume goes on" in capsys.readouterr().out

@@ -163,6 +163,25 @@ def test_how_stories_are_shown(trained):
     assert quickly(*command, "--quantize", "int8").stdout.count("The dog") == 2
 
 
+def test_texts_of_any_language_can_be_read_in_the_output_file(trained):
+    prompts = ["从前，", "line\u2028separator\x85"]
+    Path("in.txt").write_text("\n".join(prompts), encoding="utf-8")
+    for _ in range(2):                      # and it goes on
+        result = quickly("sample", "--checkpoint", trained, "--input_file", "in.txt", "--output_file", "out.jsonl",
+                         "--max_new_tokens", 3)
+        assert result.returncode == 0, result.stderr
+    text = Path("out.jsonl").read_text(encoding="utf-8")
+    assert "从前，" in text and [json.loads(line)["prompt"] for line in text.splitlines()] == prompts
+
+
+def test_a_text_is_scored_as_texts_of_a_training_are_read(trained):
+    """Without white space around it; and characters of several tokens are shown whole."""
+    for name, text in ("a.txt", "Once 天 upon"), ("b.txt", "\n Once 天 upon\n"):
+        Path(name).write_text(text, encoding="utf-8")
+    one, two = (quickly("sample", "--checkpoint", trained, "--score", name).stdout for name in ("a.txt", "b.txt"))
+    assert one == two and "天" in one
+
+
 def test_prompts_from_a_file(trained):
     prompts = ["The dog", "", "Once upon a time there was", "A cat", "Tom ☃ and\u2028Mia"]
     Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import train
 from conftest import ROOT, TINY
-from test_train import log, state
+from test_train import go, log, state  # noqa: F401    fixtures among them
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
 
@@ -35,6 +36,18 @@ def test_ctrl_c_before_the_first_step(project):
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and errors.startswith("\nstopped; ") and errors.count("\n") == 2, errors
     assert not Path("out").exists()
+
+
+def test_a_signal_at_the_last_step_leaves_a_finished_run(go, monkeypatch, capsys):  # noqa: F811
+    step = train.take_step
+
+    def asked(run, batches):
+        result = step(run, batches)
+        run.asked = 2 * (run.state.iter_num == 3)
+        return result
+    monkeypatch.setattr(train, "take_step", asked)
+    go("out", "--max_iters", 3)
+    assert state("out", "ckpt.pt")["iter_num"] == 3 and "done: 3 steps" in capsys.readouterr().out
 
 
 IN_A_TERMINAL = ("import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "

@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-import shlex
 import shutil
 import time
 from pathlib import Path
@@ -158,40 +157,6 @@ def test_scratch_puts_the_old_run_aside(go):
     go("out", "--max_iters", 4, "--init_from", "scratch")
     assert Path("out/old-1/last.pt").read_bytes() == old and Path("out/old-1/log.jsonl").exists()
     assert state("out/old-2")["iter_num"] == 3 and state("out")["iter_num"] == 4
-
-
-def test_only_the_files_of_a_run_are_put_aside(go):
-    """A model that convert.py put into the folder is not one of them."""
-    Path("out").mkdir()
-    Path("out/smol.pt").write_bytes(b"a model")
-    Path("out/notes.txt").write_text("mine", encoding="utf-8")
-    go("out", "--max_iters", 1)
-    assert not Path("out/old-1").exists()
-    go("out", "--max_iters", 2, "--seed", 2)
-    assert Path("out/smol.pt").exists() and Path("out/notes.txt").exists()
-    assert {path.name for path in Path("out/old-1").iterdir()} >= {"last.pt", "ckpt.pt", "log.jsonl", "clock.jsonl"}
-
-
-def test_a_finished_run_is_begun_anew_with_all_that_it_was(go, call, capsys):
-    go("out", "--max_iters", 2, "--learning_rate", 0.001)
-    call("train", "--init_from", "resume", "--out_dir", "out")
-    printed = capsys.readouterr().out
-    assert "go on with it: python train.py --init_from resume --out_dir out --max_iters 4\n" in printed
-    anew = shlex.split(printed.rpartition("begin anew:    python train.py ")[2])
-    call("train", *anew)
-    old, new = state("out/old-1"), state("out")
-    assert {**new["config"], "init_from": "auto"} == old["config"] and new["iter_num"] == 2
-    go("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
-    go("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
-    printed = capsys.readouterr().out.rpartition("begin anew: ")[2]
-    assert "--init_from out/ckpt.pt" in printed and "--out_dir tuned-2" in printed
-
-
-def test_a_run_that_is_not_there_is_told_with_those_that_are(go, call):
-    go("runs/mine", "--max_iters", 1)
-    for out, message in [("runs/mime", "runs in runs.mine; name one"), ("other", "begin one, without --init_from")]:
-        with pytest.raises(UserError, match=f"no {out}.last.pt, so .*\n *.*{message}"):
-            call("train", "--init_from", "resume", "--out_dir", out)
 
 
 def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):
