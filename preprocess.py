@@ -52,7 +52,7 @@ class Job:
     model_path: Path
     model_sha256: str
     threshold: int
-    encoding: str
+    encoding: str = ""
 
     @property
     def names(self) -> dict[str, str]:
@@ -129,7 +129,7 @@ def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) 
     return source, threshold, encoding
 
 
-def group_files(files: list[Path], root: Path, encoding: str) -> list[dict[Path, Source]]:
+def group_files(files: list[Path], root: Path, encoding: str = "") -> list[dict[Path, Source]]:
     """Arrange the source files into groups, one for each pair of shards. In another encoding they are other files."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, files))
