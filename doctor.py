@@ -183,10 +183,11 @@ class Project:
         """Step 1; to be repeated, it needs the text that it had."""
         if path is None:                    # another folder is for a text of one's own
             return command("train_vocab", **self.given, data="PATH" if self.given["data_dir"] else "")
-        notes = path.with_suffix(".json")
-        noted = attempt(lambda: Finding("", source if Path(source := load_json(notes)["source"]).exists() else ""))
-        source = "" if noted.state else noted.facts
-        return command("train_vocab", **{**self.given, "vocab_size": size_of(path)}, data=source)
+        def text() -> Finding:
+            notes = load_json(path.with_suffix(".json"))
+            known = {"data": notes["source"], "encoding": notes.get("encoding", "")}
+            return Finding("", "", what=known if Path(notes["source"]).exists() else {})
+        return command("train_vocab", **{**self.given, "vocab_size": size_of(path)}, **(attempt(text).what or {}))
 
     def shards(self, path: Path | None, vocabulary: tokenizer.Vocabulary | None) -> Finding:
         folder = path.with_suffix("") if path else self.data

@@ -1,4 +1,5 @@
-"""Files that are whole or not there: written under a temporary name, flushed, then renamed. And locks on folders."""
+"""Files that are whole or not there: written under a temporary name, flushed, then renamed; locks on folders; and in
+which folders things are."""
 import hashlib
 import json
 import os
@@ -55,60 +56,6 @@ def replace(source: Path, target: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def near(folder: str | Path, name: str) -> list[Path]:
-    """Folders beside a folder, and within it, that have a file of that name; the newest last, old runs left out."""
-    folder = Path(folder)
-    roots = [folder] if folder.parent == Path() else [folder, folder.parent]
-    found = {path.parent for root in roots for path in (*root.glob(name), *root.glob(f"*/{name}"))} - {folder}
-    return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: path.stat().st_mtime)
-
-
-def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
-    """The vocabulary of a data folder: the one of that size, or the only one, or of several that with the SHA-256.
-
-    Raises:
-        UserError: when there is none, or several and nothing tells which.
-    """
-    folder = Path(data_dir)
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; --data_dir names a folder of steps 1 and 2, and --data of step 1 a text")
-    every = vocabularies(folder)
-    found = [path for path in every if not vocab_size or path.stem == f"tok{vocab_size}"]
-    if len(found) > 1 and digest:
-        found = [path for path in found if sha256(path) == digest] or found
-    sizes = [path.stem.removeprefix("tok") for path in every]
-    if not found:
-        others = near(folder, f"tok{vocab_size or '*'}.model")
-        make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
-        raise UserError(f"no vocabulary{f' of size {vocab_size}' * (vocab_size > 0)} in {folder.resolve()}"
-                        + (f", where there is {', '.join(sizes)}" if sizes else "") + "\n       "
-                        + (f"is it in another --data_dir: {some(others)}? else " if others else "")
-                        + f"make one: {make}, with --data PATH for text of your own")
-    if len(found) > 1:
-        raise UserError(f"{folder} holds several vocabularies ({', '.join(sizes)})\n       say which: "
-                        f"--vocab_size {sizes[0]}, or delete those that you do not need")
-    return found[0]
-
-
-def vocabularies(folder: Path) -> list[Path]:
-    """Those of a data folder by size, and first of all those whose text is tokenised."""
-    sizes = {path: int(size) if (size := path.stem.removeprefix("tok")).isdecimal() else 0
-             for path in sorted(folder.glob("tok*.model"))}
-    return sorted(sizes, key=lambda path: (not (path.with_suffix("") / MANIFEST).is_file(), sizes[path]))
-
-
-def settings_for(vocabulary: Path) -> dict[str, str | Path]:
-    """The settings by which the steps find a vocabulary: its folder, and its size if that has several."""
-    several = len(list(vocabulary.parent.glob("tok*.model"))) > 1
-    return {"data_dir": "" if vocabulary.parent == DATA else vocabulary.parent,
-            "vocab_size": vocabulary.stem.removeprefix("tok") if several else ""}
-
-
-def some(paths: list[Path]) -> str:
-    """The newest of them, as `near` orders them, in words."""
-    return ", ".join(map(str, paths[:-6:-1])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 @contextmanager
@@ -179,3 +126,59 @@ def sha256(path: str | Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+# ---- what is where ------------------------------------------------------------------------------
+
+def near(folder: str | Path, name: str) -> list[Path]:
+    """Folders beside a folder, and within it, that have a file of that name; the newest last, old runs left out."""
+    folder = Path(folder)
+    roots = [folder] if folder.parent == Path() else [folder, folder.parent]
+    found = {path.parent for root in roots for path in (*root.glob(name), *root.glob(f"*/{name}"))} - {folder}
+    return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: path.stat().st_mtime)
+
+
+def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
+    """The vocabulary of a data folder: the one of that size, or the only one, or of several that with the SHA-256.
+
+    Raises:
+        UserError: when there is none, or several and nothing tells which.
+    """
+    folder = Path(data_dir)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; --data_dir names a folder of steps 1 and 2, and --data of step 1 a text")
+    every = vocabularies(folder)
+    found = [path for path in every if not vocab_size or path.stem == f"tok{vocab_size}"]
+    if len(found) > 1 and digest:
+        found = [path for path in found if sha256(path) == digest] or found
+    sizes = [path.stem.removeprefix("tok") for path in every]
+    if not found:
+        others = near(folder, f"tok{vocab_size or '*'}.model")
+        make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+        raise UserError(f"no vocabulary{f' of size {vocab_size}' * (vocab_size > 0)} in {folder.resolve()}"
+                        + (f", where there is {', '.join(sizes)}" if sizes else "") + "\n       "
+                        + (f"is it in another --data_dir: {some(others)}? else " if others else "")
+                        + f"make one: {make}, with --data PATH for text of your own")
+    if len(found) > 1:
+        raise UserError(f"{folder} holds several vocabularies ({', '.join(sizes)})\n       say which: "
+                        f"--vocab_size {sizes[0]}, or delete those that you do not need")
+    return found[0]
+
+
+def vocabularies(folder: Path) -> list[Path]:
+    """Those of a data folder by size, and first of all those whose text is tokenised."""
+    sizes = {path: int(size) if (size := path.stem.removeprefix("tok")).isdecimal() else 0
+             for path in sorted(folder.glob("tok*.model"))}
+    return sorted(sizes, key=lambda path: (not (path.with_suffix("") / MANIFEST).is_file(), sizes[path]))
+
+
+def settings_for(vocabulary: Path) -> dict[str, str | Path]:
+    """The settings by which the steps find a vocabulary: its folder, and its size if that has several."""
+    several = len(list(vocabulary.parent.glob("tok*.model"))) > 1
+    return {"data_dir": "" if vocabulary.parent == DATA else vocabulary.parent,
+            "vocab_size": vocabulary.stem.removeprefix("tok") if several else ""}
+
+
+def some(paths: list[Path]) -> str:
+    """The newest of them, as `near` orders them, in words."""
+    return ", ".join(map(str, paths[:-6:-1])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
