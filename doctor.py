@@ -57,7 +57,8 @@ def examine(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
         show("elsewhere", Finding("", others))
     if "data_dir" in given or "out_dir" in given or any(finding.state != MISSING for finding in found):
         look = ""                           # it is these folders that are meant
-    write = command("sample", checkpoint=project.out / "ckpt.pt")
+    chats = bool(project.best.what and project.best.what.get("chat"))
+    write = command("sample", checkpoint=project.out / "ckpt.pt", interactive=chats or "")
     print("next:", printable(look or (todo[0].mend if todo else write)))
 
 

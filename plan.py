@@ -18,7 +18,7 @@ import formats
 import shards
 import workers
 from dataset import PretokDataset, fits
-from files import find, near, replace, some
+from files import find, near, replace, sha256, some, vocabularies
 from gpt2 import GPT2Args
 from model import ModelArgs
 from parallel import ALONE, World
@@ -237,8 +237,11 @@ def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: V
     """The shape of the saved model, else that of the settings."""
     chosen = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}
     if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
+        of_it = [folder for folder in near(cfg.data_dir, "tok*.model")
+                 if saved["tokenizer_sha256"] in map(sha256, vocabularies(folder))]
         raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}\n       "
-                        f"give the text its vocabulary: python preprocess.py --tokenizer {saved_in(cfg)} --data PATH "
+                        + (f"is it that of --data_dir {some(of_it)}? else " if of_it else "")
+                        + f"give the text its vocabulary: python preprocess.py --tokenizer {saved_in(cfg)} --data PATH "
                         "--data_dir data/tuned")
     try:
         args = (checkpoint.build_args(saved, saved_in(cfg)) if saved else
@@ -366,8 +369,8 @@ def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
         return False, "there is no triton package for it"
     if kind not in ("cpu", "cuda"):
         return False, f"not for {kind}"
-    return left > PAYS_AFTER, (f"without, the run would take over {PAYS_AFTER} seconds" if left > PAYS_AFTER else
-                               f"it takes longer than it saves in a run of under {PAYS_AFTER} seconds")
+    return left > PAYS_AFTER, (f"without, the steps would take over {PAYS_AFTER} seconds" if left > PAYS_AFTER else
+                               f"the steps take under {PAYS_AFTER} seconds, of which it saves less than it takes")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import corpus
 import settings
 import shards
 import workers
-from files import find, load_json, locked, replace, settings_for, sha256, whole_file
+from files import find, load_json, locked, replace, save_json, settings_for, sha256, whole_file
 from settings import UserError, shown
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tokenizer import Vocabulary, load
@@ -66,6 +66,9 @@ def main() -> None:
     vocabulary = load(model_path)
     source, threshold, encoding = find_source(cfg, model_path, vocabulary)
     files = corpus.find_files(source)
+    if not model_path.with_suffix(".json").exists():
+        save_json(model_path.with_suffix(".json"), {"sha256": vocabulary.sha256, "source": source.as_posix(),
+                                                    "val_threshold": threshold, "encoding": encoding})
     print(shown(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries"))
     if vocabulary.undivided:
         print(f"encoding: whole texts, not word by word, which would be faster: {shown(vocabulary.undivided)}")
@@ -122,7 +125,7 @@ def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) 
             raise UserError(f"{model_path} is not as step 1 wrote it: {notes} has another SHA-256\n       "
                             "run python train_vocab.py again")
     elif not cfg.data and not cfg.tokenizer:
-        raise UserError(f"{notes} is gone, which tells what text {model_path.name} is for\n       name it: --data PATH")
+        raise UserError(f"no {notes}, which would tell what text {model_path.name} is for\n       name it: --data PATH")
     source = Path(cfg.data) if cfg.data else known or corpus.default_source(cfg.data_dir)
     if source != known:
         threshold = corpus.validation_threshold(corpus.find_files(source), encoding)

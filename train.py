@@ -39,7 +39,7 @@ import divided
 import presets
 import settings
 from dataset import Task
-from files import locked, replace
+from files import locked, replace, settings_for
 from parallel import World, joined
 from plan import NEW, Plan, clock, lasting, prepare, print_plan, put_back, set_aside
 from presets import PRESETS
@@ -181,11 +181,12 @@ def say_finished(run: Run) -> None:
     more = {"max_minutes": f"{2 * cfg.max_minutes:g}"} if cfg.max_minutes else {"max_iters": twice}
     usual = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}
     own = {name: value for name, value in vars(cfg).items() if value != usual[name]}
+    text = settings_for(run.data.folder.with_suffix(".model"))
     of_none = cfg.init_from in ("auto", "resume", "scratch")        # it began with no other's weights
     anew = {"init_from": "scratch"} if of_none else {"out_dir": f"{cfg.out_dir}-2"}
     print(f"the run in {cfg.out_dir} is finished, with step {steps:,}{ended}\ngo on with it: "
           + settings.command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir, **more)
-          + "\nbegin anew:    " + settings.command("train", run.world.command, **{**own, **anew}))
+          + "\nbegin anew:    " + settings.command("train", run.world.command, **{**own, **text, **anew}))
 
 
 def require_same(plan: Plan) -> None:

@@ -298,6 +298,10 @@ def test_a_vocabulary_from_elsewhere(texts, call):
     call("preprocess", "--tokenizer", "theirs.model", "--data", texts, "--verify")
     found, vocabulary = load()
     assert vocabulary.sha256 == Tokenizer("theirs.model").sha256 and found.count("train", "documents") > 150
+    made = contents()
+    shutil.rmtree("data/tok400")
+    call("preprocess")                          # it knows its text by now
+    assert contents() == made
     Path("other.model").write_bytes(learn(STORIES[:40], 400).model)
     with pytest.raises(UserError, match="another vocabulary of that size"):
         call("preprocess", "--tokenizer", "other.model", "--data", texts)

@@ -345,6 +345,22 @@ def test_another_vocabulary_is_refused(go, call, project, tmp_path):
         call("train", *TINY)
     call("train", "--vocab_size", 300, *TINY, "--max_iters", 1)
     assert state("output")["model_args"]["vocab_size"] == 300
+    for name in "data/mine", "data/other":
+        Path(name).mkdir()
+    Path("data/mine/tok400.model").write_bytes(state("out")["tokenizer"])
+    Path("data/other/tok300.model").write_bytes(state("output")["tokenizer"])
+    with pytest.raises(UserError, match="is it that of --data_dir data.mine. else give the text"):
+        call("train", "--init_from", "out/ckpt.pt", "--vocab_size", 300)
+
+
+def test_a_finished_run_is_told_with_its_vocabulary_where_there_are_several(call, project, capsys):
+    for size in 300, 301:
+        call("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", size)
+    call("preprocess", "--vocab_size", 301)
+    for _ in range(2):
+        call("train", *TINY, "--max_iters", 1, "--vocab_size", 301)
+    call("train", "--init_from", "resume")
+    assert "--vocab_size 301" in capsys.readouterr().out.rpartition("begin anew: ")[2]
 
 
 def test_from_the_command_line(project):
