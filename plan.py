@@ -311,7 +311,7 @@ def print_plan(run: Any) -> None:
     compiles, why = choose_compile(run, seconds * run.own_parts)
     compiles = bool(run.world.first_says(compiles))
     print(f"compile: {'yes' if compiles else 'no'} ({why})" + (
-        "; this takes 10 to 60 seconds, and --compile False none" if compiles else ""), flush=True)
+        "; it takes up to a minute the first time, and --compile False none" if compiles else ""), flush=True)
     if compiles:
         run.compile()
         with compiler_errors():
