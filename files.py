@@ -154,11 +154,13 @@ def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
     sizes = [path.stem.removeprefix("tok") for path in every]
     if not found:
         others = near(folder, f"tok{vocab_size or '*'}.model")
-        make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+        is_text = any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*"))
+        make = (command("train_vocab", data=folder, data_dir="data/mine") if is_text else
+                command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or ""))
         raise UserError(f"no vocabulary{f' of size {vocab_size}' * (vocab_size > 0)} in {folder.resolve()}"
                         + (f", where there is {', '.join(sizes)}" if sizes else "") + "\n       "
                         + (f"is it in another --data_dir: {some(others)}? else " if others else "")
-                        + f"make one: {make}, with --data PATH for text of your own")
+                        + f"make one: {make}" + ", with --data PATH for text of your own" * (not is_text))
     if len(found) > 1:
         raise UserError(f"{folder} holds several vocabularies ({', '.join(sizes)})\n       say which: "
                         f"--vocab_size {sizes[0]}, or delete those that you do not need")

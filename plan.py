@@ -171,7 +171,8 @@ def goes_on(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -
     own = last["config"]
     same_step = own.get("batch_size", 0) * own.get("gradient_accumulation_steps", 0) == (
         cfg.batch_size * cfg.gradient_accumulation_steps)
-    free = FREE + ("batch_size", "gradient_accumulation_steps") * same_step
+    of_other = cfg.init_from not in ("auto", "scratch")     # a model that has a shape of its own
+    free = FREE + ("batch_size", "gradient_accumulation_steps") * same_step + tuple(last["model_args"]) * of_other
     differ = [f"{name} {own.get(name)!r} (now {value!r})" for name, value in lasting(cfg).items()
               if name not in free and value != own.get(name)]
     if cfg.init_from not in ("auto", own.get("init_from")):

@@ -85,6 +85,7 @@ def main() -> None:
     where = settings_for(model_path)
     if cfg.tokenizer and Path(cfg.tokenizer).suffix not in (".model", ".json"):
         out = Path("output") / (Path(cfg.data_dir).name if cfg.data_dir != data_dir else "tuned")
+        out = Path(f"{out}-tuned") if out.exists() else out     # a run that is there stays
         print("next:", settings.command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
                                         learning_rate="3e-4", max_iters=200))
         return

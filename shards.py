@@ -114,10 +114,11 @@ def read(folder: Path, name: str = MANIFEST) -> ShardSet:
     """Read a manifest. Raises UserError when it is missing, damaged or of another format."""
     path = folder / name
     if not path.is_file():
-        others = sorted({found.parent for found in near(folder.parent, f"tok*/{name}")} - {folder.parent})
+        others = sorted({found.parent for found in near(folder.parent, f"{folder.name}/{name}")} - {folder.parent})
+        text = "" if folder.with_suffix(".json").exists() else "PATH"
         raise UserError(f"no {path}: the text is not tokenised yet, or not all of it\n       "
                         + (f"is it in another --data_dir: {some(others)}? else " if others else "")
-                        + f"run {command('preprocess', **settings_for(folder.with_suffix('.model')))}")
+                        + f"run {command('preprocess', **settings_for(folder.with_suffix('.model')), data=text)}")
     try:
         content = load_json(path)
         if content["format"] != FORMAT:

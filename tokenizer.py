@@ -418,5 +418,6 @@ def _train(counts: dict[bytes, int], walls: dict[int, str], vocab_size: int) -> 
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise UserError(f"no tokenizer at {path}")
+        others = ", ".join(map(str, sorted(path.parent.glob("*.model"))[:5]))
+        raise UserError(f"no tokenizer at {path}" + (f"\n       there is {others}" if others else ""))
     return path.read_bytes()

@@ -176,7 +176,7 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
 def say_finished(run: Run) -> None:
     """What a run did that has nothing left to do, and how to go on with it nevertheless, or to begin it anew."""
     cfg, steps = run.cfg, run.state.iter_num
-    ended = f", after its {cfg.max_minutes:g} minutes" if steps < cfg.max_iters else ""
+    ended = f", after {run.state.seconds / 60:.1f} minutes" if steps < cfg.max_iters else ""
     twice = 2 * max(cfg.max_iters, steps)
     more = {"max_minutes": f"{2 * cfg.max_minutes:g}"} if cfg.max_minutes else {"max_iters": twice}
     usual = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}

@@ -96,6 +96,6 @@ def _folder_reader(path: Path) -> Callable[[Path], State]:
         return meta.read
     if (path / "ckpt.pt").is_file():
         raise UserError(f"{path} is the folder of a training; its model is {path / 'ckpt.pt'}")
-    if inside := sorted(str(file) for file in path.iterdir() if file.suffix in checkpoint.SUFFIXES):
+    if inside := sorted(str(file) for file in path.iterdir() if file.suffix in (*checkpoint.SUFFIXES, ".model")):
         raise UserError(f"{path} is a folder; in it there is {', '.join(inside[:5])}")
     raise UserError(f"{path} has neither a config.json (Hugging Face) nor a params.json (Meta), so it is no model")

@@ -270,6 +270,28 @@ def test_what_is_held_out_of_step_1_is_bounded(call, capsys, monkeypatch):
     assert "note: 501 documents are for validation, and only 1 to learn from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("folder", ["texts", "texts/vocabulary"])
+def test_what_step_1_writes_must_not_be_in_its_text(texts, call, folder):
+    before = sorted(texts.iterdir())
+    with pytest.raises(UserError, match="is in the text.*\n.*--data_dir data/mine"):
+        call("train_vocab", "--data", texts, "--data_dir", texts.parent / folder)
+    assert sorted(texts.iterdir()) == before
+    with pytest.raises(UserError, match="make one: python train_vocab.py --data .*texts --data_dir data/mine$"):
+        call("train", "--data_dir", texts)
+
+
+def test_an_adopted_vocabulary_whose_text_failed_is_told_how_to_go_on(texts, call):
+    shutil.move("data/tok400.model", "theirs.model")
+    Path("data/tok400.json").unlink()
+    (texts / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not UTF-8"):
+        call("preprocess", "--tokenizer", "theirs.model", "--data", texts)
+    with pytest.raises(UserError, match="run python preprocess.py --data PATH$"):
+        call("train")
+    with pytest.raises(UserError, match="no tokenizer at their.model\n.*there is theirs.model"):
+        call("preprocess", "--tokenizer", "their.model", "--data", texts)
+
+
 def test_a_size_that_cannot_be_is_refused_before_all_else(call):
     with pytest.raises(UserError, match="--vocab_size 100 is too small"):
         call("train_vocab", "--data", "nowhere", "--vocab_size", 100)
