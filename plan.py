@@ -280,8 +280,7 @@ def set_aside(out_dir: str) -> None:
     files = [path for name in OF_A_RUN for path in folder.glob(name)]
     if any(path.suffix == ".pt" for path in files):
         old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
-        half = folder / HALF
-        half.mkdir()
+        (half := folder / HALF).mkdir()
         for path in files:
             replace(path, half / path.name)
         replace(half, old)
