@@ -113,12 +113,12 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None, 
 
 
 @contextmanager
-def naming_all(files: list[Path]) -> Iterator[None]:
-    """Where a file turns out not to be UTF-8, name all that are not, so that they can be mended at once."""
+def naming_all(files: list[Path], encoding: str) -> Iterator[None]:
+    """Where a file turns out not to be UTF-8, and no other encoding is given, name all that are not."""
     try:
         yield
     except NotUTF8 as error:
-        wrong = [path for path in files if not _is_utf8(path)]
+        wrong = [path for path in files if not encoding and not _is_utf8(path)]
         if len(wrong) < 2:
             raise
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""

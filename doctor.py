@@ -82,7 +82,7 @@ def said(error: Exception) -> str:
 
 
 def elsewhere(out_dir: str, data_dir: Path) -> tuple[str, str]:
-    """Runs and texts in other folders, in words, and the command that looks at the newest."""
+    """Runs and vocabularies in other folders, in words, and the command that looks at the newest."""
     runs, texts = near(out_dir, "last.pt"), near(data_dir, "tok*.model")
     parts = [f"{what} in {some(found)} (look with --{name})"
              for what, found, name in (("runs", runs, "out_dir"), ("vocabularies", texts, "data_dir")) if found]
@@ -184,10 +184,12 @@ class Project:
         """Step 1; to be repeated, it needs the text that it had."""
         if path is None:                    # another folder is for a text of one's own
             return command("train_vocab", **self.given, data="PATH" if self.given["data_dir"] else "")
+
         def text() -> Finding:
             notes = load_json(path.with_suffix(".json"))
             known = {"data": notes["source"], "encoding": notes.get("encoding", "")}
             return Finding("", "", what=known if Path(notes["source"]).exists() else {})
+
         return command("train_vocab", **{**self.given, "vocab_size": size_of(path)}, **(attempt(text).what or {}))
 
     def shards(self, path: Path | None, vocabulary: tokenizer.Vocabulary | None) -> Finding:

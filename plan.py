@@ -171,8 +171,9 @@ def goes_on(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -
     own = last["config"]
     same_step = own.get("batch_size", 0) * own.get("gradient_accumulation_steps", 0) == (
         cfg.batch_size * cfg.gradient_accumulation_steps)
-    of_other = cfg.init_from not in ("auto", "scratch")     # a model that has a shape of its own
-    free = FREE + ("batch_size", "gradient_accumulation_steps") * same_step + tuple(last["model_args"]) * of_other
+    of_other = cfg.init_from not in ("auto", "scratch")     # a model that has a shape of its own, but for these two
+    shape = tuple(last["model_args"].keys() - {"max_seq_len", "dropout"}) * of_other
+    free = FREE + ("batch_size", "gradient_accumulation_steps") * same_step + shape
     differ = [f"{name} {own.get(name)!r} (now {value!r})" for name, value in lasting(cfg).items()
               if name not in free and value != own.get(name)]
     if cfg.init_from not in ("auto", own.get("init_from")):
@@ -240,10 +241,10 @@ def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: V
     if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
         of_it = [folder for folder in near(cfg.data_dir, "tok*.model")
                  if saved["tokenizer_sha256"] in map(sha256, vocabularies(folder))]
+        perhaps = f"is it that of --data_dir {some(of_it)}? else " if of_it else ""
         raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}\n       "
-                        + (f"is it that of --data_dir {some(of_it)}? else " if of_it else "")
-                        + f"give the text its vocabulary: python preprocess.py --tokenizer {saved_in(cfg)} --data PATH "
-                        "--data_dir data/tuned")
+                        f"{perhaps}give the text its vocabulary: python preprocess.py --tokenizer {saved_in(cfg)} "
+                        "--data PATH --data_dir data/tuned")
     try:
         args = (checkpoint.build_args(saved, saved_in(cfg)) if saved else
                 ModelArgs(**{**chosen, "vocab_size": vocabulary.n_words}))
@@ -308,10 +309,10 @@ def print_plan(run: Any) -> None:
     seconds = try_out(run)
     batches = PretokDataset(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
     evaluation = run.world.first_says(seconds / 3 * batches / run.cfg.batch_size / run.world.size)
-    compiles, why = choose_compile(run, seconds * run.own_parts)
-    compiles = bool(run.world.first_says(compiles))
-    print(f"compile: {'yes' if compiles else 'no'} ({why})" + (
-        "; it takes up to a minute the first time, and --compile False none" if compiles else ""), flush=True)
+    asked, why = choose_compile(run, seconds * run.own_parts)
+    compiles = bool(run.world.first_says(asked))
+    how_long = "; it takes up to a minute the first time, and --compile False none" * compiles
+    print(f"compile: {'yes' if compiles else 'no'} ({why}){how_long}", flush=True)
     if compiles:
         run.compile()
         with compiler_errors():
@@ -331,16 +332,15 @@ def print_facts(run: Any) -> None:
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens"
           + (f", shared by {world.size} processes" if world.size > 1 else "")
           + (", each with a part of the model" if run.divided else ""))
-    kept = 0 if run.divided else count_activations(run)
-    print(f"memory: {memory(run, kept)}\ndisk:   up to {CHECKPOINT_BYTES * parameters / 1e6:,.0f} MB each for "
-          f"{Path(cfg.out_dir) / 'last.pt'} and ckpt.pt", flush=True)
+    kept, each = 0 if run.divided else count_activations(run), CHECKPOINT_BYTES * parameters / 1e6
+    print(f"memory: {memory(run, kept)}\ndisk:   up to {each:,.0f} MB each for last.pt and ckpt.pt", flush=True)
     warn_of_memory(run, kept)
 
 
 def print_length(run: Any, seconds_per_step: float) -> None:
     """Print how long the run will be, and what of that is not likely to be meant."""
-    cfg, done, left = run.cfg, run.state.iter_num, run.seconds_left(seconds_per_step)
-    steps = run.steps_left(seconds_per_step)
+    cfg, done = run.cfg, run.state.iter_num
+    left, steps = run.seconds_left(seconds_per_step), run.steps_left(seconds_per_step)
     epochs = steps * run.tokens_per_step / run.data.count("train", "tokens")
     print(f"time:   about {clock(left)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations"
           + (f", after the {done:,} steps that are done" if done else ""), flush=True)

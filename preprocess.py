@@ -75,7 +75,7 @@ def main() -> None:
 
     folder = model_path.with_suffix("")
     target = ShardSet(folder, vocabulary.sha256, vocabulary.n_words, threshold, [])
-    with locked(folder), corpus.naming_all(files):
+    with locked(folder), corpus.naming_all(files, encoding):
         jobs = [Job(i, group, folder, model_path, vocabulary.sha256, threshold, encoding)
                 for i, group in enumerate(group_files(files, source, encoding))]
         make(target, jobs, cfg.num_workers, vocabulary)

@@ -94,7 +94,7 @@ def main() -> None:
             raise UserError(f"--data_dir {cfg.data_dir} is in the text, and what is written there would be read too\n"
                             "       name another, such as --data_dir data/mine")
         files = corpus.find_files(source)
-        with corpus.naming_all(files):
+        with corpus.naming_all(files, cfg.encoding):
             path = make(cfg, source, files)
     print("next:", settings.command("preprocess", **settings_for(path)))
 

@@ -179,10 +179,13 @@ def test_all_files_that_are_not_utf8_are_named_at_once(texts, call, script, proc
     wrong = [texts / f"{i}.txt" for i in range(7)]
     for path in wrong:
         path.write_bytes("你好".encode("gbk"))
-    (texts / "cut.txt.gz").write_bytes(b"wrong in another way")
+    (texts / "z.txt.gz").write_bytes(b"wrong in another way")
     with pytest.raises(UserError, match="7 of 12 files are not UTF-8 text: .*0.txt, .*4.txt and 2 more\n") as error:
         call(script, "--data", texts, "--num_workers", processes)
     assert "--encoding gb18030" in str(error.value)
+    wrong[3].write_bytes(b"\xff\xff\xff")
+    with pytest.raises(UserError, match="3.txt: this is not gb18030 text"):         # the others are
+        call(script, "--data", texts, "--num_workers", processes, "--encoding", "gb18030")
     for path in wrong[1:]:
         path.unlink()
     with pytest.raises(UserError, match="0.txt: this is not UTF-8 text.*\n.*--encoding gb18030"):
