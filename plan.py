@@ -18,7 +18,7 @@ import formats
 import shards
 import workers
 from dataset import PretokDataset, fits
-from files import find, near, replace, sha256, some, vocabularies
+from files import find, near, sha256, some, vocabularies
 from gpt2 import GPT2Args
 from model import ModelArgs
 from parallel import ALONE, World
@@ -31,9 +31,6 @@ FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log
         "data_dir", "vocab_size")           # these two, but not what they lead to
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
 CHECKPOINT_BYTES = 12                       # all of them but the gradient
-OF_A_RUN = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")       # files in its folder
-HALF = "old.part"                           # the folder of an old run while its files are moved to it
-NEW = "new.pt"                              # the first state of a run, until the old run is out of its way
 LONG = 2 * 86400                            # seconds of training on a CPU that few will want
 PEAK = 2                                    # times what a micro-batch keeps is taken at its peak, about
 OFTEN = 5                                   # epochs; 4 are nearly as good as new text, says arXiv 2305.16264
@@ -273,31 +270,6 @@ def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args, resumed: bool) 
 def count_parameters(args: ModelArgs | GPT2Args) -> int:
     with torch.device("meta"):
         return checkpoint.ARCHITECTURES[checkpoint.architecture_of(args)].model(args).count_parameters()
-
-
-def set_aside(out_dir: str) -> None:
-    """Move the files of an old run to a folder old-1, old-2, ... so that nothing is lost."""
-    folder = Path(out_dir)
-    files = [path for name in OF_A_RUN for path in folder.glob(name)]
-    if any(path.suffix == ".pt" for path in files):
-        old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
-        (half := folder / HALF).mkdir()
-        for path in files:
-            replace(path, half / path.name)
-        replace(half, old)
-        print(f"the old run is in {old}")
-
-
-def put_back(out_dir: str) -> None:
-    """Undo a set_aside that was killed half-way; after a whole one, finish what was to follow it."""
-    folder, half, new = Path(out_dir), Path(out_dir, HALF), Path(out_dir, NEW)
-    if half.is_dir():
-        for path in half.iterdir():
-            replace(path, folder / path.name)
-        half.rmdir()
-    if new.exists() and not any(Path(folder, name).exists() for name in ("last.pt", "ckpt.pt")):
-        replace(new, folder / "last.pt")
-    new.unlink(missing_ok=True)
 
 
 def print_plan(run: Any) -> None:

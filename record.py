@@ -1,4 +1,5 @@
-"""What a run tells about itself: log.jsonl, and clock.jsonl, samples.txt and loss.png beside it.
+"""What a run tells about itself: log.jsonl, and clock.jsonl, samples.txt and loss.png beside it; and how all of its
+files make room for another run.
 
 The log holds what a repetition of the run would give again, to the byte: the settings in the first
 line, then one JSON object per logged step or evaluation. What depends on the clock has its own file.
@@ -12,6 +13,10 @@ from typing import Any
 
 import plots
 from files import json_line, replace, whole_file
+
+OF_A_RUN = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")       # files in its folder
+HALF = "old.part"                           # the folder of an old run while its files are moved to it
+NEW = "new.pt"                              # the first state of a run, until the old run is out of its way
 
 
 class Record:
@@ -122,3 +127,28 @@ def read(path: Path) -> list[dict[str, Any]]:
                 break
             entries.append(entry)
     return entries
+
+
+def set_aside(out_dir: str) -> None:
+    """Move the files of an old run to a folder old-1, old-2, ... so that nothing is lost."""
+    folder = Path(out_dir)
+    files = [path for name in OF_A_RUN for path in folder.glob(name)]
+    if any(path.suffix == ".pt" for path in files):
+        old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
+        (half := folder / HALF).mkdir()
+        for path in files:
+            replace(path, half / path.name)
+        replace(half, old)
+        print(f"the old run is in {old}")
+
+
+def put_back(out_dir: str) -> None:
+    """Undo a set_aside that was killed half-way; after a whole one, finish what was to follow it."""
+    folder, half, new = Path(out_dir), Path(out_dir, HALF), Path(out_dir, NEW)
+    if half.is_dir():
+        for path in half.iterdir():
+            replace(path, folder / path.name)
+        half.rmdir()
+    if new.exists() and not any(Path(folder, name).exists() for name in ("last.pt", "ckpt.pt")):
+        replace(new, folder / "last.pt")
+    new.unlink(missing_ok=True)

@@ -41,9 +41,9 @@ import settings
 from dataset import Task
 from files import locked, replace, settings_for
 from parallel import World, joined
-from plan import NEW, Plan, clock, lasting, prepare, print_plan, put_back, set_aside
+from plan import Plan, clock, lasting, prepare, print_plan
 from presets import PRESETS
-from record import NoRecord, Record
+from record import NEW, NoRecord, Record, put_back, set_aside
 from run import Run
 from settings import UserError
 from sharded import whole

@@ -11,7 +11,7 @@ import torch
 
 import checkpoint
 import files
-import plan
+import record
 import train
 import watch
 from conftest import ROOT, TINY, assert_user_error, script
@@ -186,10 +186,10 @@ def test_an_old_run_that_was_put_aside_half_is_put_back(go, monkeypatch):  # noq
         moved.append(source)
         source.rename(target)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(plan, "replace", dies)
+        patch.setattr(record, "replace", dies)
         go("out", "--max_iters", 2, "--seed", 5)
-    assert len(list(Path("out", plan.HALF).iterdir())) == 2
-    plan.put_back("out")
+    assert len(list(Path("out", record.HALF).iterdir())) == 2
+    record.put_back("out")
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
@@ -241,18 +241,18 @@ def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(go, monkeypat
         patch.setattr(train, "replace", dies)
         go(*command)
     assert not Path("out/last.pt").exists() and Path("out/old-1/last.pt").exists()
-    plan.put_back("out")
+    record.put_back("out")
     go("out", "--init_from", "resume")
     assert state("out")["iter_num"] == 2 and state("out")["config"]["init_from"] == "out/last.pt"
-    assert not Path("out", plan.NEW).exists() and not Path("out/old-2").exists()
+    assert not Path("out", record.NEW).exists() and not Path("out/old-2").exists()
     assert all(torch.equal(a, b) for a, b in zip(state("out")["model"].values(), state("whole")["model"].values()))
 
 
 def test_a_new_state_is_no_reason_to_lose_a_best_one():
     Path("out").mkdir()
-    for name in ("ckpt.pt", plan.NEW):
+    for name in ("ckpt.pt", record.NEW):
         Path("out", name).touch()
-    plan.put_back("out")
+    record.put_back("out")
     assert [path.name for path in Path("out").iterdir()] == ["ckpt.pt"]
 
 
