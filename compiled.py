@@ -29,6 +29,11 @@ from model import ModelArgs
 from settings import UserError
 
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
+COMPILER = {        # of PyTorch's compiler; each is worth a tenth of the time, or more
+    "cpp.enable_floating_point_contract_flag": "fast",      # multiply and add are one instruction
+    "realize_reads_threshold": 2,                           # a sum is made once, not anew by all that read it
+    "aot_inductor.allow_stack_allocation": True,            # no allocation for small tensors on the way
+}
 
 
 class CompiledLayers:
@@ -120,6 +125,9 @@ class OneLayer(nn.Module):
         Returns x after the layer, and the token's keys and values (1, 2 K, D).
         """
         n_heads, n_kv, size = self.args.n_heads, self.args.n_kv_heads, self.args.head_dim
+        known = length.item()
+        torch._check(1 <= known)
+        torch._check(known <= past.shape[2])
         qkv, out, up, down = zip(weights[::2], weights[1::2])
         heads = (_product(x, *qkv) * self._norm(x)).view(1, -1, size)                       # (1, H + 2 K, D)
         even, odd = heads[:, :n_heads + n_kv].unflatten(-1, (-1, 2)).unbind(-1)
@@ -128,9 +136,8 @@ class OneLayer(nn.Module):
         q = turned[:, :n_heads].view(1, n_kv, -1, size)                                     # (1, K, H / K, D)
         k, v = turned[:, n_heads:], heads[:, n_heads + n_kv:]                               # (1, K, D)
         # the token's own key and value are not in the cache yet
-        keys, values = past.chunk(2, 1)                                                     # (1, K, room, D)
-        scores = (q[:, :, :, None] * keys[:, :, None]).sum(-1)                              # (1, K, H / K, room)
-        scores = torch.where(torch.arange(past.shape[2]) < length, scores, -torch.inf)
+        keys, values = past.narrow(2, 0, known).chunk(2, 1)                                 # (1, K, known, D)
+        scores = (q[:, :, :, None] * keys[:, :, None]).sum(-1)                              # (1, K, H / K, known)
         own = (q * k[:, :, None]).sum(-1, keepdim=True)                                     # (1, K, H / K, 1)
         top = torch.maximum(scores.amax(-1, keepdim=True), own)
         scores, own = (scores - top).exp(), (own - top).exp()
@@ -146,11 +153,13 @@ class OneLayer(nn.Module):
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x @ weight.T of a single row; weight as plain numbers, or from `_pack`."""
-    if weight.shape[1] == x.shape[1]:
+    if len(scale) == 1:
         return (x[:, None] * weight.float()).sum(-1)
-    four, quarter = weight.view(torch.int32), weight.shape[1]
-    parts = [x[:, None, i * quarter:(i + 1) * quarter] * (four << 24 - 8 * i >> 24) for i in range(4)]
-    return (parts[0] + parts[1] + (parts[2] + parts[3])).sum(-1) * scale
+    four, size = weight.view(torch.int32), weight.shape[1]
+    # a byte is a number where it is highest in its word: 2 ** 24 times as large, which is in the scale
+    first, *others = (x[:, None, begin:begin + size] * (four << 24 - 8 * i & -1 << 24)
+                      for i, begin in enumerate(_begins(x.shape[1], size)))
+    return sum(others, first).sum(-1) * scale
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,14 +169,25 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of 8 bits, four to a word, and the scale of each row.
+    """Weights (rows, width) of 8 bits, four to a word, and the scale of each row.
 
-    Byte i of a row's words holds its i-th quarter, so that a shift of several words gives neighbours. The words go by
-    as float32, a type that the compiler's C++ loads without detours; nothing computes with them as such.
+    Byte i of a row's words holds its i-th quarter, so that a shift of several words gives neighbours. A quarter has a
+    whole number of 16 columns, because a processor takes so many at once and loses time with fewer; where the last
+    ones would reach beyond the row they begin earlier, and hold zeros where another has been. The words go by as
+    float32, a type that the compiler's C++ loads without detours; nothing computes with them as such.
     """
     levels, scale = to_int8(weight)
-    words = levels.unflatten(1, (4, -1)).transpose(1, 2).contiguous().view(torch.float32)   # (rows, width / 4, 1)
-    return words.squeeze(-1), scale.float()
+    size = -(-weight.shape[1] // 64) * 16
+    words = torch.zeros(len(weight), size, 4, dtype=torch.int8)
+    for i in range(4):
+        fresh = levels[:, i * size:(i + 1) * size]
+        words[:, size - fresh.shape[1]:, i] = fresh
+    return words.view(torch.float32).squeeze(-1), scale.float() / 2 ** 24
+
+
+def _begins(width: int, size: int) -> list[int]:
+    """The first column of each quarter."""
+    return [min(i * size, width - size) for i in range(4)]
 
 
 def _load(layer: OneLayer, example: tuple[Tensor, ...]) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -213,7 +233,7 @@ def _compile(layer: OneLayer, example: tuple[Tensor, ...], path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(layer, example, dynamic_shapes=(None, None, None, room, (None,) * 8))
-            torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=COMPILER)
         replace(temporary, path)
     except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
         raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error

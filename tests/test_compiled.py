@@ -1,4 +1,6 @@
 """--compile: other arithmetic, the same texts."""
+import math
+
 import pytest
 import torch
 
@@ -35,13 +37,13 @@ def test_a_layer_spelled_out_computes_what_the_engine_does(spelled_out, shape):
     torch.testing.assert_close(logits(Engine(model, compiled=True)), logits(Engine(model)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("width", [16, 48, 288])
+@pytest.mark.parametrize("width", [16, 48, 64, 80, 288, 768])
 def test_four_weights_in_a_word_are_the_four_that_went_in(width):
     weight, x = torch.randn(9, width) * torch.rand(9, 1), torch.randn(1, width)
     levels, scale = compiled.to_int8(weight)
     want = x.double() @ (levels.double() * scale[:, None]).T
     words, scales = compiled._pack(weight)
-    assert words.shape == (9, width // 4) and levels.min() >= -127
+    assert words.shape == (9, 16 * math.ceil(width / 64)) and levels.min() >= -127
     torch.testing.assert_close(compiled._product(x, words, scales).double(), want, atol=1e-4, rtol=1e-4)
 
 
