@@ -31,7 +31,6 @@ from settings import UserError
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
 COMPILER = {        # of PyTorch's compiler; each is worth a tenth of the time, or more
     "cpp.enable_floating_point_contract_flag": "fast",      # multiply and add are one instruction
-    "realize_reads_threshold": 2,                           # a sum is made once, not anew by all that read it
     "aot_inductor.allow_stack_allocation": True,            # no allocation for small tensors on the way
 }
 
@@ -153,6 +152,7 @@ class OneLayer(nn.Module):
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x @ weight.T of a single row; weight as plain numbers, or from `_pack`."""
+    x = x.as_strided(x.shape, x.stride())       # has x computed and stored, instead of anew for each row of weight
     if len(scale) == 1:
         return (x[:, None] * weight.float()).sum(-1)
     four, size = weight.view(torch.int32), weight.shape[1]
