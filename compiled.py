@@ -1,4 +1,4 @@
-"""A layer's work on one token as one C++ function: `python sample.py --compile`.
+"""A layer's work on one token as one C++ function, and attention of several texts: `python sample.py --compile`.
 
     layers = CompiledLayers(args, rope)
     for layer in model.layers:
@@ -8,8 +8,9 @@
 A small model's token costs engine.py more time for starting operations than for their arithmetic. PyTorch's compiler
 makes one function of them all, as long as none is a call into a library: so the products are spelled out, multiply
 and sum. With a single token nothing is lost by that, since each weight is read once and reading is what takes the time.
+Products of several texts at once are better left to the library; for them, attention alone is compiled.
 
-The function takes the weights as arguments. One is enough for all layers and for every checkpoint of that shape, and is
+A function takes the weights as arguments. One is enough for all layers and for every checkpoint of that shape, and is
 kept in a file: compiling takes about 15 seconds, loading a few milliseconds.
 """
 import hashlib
@@ -29,6 +30,7 @@ from model import ModelArgs
 from settings import UserError
 
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
+ANY = torch.export.Dim.DYNAMIC
 COMPILER = {        # of PyTorch's compiler; each is worth a tenth of the time, or more
     "cpp.enable_floating_point_contract_flag": "fast",      # multiply and add are one instruction
     "aot_inductor.allow_stack_allocation": True,            # no allocation for small tensors on the way
@@ -39,8 +41,11 @@ class CompiledLayers:
     """The layers of a model for one token of one text, on a CPU."""
 
     def __init__(self, args: ModelArgs, rope: Tensor, dtype: torch.dtype = torch.float32, quantize: str = ""):
-        """Weights are kept in `dtype`, or with quantize "int8" in 8 bits. rope: (2, max_seq_len, D / 2)."""
-        self.args, self.quantize, self.dtype = args, quantize, torch.float32 if quantize else dtype
+        """Weights are in `dtype`, or with quantize "int8" in 8 bits; the cache is in `dtype`.
+
+        rope: (2, max_seq_len, D / 2).
+        """
+        self.args, self.quantize, self.numbers = args, quantize, dtype
         self.turns = rope.movedim(1, 0).contiguous()                        # (max_seq_len, 2, D / 2)
         self.weights: list[list[Tensor]] = []
         self.run: Callable[[list[Tensor]], list[Tensor]] | None = None
@@ -54,8 +59,10 @@ class CompiledLayers:
         for_bits = [_pack if self.quantize and matrix.shape[1] % 16 == 0 else self._plain for matrix in matrices]
         self.weights.append([part for pack, matrix in zip(for_bits, matrices) for part in pack(matrix)])
         if self.run is None:
-            x, past = torch.zeros(1, self.args.dim), torch.zeros(1, 2 * self.args.n_kv_heads, 16, self.args.head_dim)
-            self.run = _load(OneLayer(self.args), (x, self.turns[0], torch.tensor([1]), past, *self.weights[0]))
+            x = torch.zeros(1, self.args.dim)
+            past = torch.zeros(1, 2 * self.args.n_kv_heads, 16, self.args.head_dim, dtype=self.numbers)
+            self.run = _load(OneLayer(self.args), (x, self.turns[0], torch.tensor([1]), past, *self.weights[0]),
+                             (None, None, None, {2: ANY}, (None,) * 8))
 
     def __call__(self, x: Tensor, length: int, cache: Tensor) -> Tensor:
         """Run a token after `length` others.
@@ -73,7 +80,23 @@ class CompiledLayers:
         return torch.cat((stream, x[:, -1:]), 1)
 
     def _plain(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        return matrix.to(self.dtype).contiguous(), torch.ones(1)
+        return matrix.to(self.numbers).contiguous(), torch.ones(1)
+
+
+class CompiledAttention:
+    """Attention of one more token of each text, on a CPU. Compiles when it is used first, and raises what that does."""
+
+    def __init__(self, args: ModelArgs):
+        self.args = args
+        self.run: Callable[[list[Tensor]], list[Tensor]] | None = None
+
+    def __call__(self, heads: Tensor, lengths: Tensor, past: Tensor) -> Tensor:
+        """heads: (B, H + 2 K, D), turned; lengths: (B,), 1 or more; past: (B, 2 K, room, D). Returns (B, dim)."""
+        if self.run is None:
+            some = past.new_zeros(2, past.shape[1], 16, past.shape[3])
+            self.run = _load(OneToken(self.args), (torch.zeros(2, *heads.shape[1:]), torch.tensor([1, 2]), some),
+                             ({0: ANY}, {0: ANY}, {0: ANY, 2: ANY}))
+        return self.run([heads, lengths, past])[0]
 
 
 class RecordedStep:
@@ -124,30 +147,51 @@ class OneLayer(nn.Module):
         Returns x after the layer, and the token's keys and values (1, 2 K, D).
         """
         n_heads, n_kv, size = self.args.n_heads, self.args.n_kv_heads, self.args.head_dim
-        known = length.item()
-        torch._check(1 <= known)
-        torch._check(known <= past.shape[2])
         qkv, out, up, down = zip(weights[::2], weights[1::2])
         heads = (_product(x, *qkv) * self._norm(x)).view(1, -1, size)                       # (1, H + 2 K, D)
         even, odd = heads[:, :n_heads + n_kv].unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = turns
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
-        q = turned[:, :n_heads].view(1, n_kv, -1, size)                                     # (1, K, H / K, D)
         k, v = turned[:, n_heads:], heads[:, n_heads + n_kv:]                               # (1, K, D)
-        # the token's own key and value are not in the cache yet
-        keys, values = past.narrow(2, 0, known).chunk(2, 1)                                 # (1, K, known, D)
-        scores = (q[:, :, :, None] * keys[:, :, None]).sum(-1)                              # (1, K, H / K, known)
-        own = (q * k[:, :, None]).sum(-1, keepdim=True)                                     # (1, K, H / K, 1)
-        top = torch.maximum(scores.amax(-1, keepdim=True), own)
-        scores, own = (scores - top).exp(), (own - top).exp()
-        mixed = (scores[..., None] * values[:, :, None]).sum(-2) + own * v[:, :, None]      # (1, K, H / K, D)
-        x = x + _product((mixed / (scores.sum(-1, keepdim=True) + own)).reshape(1, -1), *out)
+        x = x + _product(_attention(turned[:, :n_heads], k, v, length, past), *out)
         gate, value = (_product(x, *up) * self._norm(x)).chunk(2, -1)
         return x + _product(F.silu(gate) * value, *down), torch.cat((k, v), 1)
 
     def _norm(self, x: Tensor) -> Tensor:
         """What a product of x is multiplied with, so that it is one of the normed x."""
         return torch.rsqrt((x * x).sum(-1, keepdim=True) + self.args.dim * self.args.norm_eps)
+
+
+class OneToken(nn.Module):
+    """The arithmetic of CompiledAttention."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+
+    def forward(self, heads: Tensor, lengths: Tensor, past: Tensor) -> tuple[Tensor]:
+        q, k, v = heads.split((self.args.n_heads, self.args.n_kv_heads, self.args.n_kv_heads), 1)
+        return _attention(q, k, v, lengths, past),
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, past: Tensor) -> Tensor:
+    """Attention of a token to `lengths` others, and to its own k and v, which are not in the cache yet.
+
+    q: (B, H, D); k and v: (B, K, D); lengths: (B,); past: (B, 2 K, room, D). Returns (B, H * D).
+    """
+    known = lengths.amax().item()
+    torch._check(1 <= known)
+    torch._check(known <= past.shape[2])
+    keys, values = past.narrow(2, 0, known).chunk(2, 1)                                     # (B, K, known, D)
+    q = q.unflatten(1, (k.shape[1], -1))                                                    # (B, K, H / K, D)
+    scores = (q[:, :, :, None] * keys[:, :, None].float()).sum(-1)                          # (B, K, H / K, known)
+    seen = torch.arange(known) < lengths[:, None]                                           # (B, known)
+    scores = torch.where(seen[:, None, None], scores, -torch.inf)
+    own = (q * k[:, :, None]).sum(-1, keepdim=True)                                         # (B, K, H / K, 1)
+    top = torch.maximum(scores.amax(-1, keepdim=True), own)
+    scores, own = (scores - top).exp(), (own - top).exp()
+    mixed = (scores[..., None] * values[:, :, None].float()).sum(-2) + own * v[:, :, None]  # (B, K, H / K, D)
+    return (mixed / (scores.sum(-1, keepdim=True) + own)).flatten(1)
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -190,23 +234,28 @@ def _begins(width: int, size: int) -> list[int]:
     return [min(i * size, width - size) for i in range(4)]
 
 
-def _load(layer: OneLayer, example: tuple[Tensor, ...]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The compiled layer, from its file if there is one.
+def _load(work: OneLayer | OneToken, example: tuple[Tensor, ...], sizes: tuple
+          ) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The compiled function, from its file if there is one.
 
-    The function checks nothing that it is given, so all that it was made for is in the file's name.
+    It checks nothing that it is given, so all that it was made for is in the file's name.
+
+    Args:
+        sizes: which dimensions of the tensors may differ from those of the example.
     """
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in example]
-    key = repr([layer.args, shapes, torch.__version__, torch.get_num_threads(),
+    args = work.args
+    key = repr([type(work), args.n_heads, args.norm_eps, shapes, torch.__version__, torch.get_num_threads(),
                 sorted(torch.cpu.get_capabilities().items()), Path(__file__).read_bytes()])
     if not FOLDER.is_absolute():
         raise UserError("--compile keeps its code in your home directory, and there is none; leave it out")
-    path = FOLDER / f"layer-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
+    path = FOLDER / f"{type(work).__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
     if not path.exists():
-        _compile(layer, example, path)
+        _compile(work, example, sizes, path)
     try:
         return _open(path)
     except RuntimeError:                    # a file that something has damaged
-        _compile(layer, example, path)
+        _compile(work, example, sizes, path)
     try:
         return _open(path)
     except RuntimeError as error:
@@ -218,10 +267,9 @@ def _open(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
 
 
-def _compile(layer: OneLayer, example: tuple[Tensor, ...], path: Path) -> None:
+def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: Path) -> None:
     if not device.has_compiler():
         raise UserError("--compile needs a C++ compiler, and there is none here; leave it out, or install g++ or clang")
-    room = {2: torch.export.Dim.DYNAMIC}
     temporary = path.with_suffix(f".{os.getpid()}.pt2")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +280,7 @@ def _compile(layer: OneLayer, example: tuple[Tensor, ...], path: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(layer, example, dynamic_shapes=(None, None, None, room, (None,) * 8))
+            program = torch.export.export(work, example, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=COMPILER)
         replace(temporary, path)
     except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:

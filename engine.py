@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled import CompiledLayers, RecordedStep, to_int8
+from compiled import CompiledAttention, CompiledLayers, RecordedStep, to_int8
 from model import RMSNorm, Transformer, TransformerBlock
 from sampling import Sampling, choose, draws, mark
 
@@ -43,16 +43,18 @@ class Engine:
                  compiled: bool = False):
         """Arrange the weights: in `dtype`, or with quantize "int8" as 8-bit integers with a scale for each row.
 
-        compiled: write with compiled.py: single texts on a CPU, batches too on an NVIDIA GPU.
+        compiled: write with compiled.py.
         """
         self.args, self.device = model.args, model.tok_embeddings.weight.device
         self.n_heads, self.n_kv_heads = self.args.n_heads, self.args.n_kv_heads
         on_cpu = self.device.type == "cpu"
         self.records = compiled and not on_cpu
-        self.numbers = torch.float32 if on_cpu else dtype                   # the format of the cache
+        self.numbers = torch.float32 if on_cpu else dtype                   # the format that attention computes in,
+        self.kept = dtype if compiled else self.numbers                     # and that of the cache
         pack = _int8 if quantize == "int8" else _half if on_cpu and dtype == torch.float16 else _plain
         self.layers: list[list[Product]] = []
         self.alone = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
+        self.together = CompiledAttention(self.args) if compiled and on_cpu else None
         self._pack_weights(model, partial(pack, dtype=dtype))
 
     def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], Product]) -> None:
@@ -94,7 +96,7 @@ class Engine:
         seen = mark(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
         room = min(window, max(map(len, prompts)) + max_new_tokens)
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
-                            device=self.device, dtype=self.numbers)         # keys, and then values
+                            device=self.device, dtype=self.kept)         # keys, and then values
         step = RecordedStep(self._extend, cache) if self.records else partial(self._step, cache)
         lengths, tokens = [window] * len(prompts), torch.empty(0)           # of what the cache holds of each; none yet
         ended = [False] * len(prompts)
@@ -142,7 +144,7 @@ class Engine:
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             heads = heads.unflatten(0, (-1, width))
-            cache[layer, places, :, :width] = heads[:, :, self.n_heads:].transpose(1, 2)
+            cache[layer, places, :, :width] = heads[:, :, self.n_heads:].transpose(1, 2).to(cache.dtype)
             return self._causal(heads)
 
         tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in contexts], device=self.device)
@@ -155,9 +157,9 @@ class Engine:
         if self.alone and len(tokens) == 1:
             return self._logits(self.alone(F.embedding(tokens, self.embeddings), lengths[0], cache))
         end = max(lengths) + 1
-        if min(lengths) == end - 1:
-            return self._extend(cache[:, :, :, :end], tokens, end - 1)
-        return self._extend(cache[:, :, :, :end], tokens, torch.tensor(lengths, device=self.device)[:, None])
+        known = cache if self.together else cache[:, :, :, :end]
+        at = end - 1 if min(lengths) == end - 1 else torch.tensor(lengths, device=self.device)[:, None]
+        return self._extend(known, tokens, at)
 
     def _extend(self, cache: Tensor, tokens: Tensor, at: int | Tensor) -> Tensor:
         """Run tokens that come at a place of the cache: the last one for all, or one for each (B, 1)."""
@@ -168,13 +170,16 @@ class Engine:
         else:
             turns, mask = self._turns(at), (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
+        lengths = torch.full((batch,), at) if isinstance(at, int) else at.flatten()
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             q, kv = heads.split_with_sizes((self.n_heads, cache.shape[2]), 1)
             if mask is None:
                 fresh[layer].copy_(kv)
             else:
-                cache[layer].scatter_(2, places, kv[:, :, None])
+                cache[layer].scatter_(2, places, kv[:, :, None].to(cache.dtype))
+            if self.together:
+                return self.together(heads, lengths, cache[layer])
             # heads that share keys are taken as queries of one head
             q = q.unflatten(1, (-1, groups))                                                # (B, K, H / K, D)
             return F.scaled_dot_product_attention(q, keys[layer], values[layer], mask, scale=1.0).reshape(batch, -1)

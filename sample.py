@@ -331,7 +331,7 @@ def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
 # settings that change nothing in a mode
 PLAIN = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
 IDLE = {"score": (*PLAIN, "echo", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop",
-                  "repetition_penalty"),
+                  "repetition_penalty", "compile"),
         "interactive": (*PLAIN, "echo"), "input_file": PLAIN}
 
 
@@ -345,8 +345,6 @@ def check_settings(cfg: SimpleNamespace) -> None:
         if getattr(cfg, name) != globals()[name]:
             raise UserError(f"--{name} has no effect with --{modes[0]}; leave it out")
     where = devices.choose(cfg.device, cfg.dtype, training=False)
-    if cfg.compile and where.device.type == "cpu" and (cfg.num_samples > 1 or cfg.input_file or cfg.score):
-        raise UserError("--compile is for one text at a time on a CPU; leave it out")
     if cfg.system and not cfg.interactive:
         raise UserError("--system is for a chat: --interactive")
     if cfg.output_file and not cfg.input_file:

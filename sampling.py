@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,22 +46,13 @@ def choose(logits: Tensor, how: Sampling, noise: Tensor, seen: Tensor | None = N
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if how.temperature == 0:
         return logits.argmax(-1)
-    best, ids = _largest(logits, noise.shape[-1])                           # (B, k), sorted
+    best, ids = logits.topk(noise.shape[-1])                                # (B, k), sorted
     p = ((best - best[:, :1]) / how.temperature).softmax(-1)
     if how.top_p < 1:
         p = p.masked_fill(p.cumsum(-1) - p >= how.top_p, 0)                 # what comes before already reaches top_p
     if how.min_p > 0:
         p = p.masked_fill(p < how.min_p * p[:, :1], 0)
     return ids.gather(1, (p / noise).argmax(-1, keepdim=True)).flatten()
-
-
-def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """topk, which on a CPU is slower than NumPy's selection."""
-    if logits.device.type != "cpu":
-        return logits.topk(k)
-    ids = torch.from_numpy(np.argpartition(logits.numpy(), -k)[:, -k:])
-    best, order = logits.gather(1, ids).sort(descending=True)
-    return best, ids.gather(1, order)
 
 
 def draws(how: Sampling, rows: Iterable[int], vocab_size: int, device: torch.device) -> Iterator[Tensor]:

@@ -296,7 +296,7 @@ def test_mistakes_are_one_clear_line(trained, tmp_path):
     assert_user_error(quickly("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "junk.pt", "--top_k", 3), "--top_k has no")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--compile", "--num_samples", 2), "one text at a time")
+    assert_user_error(quickly("sample", "--checkpoint", trained, "--compile", "--score", "junk.pt"), "--compile has no")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--input_file", "x" * 300), "x" * 300)
     assert_user_error(quickly("sample", "--prompt", "-x"), "--name=-value")
     assert_user_error(quickly("sample", "--checkpoint", trained, "--system", "x"), "--interactive")

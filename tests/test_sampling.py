@@ -66,13 +66,6 @@ def test_filters_apply_to_each_row_by_itself():
     assert set(found[::2].tolist()) == {0} and set(found[1::2].tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("k", [1, 2, 50, 99, 100])
-def test_the_largest_are_those_of_topk(k):
-    logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(2))
-    values, ids = sampling._largest(logits, k)
-    assert torch.equal(values, logits.topk(k).values) and torch.equal(ids, logits.topk(k).indices)
-
-
 def test_noise_is_exponentially_distributed():
     """Kolmogorov-Smirnov over 16,000 numbers; the 99.99 % point is 2.23 / sqrt(n)."""
     noise = torch.stack([row for row, _ in zip(sampling.draws(Sampling(), [0], 100, torch.device("cpu")), range(160))])
