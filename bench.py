@@ -230,11 +230,10 @@ def bench_sample(cfg: SimpleNamespace) -> None:
     if isinstance(model, Transformer) or not on_cpu:
         compiled[f"{name}, compiled"] = build(where.dtype, compiled=True)
     if isinstance(model, Transformer) and on_cpu:
-        compiled["int8, compiled"] = build(quantize="int8", compiled=True)
+        compiled["int8, compiled"] = build(where.dtype, "int8", compiled=True)
     theirs = transformers_model(model.args, where).eval()
     for batch in (1, 32):
-        alone = compiled if batch == 1 or not on_cpu else {}
-        steps = {name: partial(write, engine, batch) for name, engine in {**engines, **alone}.items()}
+        steps = {name: partial(write, engine, batch) for name, engine in {**engines, **compiled}.items()}
         steps["transformers, float32"] = partial(write_with_transformers, theirs, batch)
         with tempfile.TemporaryDirectory() as home:
             if cfg.peer and batch == 1:

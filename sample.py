@@ -344,7 +344,6 @@ def check_settings(cfg: SimpleNamespace) -> None:
     for name in IDLE[modes[0]] if modes else ():
         if getattr(cfg, name) != globals()[name]:
             raise UserError(f"--{name} has no effect with --{modes[0]}; leave it out")
-    where = devices.choose(cfg.device, cfg.dtype, training=False)
     if cfg.system and not cfg.interactive:
         raise UserError("--system is for a chat: --interactive")
     if cfg.output_file and not cfg.input_file:
