@@ -276,7 +276,8 @@ def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: P
         temporary.touch()
     except OSError as error:
         raise UserError(f"--compile keeps its code in {path.parent}, and cannot write there; leave it out") from error
-    print("compiling for a model of this shape, once: about 15 seconds", file=sys.stderr, flush=True)
+    texts = "single texts" if isinstance(work, OneLayer) else "several texts at a time"
+    print(f"compiling for {texts}, once for models of this shape: about 15 seconds", file=sys.stderr, flush=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

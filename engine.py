@@ -170,7 +170,8 @@ class Engine:
         else:
             turns, mask = self._turns(at), (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
-        lengths = torch.full((batch,), at) if isinstance(at, int) else at.flatten()
+        if self.together:
+            lengths = torch.full((batch,), at) if mask is None else at.flatten()
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             q, kv = heads.split_with_sizes((self.n_heads, cache.shape[2]), 1)
