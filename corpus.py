@@ -19,7 +19,7 @@ from typing import BinaryIO, TextIO
 
 import demo_stories
 from files import replace
-from settings import UserError
+from settings import UserError, perhaps
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 SEPARATOR = "<|endoftext|>"     # between the documents of a .txt file
@@ -52,7 +52,7 @@ def find_files(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no file or folder at {path.resolve()}")
+        raise UserError(f"no file or folder at {path.resolve()}{perhaps(path)}")
     candidates = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda p: p.relative_to(path).as_posix())
     files = [p for p in candidates if p.is_file() and p.name.lower().endswith(SUFFIXES)]
     if not files:

@@ -113,6 +113,14 @@ def run(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done, and Ctrl-C would only break into tidying up
 
 
+def perhaps(path: str | Path) -> str:
+    """What a path that leads nowhere may mean, as the end of a message; empty when nothing beside it is named alike."""
+    path = Path(path)
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {path.with_name(close[0])}?" if close else ""
+
+
 def command(script: str, launcher: str = "python", **settings: Any) -> str:
     """What to type, with those settings that say something."""
     values = {name: f'"{value}"' if re.search(r"[^\w./\\:~-]", str(value)) else value

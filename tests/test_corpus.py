@@ -115,8 +115,13 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
 
 
 def test_nothing_to_read_is_said(tmp_path):
-    with pytest.raises(UserError, match="no file or folder"):
+    with pytest.raises(UserError, match="no file or folder at .*missing$"):
         find_files(tmp_path / "missing")
+    with pytest.raises(UserError, match="no file or folder at .*missing.too$"):
+        find_files(tmp_path / "missing" / "too")
+    (tmp_path / "my_stories").mkdir()
+    with pytest.raises(UserError, match="at .*storys; did you mean .*my_stories\\?$"):
+        find_files(tmp_path / "my_storys")
     with pytest.raises(UserError, match="no text in"):
         find_files(tmp_path)
     (tmp_path / "a.pdf").write_bytes(b"x")
