@@ -11,12 +11,13 @@ and sum. With a single token nothing is lost by that, since each weight is read 
 Products of several texts at once are better left to the library; for them, attention alone is compiled.
 
 A function takes the weights as arguments. One is enough for all layers and for every checkpoint of that shape, and is
-kept in a file: compiling takes about 15 seconds, loading a few milliseconds.
+kept in a file: compiling takes about 15 seconds for each of the two, loading a few milliseconds.
 """
 import hashlib
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,26 +42,21 @@ class CompiledLayers:
     """The layers of a model for one token of one text, on a CPU."""
 
     def __init__(self, args: ModelArgs, rope: Tensor, dtype: torch.dtype = torch.float32, quantize: str = ""):
-        """Weights are in `dtype`, or with quantize "int8" in 8 bits; the cache is in `dtype`.
-
-        rope: (2, max_seq_len, D / 2).
-        """
-        self.args, self.quantize, self.numbers = args, quantize, dtype
+        """Weights are kept in `dtype`, or with quantize "int8" in 8 bits. rope: (2, max_seq_len, D / 2)."""
+        self.args, self.quantize, self.dtype = args, quantize, torch.float32 if quantize else dtype
         self.turns = rope.movedim(1, 0).contiguous()                        # (max_seq_len, 2, D / 2)
         self.weights: list[list[Tensor]] = []
         self.run: Callable[[list[Tensor]], list[Tensor]] | None = None
 
     def add(self, matrices: list[Tensor]) -> None:
-        """Add a layer, as engine.py arranges its matrices. Compiles at the first one.
-
-        Raises:
-            UserError: when that cannot be done here.
-        """
+        """Add a layer, as engine.py arranges its matrices."""
         for_bits = [_pack if self.quantize and matrix.shape[1] % 16 == 0 else self._plain for matrix in matrices]
         self.weights.append([part for pack, matrix in zip(for_bits, matrices) for part in pack(matrix)])
+
+    def load(self) -> None:
+        """Get ready. Raises UserError when compiling cannot be done here."""
         if self.run is None:
-            x = torch.zeros(1, self.args.dim)
-            past = torch.zeros(1, 2 * self.args.n_kv_heads, 16, self.args.head_dim, dtype=self.numbers)
+            x, past = torch.zeros(1, self.args.dim), torch.zeros(1, 2 * self.args.n_kv_heads, 16, self.args.head_dim)
             self.run = _load(OneLayer(self.args), (x, self.turns[0], torch.tensor([1]), past, *self.weights[0]),
                              (None, None, None, {2: ANY}, (None,) * 8))
 
@@ -80,22 +76,26 @@ class CompiledLayers:
         return torch.cat((stream, x[:, -1:]), 1)
 
     def _plain(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        return matrix.to(self.numbers).contiguous(), torch.ones(1)
+        return matrix.to(self.dtype).contiguous(), torch.ones(1)
 
 
 class CompiledAttention:
-    """Attention of one more token of each text, on a CPU. Compiles when it is used first, and raises what that does."""
+    """Attention of one more token of each of several texts, on a CPU."""
 
     def __init__(self, args: ModelArgs):
         self.args = args
         self.run: Callable[[list[Tensor]], list[Tensor]] | None = None
 
+    def load(self) -> None:
+        """Get ready. Raises UserError when compiling cannot be done here."""
+        if self.run is None:
+            both, size = 2 * self.args.n_kv_heads, self.args.head_dim
+            heads, past = torch.zeros(2, self.args.n_heads + both, size), torch.zeros(2, both, 16, size)
+            self.run = _load(OneToken(self.args), (heads, torch.tensor([1, 2]), past),
+                             ({0: ANY}, {0: ANY}, {0: ANY, 2: ANY}))
+
     def __call__(self, heads: Tensor, lengths: Tensor, past: Tensor) -> Tensor:
         """heads: (B, H + 2 K, D), turned; lengths: (B,), 1 or more; past: (B, 2 K, room, D). Returns (B, dim)."""
-        if self.run is None:
-            some = past.new_zeros(2, past.shape[1], 16, past.shape[3])
-            self.run = _load(OneToken(self.args), (torch.zeros(2, *heads.shape[1:]), torch.tensor([1, 2]), some),
-                             ({0: ANY}, {0: ANY}, {0: ANY, 2: ANY}))
         return self.run([heads, lengths, past])[0]
 
 
@@ -184,13 +184,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, past: Tensor) -
     torch._check(known <= past.shape[2])
     keys, values = past.narrow(2, 0, known).chunk(2, 1)                                     # (B, K, known, D)
     q = q.unflatten(1, (k.shape[1], -1))                                                    # (B, K, H / K, D)
-    scores = (q[:, :, :, None] * keys[:, :, None].float()).sum(-1)                          # (B, K, H / K, known)
+    scores = (q[:, :, :, None] * keys[:, :, None]).sum(-1)                                  # (B, K, H / K, known)
     seen = torch.arange(known) < lengths[:, None]                                           # (B, known)
     scores = torch.where(seen[:, None, None], scores, -torch.inf)
     own = (q * k[:, :, None]).sum(-1, keepdim=True)                                         # (B, K, H / K, 1)
     top = torch.maximum(scores.amax(-1, keepdim=True), own)
     scores, own = (scores - top).exp(), (own - top).exp()
-    mixed = (scores[..., None] * values[:, :, None].float()).sum(-2) + own * v[:, :, None]  # (B, K, H / K, D)
+    mixed = (scores[..., None] * values[:, :, None]).sum(-2) + own * v[:, :, None]          # (B, K, H / K, D)
     return (mixed / (scores.sum(-1, keepdim=True) + own)).flatten(1)
 
 
@@ -250,21 +250,22 @@ def _load(work: OneLayer | OneToken, example: tuple[Tensor, ...], sizes: tuple
     if not FOLDER.is_absolute():
         raise UserError("--compile keeps its code in your home directory, and there is none; leave it out")
     path = FOLDER / f"{type(work).__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
-    if not path.exists():
+    if not _is_sound(path):
         _compile(work, example, sizes, path)
     try:
-        return _open(path)
-    except RuntimeError:                    # a file that something has damaged
-        _compile(work, example, sizes, path)
-    try:
-        return _open(path)
+        # the class that torch._inductor.aoti_load_package wraps, without the two seconds of that import
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
     except RuntimeError as error:
         raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error
 
 
-def _open(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
-    # the class that torch._inductor.aoti_load_package wraps, without the two seconds of that import
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
+def _is_sound(path: Path) -> bool:
+    """Whether a file is there, and as it was written; a loader of damaged machine code may end the process."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        return False
 
 
 def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: Path) -> None:

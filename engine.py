@@ -10,7 +10,7 @@ the norms and the scale of attention are multiplied into them.
 
 Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -49,8 +49,7 @@ class Engine:
         self.n_heads, self.n_kv_heads = self.args.n_heads, self.args.n_kv_heads
         on_cpu = self.device.type == "cpu"
         self.records = compiled and not on_cpu
-        self.numbers = torch.float32 if on_cpu else dtype                   # the format that attention computes in,
-        self.kept = dtype if compiled else self.numbers                     # and that of the cache
+        self.numbers = torch.float32 if on_cpu else dtype                   # the format of the cache
         pack = _int8 if quantize == "int8" else _half if on_cpu and dtype == torch.float16 else _plain
         self.layers: list[list[Product]] = []
         self.alone = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
@@ -74,7 +73,6 @@ class Engine:
 
     _choose = staticmethod(choose)          # divided.py has its own
 
-    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
                  ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:
         """Continue prompts that may differ in length.
@@ -88,15 +86,23 @@ class Engine:
             rows: the number of each sequence, which chooses its random numbers; 0, 1, ... when left out.
         Raises:
             ValueError: when a prompt has no ids, or some that the vocabulary has not.
+            UserError: when it cannot be compiled.
         """
         _check(prompts, self.args.vocab_size)
+        if self.alone:
+            (self.alone if len(prompts) == 1 else self.together).load()
+        return self._write(prompts, max_new_tokens, sampling, ends, rows or range(len(prompts)))
+
+    @torch.inference_mode()
+    def _write(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, ends: Collection[int],
+               rows: Sequence[int]) -> Iterator[Step]:
         window, everyone = self.args.max_seq_len, range(len(prompts))
         texts = [list(prompt) for prompt in prompts]
-        noise = draws(sampling, rows or everyone, self.args.vocab_size, self.device)
+        noise = draws(sampling, rows, self.args.vocab_size, self.device)
         seen = mark(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
         room = min(window, max(map(len, prompts)) + max_new_tokens)
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
-                            device=self.device, dtype=self.kept)         # keys, and then values
+                            device=self.device, dtype=self.numbers)         # keys, and then values
         step = RecordedStep(self._extend, cache) if self.records else partial(self._step, cache)
         lengths, tokens = [window] * len(prompts), torch.empty(0)           # of what the cache holds of each; none yet
         ended = [False] * len(prompts)
@@ -144,7 +150,7 @@ class Engine:
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             heads = heads.unflatten(0, (-1, width))
-            cache[layer, places, :, :width] = heads[:, :, self.n_heads:].transpose(1, 2).to(cache.dtype)
+            cache[layer, places, :, :width] = heads[:, :, self.n_heads:].transpose(1, 2)
             return self._causal(heads)
 
         tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in contexts], device=self.device)
@@ -178,7 +184,7 @@ class Engine:
             if mask is None:
                 fresh[layer].copy_(kv)
             else:
-                cache[layer].scatter_(2, places, kv[:, :, None].to(cache.dtype))
+                cache[layer].scatter_(2, places, kv[:, :, None])
             if self.together:
                 return self.together(heads, lengths, cache[layer])
             # heads that share keys are taken as queries of one head

@@ -65,34 +65,39 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
     """For matrices of both kinds: with rows that can be packed, and of 40 numbers, which cannot."""
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
     engine = partial(Engine, dtype=torch.float16, quantize="int8", compiled=True)
-    model, texts = make(hidden_dim=40), [([PROMPT], LENGTH), ([[1]], 2), ([PROMPT, [1]], LENGTH)]
+    model, texts = make(hidden_dim=40), [([PROMPT], LENGTH), ([[1]], 2), ([PROMPT, [1], [1, 60, 2, 3, 4, 5]], LENGTH)]
     with monkeypatch.context() as patch:
         spell_out(patch)
         spelled = engine(model)
         want = [logits(spelled, *text) for text in texts]
     first = engine(model)
-    assert "once" in capsys.readouterr().err
+    assert list((tmp_path / "kept").glob("*")) == []            # only what is needed is compiled
     for text, numbers in zip(texts, want):
         torch.testing.assert_close(logits(first, *text), numbers, atol=0.1, rtol=0)     # int8 products end in bfloat16
+    assert "single texts, once" in (said := capsys.readouterr().err) and "several texts at a time, once" in said
     path, = (tmp_path / "kept").glob("OneLayer*")
     whole, again = path.read_bytes(), logits(first)
     asked = []
     monkeypatch.setattr(compiled, "_compile", lambda *args: args[-1].write_bytes(whole) and asked.append(args[-1]))
     torch.testing.assert_close(logits(engine(model)), again, atol=0, rtol=0)
     assert not asked
-    path.write_bytes(whole[:10_000])                            # what something has damaged is made again
-    torch.testing.assert_close(logits(engine(model)), again, atol=0, rtol=0)
-    assert asked == [path]
+    for damaged in (whole[:10_000], whole[:200_000] + bytes(4096) + whole[204_096:]):
+        path.write_bytes(damaged)                               # is made again
+        torch.testing.assert_close(logits(engine(model)), again, atol=0, rtol=0)
+    assert asked == [path, path]
     for shape in ({"n_kv_heads": 1}, {"norm_eps": 1e-3}, {"hidden_dim": 64}):
-        engine(make(**{"hidden_dim": 40, **shape}))
-    assert len(set(asked)) == 4
+        engine(make(**{"hidden_dim": 40, **shape})).alone.load()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    engine(model).alone.load()
+    assert len(set(asked)) == 5
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
     monkeypatch.setattr(compiled.device, "has_compiler", lambda: False)
-    with pytest.raises(UserError, match="C\\+\\+ compiler"):
-        Engine(make(), compiled=True)
+    for prompts in ([PROMPT], [PROMPT, PROMPT]):
+        with pytest.raises(UserError, match="C\\+\\+ compiler"):
+            Engine(make(), compiled=True).generate(prompts, 1)
     assert not (tmp_path / "kept").exists()
 
 
