@@ -1,6 +1,6 @@
 """Gives damaged files to all that reads one: each must be refused with a message to the user, or be read.
 
-    python -m tests.faults.fuzz --inputs 100000                             # all targets; 10 to 15 minutes on one core
+    python -m tests.faults.fuzz --inputs 100000                             # all targets; 10 to 20 minutes on one core
     python -m tests.faults.fuzz --target manifest --seed 0 --only 4711      # one input again, with its traceback
 
 An input is a function of seed, target and number. Inputs are read in child processes, so that a crash, a hang
