@@ -368,9 +368,10 @@ def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) ->
     done = [Completion(start) for _ in range(cfg.num_samples)]
     listed = cfg.logprobs or cfg.show_probs is True
     streams, head = cfg.stream and not listed, start if cfg.echo else ""
+    pieces = generator.grow(done, **options(cfg))       # may compile, which comes before the story
     if streams:
         print(shown(head), end="", flush=True)
-    for row, piece in generator.grow(done, **options(cfg)):
+    for row, piece in pieces:
         if streams and row == 0:
             print(shown(piece), end="", flush=True)
     for row, one in enumerate(done):
