@@ -235,12 +235,15 @@ class PartOfCrossEntropy(nn.Module):
         """
         scored, target = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]     # (rows, 1)
         logits = (h @ weight.T).float()                                             # (rows, vocab_size)
-        log_sum = logits.logsumexp(-1, keepdim=True)                                # (rows, 1)
-        loss = ((log_sum - logits.gather(1, target)) * scored).sum()
+        top = logits.amax(-1, keepdim=True)                                         # (rows, 1)
+        odds = (logits - top).exp()                                                 # (rows, vocab_size)
+        total = odds.sum(-1, keepdim=True)                                          # (rows, 1)
+        loss = ((total.log() + top - logits.gather(1, target)) * scored).sum()
         if grad_weight is None:
             return loss, None
-        grad = (logits - log_sum).exp()
-        grad = (grad.scatter_add(1, target, grad.new_full(target.shape, -1)) * scored).to(h.dtype)
+        # probabilities, less 1 at the targets; compared, since to scatter would end the loop that is compiled
+        hit = torch.arange(len(weight), device=h.device) == target
+        grad = (odds * (scored / total) - (hit & scored).float()).to(h.dtype)
         grad_weight += grad.T @ h
         return loss, grad @ weight
 
