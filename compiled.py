@@ -17,7 +17,6 @@ import hashlib
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import device
-from files import replace
+from files import replace, sha256
 from model import ModelArgs
 from settings import UserError
 
@@ -260,12 +259,9 @@ def _load(work: OneLayer | OneToken, example: tuple[Tensor, ...], sizes: tuple
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether a file is there, and as it was written; a loader of damaged machine code may end the process."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (OSError, zipfile.BadZipFile, NotImplementedError):
-        return False
+    """Whether a file is there, and as it was written: damaged machine code may end the process."""
+    digest = path.with_suffix(".sha256")
+    return path.is_file() and digest.is_file() and digest.read_bytes() == sha256(path).encode()
 
 
 def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: Path) -> None:
@@ -285,6 +281,7 @@ def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: P
             program = torch.export.export(work, example, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=COMPILER)
         replace(temporary, path)
+        path.with_suffix(".sha256").write_text(sha256(path), encoding="utf-8")
     except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
         raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error
     finally:

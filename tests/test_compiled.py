@@ -75,16 +75,16 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
     for text, numbers in zip(texts, want):
         torch.testing.assert_close(logits(first, *text), numbers, atol=0.1, rtol=0)     # int8 products end in bfloat16
     assert "single texts, once" in (said := capsys.readouterr().err) and "several texts at a time, once" in said
-    path, = (tmp_path / "kept").glob("OneLayer*")
+    path, = (tmp_path / "kept").glob("OneLayer*.pt2")
     whole, again = path.read_bytes(), logits(first)
     asked = []
     monkeypatch.setattr(compiled, "_compile", lambda *args: args[-1].write_bytes(whole) and asked.append(args[-1]))
     torch.testing.assert_close(logits(engine(model)), again, atol=0, rtol=0)
     assert not asked
-    for damaged in (whole[:10_000], whole[:200_000] + bytes(4096) + whole[204_096:]):
-        path.write_bytes(damaged)                               # is made again
+    for begin, end in (10_000, len(whole)), (200_000, 204_096), (name := whole.index(b"OneLayer"), name + 1):
+        path.write_bytes(whole[:begin] + b"\xff" * (end - begin) + whole[end:])     # is made again
         torch.testing.assert_close(logits(engine(model)), again, atol=0, rtol=0)
-    assert asked == [path, path]
+    assert asked == [path, path, path]
     for shape in ({"n_kv_heads": 1}, {"norm_eps": 1e-3}, {"hidden_dim": 64}):
         engine(make(**{"hidden_dim": 40, **shape})).alone.load()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
