@@ -385,7 +385,7 @@ def count_activations(run: Any) -> int:
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()              # the tensor itself would hold what holds it, for ever
 
     tokens = torch.zeros((run.cfg.batch_size, run.model.args.max_seq_len), dtype=torch.long, device=run.where.device)
     with no_trace(run), saved_tensors_hooks(note, lambda tensor: tensor), run.where.autocast():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import plan
 from conftest import assert_same
@@ -37,6 +38,14 @@ def test_trying_out_leaves_no_trace(prepared):  # noqa: F811
     assert seconds > 0 and 1e5 < kept < 1e8 and torch.equal(torch.get_rng_state(), random)
     assert all(weight.grad is None for weight in run.model.parameters())
     assert_same(weights, dict(run.model.state_dict()))
+
+
+def test_what_was_counted_is_set_free(prepared):  # noqa: F811
+    """Outputs of a layer, which its own backward pass keeps: a circle, if they are kept as they are."""
+    run, kept = prepared(), []
+    run.model.layers[0].register_forward_hook(lambda *call: kept.append(StorageWeakRef(call[-1].untyped_storage())))
+    plan.count_activations(run)
+    assert len(kept) == 1 and kept[0].expired()
 
 
 @pytest.mark.parametrize("done, max_minutes, seconds, steps", [
