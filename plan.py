@@ -78,10 +78,7 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -
     saved = find_saved(cfg) if resumed else attempt(lambda: find_saved(cfg))     # without it, nothing else is known
     if saved and not resumed and not cfg.eval_only:
         attempt(lambda: check_shape(given, saved))
-        if "max_seq_len" in given:
-            saved = with_window(saved, cfg.max_seq_len)
-        elif not saved["config"]:                           # of others; theirs may be thousands of tokens
-            saved = with_window(saved, min(cfg.max_seq_len, saved["model_args"]["max_seq_len"]))
+        saved = for_this_run(cfg, given, saved)
     if resumed and saved:
         attempt(lambda: take_over(cfg, given, saved))
     problems += check_values(cfg) or check_shares(cfg, world)
@@ -125,13 +122,25 @@ def check_shape(given: dict[str, Any], saved: dict[str, Any]) -> None:
               if name in own and name not in ("max_seq_len", "dropout", "vocab_size") and given[name] != own[name]]
     if differ:
         raise UserError(f"the model that is trained on has {', '.join(differ)}; leave those settings out")
+    if "positions.weight" in saved["model"] and given.get("max_seq_len", 0) > own["max_seq_len"]:
+        raise UserError(f"GPT-2 has weights for each of its {own['max_seq_len']} places; --max_seq_len can be that, "
+                        "or less")
 
 
-def with_window(saved: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
-    """A model with another window: a rotary embedding has no weights to change, GPT-2 has a row for each place."""
-    weights = {name: weight[:max_seq_len] if name == "positions.weight" else weight
+def for_this_run(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved model with the dropout of the settings, and another window where one is asked for.
+
+    A rotary embedding has no weights to change for that, GPT-2 has a row for each place.
+    """
+    window = saved["model_args"]["max_seq_len"]
+    if "max_seq_len" in given:
+        window = cfg.max_seq_len
+    elif not saved["config"]:                               # of others; theirs may be thousands of tokens
+        window = min(cfg.max_seq_len, window)
+    weights = {name: weight[:window] if name == "positions.weight" else weight
                for name, weight in saved["model"].items()}
-    return {**saved, "model": weights, "model_args": {**saved["model_args"], "max_seq_len": max_seq_len}}
+    return {**saved, "model": weights,
+            "model_args": {**saved["model_args"], "max_seq_len": window, "dropout": cfg.dropout}}
 
 
 def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:
@@ -198,13 +207,13 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
 
 
 def check_values(cfg: SimpleNamespace) -> list[str]:
-    at_least_one = ("max_iters", "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
-    not_negative = ("max_minutes", "checkpoint_minutes", "sample_tokens", "weight_decay", "grad_clip", "warmup_iters",
-                    "lr_decay_iters", "min_lr", "num_workers", "embedding_lr_ratio")
+    counts = ("max_iters", "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
+    not_negative = ("max_minutes", "checkpoint_minutes", "weight_decay", "grad_clip", "min_lr", "embedding_lr_ratio")
     no_end = float("inf")
-    ranges = [*((name, 1, no_end) for name in at_least_one), *((name, 0, no_end) for name in not_negative),
-              *((name, 0, 1) for name in ("beta1", "beta2", "momentum", "dropout")),
-              ("learning_rate", 1e-30, no_end), ("seed", 0, 2**32)]
+    ranges = [*((name, 1, 2**31) for name in counts), *((name, 0, no_end) for name in not_negative),
+              *((name, 0, 2**31) for name in ("sample_tokens", "warmup_iters", "lr_decay_iters")),
+              *((name, 0, 1) for name in ("beta1", "beta2", "momentum")),
+              ("learning_rate", 1e-30, no_end), ("seed", 0, 2**32), ("num_workers", 0, 1000)]
     words = [("optimizer", ("muon", "adamw")), ("compile", ("auto", "true", "false"))]
     wrong = [f"{name} must be one of {', '.join(known)}, not {getattr(cfg, name)}" for name, known in words
              if getattr(cfg, name).lower() not in known]

@@ -319,6 +319,8 @@ def test_it_learns_on_from_its_folder(call, folder, capsys):
     assert float(capsys.readouterr().out.rpartition("bits per byte ")[2]) < before - 1
     generator = TextGenerator("output/ckpt.pt", device="cpu")
     assert generator.engine.args == ARGS and generator.sample("One day", max_new_tokens=5)[0].startswith("One day")
+    with pytest.raises(UserError, match="weights for each of its 24 places; --max_seq_len can be that, or less"):
+        call("train", "--init_from", folder, "--max_seq_len", 25, *few)
 
 
 def test_each_document_is_scored_with_its_end_where_bos_is_eos():

@@ -170,6 +170,7 @@ def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):
     assert not Path("tuned/old-1").exists()
     go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dropout", 0.1)
     assert state("tuned/old-1")["config"]["dropout"] == 0.0 and state("tuned")["config"]["dropout"] == 0.1
+    assert state("tuned")["model_args"] == {**base["model_args"], "dropout": 0.1}
     with pytest.raises(UserError, match="has dim 32; leave those settings out"):
         go("other", "--init_from", "base/ckpt.pt", "--dim", 64)
     for window in (16, 64):
