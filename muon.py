@@ -17,7 +17,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: matrices.
-        dtype: of the products; bfloat16 is exact enough where the hardware has it.
+        dtype: of the products; 16 bits are exact enough.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict], lr: float, momentum: float = 0.95,
@@ -32,38 +32,38 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 shapes.setdefault(tuple(weight.shape), []).append(weight)
             for shape, weights in shapes.items():
-                steps = torch.stack([self._smooth(weight, group["momentum"]) for weight in weights]).to(self.dtype)
-                scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                for weight, step in zip(weights, _orthogonal(steps).unbind()):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-scale)
+                steps = _orthogonal(self._smooth(weights, group["momentum"]), self.dtype).type_as(weights[0])
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, steps.unbind(), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
-    def _smooth(self, weight: Tensor, momentum: float) -> Tensor:
-        """Nesterov's momentum: the gradient, drawn towards the mean of those before it."""
-        state = self.state[weight]
-        if not state:
-            state["mean"] = torch.zeros_like(weight)
-        state["mean"].lerp_(weight.grad, 1 - momentum)
-        return weight.grad.lerp(state["mean"], momentum)
+    def _smooth(self, weights: list[Tensor], momentum: float) -> Tensor:
+        """Nesterov's momentum: the gradients, drawn towards the mean of those before them."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["mean"] = torch.zeros_like(weight)
+        grads, means = [weight.grad for weight in weights], [self.state[weight]["mean"] for weight in weights]
+        torch._foreach_lerp_(means, grads, 1 - momentum)
+        return torch.stack(grads).lerp_(torch.stack(means), momentum)
 
 
-def _orthogonal(steps: Tensor) -> Tensor:
+def _orthogonal(steps: Tensor, dtype: torch.dtype) -> Tensor:
     """The same where all processes have some rows of all matrices: each gets some whole ones, works on them, and
     gives them back."""
     if not isinstance(steps, DTensor):
-        return orthogonal(steps)
-    own = orthogonal(steps.redistribute(placements=[Shard(0)]).to_local())
+        return orthogonal(steps, dtype)
+    own = orthogonal(steps.redistribute(placements=[Shard(0)]).to_local(), dtype)
     return DTensor.from_local(own, steps.device_mesh, [Shard(0)], shape=steps.shape, stride=steps.stride()
                               ).redistribute(placements=steps.placements)
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """Bring the singular values of matrices near to 1: (n, rows, columns), of any scale.
+def orthogonal(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bring the singular values of matrices near to 1: (n, rows, columns), of any scale; products are in `dtype`.
 
     Five steps of a polynomial in x x^T that pulls what lies in (0, 1] to about 0.7 to 1.2.
     """
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        return orthogonal(x.mT, dtype).mT
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # in float16, what is tiny would be 0 before
     for _ in range(5):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)

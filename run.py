@@ -79,7 +79,8 @@ class Run:
                          if isinstance(moment, Tensor) and moment.dim() and moment.shape != weight.shape]
                 if wrong:
                     raise ValueError("optimizer")
-            self.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"]:         # else it was a run in another format, without one
+                self.scaler.load_state_dict(saved["scaler"])
             torch.set_rng_state(saved["rng"]["cpu"])
             if saved["rng"]["cuda"] and self.where.device.type == "cuda":
                 torch.cuda.set_rng_state(saved["rng"]["cuda"][0], self.where.device)
@@ -167,17 +168,19 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Score the whole val split; always the same windows, whatever the batch size. Processes share them."""
         self.model.eval()
-        nats = scored = 0.0
+        losses, counts = [], []         # looked at in the end, for a look waits for the device
         batches = Task.iter_once(self.data, "val", self.cfg.batch_size, self.model.args.max_seq_len,
                                  device=self.where.device, rank=self.world.rank, world_size=self.world.size)
         for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False,
                          disable=None if self.world.first else True):
             with self.where.autocast():
-                loss = self.model(x, y)
-            if count := (y != IGNORE).sum().item():     # else it only keeps the others company
-                nats, scored = nats + loss.item() * count, scored + count
+                losses.append(self.model(x, y))
+            counts.append((y != IGNORE).sum())
         self.model.train()
-        nats, scored = self.world.sum(torch.tensor([nats, scored], dtype=torch.float64)).tolist()
+        found = [*zip(torch.stack(losses).tolist(), torch.stack(counts).tolist())]
+        nats = sum(loss * count for loss, count in found if count)      # 0: it only keeps the others company
+        sums = torch.tensor([nats, sum(count for _, count in found)], dtype=torch.float64)
+        nats, scored = self.world.sum(sums).tolist()
         return {"val_loss": nats / scored, "perplexity": math.exp(min(nats / scored, 700)),
                 "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
 
@@ -226,5 +229,4 @@ def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
                               (cfg.beta1, cfg.beta2), fused=run.where.device.type != "mps")
     if cfg.optimizer == "adamw":
         return [adamw]
-    products = torch.float32 if run.where.dtype == torch.float32 else torch.bfloat16
-    return [adamw, Muon([of_layers], cfg.learning_rate, cfg.momentum, dtype=products)]
+    return [adamw, Muon([of_layers], cfg.learning_rate, cfg.momentum, dtype=run.where.dtype)]

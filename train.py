@@ -40,8 +40,9 @@ import presets
 import settings
 from dataset import Task
 from files import locked, replace, settings_for
+from forecast import clock, print_plan
 from parallel import World, joined
-from plan import Plan, clock, lasting, prepare, print_plan
+from plan import Plan, lasting, prepare
 from presets import PRESETS
 from record import NEW, NoRecord, Record, put_back, set_aside
 from run import Run
@@ -195,11 +196,13 @@ def require_same(plan: Plan) -> None:
         return
     settings = {name: value for name, value in lasting(plan.cfg).items() if name not in OF_A_MACHINE}
     own = {"other settings": zlib.crc32(repr(settings).encode()), "other text": zlib.crc32(plan.data.sha256.encode()),
+           "another dtype": zlib.crc32(repr(plan.where.dtype).encode()),        # auto, on unequal GPUs
            "another checkpoint": checkpoint.checksum(plan.saved) if plan.saved else 0}
     differ = [what for what, number in own.items() if number != plan.world.first_says(number)]
     if differ:
         raise UserError(f"process {plan.world.rank} has {' and '.join(differ)} than process 0\n       the same command "
-                        "must be typed on all machines, with the same data and output folders, shared or copied")
+                        "must be typed on all machines, with the same data and output folders, shared or copied, "
+                        "and a --dtype that all can")
 
 
 def begin(run: Run) -> None:
@@ -306,8 +309,10 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf))
-    for optimizer in run.optimizers:
-        run.scaler.step(optimizer)
+    # A scaler skips the step of an optimizer whose gradients overflow; none shall go without the other.
+    if not run.scaler.is_enabled() or norm.isfinite():
+        for optimizer in run.optimizers:
+            run.scaler.step(optimizer)
     run.scaler.update()
     run.model.zero_grad(set_to_none=True)
     run.state.iter_num += 1

@@ -14,6 +14,7 @@ import settings
 import train
 from conftest import ROOT, TINY, assert_same
 from dataset import IGNORE, Task
+from device import Device
 from model import ModelArgs
 from parallel import World, check_restarts, joined
 from settings import UserError
@@ -179,14 +180,15 @@ class Second(World):
 
 
 def test_processes_with_other_settings_or_files_are_refused():
-    def planned(world, rate=0.1, device="cpu", text="a", weight=1.0):
+    def planned(world, rate=0.1, device="cpu", text="a", weight=1.0, dtype=torch.bfloat16):
         cfg = SimpleNamespace(learning_rate=rate, device=device, out_dir="output")
         saved = {"model": {"w": torch.full((3,), weight, dtype=torch.bfloat16)}, "optimizer": [{"m": torch.ones(2)}]}
-        return plan.Plan(cfg, None, SimpleNamespace(sha256=text), None, None, saved, True, world)
+        where = Device(torch.device(device), dtype, "for a test")
+        return plan.Plan(cfg, where, SimpleNamespace(sha256=text), None, None, saved, True, world)
     first, said = SimpleNamespace(size=2, rank=0, first_says=lambda value: said.append(value) or value), []
     train.require_same(planned(first))
     for change, what in [({"device": "cuda"}, None), ({"rate": 0.2}, "other settings"), ({"text": "b"}, "other text"),
-                         ({"weight": 1.5}, "another checkpoint")]:
+                         ({"weight": 1.5}, "another checkpoint"), ({"dtype": torch.float16}, "another dtype")]:
         second = Second(1, 2)
         second.said[:] = said
         if what is None:

@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 import device
+import forecast
 import plan
 import run
 import settings
@@ -242,6 +243,28 @@ def test_a_step_is_adamw_on_the_mean_loss(prepared):
         torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("overflow, clip", [(math.inf, 1.0), (math.nan, 1.0), (math.inf, 0.0)])
+def test_an_overflow_that_one_optimizer_sees_holds_both_back(prepared, overflow, clip):
+    """As in float16, where the embedding, which is AdamW's, overflows first."""
+    run = prepared("--dtype", "float32", "--grad_clip", clip)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    batches = train.Task.iter_batches(run.data, "train", run.cfg.batch_size, 32, seed=1)
+    train.take_step(run, batches)                                       # Muon has its momentum now
+    weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    run.model.tok_embeddings.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([5]), overflow))
+    train.take_step(run, batches)
+    assert_same(weights, dict(run.model.state_dict()))
+    assert run.scaler.get_scale() == 32.0
+
+
+def test_a_run_goes_on_in_float16_that_was_begun_without_a_scaler(prepared):
+    run = prepared()
+    saved = run.content()
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    run.restore(saved)
+    assert run.scaler.get_scale() == 64.0
+
+
 def test_the_learning_rate_rises_and_falls_to_the_end(prepared):
     run = prepared("--max_iters", 100, "--warmup_iters", 9, "--learning_rate", 1.0, "--min_lr", 0.1)
     rates = []
@@ -261,7 +284,7 @@ def ticking(monkeypatch):
     """A clock that goes on by a tenth of a second each time that somebody looks at it."""
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: next(ticks) / 10)
-    for module in (train, run, plan):
+    for module in (train, run, forecast):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
