@@ -44,11 +44,12 @@ import train
 from dataset import IGNORE, Task
 from engine import Engine
 from files import find
+from forecast import count_activations, memory
 from formats import llama2c
 from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from parallel import ALONE, World
-from plan import Plan, count_activations, memory
+from plan import Plan
 from presets import PRESETS
 from run import Run
 from sampling import Sampling
@@ -204,8 +205,8 @@ def take_turns(steps: dict[str, Callable[[], object]], where: devices.Device, ro
         for name, step in steps.items():
             began = time.perf_counter()
             own = step()
-            if where.device.type == "cuda":
-                torch.cuda.synchronize()
+            if where.device.type != "cpu":
+                torch.accelerator.synchronize()
             if turn > 1:
                 times[name].append(own if isinstance(own, float) else time.perf_counter() - began)
     return {name: statistics.median(found) for name, found in times.items()}

@@ -31,7 +31,6 @@ def bench_scale(cfg: SimpleNamespace) -> None:
         if world.size == 1:
             raise UserError("several processes are to be measured: torchrun --nproc_per_node=2 bench.py scale")
         where = devices.choose(world.device(cfg.device), cfg.dtype)
-        world.claim(where.device)
         block, args = bench.default_shape(cfg)
         compare_steps(cfg, block, args, where, world)
         if problem := cannot_divide(args, world):
@@ -108,6 +107,6 @@ def timed(step: Callable[[], object], threads: int, where: devices.Device, world
     world.max(0)
     began = time.perf_counter()
     step()
-    if where.device.type == "cuda":
-        torch.cuda.synchronize()
+    if where.device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - began

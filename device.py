@@ -2,13 +2,15 @@
 import os
 import re
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from settings import UserError
 
+INSTALL = "https://pytorch.org/get-started"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # 16-bit products with sums in float32 and without sparsity, 10^12 operations a second: NVIDIA's data sheets
@@ -55,6 +57,10 @@ def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> 
         UserError: when the device is not there, or the format does not work on it.
     """
     where, why = _device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where.index or 0)             # for NCCL, and for whatever names no device
+        # on an H100 it comes first, and makes a plan, in tenths of a second, for each length of a text
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype == "auto":
         chosen, format_why = _dtype(where, training)
     elif dtype in DTYPES:
@@ -63,25 +69,73 @@ def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> 
         raise UserError(f"--dtype {dtype} is unknown; use auto, {', '.join(DTYPES)}")
     if chosen == torch.float16 and where.type == "cpu" and (training or not _has_fbgemm()):
         raise UserError("--dtype float16 needs a GPU here; use auto, bfloat16 or float32 on the CPU")
+    if chosen != torch.float32 and where.type == "mps":
+        raise UserError("--dtype must be float32 on Apple's GPU: in 16 bits its attention looks at later tokens too "
+                        "(pytorch/pytorch, issue 195910)")
     return Device(where, chosen, f"{why}; {format_why}")
 
 
 def _device(name: str) -> tuple[torch.device, str]:
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), torch.cuda.get_device_name()
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "Apple GPU"
-        return torch.device("cpu"), f"no GPU, {torch.get_num_threads()} threads"
+        gpu = next((torch.device(kind) for kind in ("cuda", "mps") if count(kind)), None)
+        problem = _problem(gpu) if gpu else _no_gpu()
+        if problem:
+            return torch.device("cpu"), f"{problem}, {torch.get_num_threads()} threads"
+        return gpu, torch.cuda.get_device_name() if gpu.type == "cuda" else "Apple GPU"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda, cuda:1 or mps") from error
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= count.get(device.type, 0):
-        raise UserError(f"--device {name} is not there: PyTorch {torch.__version__} sees {count.get(device.type, 0)} "
-                        f"of that kind\n       use --device auto, or install a PyTorch for your GPU")
+    if (device.index or 0) >= count(device.type):
+        raise UserError(f"--device {name} is not there: PyTorch {torch.__version__} sees {count(device.type)} "
+                        f"of that kind\n       use --device auto, or install a PyTorch for your GPU: {INSTALL}")
+    if problem := _problem(device):
+        raise UserError(f"--device {name}: {problem}\n       use --device cpu, or {INSTALL}")
     return device, "as asked"
+
+
+def count(kind: str) -> int:
+    """How many devices of a kind PyTorch can use."""
+    return {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+            "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+
+
+def _problem(device: torch.device) -> str:
+    """Why nothing can be computed on a device; empty when it can. A GPU may be too old for this build of PyTorch.
+
+    Raises UserError when its memory is full, since that passes.
+    """
+    try:
+        with enough_memory(f"close what else uses {device}, or use --device cpu"):
+            torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        return f"the GPU cannot be used ({first:.100}); for an old one there is another PyTorch, see README"
+    return ""
+
+
+def _no_gpu() -> str:
+    if not shutil.which("nvidia-smi"):
+        return "no GPU"
+    return ("no GPU for this PyTorch, which is made for CPUs; for NVIDIA's see README" if torch.version.cuda is None
+            else f"no GPU for PyTorch with CUDA {torch.version.cuda}; is NVIDIA's driver older than that?")
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turn PyTorch's errors about memory into a UserError that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_about_memory(error):
+            raise
+        raise UserError(f"there is not enough memory\n       {advice}") from error
+
+
+def is_about_memory(error: BaseException) -> bool:
+    """Whether an error, also of the libraries that PyTorch calls, says that memory has run out."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(
+        re.search("out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size", str(error)))
 
 
 def _dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]:

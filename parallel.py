@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from device import count
 from settings import UserError, end_children
 
 PATIENCE = timedelta(minutes=10)        # for a process that is busy; one that is dead is noticed at once
@@ -54,7 +55,7 @@ class World:
         return self.sum(torch.tensor(value if self.first else 0.0, dtype=torch.float64)).item()
 
     def _over_all(self, values: Tensor, how: dist.ReduceOp) -> Tensor:
-        values = values.to("cpu", torch.float64, copy=True)
+        values = values.cpu().to(torch.float64, copy=True)      # Apple's GPU knows no float64
         if self.size > 1:
             dist.all_reduce(values, how)
         return values
@@ -90,17 +91,10 @@ class World:
         here = os.environ.get("LOCAL_WORLD_SIZE", self.size)
         return "python" if self.size == 1 else f"torchrun --nproc_per_node={here}"
 
-    @staticmethod
-    def claim(device: torch.device) -> None:
-        """Make a GPU the one for NCCL, and for whatever names no device."""
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: with several processes, the backward pass takes the mean of their gradients."""
         if self.size == 1:
             return model
-        self.claim(next(model.parameters()).device)
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def keeping(self, wrapped: nn.Module, more: bool) -> AbstractContextManager:
@@ -124,7 +118,7 @@ class World:
         """
         if self.size == 1 or name == "cpu":
             return name
-        gpus = torch.cuda.device_count()
+        gpus = count("cuda")
         if name == "auto" and not gpus:
             return "cpu"
         if name not in ("auto", "cuda") or self.local_rank >= gpus:

@@ -278,10 +278,12 @@ class Given(NamedTuple):
 def main() -> None:
     world = parallel.find_world()
     cfg, _ = settings.read(globals(), out=sys.stderr if world.rank == 0 else io.StringIO())
-    if world.size == 1:
-        answer(*prepare(cfg), cfg)
-    else:
-        answer_together(cfg, world)
+    with devices.enough_memory("write fewer texts at a time (--num_samples, --batch_size) or shorter ones, or use "
+                               "--device cpu"):
+        if world.size == 1:
+            answer(*prepare(cfg), cfg)
+        else:
+            answer_together(cfg, world)
 
 
 def prepare(cfg: SimpleNamespace, team: "Team | None" = None) -> tuple[TextGenerator, Given | None]:
@@ -320,8 +322,6 @@ def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
     from divided import Team
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all
     cfg.device = world.device(cfg.device)
-    if cfg.device.startswith("cuda"):
-        torch.cuda.set_device(cfg.device)
     with parallel.joined():
         team = Team(world)
         generator, given = team.in_each(lambda: prepare(cfg, team))

@@ -20,7 +20,6 @@ from parallel import World
 
 def divide(model: nn.Module, where: Device, world: World) -> nn.Module:
     """Leave this process its part of a model, on its device. In bfloat16, so are the weights of layers on their way."""
-    world.claim(where.device)
     mesh = init_device_mesh(where.device.type, (world.size,))
     sent = MixedPrecisionPolicy(torch.bfloat16 if where.dtype == torch.bfloat16 else None, torch.float32,
                                 cast_forward_inputs=False)

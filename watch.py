@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from plan import try_out
+from device import is_about_memory
+from forecast import try_out
 from settings import UserError
 
 RECENT = 50             # of about so many losses come what is usual: their average, and how far they rise above it
@@ -102,10 +103,6 @@ def smaller(run: Any) -> int:
     return run.cfg.batch_size // 2 if run.cfg.batch_size % 2 == 0 else 0
 
 
-def is_about_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def what_fits(run: Any) -> int:
     """The largest part of a batch that goes through the model now; 0 when none does."""
     run.model.zero_grad(set_to_none=True)
@@ -114,9 +111,7 @@ def what_fits(run: Any) -> int:
         try:
             if run.where.device.type == "cuda":
                 torch.cuda.empty_cache()
-            moments = torch.empty(0 if begun else 2 * run.model.count_parameters(), device=run.where.device)
-            try_out(run, size)
-            del moments
+            try_out(run, size, spare=0 if begun else 2 * run.model.count_parameters())
             return size
         except (RuntimeError, MemoryError) as error:
             if not is_about_memory(error):

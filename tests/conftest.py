@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # two test processes on two cores; models are tiny here
+os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whose results are the same everywhere
 
 import torch  # noqa: E402
 
@@ -23,7 +24,7 @@ import tokenizer  # noqa: E402
 import words  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
 
-torch.backends.mps.is_available = lambda: False     # tests are of the CPU; the Macs of GitHub have a GPU in name only
+torch.backends.mps.is_available = lambda: False     # nor Apple's
 
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32",
         "--batch_size", "4", "--gradient_accumulation_steps", "2", "--warmup_iters", "2", "--sample_tokens", "8",

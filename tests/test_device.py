@@ -11,12 +11,21 @@ from settings import UserError
 @pytest.fixture
 def machine(monkeypatch):
     """Pretend to have this hardware."""
-    def pretend(cuda=False, bf16=False, capability=(8, 0), mps=False, features=()):
+    def pretend(cuda=False, bf16=False, capability=(8, 0), mps=False, features=(), fails=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "a GPU")
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **k: bf16)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda *a: None)
+        monkeypatch.setattr(device.shutil, "which", lambda name: None)
+        ones = torch.ones
+
+        def on_device(*size, device="cpu"):             # what is there computes
+            if fails and device.type != "cpu":
+                raise fails
+            return ones(*size)
+        monkeypatch.setattr(torch, "ones", on_device)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
     return pretend
@@ -32,6 +41,39 @@ def test_the_best_that_is_there(machine, hardware, expected):
     chosen = device.choose()
     assert (chosen.device.type, chosen.dtype) == expected and str(chosen).count("(") == 1 and chosen.reason
     assert chosen.scaler().is_enabled() == (chosen.dtype == torch.float16)
+
+
+def test_a_gpu_that_is_too_old_for_this_pytorch_is_not_used(machine):
+    machine(cuda=True, capability=(6, 1), fails=RuntimeError("CUDA error: no kernel image is available\nand more"))
+    chosen = device.choose()
+    assert chosen.device.type == "cpu" and "(CUDA error: no kernel image is available)" in chosen.reason
+    with pytest.raises(UserError, match="no kernel image is available.*\n.*--device cpu"):
+        device.choose("cuda")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(
+    "CUDA error: out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), MemoryError()])
+def test_a_gpu_whose_memory_is_full_is_waited_for(machine, error):
+    machine(cuda=True, fails=error)
+    with pytest.raises(UserError, match="not enough memory\n.*close what else uses cuda"):
+        device.choose()
+
+
+@pytest.mark.parametrize("built_for, says", [(None, "made for CPUs"), ("13.0", "CUDA 13.0; is NVIDIA's driver older")])
+def test_a_gpu_that_pytorch_does_not_see_is_mentioned(machine, monkeypatch, built_for, says):
+    machine()
+    assert "no GPU, " in device.choose().reason
+    monkeypatch.setattr(device.shutil, "which", lambda name: name == "nvidia-smi")
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    assert says in device.choose().reason
+
+
+def test_apples_gpu_computes_in_float32(machine):
+    machine(mps=True)
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(UserError, match="must be float32"):
+            device.choose("auto", dtype)
 
 
 def test_sampling_on_a_cpu_rounds_the_weights_at_most(machine, monkeypatch):

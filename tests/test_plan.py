@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import forecast
 import plan
 from conftest import assert_same
 from run import Run, State
@@ -34,7 +35,7 @@ def test_trying_out_leaves_no_trace(prepared):  # noqa: F811
     run = prepared("--dropout", 0.5)
     weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     random = torch.get_rng_state()
-    seconds, kept = plan.try_out(run), plan.count_activations(run)
+    seconds, kept = forecast.try_out(run), forecast.count_activations(run)
     assert seconds > 0 and 1e5 < kept < 1e8 and torch.equal(torch.get_rng_state(), random)
     assert all(weight.grad is None for weight in run.model.parameters())
     assert_same(weights, dict(run.model.state_dict()))
@@ -44,8 +45,14 @@ def test_what_was_counted_is_set_free(prepared):  # noqa: F811
     """Outputs of a layer, which its own backward pass keeps: a circle, if they are kept as they are."""
     run, kept = prepared(), []
     run.model.layers[0].register_forward_hook(lambda *call: kept.append(StorageWeakRef(call[-1].untyped_storage())))
-    plan.count_activations(run)
-    assert len(kept) == 1 and kept[0].expired()
+    forecast.count_activations(run)
+    assert kept and all(storage.expired() for storage in kept)
+
+
+def test_windows_are_counted_without_computing_all_of_them(prepared):  # noqa: F811
+    count = {size: forecast.count_activations(prepared("--batch_size", size)) for size in (1, 3, 10**9)}
+    run = prepared("--batch_size", 3)
+    assert count[3] == pytest.approx(forecast._kept_by(run, 3)) and count[10**9] > 10**8 * count[1]
 
 
 @pytest.mark.parametrize("done, max_minutes, seconds, steps", [
@@ -61,7 +68,7 @@ def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, st
 def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F811
     """Not as many windows: these begin at documents, and short ones are in several."""
     run = prepared("--max_iters", 500)
-    plan.print_length(run, 0.1)
+    forecast.print_length(run, 0.1)
     read = 500 * run.tokens_per_step / run.data.count("train", "tokens")
     assert f" 500 steps, {read:.1f} epochs" in capsys.readouterr().out
 
@@ -72,21 +79,40 @@ def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F81
     (["--max_iters", 3, "--warmup_iters", 2], "--warmup_iters 0 would leave room")])
 def test_what_will_go_wrong_is_said(prepared, monkeypatch, capsys, args, note):  # noqa: F811
     """When a micro-batch takes 5 seconds."""
-    monkeypatch.setattr(plan, "try_out", lambda run: 5.0)
-    plan.print_plan(prepared("--eval_interval", 1000, *args))
+    monkeypatch.setattr(forecast, "try_out", lambda run: 5.0)
+    forecast.print_plan(prepared("--eval_interval", 1000, *args))
     notes = capsys.readouterr().out.split("\nnote: ")[1:]
     assert any(note in text for text in notes)
-    plan.print_plan(prepared("--max_iters", 3, "--warmup_iters", 0))
+    forecast.print_plan(prepared("--max_iters", 3, "--warmup_iters", 0))
     assert "note: " not in capsys.readouterr().out
 
 
-def test_a_compiler_that_fails_is_told_with_its_cache(go, monkeypatch):  # noqa: F811
+def test_a_compiler_that_fails_is_told_with_its_cache(go, monkeypatch, capsys):  # noqa: F811
     def fails(run):
         raise BackendCompilerFailed(print, ImportError("main.so: file too short"), None)
-    try_out = plan.try_out
-    monkeypatch.setattr(plan, "try_out", lambda run: fails(run) if run.state.compiled else try_out(run))
+    try_out = forecast.try_out
+    monkeypatch.setattr(forecast, "try_out", lambda run: fails(run) if run.state.compiled else try_out(run))
     with pytest.raises(UserError, match="file too short\n.*--compile False; or delete .*torchinductor"):
         go("out", "--max_iters", 1, "--compile", "True")
+    monkeypatch.setattr(forecast, "choose_compile", lambda run, seconds: (True, "it pays"))
+    try:
+        go("auto", "--max_iters", 1, "--compile", "auto")
+    finally:
+        torch.compiler.set_stance("default")
+    assert "note:   compiling failed: main.so: file too short" in capsys.readouterr().out
+    assert state("auto")["iter_num"] == 1 and not state("auto")["state"]["compiled"]
+
+
+@pytest.mark.parametrize("device, compiler, triton, capability, why", [
+    ("cpu", True, False, (0, 0), ""), ("cpu", False, False, (0, 0), "C++ compiler"), ("mps", True, True, (9, 0), "mps"),
+    ("cuda", False, True, (7, 0), ""), ("cuda", True, False, (9, 0), "triton"),
+    ("cuda", True, True, (6, 1), "too old")])
+def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, capability, why):
+    monkeypatch.setattr(forecast.devices, "has_compiler", lambda: compiler)
+    monkeypatch.setattr(forecast.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = forecast.cannot_compile(torch.device(device))
+    assert why in found if why else found == ""
 
 
 @pytest.mark.parametrize("free, says", [(1e12, None), (3e6, "--batch_size 2 --gradient_accumulation_steps 4"),
@@ -95,8 +121,8 @@ def test_too_little_memory_is_announced(monkeypatch, capsys, free, says):
     run = SimpleNamespace(cfg=SimpleNamespace(batch_size=8, gradient_accumulation_steps=1),
                           where=SimpleNamespace(device=torch.device("cpu")),
                           model=SimpleNamespace(count_parameters=lambda: 100_000))
-    monkeypatch.setattr(plan.workers, "free_memory", lambda: free)
-    plan.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
+    monkeypatch.setattr(forecast.workers, "free_memory", lambda: free)
+    forecast.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
     out = capsys.readouterr().out
     assert says in out if says else out == ""
 

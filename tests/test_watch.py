@@ -133,7 +133,7 @@ def test_what_fits_is_tried_and_the_same_run_goes_on_with_it(go, monkeypatch, ca
 def test_nothing_fits(prepared, monkeypatch):  # noqa: F811
     run = prepared()
 
-    def full(*_):
+    def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
     monkeypatch.setattr(watch, "try_out", full)
     with pytest.raises(UserError, match="smaller --batch_size, --max_seq_len"), watch.enough_memory(run.cfg, run):
