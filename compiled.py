@@ -128,7 +128,7 @@ class RecordedStep:
                 self.extend(self.cache, self.tokens, self.places)
             torch.cuda.current_stream().wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=aside):    # what cuBLAS keeps for the stream goes with it
                 self.logits = self.extend(self.cache, self.tokens, self.places)
 
 

@@ -67,9 +67,11 @@ class PretokDataset(IterableDataset):
     def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
         """The same batches, cut on the device out of ids that all lie there: a step waits for no copy."""
         parts = [self.shard_set.open(shard) for shard in self.shards]
-        signed = f"i{parts[0].itemsize}"                        # indexing knows no unsigned integers
-        ids = torch.cat([torch.from_numpy(np.array(part).view(signed)).to(device) for part in parts])
         offsets = np.cumsum([0, *map(len, parts)])
+        signed = np.dtype(f"i{parts[0].itemsize}")              # indexing knows no unsigned integers
+        ids = torch.empty(offsets[-1], dtype=getattr(torch, signed.name), device=device)
+        for part, begin in zip(parts, offsets):
+            ids[begin:begin + len(part)] = torch.from_numpy(np.array(part).view(signed))
         starts = np.concatenate([start + offset for start, offset in zip(self.starts, offsets)])
         stops = np.repeat(offsets[1:], [len(start) for start in self.starts])      # where the shard of each ends
         starts, stops = torch.from_numpy(starts).to(device), torch.from_numpy(stops).to(device)

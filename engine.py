@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled import CompiledAttention, CompiledLayers, RecordedStep, to_int8
-from model import RMSNorm, Transformer, TransformerBlock
+from model import RMSNorm, Transformer, TransformerBlock, causal_attention
 from sampling import Sampling, choose, draws, mark
 
 # PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `_half`, the answer
@@ -196,8 +196,7 @@ class Engine:
     def _causal(self, heads: Tensor) -> Tensor:
         """Attention of whole sequences: (B, T, H + 2 K, D) -> (B * T, dim)."""
         q, k, v = heads.transpose(1, 2).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=q.shape[1] > k.shape[1])
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        return causal_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _turns(self, at: slice | Tensor) -> Tensor:
         """What heads at some places are multiplied with: (..., H + 2 K, D / 2). Values are not turned."""

@@ -138,20 +138,25 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale: float | None = None) -> Tensor:
     """Attention of whole sequences, each token looking at itself and what is before it.
 
     Args:
         q: (B, H, T, D); k, v: (B, K, T, D), each shared by H / K heads.
+        scale: of the scores; 1 / sqrt(D) when None.
     Returns:
         (B, H, T, D).
     """
     groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.device.type == "cuda" and q.dtype != torch.bfloat16:
+        # PyTorch's kernel for this, which keeps no (T, T) scores, knows no groups
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > BLOCKED_UP_TO:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, dropout_p=dropout,
+                                              scale=scale)
     # PyTorch's fused kernel is slow in bfloat16 on a CPU. Plain products of a block of queries with the keys up to
     # its end are faster, and leave out most of what the mask would hide. Heads that share keys are one longer block.
-    q = (q * q.shape[-1] ** -0.5).unflatten(1, (-1, groups))                        # (B, K, H / K, T, D)
+    q = (q * (scale or q.shape[-1] ** -0.5)).unflatten(1, (-1, groups))                        # (B, K, H / K, T, D)
     out = []
     for begin in range(0, q.shape[3], BLOCK):
         block = q[:, :, :, begin:begin + BLOCK]
@@ -251,7 +256,7 @@ class PartOfCrossEntropy(nn.Module):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, part: PartOfCrossEntropy) -> Tensor:
-        rows = LOGITS_AT_A_TIME[h.device.type == "cuda"] // len(weight)
+        rows = LOGITS_AT_A_TIME[h.device.type != "cpu"] // len(weight)
         rows = 1 << max(rows, 1).bit_length() - 1           # a power of two, so that parts are mostly of one size
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
         losses, grads = zip(*(part(few, weight, some, grad_weight)
