@@ -93,7 +93,7 @@ class DividedEngine(Engine):
         """Takes most of its weights away from the model. Raises UserError when the team cannot divide them."""
         self.team, self.writing = team, 0               # how many texts are being written
         divide(model, team.world)
-        super().__init__(model.to(where.device), where.dtype, quantize)
+        super().__init__(model, where.dtype, quantize, device=where.device)
         self.n_heads, self.n_kv_heads = (number // team.world.size for number in (self.n_heads, self.n_kv_heads))
 
     def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], Product]) -> None:

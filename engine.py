@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from compiled import CompiledAttention, CompiledLayers, RecordedStep, to_int8
 from model import RMSNorm, Transformer, TransformerBlock, causal_attention
@@ -40,12 +40,13 @@ class Engine:
     """A model arranged for writing. Some weights are copies: when the model learns on, make another engine."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32, quantize: str = "",
-                 compiled: bool = False):
+                 compiled: bool = False, device: torch.device | None = None):
         """Arrange the weights: in `dtype`, or with quantize "int8" as 8-bit integers with a scale for each row.
 
         compiled: write with compiled.py.
+        device: where to write; that of the model when None.
         """
-        self.args, self.device = model.args, model.tok_embeddings.weight.device
+        self.args, self.device = model.args, device or model.tok_embeddings.weight.device
         self.n_heads, self.n_kv_heads = self.args.n_heads, self.args.n_kv_heads
         on_cpu = self.device.type == "cpu"
         self.records = compiled and not on_cpu
@@ -60,16 +61,17 @@ class Engine:
         """Set embeddings, layers, output, and what `_turns` needs."""
         with torch.no_grad():
             # one number more than dim, which makes the norm of such a row that of RMSNorm, with its eps
-            floor = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5)
-            self.embeddings = torch.cat((model.tok_embeddings.weight, floor.to(self.device)), 1)
+            floor = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5,
+                               device=self.device)
+            self.embeddings = torch.cat((model.tok_embeddings.weight.to(self.device), floor), 1)
             for layer in model.layers:
-                matrices = _arrange(layer)
+                matrices = _arrange(layer, self.device)
                 self.layers.append([pack(weight) for weight in matrices])
                 if self.alone:
                     self.alone.add(matrices)
-            self.output = pack(model.output.weight.float() * _gain(model.norm))
+            self.output = pack(_on(self.device, model.output) * _gain(model.norm, self.device))
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
-            self.rope = torch.view_as_complex(model.rope.movedim(0, -1).contiguous())[:, None]
+            self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
 
     _choose = staticmethod(choose)          # divided.py has its own
 
@@ -223,18 +225,23 @@ class Engine:
         return self.output(_norm(x[:, :-1], x)).float()
 
 
-def _arrange(layer: TransformerBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _arrange(layer: TransformerBlock, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four matrices of a layer: to queries, keys and values; from attention; to both of w1 and w3; w2."""
     attention, feed_forward = layer.attention, layer.feed_forward
-    wq = attention.wq.weight.float() * attention.args.head_dim ** -0.5      # in float32 before any product
-    qkv = torch.cat((wq, attention.wk.weight, attention.wv.weight)) * _gain(layer.attention_norm)
-    up = torch.cat((feed_forward.w1.weight, feed_forward.w3.weight)) * _gain(layer.ffn_norm)
-    return qkv, attention.wo.weight.float(), up, feed_forward.w2.weight.float()
+    wq, wk, wv, wo, w1, w2, w3 = (_on(device, part) for part in (
+        attention.wq, attention.wk, attention.wv, attention.wo, feed_forward.w1, feed_forward.w2, feed_forward.w3))
+    qkv = torch.cat((wq * attention.args.head_dim ** -0.5, wk, wv)) * _gain(layer.attention_norm, device)
+    return qkv, wo, torch.cat((w1, w3)) * _gain(layer.ffn_norm, device), w2
 
 
-def _gain(norm: RMSNorm) -> Tensor:
+def _gain(norm: RMSNorm, device: torch.device) -> Tensor:
     """What is left of a norm after `_norm`: its gain, and the factor that makes a sum of squares a mean."""
-    return norm.weight.float() * norm.weight.numel() ** 0.5
+    return _on(device, norm) * norm.weight.numel() ** 0.5
+
+
+def _on(device: torch.device, part: nn.Module) -> Tensor:
+    """The weight of a part, on a device, and in float32 before any product."""
+    return part.weight.to(device, torch.float32)
 
 
 def _plain(weight: Tensor, dtype: torch.dtype) -> Product:

@@ -140,23 +140,27 @@ class GPT2(nn.Module):
 class GPT2Engine(Engine):
     """A GPT-2 arranged for writing; what belongs to a position is a row of its embedding here, not a turn."""
 
-    def __init__(self, model: GPT2, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False):
+    def __init__(self, model: GPT2, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
+                 device: torch.device | None = None):
         """As Engine. Raises UserError for compiled on a CPU, where one token's layer is that of a Llama."""
-        if compiled and model.tok_embeddings.weight.device.type == "cpu":
+        if compiled and (device or model.tok_embeddings.weight.device).type == "cpu":
             raise UserError("--compile is for Llama models on a CPU, and this is a GPT-2; leave it out")
-        super().__init__(model, dtype, quantize, compiled)
+        super().__init__(model, dtype, quantize, compiled, device)
 
     def _pack_weights(self, model: GPT2, pack: Callable[[Tensor], Product]) -> None:
-        def product(weight: Tensor, bias: Tensor | float, norm: nn.LayerNorm | None = None) -> Product:
-            weight = weight.float()
+        def on(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, torch.float32)
+
+        def product(weight: Tensor, bias: Tensor, norm: nn.LayerNorm | None = None) -> Product:
+            weight, bias = on(weight), on(bias)
             if norm:
-                weight, bias = weight * norm.weight.float(), bias + weight @ norm.bias.float()
+                weight, bias = weight * on(norm.weight), bias + weight @ on(norm.bias)
             packed = pack(weight.contiguous())
             return lambda x: packed(x) + bias
 
         with torch.no_grad():
-            self.embeddings, self.positions = model.tok_embeddings.weight.float(), model.positions.weight.float()
-            scale = torch.ones(3 * self.args.dim, device=self.device)
+            self.embeddings, self.positions = on(model.tok_embeddings.weight), on(model.positions.weight)
+            scale = torch.ones(3 * self.args.dim, device=model.tok_embeddings.weight.device)
             scale[:self.args.dim] = self.args.head_dim ** -0.5              # of the queries
             for layer in model.layers:
                 attention, feed_forward = layer.attention, layer.feed_forward
@@ -165,7 +169,7 @@ class GPT2Engine(Engine):
                     product(attention.wo.weight, attention.wo.bias),
                     product(feed_forward.w1.weight, feed_forward.w1.bias, layer.ffn_norm),
                     product(feed_forward.w2.weight, feed_forward.w2.bias)])
-            self.output = product(model.output.weight, 0.0, model.norm)
+            self.output = product(model.output.weight, torch.zeros(1), model.norm)
 
     def _turns(self, at: slice | Tensor) -> Tensor:
         return self.positions[at]                                                           # (..., dim)

@@ -131,7 +131,7 @@ class TextGenerator:
         self.chat = self._chat_format(chat, state.get("chat", ""))
         self.seed, self.parameters, self.noted = seed, model.count_parameters(), False
         self.engine = team.engine(model, self.where, quantize) if team else checkpoints.build_engine(
-            model.to(self.where.device), self.where.dtype, quantize, compile)
+            model, self.where.dtype, quantize, compile, self.where.device)
 
     def _chat_format(self, asked: str, known: str) -> ChatFormat | None:
         if asked not in ("auto", "none", *FORMATS):
