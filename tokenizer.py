@@ -18,7 +18,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -241,23 +241,8 @@ class TiktokenTokenizer(Vocabulary):
         self.n_words = self._encoding.n_vocab
         self.bos_id, self.eos_id = self.id_of("<|begin_of_text|>"), self.id_of("<|end_of_text|>")
 
-    def encode(self, s: str, bos: bool = False, eos: bool = False, *, allowed_special: str | Collection[str] = (),
-               disallowed_special: str | Collection[str] = ()) -> list[int]:
-        """Ids of a string, between bos and eos if asked for.
-
-        Args:
-            allowed_special: special tokens that become their ids where they stand in the text, or "all".
-            disallowed_special: special tokens that are an error there, or "all". Others are text.
-        Raises:
-            ValueError: when the text has one of disallowed_special.
-        """
-        allowed = allowed_special if allowed_special == "all" else set(allowed_special)
-        ids = [i for part in self._parts(s)
-               for i in self._encoding.encode(part, allowed_special=allowed, disallowed_special=disallowed_special)]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+        return [[i for part in self._parts(text) for i in self._encoding.encode_ordinary(part)] for text in texts]
 
     def _parts(self, s: str) -> Iterator[str]:
         for begin in range(0, len(s), self.AT_A_TIME):
