@@ -40,6 +40,14 @@ def check_names(found: Iterable[str], expected: Iterable[str], source: Path) -> 
             raise UserError(f"{source} {problem} {len(names)} tensors: {some}")
 
 
+def require(values: dict[str, Any], known: dict[str, Collection[Any]], source: Path, model: str) -> None:
+    """Raise UserError with all values that a model cannot represent; those that are left out are as it has them."""
+    problems = [f"{name} {values[name]!r}" for name, possible in known.items()
+                if name in values and values[name] not in possible]
+    if problems:
+        raise UserError(f"{source} is a model that {model} cannot represent: {', '.join(problems)}")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises UserError when it is none."""
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from chat import TEMPLATES
 from checkpoint import build_tokenizer
 from formats.common import (GPT2, LLAMA3, byte_level_json, chat_of_template, check_names, layer_names, make_state,
-                            own_json, sentencepiece_model, tokenizer_json)
+                            own_json, require, sentencepiece_model, tokenizer_json)
 from model import ModelArgs, rope_frequencies
 from settings import UserError
 from tokenizer import CONTROL, NORMAL, UNUSED, JsonTokenizer, Tokenizer, Vocabulary, extra
@@ -143,9 +143,7 @@ def read_args(meta: dict[str, Any], factors: Tensor | None, path: Path) -> dict[
              "rope.scaling.type": ("none", "linear"), "rope.scale_linear": (1,)}
     for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         known[name] = (llama["embedding_length"] // llama["attention.head_count"],)
-    problems = [f"{name} {llama[name]!r}" for name, values in known.items() if llama.get(name, values[0]) not in values]
-    if problems:
-        raise UserError(f"{path} is a model that model.py cannot represent: {', '.join(problems)}")
+    require(llama, known, path, "model.py")
     factor = llama.get("rope.scaling.factor", 0) if llama.get("rope.scaling.type") != "none" else 0
     scaling = {"factor": factor} if factor else None
     if factors is not None:
