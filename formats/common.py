@@ -16,7 +16,8 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 def make_state(model: dict[str, Tensor], model_args: dict[str, Any], vocabulary: Vocabulary | None = None,
                chat: str = "", architecture: str = "llama") -> dict[str, Any]:
-    """A state as checkpoint.py has it, of a model that has not been trained here."""
+    """A state as checkpoint.py has it, of a model that has not been trained here. Without an output, it is tied."""
+    model.setdefault("output.weight", model["tok_embeddings.weight"])
     state = {"model": model, "model_args": model_args, "iter_num": 0, "config": {}, "chat": chat,
              "architecture": architecture}
     if vocabulary:

@@ -116,8 +116,6 @@ def read_state(data: np.ndarray, path: Path) -> dict[str, Any]:
     args |= {"vocab_size": found["token_embd.weight"][0][0], "tie_embeddings": tied}
     vocabulary = read_vocabulary(header.meta, args["vocab_size"], path)
     model = {ours: read_tensor(data, theirs, *found[theirs]) for ours, theirs in names.items()}
-    if tied:
-        model["output.weight"] = model["tok_embeddings.weight"]
     return make_state(model, args, vocabulary, chat_of_template(header.meta.get("tokenizer.chat_template")))
 
 

@@ -55,7 +55,6 @@ def read(folder: Path) -> dict[str, Any]:
     names = layer_names(args["n_layers"], OF_LAYER, OF_MODEL)
     check_names(tensors, names.values(), folder)
     model = {ours: tensors[theirs].T if ours.endswith(TURNED) else tensors[theirs] for ours, theirs in names.items()}
-    model["output.weight"] = model["tok_embeddings.weight"]
     return make_state(model, args, *read_vocabulary(folder, args["vocab_size"]), architecture="gpt2")
 
 

@@ -39,8 +39,8 @@ def read(folder: Path) -> dict[str, Any]:
     args = read_config(config, folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
     names = layer_names(args["n_layers"], OF_LAYER, OF_MODEL)
-    if args["tie_embeddings"] and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if args["tie_embeddings"] and "lm_head.weight" not in tensors:
+        del names["output.weight"]
     check_names(tensors, names.values(), folder)
     model = {ours: to_pairs(tensors[theirs], args) if turned(ours) else tensors[theirs]
              for ours, theirs in names.items()}

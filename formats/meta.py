@@ -29,8 +29,6 @@ def read(folder: Path) -> dict[str, Any]:
         part.pop("rope.freqs", None)                    # a table that can be computed
         check_names(part, shapes, folder)
     model = {name: merge(name, [part[name] for part in parts], shape) for name, shape in shapes.items()}
-    if args["tie_embeddings"]:
-        model["output.weight"] = model["tok_embeddings.weight"]
     return make_state(model, args, vocabulary)
 
 
