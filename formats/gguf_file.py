@@ -92,15 +92,9 @@ class Header:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file. Raises UserError when it is damaged, or for what model.py cannot represent, by name."""
+    """Read a file. Raises UserError for what model.py cannot represent, by name; as Header when it is damaged."""
     extra("gguf", f"{path}")
-    try:
-        return read_state(np.asarray(np.memmap(path, mode="c")), path)
-    except (struct.error, LookupError, ValueError, ArithmeticError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from error
-
-
-def read_state(data: np.ndarray, path: Path) -> dict[str, Any]:
+    data = np.asarray(np.memmap(path, mode="c"))
     header = Header(data)
     architecture = header.meta["general.architecture"]
     if architecture != "llama":
