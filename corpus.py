@@ -20,6 +20,7 @@ from typing import BinaryIO, TextIO
 import demo_stories
 from files import replace
 from settings import UserError, perhaps
+from words import portions
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 SEPARATOR = "<|endoftext|>"     # between the documents of a .txt file
@@ -69,15 +70,7 @@ def passed_over(path: str | Path) -> str:
 
 def groups(files: list[Path]) -> Iterator[list[Path]]:
     """Arrange files into groups for one process to work on; small ones share a group."""
-    group, size = [], 0
-    for path in files:
-        group.append(path)
-        size += path.stat().st_size
-        if size >= GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    return portions(files, lambda path: path.stat().st_size, GROUP_BYTES)
 
 
 def documents(path: Path, progress: Callable[[int], None] = lambda count: None, encoding: str = "") -> Iterator[str]:

@@ -35,15 +35,20 @@ _ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)       # any
 
 def batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
     """The texts in UTF-8, about BATCH bytes at a time."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text.encode())
-        size += len(batch[-1])
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    return portions((text.encode() for text in texts), len, BATCH)
+
+
+def portions(items: Iterable[Any], size_of: Callable[[Any], int], enough: int) -> Iterator[list[Any]]:
+    """The items in lists, each ended by the one with which it is large enough; the last one is what is left."""
+    portion, size = [], 0
+    for item in items:
+        portion.append(item)
+        size += size_of(item)
+        if size >= enough:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def split(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
