@@ -342,7 +342,7 @@ def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     keeps for itself.
 
     Args:
-        counts: how often each word comes, as `words.count` gives it.
+        counts: how often each word comes, as in `words.WordCounts`.
         vocab_size: entries at most; a small text may not have as many.
     Raises:
         UserError: when there is no text, or vocab_size has no room for characters.

@@ -1,6 +1,8 @@
 """Texts as words, so that each distinct word is worked on once: counted by step 1, encoded by step 2.
 
-    counts = count(["a cat saw a dog"])              # {b" a": 2, b" cat": 1, ...}
+    counts = WordCounts()
+    counts.add([b"a cat saw a dog"])
+    counts.settle()                                 # counts.counts is {b" a": 2, b" cat": 1, ...}
 
 A word begins where a space follows something else, and holds all spaces up to its letters; a newline is a word by
 itself. Every text gets a space in front, as SentencePiece puts one there. No piece of a vocabulary of step 1 crosses
@@ -233,15 +235,6 @@ class WordCounts:
 def _memory(word: bytes) -> int:
     """Bytes that a word and its count take, about; long ones count more, for what training makes of each character."""
     return max(150, 16 * len(word) * word.isascii()) + 8 * len(word)
-
-
-def count(texts: Iterable[str]) -> dict[bytes, int]:
-    """The words of texts, with the space in front of them, and how often each comes."""
-    found = WordCounts()
-    for batch in batches(texts):
-        found.add(batch)
-    found.settle()
-    return found.counts
 
 
 def undivided(model: bytes) -> str:

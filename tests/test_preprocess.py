@@ -19,7 +19,7 @@ import shards
 import train_vocab
 import words
 import workers
-from conftest import ROOT, assert_user_error, learn, script
+from conftest import ROOT, assert_user_error, count_words, learn, script
 from files import save_json, sha256
 from settings import UserError
 from tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def test_validation_text_never_reaches_the_vocabulary(texts, call, monkeypatch):
     monkeypatch.setattr(tokenizer, "train", lambda counts, size: seen.update(counts) or train(counts, size))
     call("train_vocab", "--data", texts, "--vocab_size", 400)
     call("preprocess")
-    assert seen == words.count(decoded(*load(), "train")) != words.count(STORIES)
+    assert seen == count_words(decoded(*load(), "train")) != count_words(STORIES)
 
 
 def test_the_number_of_workers_changes_nothing(texts, call):
