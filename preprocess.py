@@ -83,7 +83,7 @@ def main() -> None:
             verify_all(jobs, cfg.num_workers)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
     where = settings_for(model_path)
-    if cfg.tokenizer and Path(cfg.tokenizer).suffix not in (".model", ".json"):
+    if cfg.tokenizer and is_model(cfg.tokenizer):
         out = Path("output") / (Path(cfg.data_dir).name if cfg.data_dir != data_dir else "tuned")
         out = Path(f"{out}-tuned") if out.exists() else out     # a run that is there stays
         print("next:", settings.command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
@@ -94,6 +94,11 @@ def main() -> None:
     if cfg.tokenizer:
         print(f"      to go on from a model that has this vocabulary: {train} --init_from CKPT --out_dir output/tuned "
               "--learning_rate 3e-4 --max_iters 1000")
+
+
+def is_model(path: str) -> bool:
+    import formats      # here, because it brings torch, which the workers have no use for
+    return formats.is_model(path)
 
 
 def adopt(path: Path, folder: str) -> Path:

@@ -59,10 +59,16 @@ def targets(path: Path, kind: str) -> list[Path]:
     return [path, llama2c.vocabulary_path(path)] if kind.startswith("llama2c") else [path]
 
 
+def is_model(path: str | Path) -> bool:
+    """Whether it is a model: by its content, or a name of RELEASED. Raises UserError for a folder that is none."""
+    path = Path(path)
+    return bool(path.exists() and _reader(path)) or str(path) in gpt2_folder.RELEASED
+
+
 def read_vocabulary(path: str | Path) -> Vocabulary:
     """A vocabulary from its file, or from a model that has it inside. Raises UserError when there is none."""
     path = Path(path)
-    if path.exists() and _reader(path) or str(path) in gpt2_folder.RELEASED:
+    if is_model(path):
         return checkpoint.build_tokenizer(read(path))
     model = llama2c.read_vocabulary(path)
     return Tokenizer(model) if model else tokenizers.load(path)

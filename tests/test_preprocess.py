@@ -21,6 +21,7 @@ import words
 import workers
 from conftest import ROOT, assert_user_error, count_words, learn, script
 from files import save_json, sha256
+from formats import llama2c
 from settings import UserError
 from tokenizer import Tokenizer
 
@@ -330,6 +331,15 @@ def test_a_vocabulary_from_elsewhere(texts, call):
     Path("other.model").write_bytes(learn(STORIES[:40], 400).model)
     with pytest.raises(UserError, match="another vocabulary of that size"):
         call("preprocess", "--tokenizer", "other.model", "--data", texts)
+
+
+def test_what_is_next_depends_on_whether_there_were_weights_too(texts, bytewise, call, capsys):
+    llama2c.write_vocabulary(Tokenizer("data/tok400.model"), Path("tokenizer.bin"))
+    shutil.copy(bytewise, "weights.model")
+    for name, expected in (("tokenizer.bin", "python train.py --data_dir own\n"),
+                           ("weights.model", "python train.py --data_dir own2 --init_from weights.model --out_dir ")):
+        call("preprocess", "--tokenizer", name, "--data", texts, "--data_dir", "own2" if "init" in expected else "own")
+        assert capsys.readouterr().out.partition("next: ")[2].startswith(expected)
 
 
 def test_large_vocabularies_get_32_bits(tmp_path):
