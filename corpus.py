@@ -61,6 +61,15 @@ def find_files(path: str | Path) -> list[Path]:
     return files
 
 
+def check_apart(source: str | Path, data_dir: str | Path) -> None:
+    """Raise UserError where what the steps write would be in the text, and be read as text the next time."""
+    source, folder, usual = Path(source).resolve(), Path(data_dir).resolve(), Path("data/mine")
+    if source in (folder, *folder.parents):
+        other = source.parent / f"{source.name}-data" if source in usual.resolve().parents else usual
+        raise UserError(f"--data_dir {data_dir} is in the text, and what is written there would be read too\n"
+                        f"       name another, such as --data_dir {other}")
+
+
 def passed_over(path: str | Path) -> str:
     """How many files of a folder are of which kind that cannot be read, in words; empty when there are none."""
     kinds = Counter(other.suffix or "without a kind" for other in Path(path).rglob("[!.]*")

@@ -62,6 +62,8 @@ class Job:
 def main() -> None:
     cfg, _ = settings.read(globals())
     start = time.perf_counter()
+    if cfg.data:
+        corpus.check_apart(cfg.data, cfg.data_dir)
     model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
     vocabulary = load(model_path)
     source, threshold, encoding = find_source(cfg, model_path, vocabulary)

@@ -89,10 +89,7 @@ def main() -> None:
         raise UserError("--data and --download name two sources; give one of them")
     with locked(cfg.data_dir):
         source = find_source(cfg)
-        folder = Path(cfg.data_dir).resolve()
-        if source.resolve() in (folder, *folder.parents):
-            raise UserError(f"--data_dir {cfg.data_dir} is in the text, and what is written there would be read too\n"
-                            "       name another, such as --data_dir data/mine")
+        corpus.check_apart(source, cfg.data_dir)
         files = corpus.find_files(source)
         with corpus.naming_all(files, cfg.encoding):
             path = make(cfg, source, files)

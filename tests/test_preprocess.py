@@ -1,6 +1,7 @@
 """Step 2: what is in the shards, what a second run does, and what happens when something breaks."""
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -274,12 +275,17 @@ def test_what_is_held_out_of_step_1_is_bounded(call, capsys, monkeypatch):
     assert "note: 501 documents are for validation, and only 1 to learn from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", [("train_vocab",), ("preprocess", "--tokenizer", "data/tok400.model")])
 @pytest.mark.parametrize("folder", ["texts", "texts/vocabulary"])
-def test_what_step_1_writes_must_not_be_in_its_text(texts, call, folder):
+def test_what_is_written_must_not_be_in_the_text(texts, call, folder, script):
     before = sorted(texts.iterdir())
-    with pytest.raises(UserError, match="is in the text.*\n.*--data_dir data/mine"):
-        call("train_vocab", "--data", texts, "--data_dir", texts.parent / folder)
+    with pytest.raises(UserError, match="is in the text.*\n.*--data_dir data.mine"):
+        call(*script, "--data", texts, "--data_dir", texts.parent / folder)
     assert sorted(texts.iterdir()) == before
+    here = Path.cwd()
+    with pytest.raises(UserError, match=re.escape(f"--data_dir {here.with_name(f'{here.name}-data')}")):
+        call(*script, "--data", ".", "--data_dir", "d9")                # data/mine would be in it too
+    assert not Path("d9").exists()
     with pytest.raises(UserError, match="make one: python train_vocab.py --data .*texts --data_dir data/mine$"):
         call("train", "--data_dir", texts)
 
