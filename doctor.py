@@ -23,7 +23,7 @@ import preprocess
 import shards
 import tokenizer
 import workers
-from files import find, load_json, locked, near, some, vocabularies
+from files import find, load_json, locked, near, size_of, some, vocabularies
 from settings import UserError, command, printable
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
@@ -290,8 +290,3 @@ def belonging(finding: Finding, vocabulary: tokenizer.Vocabulary | None, data: s
     if own and vocabulary and data and own.get("data_sha256") != data.sha256:
         return finding._replace(state=STALE, facts=f"{finding.facts}; not of the text above")
     return finding
-
-
-def size_of(path: Path) -> str:
-    size = path.stem.removeprefix("tok")
-    return size if size.isdecimal() else ""
