@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import demo_stories
-from files import replace
+from files import replace, some
 from settings import UserError, perhaps
 from words import portions
 
@@ -31,7 +31,7 @@ VAL_BYTES = 2_000_000           # and no more than about so much text: each eval
 GROUP_BYTES = 4 << 20           # small files share a part of the work, and a shard, until they are so large together
 DEMO = Path("data/demo")
 DEMO_FILES = 10
-NAMED = 5                       # files that a message names, of many that are wrong
+NAMED = 5                       # keys of a JSON object without a text that a message names
 HOW_ENCODED = ("\n       say what such files are: --encoding gb18030 (Chinese Windows), cp1252 (western), utf-16, ...; "
                "or save them as UTF-8")
 FOLDER = "TinyStories_all_data"                 # in the data folder, where download.py unpacks the real stories
@@ -123,9 +123,7 @@ def naming_all(files: list[Path], encoding: str) -> Iterator[None]:
         wrong = [path for path in files if not encoding and not _is_utf8(path)]
         if len(wrong) < 2:
             raise
-        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {', '.join(map(str, wrong[:NAMED]))}"
-                        f"{more}{HOW_ENCODED}") from error
+        raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {some(wrong)}{HOW_ENCODED}") from error
 
 
 def _is_utf8(path: Path) -> bool:

@@ -91,7 +91,7 @@ def elsewhere(out_dir: str, data_dir: Path) -> tuple[str, str]:
     runs, texts = near(out_dir, "last.pt"), near(data_dir, "tok*.model")
     parts = [f"{what} in {some(found)} (look with --{name})"
              for what, found, name in (("runs", runs, "out_dir"), ("vocabularies", texts, "data_dir")) if found]
-    newest = {"out_dir": runs[-1]} if runs else {"data_dir": texts[-1]} if texts else {}
+    newest = {"out_dir": runs[0]} if runs else {"data_dir": texts[0]} if texts else {}
     return "; ".join(parts), command("train", doctor=True, **newest) if newest else ""
 
 

@@ -131,11 +131,11 @@ def sha256(path: str | Path) -> str:
 # ---- what is where ------------------------------------------------------------------------------
 
 def near(folder: str | Path, name: str) -> list[Path]:
-    """Folders beside a folder, and within it, that have a file of that name; the newest last, old runs left out."""
+    """Folders beside a folder, and within it, that have a file of that name; the newest first, old runs left out."""
     folder = Path(folder)
     roots = [folder] if folder.parent == Path() else [folder, folder.parent]
     found = {path.parent for root in roots for path in (*root.glob(name), *root.glob(f"*/{name}"))} - {folder}
-    return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: path.stat().st_mtime)
+    return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: -path.stat().st_mtime)
 
 
 def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
@@ -187,6 +187,6 @@ def settings_for(vocabulary: Path) -> dict[str, str | Path]:
             "vocab_size": size_of(vocabulary) if several else ""}
 
 
-def some(paths: list[Path]) -> str:
-    """The newest of them, as `near` orders them, in words."""
-    return ", ".join(map(str, paths[:-6:-1])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+def some(things: list[Any], most: int = 5) -> str:
+    """The first of them, and how many more there are, in words."""
+    return ", ".join(map(str, things[:most])) + (f" and {len(things) - most} more" if len(things) > most else "")

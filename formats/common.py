@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from files import some
 from settings import UserError
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, JsonTokenizer, TiktokenTokenizer, Tokenizer, Vocabulary
 
@@ -37,8 +38,7 @@ def check_names(found: Iterable[str], expected: Iterable[str], source: Path) -> 
     found, expected = set(found), set(expected)
     for names, problem in ((expected - found, "lacks"), (found - expected, "has, and nothing here knows,")):
         if names:
-            some = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise UserError(f"{source} {problem} {len(names)} tensors: {some}")
+            raise UserError(f"{source} {problem} {len(names)} tensors: {some(sorted(names), 8)}")
 
 
 def require(values: dict[str, Any], known: dict[str, Collection[Any]], source: Path, model: str) -> None:
