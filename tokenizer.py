@@ -75,8 +75,13 @@ class Vocabulary:
         return np.fromiter(chain.from_iterable(batch), np.int32)
 
     def begin(self, text: str) -> list[int]:
-        """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it."""
+        """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it.
+
+        Raises UserError where that is no id at all, and there is nothing to go on from.
+        """
         ids = self.encode(text)
+        if self.bos_id < 0 and not ids:
+            raise UserError("this vocabulary has no bos, with which a text would begin; give a --prompt")
         return [self.bos_id] + ids if self.bos_id >= 0 and (self.adds_bos or not ids) else ids
 
     def id_of(self, special: str) -> int:
