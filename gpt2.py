@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import Attend, Engine, Product
-from model import LinearCrossEntropy, causal_attention
+from model import LinearCrossEntropy, causal_attention, wrong_numbers
 from settings import UserError
 
 
@@ -32,13 +32,9 @@ class GPT2Args:
     dropout: float = 0.0
 
     def __post_init__(self):
-        problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
-                    ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
-                    if type(value := getattr(self, name)) is not int or not 0 < value < 2**31]
+        problems = wrong_numbers(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",))
         if not problems and self.dim % self.n_heads:
             problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), not {self.dropout}")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -43,11 +43,8 @@ class ModelArgs:
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
-                    ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "multiple_of")
-                    if type(value := getattr(self, name)) is not int or not 0 < value < 2**31]
-        problems += [f"{name} must be above 0 and a number that float32 can hold, not {getattr(self, name)}" for name in
-                     ("norm_eps", "rope_theta", "ffn_dim_multiplier") if not 0 < getattr(self, name) < 1e38]
+        problems = wrong_numbers(self, ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len",
+                                        "multiple_of"), ("norm_eps", "rope_theta", "ffn_dim_multiplier"))
         if type(self.hidden_dim) is not int or not 0 <= self.hidden_dim < 2**31:
             problems.append(f"hidden_dim must be a whole number from 0 on, not {self.hidden_dim!r}")
         if not problems and self.max_seq_len * self.head_dim > LARGEST_ROPE:
@@ -58,8 +55,6 @@ class ModelArgs:
             problems.append(f"dim / n_heads = {self.dim // self.n_heads} is odd; rotary embedding turns pairs")
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), not {self.dropout}")
         if not problems and self.rope_scaling is not None and not _turns(self):
             problems.append(f"rope_scaling cannot be {self.rope_scaling!r:.80}")
         if problems:
@@ -74,6 +69,15 @@ class ModelArgs:
         """Width of the feed-forward: hidden_dim, or as Llama computes it."""
         width = int(int(8 * self.dim / 3) * self.ffn_dim_multiplier)
         return self.hidden_dim or -(-width // self.multiple_of) * self.multiple_of
+
+
+def wrong_numbers(args: Any, whole: tuple[str, ...], real: tuple[str, ...]) -> list[str]:
+    """What is wrong with the numbers of a shape, each by itself: whole ones, others above 0, and dropout."""
+    wrong = [f"{name} must be a whole number from 1 on, not {value!r}" for name in whole
+             if type(value := getattr(args, name)) is not int or not 0 < value < 2**31]
+    wrong += [f"{name} must be above 0 and a number that float32 can hold, not {value!r}" for name in real
+              if not isinstance(value := getattr(args, name), int | float) or not 0 < value < 1e38]
+    return wrong if 0 <= args.dropout < 1 else [*wrong, f"dropout must be in [0, 1), not {args.dropout}"]
 
 
 class RMSNorm(nn.Module):
