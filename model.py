@@ -277,9 +277,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h * scale, grad_weight * scale, None, None
 
 
+def fill(model: nn.Module, n_layers: int) -> None:
+    """Give a new model its weights: normal with std 0.02; `wo` and `w2`, which add to the residual stream of
+    2 * n_layers terms, with std 0.02 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019). Biases are 0, norms stay 1."""
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif weight.dim() > 1:
+            scaled = name.endswith(("wo.weight", "w2.weight"))
+            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * n_layers) if scaled else 0.02)
+
+
 class Transformer(nn.Module):
-    """The whole model. Weights start normal with std 0.02; `wo` and `w2`, which add to the residual
-    stream of 2 * n_layers terms, with std 0.02 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019)."""
+    """The whole model."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -295,10 +305,7 @@ class Transformer(nn.Module):
         places = torch.arange(args.max_seq_len, dtype=torch.float64, device="cpu")
         angles = torch.outer(places, rope_frequencies(args))                        # (max_seq_len, D / 2)
         self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
-        for name, weight in self.named_parameters():
-            if weight.dim() > 1:
-                scaled = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layers) if scaled else 0.02)
+        fill(self, args.n_layers)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits, or the loss if there are targets.
