@@ -81,7 +81,7 @@ def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
 
 
 def describe(state: dict[str, Any]) -> str:
-    args = checkpoint.build_model(state, own=False).args
+    args = checkpoint.build_args(state)
     return (f"{state.get('architecture', 'llama')}, dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
             f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import demo_stories
-from files import replace
+from files import replace, some
 from settings import UserError, perhaps
+from words import portions
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 SEPARATOR = "<|endoftext|>"     # between the documents of a .txt file
@@ -30,7 +31,7 @@ VAL_BYTES = 2_000_000           # and no more than about so much text: each eval
 GROUP_BYTES = 4 << 20           # small files share a part of the work, and a shard, until they are so large together
 DEMO = Path("data/demo")
 DEMO_FILES = 10
-NAMED = 5                       # files that a message names, of many that are wrong
+NAMED = 5                       # keys of a JSON object without a text that a message names
 HOW_ENCODED = ("\n       say what such files are: --encoding gb18030 (Chinese Windows), cp1252 (western), utf-16, ...; "
                "or save them as UTF-8")
 FOLDER = "TinyStories_all_data"                 # in the data folder, where download.py unpacks the real stories
@@ -60,6 +61,15 @@ def find_files(path: str | Path) -> list[Path]:
     return files
 
 
+def check_apart(source: str | Path, data_dir: str | Path) -> None:
+    """Raise UserError where what the steps write would be in the text, and be read as text the next time."""
+    source, folder, usual = Path(source).resolve(), Path(data_dir).resolve(), Path("data/mine")
+    if source in (folder, *folder.parents):
+        other = source.parent / f"{source.name}-data" if source in usual.resolve().parents else usual
+        raise UserError(f"--data_dir {data_dir} is in the text, and what is written there would be read too\n"
+                        f"       name another, such as --data_dir {other}")
+
+
 def passed_over(path: str | Path) -> str:
     """How many files of a folder are of which kind that cannot be read, in words; empty when there are none."""
     kinds = Counter(other.suffix or "without a kind" for other in Path(path).rglob("[!.]*")
@@ -69,15 +79,7 @@ def passed_over(path: str | Path) -> str:
 
 def groups(files: list[Path]) -> Iterator[list[Path]]:
     """Arrange files into groups for one process to work on; small ones share a group."""
-    group, size = [], 0
-    for path in files:
-        group.append(path)
-        size += path.stat().st_size
-        if size >= GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    return portions(files, lambda path: path.stat().st_size, GROUP_BYTES)
 
 
 def documents(path: Path, progress: Callable[[int], None] = lambda count: None, encoding: str = "") -> Iterator[str]:
@@ -121,9 +123,7 @@ def naming_all(files: list[Path], encoding: str) -> Iterator[None]:
         wrong = [path for path in files if not encoding and not _is_utf8(path)]
         if len(wrong) < 2:
             raise
-        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {', '.join(map(str, wrong[:NAMED]))}"
-                        f"{more}{HOW_ENCODED}") from error
+        raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {some(wrong)}{HOW_ENCODED}") from error
 
 
 def _is_utf8(path: Path) -> bool:

@@ -23,7 +23,7 @@ import preprocess
 import shards
 import tokenizer
 import workers
-from files import find, load_json, locked, near, some, vocabularies
+from files import find, load_json, locked, near, size_of, some, vocabularies
 from settings import UserError, command, printable
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
@@ -52,7 +52,7 @@ def examine(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     todo = [finding for finding in found if finding.state != DONE]
     if found[2].state == DONE and all(finding.state == MISSING for finding in todo):
         todo = []                           # a model that is there needs no text
-    others, look = attempt(lambda: Finding("", "", what=elsewhere(cfg.out_dir, project.data))).what or ("", "")
+    others, look = value(lambda: elsewhere(cfg.out_dir, project.data)) or ("", "")
     if others:
         show("elsewhere", Finding("", others))
     if "data_dir" in given or "out_dir" in given or any(finding.state != MISSING for finding in found):
@@ -75,6 +75,11 @@ def attempt(check: Callable[[], Finding], mend: str = "") -> Finding:
         return Finding(MISSING if install else DAMAGED, said(error), install[0] if install else mend)
 
 
+def value(look: Callable[[], Any]) -> Any:
+    """What a look gives, None where it fails."""
+    return attempt(lambda: Finding("", "", what=look())).what
+
+
 def said(error: Exception) -> str:
     """The first line of an error; further ones of a UserError are what to type."""
     line = str(error).split("\n")[0]
@@ -86,7 +91,7 @@ def elsewhere(out_dir: str, data_dir: Path) -> tuple[str, str]:
     runs, texts = near(out_dir, "last.pt"), near(data_dir, "tok*.model")
     parts = [f"{what} in {some(found)} (look with --{name})"
              for what, found, name in (("runs", runs, "out_dir"), ("vocabularies", texts, "data_dir")) if found]
-    newest = {"out_dir": runs[-1]} if runs else {"data_dir": texts[-1]} if texts else {}
+    newest = {"out_dir": runs[0]} if runs else {"data_dir": texts[0]} if texts else {}
     return "; ".join(parts), command("train", doctor=True, **newest) if newest else ""
 
 
@@ -147,15 +152,15 @@ class Project:
         if "data_dir" not in given and isinstance(own, str) and own != cfg.data_dir:
             self.given["data_dir"] = own                # as train.py --init_from resume takes it
         self.data = Path(self.given["data_dir"] or cfg.data_dir)
-        self.paths = attempt(lambda: Finding("", "", what=vocabularies(self.data))).what or []
-        found = attempt(lambda: Finding("", "", what=find(self.data, self.size, known["tokenizer_sha256"])))
-        self.path = found.what or (self.paths[0] if self.paths and not self.size else None)
+        self.paths = value(lambda: vocabularies(self.data)) or []
+        found = value(lambda: find(self.data, self.size, known["tokenizer_sha256"]))
+        self.path = found or (self.paths[0] if self.paths and not self.size else None)
         self.run = {"out_dir": given.get("out_dir"), "preset": given.get("preset") or self.suggested(cfg, given)}
 
     @staticmethod
     def suggested(cfg: SimpleNamespace, given: dict[str, Any]) -> str:
         """The preset to begin with, unless a length is given: the settings of the block take days on a CPU."""
-        where = attempt(lambda: Finding("", "", what=devices.choose(cfg.device, cfg.dtype))).what
+        where = value(lambda: devices.choose(cfg.device, cfg.dtype))
         long = where and where.device.type == "cpu" and not {"max_iters", "max_minutes"} & set(given)
         return "cpu_3min" if long else ""
 
@@ -185,12 +190,12 @@ class Project:
         if path is None:                    # another folder is for a text of one's own
             return command("train_vocab", **self.given, data="PATH" if self.given["data_dir"] else "")
 
-        def text() -> Finding:
+        def text() -> dict[str, str]:
             notes = load_json(path.with_suffix(".json"))
             known = {"data": notes["source"], "encoding": notes.get("encoding", "")}
-            return Finding("", "", what=known if Path(notes["source"]).exists() else {})
+            return known if Path(notes["source"]).exists() else {}
 
-        return command("train_vocab", **{**self.given, "vocab_size": size_of(path)}, **(attempt(text).what or {}))
+        return command("train_vocab", **{**self.given, "vocab_size": size_of(path)}, **(value(text) or {}))
 
     def shards(self, path: Path | None, vocabulary: tokenizer.Vocabulary | None) -> Finding:
         folder = path.with_suffix("") if path else self.data
@@ -290,8 +295,3 @@ def belonging(finding: Finding, vocabulary: tokenizer.Vocabulary | None, data: s
     if own and vocabulary and data and own.get("data_sha256") != data.sha256:
         return finding._replace(state=STALE, facts=f"{finding.facts}; not of the text above")
     return finding
-
-
-def size_of(path: Path) -> str:
-    size = path.stem.removeprefix("tok")
-    return size if size.isdecimal() else ""

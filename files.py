@@ -131,11 +131,11 @@ def sha256(path: str | Path) -> str:
 # ---- what is where ------------------------------------------------------------------------------
 
 def near(folder: str | Path, name: str) -> list[Path]:
-    """Folders beside a folder, and within it, that have a file of that name; the newest last, old runs left out."""
+    """Folders beside a folder, and within it, that have a file of that name; the newest first, old runs left out."""
     folder = Path(folder)
     roots = [folder] if folder.parent == Path() else [folder, folder.parent]
     found = {path.parent for root in roots for path in (*root.glob(name), *root.glob(f"*/{name}"))} - {folder}
-    return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: path.stat().st_mtime)
+    return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: -path.stat().st_mtime)
 
 
 def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
@@ -151,7 +151,7 @@ def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
     found = [path for path in every if not vocab_size or path.stem == f"tok{vocab_size}"]
     if len(found) > 1 and digest:
         found = [path for path in found if sha256(path) == digest] or found
-    sizes = [path.stem.removeprefix("tok") for path in every]
+    sizes = [size_of(path) or path.name for path in every]
     if not found:
         others = near(folder, f"tok{vocab_size or '*'}.model")
         is_text = any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*"))
@@ -162,25 +162,31 @@ def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
                         + (f"is it in another --data_dir: {some(others)}? else " if others else "")
                         + f"make one: {make}" + ", with --data PATH for text of your own" * (not is_text))
     if len(found) > 1:
-        raise UserError(f"{folder} holds several vocabularies ({', '.join(sizes)})\n       say which: "
-                        f"--vocab_size {sizes[0]}, or delete those that you do not need")
+        size = next(filter(None, map(size_of, found)), "")
+        raise UserError(f"{folder} holds several vocabularies ({', '.join(sizes)})\n       "
+                        + f"say which: --vocab_size {size}, or " * bool(size) + "delete those that you do not need")
     return found[0]
 
 
 def vocabularies(folder: Path) -> list[Path]:
     """Those of a data folder by size, and first of all those whose text is tokenised."""
-    sizes = {path: int(size) if (size := path.stem.removeprefix("tok")).isdecimal() else 0
-             for path in sorted(folder.glob("tok*.model"))}
-    return sorted(sizes, key=lambda path: (not (path.with_suffix("") / MANIFEST).is_file(), sizes[path]))
+    return sorted(folder.glob("tok*.model"),
+                  key=lambda path: (not (path.with_suffix("") / MANIFEST).is_file(), int(size_of(path) or 0), path))
+
+
+def size_of(vocabulary: Path) -> str:
+    """What --vocab_size calls a vocabulary; empty for one whose name tells no size."""
+    size = vocabulary.stem.removeprefix("tok")
+    return size if size.isdecimal() else ""
 
 
 def settings_for(vocabulary: Path) -> dict[str, str | Path]:
     """The settings by which the steps find a vocabulary: its folder, and its size if that has several."""
-    several = len(list(vocabulary.parent.glob("tok*.model"))) > 1
+    several = len(vocabularies(vocabulary.parent)) > 1
     return {"data_dir": "" if vocabulary.parent == DATA else vocabulary.parent,
-            "vocab_size": vocabulary.stem.removeprefix("tok") if several else ""}
+            "vocab_size": size_of(vocabulary) if several else ""}
 
 
-def some(paths: list[Path]) -> str:
-    """The newest of them, as `near` orders them, in words."""
-    return ", ".join(map(str, paths[:-6:-1])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+def some(things: list[Any], most: int = 5) -> str:
+    """The first of them, and how many more there are, in words."""
+    return ", ".join(map(str, things[:most])) + (f" and {len(things) - most} more" if len(things) > most else "")

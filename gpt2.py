@@ -7,7 +7,6 @@
 What differs from model.py: positions are learned, the norms take away the mean, the feed-forward has a GELU and no
 gate, and everything has a bias. Shapes as in model.py.
 """
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import Attend, Engine, Product
-from model import LinearCrossEntropy, causal_attention
+from model import LinearCrossEntropy, Transformer, causal_attention, fill, wrong_numbers
 from settings import UserError
 
 
@@ -32,13 +31,9 @@ class GPT2Args:
     dropout: float = 0.0
 
     def __post_init__(self):
-        problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
-                    ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
-                    if type(value := getattr(self, name)) is not int or not 0 < value < 2**31]
+        problems = wrong_numbers(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",))
         if not problems and self.dim % self.n_heads:
             problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), not {self.dropout}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -93,7 +88,9 @@ class GPT2Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The whole model. Weights start as those of model.Transformer, biases at 0."""
+    """The whole model."""
+
+    count_parameters = Transformer.count_parameters
 
     def __init__(self, args: GPT2Args):
         super().__init__()
@@ -106,12 +103,7 @@ class GPT2(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.output.weight = self.tok_embeddings.weight
         self.loss = LinearCrossEntropy()
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(weight)
-            elif weight.dim() > 1:
-                scaled = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layers) if scaled else 0.02)
+        fill(self, args.n_layers)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) of tokens (B, T), or the loss if there are targets: as Transformer.forward."""
@@ -126,10 +118,6 @@ class GPT2(nn.Module):
         if targets is None:
             return self.output(h)
         return self.loss(h, self.output.weight, targets)
-
-    def count_parameters(self) -> int:
-        """Number of weights; those that are used twice count once."""
-        return sum(weight.numel() for weight in self.parameters())
 
     def flops_per_token(self) -> int:
         """As Transformer.flops_per_token; positions are looked up, and cost nothing."""

@@ -43,11 +43,8 @@ class ModelArgs:
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        problems = [f"{name} must be a whole number from 1 on, not {value!r}" for name in
-                    ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "multiple_of")
-                    if type(value := getattr(self, name)) is not int or not 0 < value < 2**31]
-        problems += [f"{name} must be above 0 and a number that float32 can hold, not {getattr(self, name)}" for name in
-                     ("norm_eps", "rope_theta", "ffn_dim_multiplier") if not 0 < getattr(self, name) < 1e38]
+        problems = wrong_numbers(self, ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len",
+                                        "multiple_of"), ("norm_eps", "rope_theta", "ffn_dim_multiplier"))
         if type(self.hidden_dim) is not int or not 0 <= self.hidden_dim < 2**31:
             problems.append(f"hidden_dim must be a whole number from 0 on, not {self.hidden_dim!r}")
         if not problems and self.max_seq_len * self.head_dim > LARGEST_ROPE:
@@ -58,8 +55,6 @@ class ModelArgs:
             problems.append(f"dim / n_heads = {self.dim // self.n_heads} is odd; rotary embedding turns pairs")
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), not {self.dropout}")
         if not problems and self.rope_scaling is not None and not _turns(self):
             problems.append(f"rope_scaling cannot be {self.rope_scaling!r:.80}")
         if problems:
@@ -74,6 +69,15 @@ class ModelArgs:
         """Width of the feed-forward: hidden_dim, or as Llama computes it."""
         width = int(int(8 * self.dim / 3) * self.ffn_dim_multiplier)
         return self.hidden_dim or -(-width // self.multiple_of) * self.multiple_of
+
+
+def wrong_numbers(args: Any, whole: tuple[str, ...], real: tuple[str, ...]) -> list[str]:
+    """What is wrong with the numbers of a shape, each by itself: whole ones, others above 0, and dropout."""
+    wrong = [f"{name} must be a whole number from 1 on, not {value!r}" for name in whole
+             if type(value := getattr(args, name)) is not int or not 0 < value < 2**31]
+    wrong += [f"{name} must be above 0 and a number that float32 can hold, not {value!r}" for name in real
+              if not isinstance(value := getattr(args, name), int | float) or not 0 < value < 1e38]
+    return wrong if 0 <= args.dropout < 1 else [*wrong, f"dropout must be in [0, 1), not {args.dropout}"]
 
 
 class RMSNorm(nn.Module):
@@ -273,9 +277,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h * scale, grad_weight * scale, None, None
 
 
+def fill(model: nn.Module, n_layers: int) -> None:
+    """Give a new model its weights: normal with std 0.02; `wo` and `w2`, which add to the residual stream of
+    2 * n_layers terms, with std 0.02 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019). Biases are 0, norms stay 1."""
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif weight.dim() > 1:
+            scaled = name.endswith(("wo.weight", "w2.weight"))
+            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * n_layers) if scaled else 0.02)
+
+
 class Transformer(nn.Module):
-    """The whole model. Weights start normal with std 0.02; `wo` and `w2`, which add to the residual
-    stream of 2 * n_layers terms, with std 0.02 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019)."""
+    """The whole model."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -291,10 +305,7 @@ class Transformer(nn.Module):
         places = torch.arange(args.max_seq_len, dtype=torch.float64, device="cpu")
         angles = torch.outer(places, rope_frequencies(args))                        # (max_seq_len, D / 2)
         self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
-        for name, weight in self.named_parameters():
-            if weight.dim() > 1:
-                scaled = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layers) if scaled else 0.02)
+        fill(self, args.n_layers)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits, or the loss if there are targets.

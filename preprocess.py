@@ -62,13 +62,13 @@ class Job:
 def main() -> None:
     cfg, _ = settings.read(globals())
     start = time.perf_counter()
+    if cfg.data:
+        corpus.check_apart(cfg.data, cfg.data_dir)
     model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
     vocabulary = load(model_path)
     source, threshold, encoding = find_source(cfg, model_path, vocabulary)
     files = corpus.find_files(source)
-    if not model_path.with_suffix(".json").exists():
-        save_json(model_path.with_suffix(".json"), {"sha256": vocabulary.sha256, "source": source.as_posix(),
-                                                    "val_threshold": threshold, "encoding": encoding})
+    note_source(model_path, vocabulary, source, threshold, encoding)
     print(shown(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries"))
     if vocabulary.undivided:
         print(f"encoding: whole texts, not word by word, which would be faster: {shown(vocabulary.undivided)}")
@@ -82,18 +82,28 @@ def main() -> None:
         if cfg.verify:
             verify_all(jobs, cfg.num_workers)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
+    say_next(cfg, model_path)
+
+
+def say_next(cfg: SimpleNamespace, model_path: Path) -> None:
+    """Print the command that trains on the shards; with a model's vocabulary, one that goes on from the model."""
     where = settings_for(model_path)
-    if cfg.tokenizer and Path(cfg.tokenizer).suffix not in (".model", ".json"):
+    train = settings.command("train", **where)
+    if cfg.tokenizer and is_model(cfg.tokenizer):
         out = Path("output") / (Path(cfg.data_dir).name if cfg.data_dir != data_dir else "tuned")
         out = Path(f"{out}-tuned") if out.exists() else out     # a run that is there stays
         print("next:", settings.command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
                                         learning_rate="3e-4", max_iters=200))
         return
-    train = settings.command("train", **where)
     print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
     if cfg.tokenizer:
         print(f"      to go on from a model that has this vocabulary: {train} --init_from CKPT --out_dir output/tuned "
               "--learning_rate 3e-4 --max_iters 1000")
+
+
+def is_model(path: str) -> bool:
+    import formats      # here, because it brings torch, which the workers have no use for
+    return formats.is_model(path)
 
 
 def adopt(path: Path, folder: str) -> Path:
@@ -131,6 +141,14 @@ def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) 
     if source != known:
         threshold = corpus.validation_threshold(corpus.find_files(source), encoding)
     return source, threshold, encoding
+
+
+def note_source(model_path: Path, vocabulary: Vocabulary, source: Path, threshold: int, encoding: str) -> None:
+    """Write beside a vocabulary, as step 1 does, what text it is used for, unless that is known."""
+    notes = model_path.with_suffix(".json")
+    if not notes.exists():
+        save_json(notes, {"sha256": vocabulary.sha256, "source": source.as_posix(), "val_threshold": threshold,
+                          "encoding": encoding})
 
 
 def group_files(files: list[Path], root: Path, encoding: str = "") -> list[dict[Path, Source]]:

@@ -89,14 +89,18 @@ def painted(text: str, logprob: float) -> str:
 def print_score(generator: "TextGenerator", text: str) -> None:
     if not text:
         raise UserError("there is no text in the file to score")
-    ids = generator.tokenizer.encode(text, bos=True, eos=True)
+    vocabulary = generator.tokenizer
+    ids = vocabulary.encode(text, bos=vocabulary.bos_id >= 0, eos=vocabulary.eos_id >= 0)
+    if len(ids) < 2:
+        raise UserError("the text is one token, and this vocabulary has no bos to expect it after; score a longer one")
+    unread = vocabulary.decode(ids[:1])             # without bos, what nothing comes before is not expected
     tokens = generator.read(ids)
-    (loss, perplexity), size = averages(tokens), len(text.encode())
+    (loss, perplexity), size = averages(tokens), len(text.encode()) - len(unread.encode())
     print(f"{len(tokens)} tokens, {size} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
           f"bits per byte {loss * len(tokens) / math.log(2) / size:.4f}")
     print("least expected:")
     for place in sorted(range(len(tokens)), key=lambda place: tokens[place].logprob)[:10]:
-        before = generator.tokenizer.decode(ids[max(place - 7, 1):place + 1])
+        before = vocabulary.decode(ids[max(place - 7, 0 if unread else 1):place + 1])
         print(f"{tokens[place].logprob:8.3f}  {before!r} -> {tokens[place].piece!r}")
 
 

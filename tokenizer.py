@@ -18,7 +18,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -75,8 +75,13 @@ class Vocabulary:
         return np.fromiter(chain.from_iterable(batch), np.int32)
 
     def begin(self, text: str) -> list[int]:
-        """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it."""
+        """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it.
+
+        Raises UserError where that is no id at all, and there is nothing to go on from.
+        """
         ids = self.encode(text)
+        if self.bos_id < 0 and not ids:
+            raise UserError("this vocabulary has no bos, with which a text would begin; give a --prompt")
         return [self.bos_id] + ids if self.bos_id >= 0 and (self.adds_bos or not ids) else ids
 
     def id_of(self, special: str) -> int:
@@ -241,23 +246,8 @@ class TiktokenTokenizer(Vocabulary):
         self.n_words = self._encoding.n_vocab
         self.bos_id, self.eos_id = self.id_of("<|begin_of_text|>"), self.id_of("<|end_of_text|>")
 
-    def encode(self, s: str, bos: bool = False, eos: bool = False, *, allowed_special: str | Collection[str] = (),
-               disallowed_special: str | Collection[str] = ()) -> list[int]:
-        """Ids of a string, between bos and eos if asked for.
-
-        Args:
-            allowed_special: special tokens that become their ids where they stand in the text, or "all".
-            disallowed_special: special tokens that are an error there, or "all". Others are text.
-        Raises:
-            ValueError: when the text has one of disallowed_special.
-        """
-        allowed = allowed_special if allowed_special == "all" else set(allowed_special)
-        ids = [i for part in self._parts(s)
-               for i in self._encoding.encode(part, allowed_special=allowed, disallowed_special=disallowed_special)]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+        return [[i for part in self._parts(text) for i in self._encoding.encode_ordinary(part)] for text in texts]
 
     def _parts(self, s: str) -> Iterator[str]:
         for begin in range(0, len(s), self.AT_A_TIME):
@@ -357,7 +347,7 @@ def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     keeps for itself.
 
     Args:
-        counts: how often each word comes, as `words.count` gives it.
+        counts: how often each word comes, as in `words.WordCounts`.
         vocab_size: entries at most; a small text may not have as many.
     Raises:
         UserError: when there is no text, or vocab_size has no room for characters.

@@ -89,10 +89,7 @@ def main() -> None:
         raise UserError("--data and --download name two sources; give one of them")
     with locked(cfg.data_dir):
         source = find_source(cfg)
-        folder = Path(cfg.data_dir).resolve()
-        if source.resolve() in (folder, *folder.parents):
-            raise UserError(f"--data_dir {cfg.data_dir} is in the text, and what is written there would be read too\n"
-                            "       name another, such as --data_dir data/mine")
+        corpus.check_apart(source, cfg.data_dir)
         files = corpus.find_files(source)
         with corpus.naming_all(files, cfg.encoding):
             path = make(cfg, source, files)
@@ -107,32 +104,39 @@ def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
     processes, why = workers.how_many(cfg.num_workers, len(jobs))
     size = sum(file.stat().st_size for file in files)
     read, seconds = workers.pace(files, WordCounts().add, cfg.encoding)
-    left = corpus.passed_over(source)
-    print(f"text: {source}, {len(files)} files" + (f"; passed over: {left}" if left else ""))
-    print(f"plan: {size / 1e6:,.1f} MB to read, {why}, {workers.about(seconds * size / read, processes)}")
-
+    plan(source, len(files), size, f"{why}, {workers.about(seconds * size / read, processes)}")
     found, peak = count_words(jobs, processes, size)
-    print(f"read: {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text to learn from, "
-          f"{len(found.words.counts) + found.words.left_out:,} distinct words, "
-          f"{workers.cost(found.bytes, time.perf_counter() - start, peak)}")
-    if found.words.left_out:
-        kept = sum(map(len, found.words.counts))
-        print(f"note: {found.words.left_out:,} rare words, or long ones as of Chinese, do not fit into memory; the "
-              f"vocabulary is learned from the {len(found.words.counts):,} others, {kept / 1e6:,.1f} MB")
-    if found.kept_back > found.documents:
-        print(f"note: {found.kept_back:,} documents are for validation, and only {found.documents:,} to learn from: "
-              "they are the same ones again and again")
+    report(found, workers.cost(found.bytes, time.perf_counter() - start, peak))
     vocabulary = tokenizer.train(found.words.counts, cfg.vocab_size)
     if vocabulary.n_words < cfg.vocab_size:
         print(f"vocabulary: {vocabulary.n_words:,} of {cfg.vocab_size:,} entries, all that can be learned from this "
               "text; with a smaller --vocab_size, a model learns faster")
     check_round_trip(vocabulary, found)
-
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     save(vocabulary, path, {"source": source.as_posix(), "val_threshold": threshold, "encoding": cfg.encoding})
     print(f"wrote {path} ({vocabulary.n_words} entries) after {time.perf_counter() - start:.0f} s"
           + (f", with {memory / 1e6:,.0f} MB of memory" if (memory := workers.peak_memory()) else ""))
     return path
+
+
+def plan(source: Path, files: int, size: int, how: str) -> None:
+    """Say what is to be read, and what is not."""
+    left = corpus.passed_over(source)
+    print(f"text: {source}, {files} files" + (f"; passed over: {left}" if left else ""))
+    print(f"plan: {size / 1e6:,.1f} MB to read, {how}")
+
+
+def report(found: Found, cost: str) -> None:
+    """Say what there is to learn from, and what of it is not as one may think."""
+    words, left_out = found.words.counts, found.words.left_out
+    print(f"read: {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text to learn from, "
+          f"{len(words) + left_out:,} distinct words, {cost}")
+    if left_out:
+        print(f"note: {left_out:,} rare words, or long ones as of Chinese, do not fit into memory; the vocabulary is "
+              f"learned from the {len(words):,} others, {sum(map(len, words)) / 1e6:,.1f} MB")
+    if found.kept_back > found.documents:
+        print(f"note: {found.kept_back:,} documents are for validation, and only {found.documents:,} to learn from: "
+              "they are the same ones again and again")
 
 
 def find_source(cfg: SimpleNamespace) -> Path:

@@ -1,6 +1,8 @@
 """Texts as words, so that each distinct word is worked on once: counted by step 1, encoded by step 2.
 
-    counts = count(["a cat saw a dog"])              # {b" a": 2, b" cat": 1, ...}
+    counts = WordCounts()
+    counts.add([b"a cat saw a dog"])
+    counts.settle()                                 # counts.counts is {b" a": 2, b" cat": 1, ...}
 
 A word begins where a space follows something else, and holds all spaces up to its letters; a newline is a word by
 itself. Every text gets a space in front, as SentencePiece puts one there. No piece of a vocabulary of step 1 crosses
@@ -35,15 +37,20 @@ _ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)       # any
 
 def batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
     """The texts in UTF-8, about BATCH bytes at a time."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text.encode())
-        size += len(batch[-1])
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    return portions((text.encode() for text in texts), len, BATCH)
+
+
+def portions(items: Iterable[Any], size_of: Callable[[Any], int], enough: int) -> Iterator[list[Any]]:
+    """The items in lists, each ended by the one with which it is large enough; the last one is what is left."""
+    portion, size = [], 0
+    for item in items:
+        portion.append(item)
+        size += size_of(item)
+        if size >= enough:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def split(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
@@ -228,15 +235,6 @@ class WordCounts:
 def _memory(word: bytes) -> int:
     """Bytes that a word and its count take, about; long ones count more, for what training makes of each character."""
     return max(150, 16 * len(word) * word.isascii()) + 8 * len(word)
-
-
-def count(texts: Iterable[str]) -> dict[bytes, int]:
-    """The words of texts, with the space in front of them, and how often each comes."""
-    found = WordCounts()
-    for batch in batches(texts):
-        found.add(batch)
-    found.settle()
-    return found.counts
 
 
 def undivided(model: bytes) -> str:

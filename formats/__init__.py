@@ -6,6 +6,7 @@
 A reader gives, beside `model` and `model_args`, whose names are those of model.py, the vocabulary and the `chat`
 format that the model was trained for. Tensors stay in their file, mapped into memory, wherever they need no change.
 """
+import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from settings import UserError
 from tokenizer import Tokenizer, Vocabulary
 
 State = dict[str, Any]
+FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
+            struct.error)               # of a reader, whose file is damaged: it can be in any way
 
 WRITERS: dict[str, Callable[[State, Path], None]] = {
     "pt": lambda state, path: checkpoint.save(path, state),
@@ -46,8 +49,8 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
     try:
         state = (_reader(path) or checkpoint.load)(path)
         checkpoint.build_args(state, path)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error    # it can fail in any way
+    except FAILURES as error:
+        raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error
     return with_vocabulary(state, source, tokenizer) if tokenizer else state
 
 
@@ -56,10 +59,16 @@ def targets(path: Path, kind: str) -> list[Path]:
     return [path, llama2c.vocabulary_path(path)] if kind.startswith("llama2c") else [path]
 
 
+def is_model(path: str | Path) -> bool:
+    """Whether it is a model: by its content, or a name of RELEASED. Raises UserError for a folder that is none."""
+    path = Path(path)
+    return bool(path.exists() and _reader(path)) or str(path) in gpt2_folder.RELEASED
+
+
 def read_vocabulary(path: str | Path) -> Vocabulary:
     """A vocabulary from its file, or from a model that has it inside. Raises UserError when there is none."""
     path = Path(path)
-    if path.exists() and _reader(path) or str(path) in gpt2_folder.RELEASED:
+    if is_model(path):
         return checkpoint.build_tokenizer(read(path))
     model = llama2c.read_vocabulary(path)
     return Tokenizer(model) if model else tokenizers.load(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from files import some
 from settings import UserError
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, JsonTokenizer, TiktokenTokenizer, Tokenizer, Vocabulary
 
@@ -16,7 +17,8 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 def make_state(model: dict[str, Tensor], model_args: dict[str, Any], vocabulary: Vocabulary | None = None,
                chat: str = "", architecture: str = "llama") -> dict[str, Any]:
-    """A state as checkpoint.py has it, of a model that has not been trained here."""
+    """A state as checkpoint.py has it, of a model that has not been trained here. Without an output, it is tied."""
+    model.setdefault("output.weight", model["tok_embeddings.weight"])
     state = {"model": model, "model_args": model_args, "iter_num": 0, "config": {}, "chat": chat,
              "architecture": architecture}
     if vocabulary:
@@ -36,8 +38,15 @@ def check_names(found: Iterable[str], expected: Iterable[str], source: Path) -> 
     found, expected = set(found), set(expected)
     for names, problem in ((expected - found, "lacks"), (found - expected, "has, and nothing here knows,")):
         if names:
-            some = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise UserError(f"{source} {problem} {len(names)} tensors: {some}")
+            raise UserError(f"{source} {problem} {len(names)} tensors: {some(sorted(names), 8)}")
+
+
+def require(values: dict[str, Any], known: dict[str, Collection[Any]], source: Path, model: str) -> None:
+    """Raise UserError with all values that a model cannot represent; those that are left out are as it has them."""
+    problems = [f"{name} {values[name]!r}" for name, possible in known.items()
+                if name in values and values[name] not in possible]
+    if problems:
+        raise UserError(f"{source} is a model that {model} cannot represent: {', '.join(problems)}")
 
 
 def read_json(path: Path) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from chat import TEMPLATES
 from checkpoint import build_tokenizer
 from formats.common import (GPT2, LLAMA3, byte_level_json, chat_of_template, check_names, layer_names, make_state,
-                            own_json, sentencepiece_model, tokenizer_json)
+                            own_json, require, sentencepiece_model, tokenizer_json)
 from model import ModelArgs, rope_frequencies
 from settings import UserError
 from tokenizer import CONTROL, NORMAL, UNUSED, JsonTokenizer, Tokenizer, Vocabulary, extra
@@ -92,15 +92,9 @@ class Header:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file. Raises UserError when it is damaged, or for what model.py cannot represent, by name."""
+    """Read a file. Raises UserError for what model.py cannot represent, by name; as Header when it is damaged."""
     extra("gguf", f"{path}")
-    try:
-        return read_state(np.asarray(np.memmap(path, mode="c")), path)
-    except (struct.error, LookupError, ValueError, ArithmeticError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from error
-
-
-def read_state(data: np.ndarray, path: Path) -> dict[str, Any]:
+    data = np.asarray(np.memmap(path, mode="c"))
     header = Header(data)
     architecture = header.meta["general.architecture"]
     if architecture != "llama":
@@ -116,8 +110,6 @@ def read_state(data: np.ndarray, path: Path) -> dict[str, Any]:
     args |= {"vocab_size": found["token_embd.weight"][0][0], "tie_embeddings": tied}
     vocabulary = read_vocabulary(header.meta, args["vocab_size"], path)
     model = {ours: read_tensor(data, theirs, *found[theirs]) for ours, theirs in names.items()}
-    if tied:
-        model["output.weight"] = model["tok_embeddings.weight"]
     return make_state(model, args, vocabulary, chat_of_template(header.meta.get("tokenizer.chat_template")))
 
 
@@ -143,9 +135,7 @@ def read_args(meta: dict[str, Any], factors: Tensor | None, path: Path) -> dict[
              "rope.scaling.type": ("none", "linear"), "rope.scale_linear": (1,)}
     for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         known[name] = (llama["embedding_length"] // llama["attention.head_count"],)
-    problems = [f"{name} {llama[name]!r}" for name, values in known.items() if llama.get(name, values[0]) not in values]
-    if problems:
-        raise UserError(f"{path} is a model that model.py cannot represent: {', '.join(problems)}")
+    require(llama, known, path, "model.py")
     factor = llama.get("rope.scaling.factor", 0) if llama.get("rope.scaling.type") != "none" else 0
     scaling = {"factor": factor} if factor else None
     if factors is not None:

@@ -8,7 +8,7 @@ their weights as (in, out).
 from pathlib import Path
 from typing import Any
 
-from formats.common import GPT2, byte_level_json, check_names, layer_names, make_state, own_json, read_json
+from formats.common import GPT2, byte_level_json, check_names, layer_names, make_state, own_json, read_json, require
 from formats.huggingface import read_tensors
 from formats.huggingface import read_vocabulary as read_tokenizer_json
 from settings import UserError
@@ -55,7 +55,6 @@ def read(folder: Path) -> dict[str, Any]:
     names = layer_names(args["n_layers"], OF_LAYER, OF_MODEL)
     check_names(tensors, names.values(), folder)
     model = {ours: tensors[theirs].T if ours.endswith(TURNED) else tensors[theirs] for ours, theirs in names.items()}
-    model["output.weight"] = model["tok_embeddings.weight"]
     return make_state(model, args, *read_vocabulary(folder, args["vocab_size"]), architecture="gpt2")
 
 
@@ -64,10 +63,7 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     known = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "n_inner": (None, 4 * config["n_embd"]),
              "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
              "add_cross_attention": (False,), "tie_word_embeddings": (True,), "quantization_config": (None,)}
-    problems = [f"{name} {config[name]!r}" for name, values in known.items()
-                if name in config and config[name] not in values]
-    if problems:
-        raise UserError(f"{folder} is a model that gpt2.py cannot represent: {', '.join(problems)}")
+    require(config, known, folder, "gpt2.py")
     return {"dim": config["n_embd"], "n_layers": config["n_layer"], "n_heads": config["n_head"],
             "vocab_size": config["vocab_size"], "max_seq_len": config.get("n_positions") or config.get("n_ctx", 1024),
             "norm_eps": config.get("layer_norm_epsilon", 1e-5)}

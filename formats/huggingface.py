@@ -12,7 +12,7 @@ from torch import Tensor
 from chat import TEMPLATES, known_format
 from checkpoint import build_tokenizer
 from device import DTYPES
-from formats.common import (chat_of_template, check_names, layer_names, make_state, own_json, read_json,
+from formats.common import (chat_of_template, check_names, layer_names, make_state, own_json, read_json, require,
                             tokenizer_json)
 from model import ModelArgs
 from settings import UserError
@@ -39,8 +39,8 @@ def read(folder: Path) -> dict[str, Any]:
     args = read_config(config, folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
     names = layer_names(args["n_layers"], OF_LAYER, OF_MODEL)
-    if args["tie_embeddings"] and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if args["tie_embeddings"] and "lm_head.weight" not in tensors:
+        del names["output.weight"]
     check_names(tensors, names.values(), folder)
     model = {ours: to_pairs(tensors[theirs], args) if turned(ours) else tensors[theirs]
              for ours, theirs in names.items()}
@@ -58,13 +58,9 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
                                              **(config.get("rope_scaling") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     possible = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
-                "head_dim": (None, dim // heads), "quantization_config": (None,)}
-    problems = [f"{name} {config[name]!r}" for name, known in possible.items()
-                if config.get(name, known[0]) not in known]
-    if kind not in ("default", "linear", "llama3"):
-        problems.append(f"rope_type {kind!r}")
-    if problems:
-        raise UserError(f"{folder} is a model that model.py cannot represent: {', '.join(problems)}")
+                "head_dim": (None, dim // heads), "quantization_config": (None,),
+                "rope_type": ("default", "linear", "llama3")}
+    require({**config, "rope_type": kind}, possible, folder, "model.py")
     scaling = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                  "original_max_position_embeddings")}.get(kind, ())
     return {"dim": dim, "n_layers": config["num_hidden_layers"], "n_heads": heads,

@@ -51,7 +51,6 @@ def read(path: Path) -> dict[str, Any]:
     for name, shape in tensors(args, version):
         size = size_of(shape, group)
         model[name], place = decode(data[place:place + size], shape, group), place + size
-    model.setdefault("output.weight", model["tok_embeddings.weight"])
     model.pop("rope", None)
     return {**make_state(model, asdict(args)), "tokenizer": find_vocabulary(path, args.vocab_size)}
 

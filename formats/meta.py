@@ -12,14 +12,9 @@ from torch import Tensor
 
 import checkpoint
 import tokenizer
-from formats.common import check_names, layer_names, make_state, read_json
+from formats.common import check_names, make_state, read_json
 from model import ModelArgs, Transformer
 from settings import UserError
-
-OF_LAYER = {f"layers.{{}}.{name}.weight": f"layers.{{}}.{name}.weight" for name in (
-    "attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
-    "feed_forward.w3", "attention_norm", "ffn_norm")}
-OF_MODEL = {name: name for name in ("tok_embeddings.weight", "norm.weight", "output.weight")}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -29,15 +24,11 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer.model"
     vocabulary = tokenizer.load(path) if path.is_file() else None
     args = read_params(params, parts, vocabulary.n_words if vocabulary else 0)
+    shapes = shapes_of({**args, "n_layers": min(args["n_layers"], len(parts[0]))})      # the file cannot have more
     for part in parts:
         part.pop("rope.freqs", None)                    # a table that can be computed
-        if args["tie_embeddings"] and "tok_embeddings.weight" in part:
-            part["output.weight"] = part["tok_embeddings.weight"]
-        check_names(part, layer_names(args["n_layers"], OF_LAYER, OF_MODEL), folder)
-    shapes = shapes_of(args)
-    model = {name: merge(name, [part[name] for part in parts], shapes[name]) for name in shapes}
-    if args["tie_embeddings"]:
-        model["output.weight"] = model["tok_embeddings.weight"]
+        check_names(part, shapes, folder)
+    model = {name: merge(name, [part[name] for part in parts], shape) for name, shape in shapes.items()}
     return make_state(model, args, vocabulary)
 
 
@@ -73,8 +64,9 @@ def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words:
 
 
 def shapes_of(args: dict[str, Any]) -> dict[str, torch.Size]:
+    """Of each tensor, by name; what is tied is there once."""
     with torch.device("meta"):
-        return {name: weight.shape for name, weight in Transformer(ModelArgs(**args)).state_dict().items()}
+        return {name: weight.shape for name, weight in Transformer(ModelArgs(**args)).named_parameters()}
 
 
 def merge(name: str, parts: list[Tensor], shape: torch.Size) -> Tensor:

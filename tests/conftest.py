@@ -46,9 +46,18 @@ def call(monkeypatch):
     return run
 
 
+def count_words(texts) -> dict[bytes, int]:
+    """The words of texts, with the space in front of them, and how often each comes."""
+    found = words.WordCounts()
+    for batch in words.batches(texts):
+        found.add(batch)
+    found.settle()
+    return found.counts
+
+
 def learn(texts, vocab_size: int) -> tokenizer.Tokenizer:
     """A vocabulary of texts, as step 1 makes it."""
-    return tokenizer.train(words.count(texts), vocab_size)
+    return tokenizer.train(count_words(texts), vocab_size)
 
 
 def script(name: str, *args, **options) -> subprocess.CompletedProcess:

@@ -3,7 +3,8 @@ import hashlib
 
 import pytest
 
-from files import replace, sha256, whole_file
+from files import find, replace, settings_for, sha256, vocabularies, whole_file
+from settings import UserError
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -42,3 +43,19 @@ def test_sha256_equals_hashlib(tmp_path):
     content = bytes(range(256)) * 9000
     (tmp_path / "f").write_bytes(content)
     assert sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_vocabulary_whose_name_tells_no_size_is_not_chosen_by_one(tmp_path):
+    def say() -> str:
+        with pytest.raises(UserError) as error:
+            find(tmp_path)
+        return str(error.value).partition("vocabularies ")[2]
+    foo, other = tmp_path / "tokfoo.model", tmp_path / "tokenizer.model"
+    foo.touch()
+    assert find(tmp_path) == foo and settings_for(foo)["vocab_size"] == ""
+    other.touch()
+    assert say() == "(tokenizer.model, tokfoo.model)\n       delete those that you do not need"
+    (tmp_path / "tok512.model").touch()
+    assert say().startswith("(tokenizer.model, tokfoo.model, 512)\n       say which: --vocab_size 512, or delete those")
+    assert vocabularies(tmp_path) == [other, foo, tmp_path / "tok512.model"] and find(tmp_path, 512).stem == "tok512"
+    assert settings_for(foo)["vocab_size"] == "" and settings_for(tmp_path / "tok512.model")["vocab_size"] == "512"

@@ -1,5 +1,6 @@
 """Folders of Hugging Face: what transformers reads there is what we have, and the other way round."""
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import checkpoint
 import formats
 import tokenizer
-from conftest import learn
+from conftest import assert_user_error, learn, quickly
 from model import ModelArgs, Transformer
+from sample import TextGenerator
 from settings import UserError
 
 TEXTS = ["Once upon a time", "", " ", "  two  spaces ", "a\nb\n\n c\t", "Café, 12345 cats 😀 中文", "don't stop"]
@@ -151,6 +153,25 @@ def test_a_tied_output_may_be_in_the_file_or_not(vocabulary):
     assert "lm_head.weight" not in tensors
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, "out/model.safetensors")
     assert formats.read("out")["model_args"]["tie_embeddings"]
+
+
+def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
+    """As folders are that have no tokenizer_config.json."""
+    formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
+    for name in ("tokenizer_config.json", "tokenizer.model"):
+        Path("out", name).unlink()
+    assert_user_error(quickly("sample", "--checkpoint", "out"), "error: this vocabulary has no bos", "give a --prompt")
+    assert quickly("sample", "--checkpoint", "out", "--prompt", "Once", "--max_new_tokens", 3).returncode == 0
+    Path("a.txt").write_text("Once upon a time", encoding="utf-8")
+    result, generator = quickly("sample", "--checkpoint", "out", "--score", "a.txt"), TextGenerator("out")
+    ids = vocabulary.encode("Once upon a time")
+    assert generator.tokenizer.encode("Once upon a time") == ids and generator.tokenizer.bos_id == -1
+    nats = -sum(token.logprob for token in generator.read(ids))
+    size = len("Once upon a time") - len(vocabulary.decode(ids[:1]))
+    assert result.stdout.startswith(f"{len(ids) - 1} tokens, {size} bytes: loss {nats / (len(ids) - 1):.4f}  ")
+    assert f"bits per byte {nats / math.log(2) / size:.4f}\n" in result.stdout
+    Path("a.txt").write_text(vocabulary.decode(ids[:1]), encoding="utf-8")
+    assert_user_error(quickly("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
 
 
 def test_a_chat_template_is_known_by_its_marks(vocabulary):

@@ -91,7 +91,11 @@ def test_wrong_folders_are_one_clear_line(vocabulary):
     assert not Path("it_ran").exists()
     torch.save({name: weight for name, weight in torch.load(first).items() if "wq" not in name}, second)
     refused("lacks 2 tensors: layers.0.attention.wq.weight")
-    Path("llama/params.json").write_text('{"dim": 32}', encoding="utf-8")
+    second.write_bytes(whole)
+    path = Path("llama/params.json")
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"n_layers": 10**9}), encoding="utf-8")
+    refused(r"lacks \d+ tensors: layers.10")
+    path.write_text('{"dim": 32}', encoding="utf-8")
     refused("params.json lacks multiple_of, n_heads, n_layers, norm_eps")
     for path in (first, second):
         path.unlink()

@@ -180,7 +180,7 @@ def test_feed_forward_width_follows_llama():
 @pytest.mark.parametrize("changes, message", [
     ({"n_heads": 7}, "dim 48 is not a multiple of n_heads 7"), ({"n_kv_heads": 4}, "n_heads 6 is not a multiple"),
     ({"dim": 30, "n_heads": 2}, "odd"), ({"n_layers": 0}, "n_layers must be a whole number"),
-    ({"dropout": 1.0}, "dropout")])
+    ({"dropout": 1.0}, "dropout"), ({"norm_eps": "x"}, "norm_eps must be above 0 and a number that")])
 def test_shapes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs(**{**SMALL, **changes})

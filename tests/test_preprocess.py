@@ -1,6 +1,7 @@
 """Step 2: what is in the shards, what a second run does, and what happens when something breaks."""
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import shards
 import train_vocab
 import words
 import workers
-from conftest import ROOT, assert_user_error, learn, script
+from conftest import ROOT, assert_user_error, count_words, learn, script
 from files import save_json, sha256
+from formats import llama2c
 from settings import UserError
 from tokenizer import Tokenizer
 
@@ -86,7 +88,7 @@ def test_validation_text_never_reaches_the_vocabulary(texts, call, monkeypatch):
     monkeypatch.setattr(tokenizer, "train", lambda counts, size: seen.update(counts) or train(counts, size))
     call("train_vocab", "--data", texts, "--vocab_size", 400)
     call("preprocess")
-    assert seen == words.count(decoded(*load(), "train")) != words.count(STORIES)
+    assert seen == count_words(decoded(*load(), "train")) != count_words(STORIES)
 
 
 def test_the_number_of_workers_changes_nothing(texts, call):
@@ -273,12 +275,17 @@ def test_what_is_held_out_of_step_1_is_bounded(call, capsys, monkeypatch):
     assert "note: 501 documents are for validation, and only 1 to learn from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", [("train_vocab",), ("preprocess", "--tokenizer", "data/tok400.model")])
 @pytest.mark.parametrize("folder", ["texts", "texts/vocabulary"])
-def test_what_step_1_writes_must_not_be_in_its_text(texts, call, folder):
+def test_what_is_written_must_not_be_in_the_text(texts, call, folder, script):
     before = sorted(texts.iterdir())
-    with pytest.raises(UserError, match="is in the text.*\n.*--data_dir data/mine"):
-        call("train_vocab", "--data", texts, "--data_dir", texts.parent / folder)
+    with pytest.raises(UserError, match="is in the text.*\n.*--data_dir data.mine"):
+        call(*script, "--data", texts, "--data_dir", texts.parent / folder)
     assert sorted(texts.iterdir()) == before
+    here = Path.cwd()
+    with pytest.raises(UserError, match=re.escape(f"--data_dir {here.with_name(f'{here.name}-data')}")):
+        call(*script, "--data", ".", "--data_dir", "d9")                # data/mine would be in it too
+    assert not Path("d9").exists()
     with pytest.raises(UserError, match="make one: python train_vocab.py --data .*texts --data_dir data/mine$"):
         call("train", "--data_dir", texts)
 
@@ -330,6 +337,15 @@ def test_a_vocabulary_from_elsewhere(texts, call):
     Path("other.model").write_bytes(learn(STORIES[:40], 400).model)
     with pytest.raises(UserError, match="another vocabulary of that size"):
         call("preprocess", "--tokenizer", "other.model", "--data", texts)
+
+
+def test_what_is_next_depends_on_whether_there_were_weights_too(texts, bytewise, call, capsys):
+    llama2c.write_vocabulary(Tokenizer("data/tok400.model"), Path("tokenizer.bin"))
+    shutil.copy(bytewise, "weights.model")
+    for name, expected in (("tokenizer.bin", "python train.py --data_dir own\n"),
+                           ("weights.model", "python train.py --data_dir own2 --init_from weights.model --out_dir ")):
+        call("preprocess", "--tokenizer", name, "--data", texts, "--data_dir", "own2" if "init" in expected else "own")
+        assert capsys.readouterr().out.partition("next: ")[2].startswith(expected)
 
 
 def test_large_vocabularies_get_32_bits(tmp_path):

@@ -59,16 +59,12 @@ def test_byte_vocabularies_lose_nothing(llama3, byte_level, text):
     assert byte_level.decode(byte_level.encode(text, bos=True, eos=True)) == text
 
 
-def test_special_tokens_in_a_text_are_text_unless_allowed(llama3, byte_level):
+def test_special_tokens_in_a_text_are_text(llama3, byte_level):
     text = "<|eot_id|>is<|im_end|>"
     assert max(llama3.encode(text)) < len(llama3.ranks) and llama3.decode(llama3.encode(text)) == text
     assert byte_level.id_of("<|im_end|>") not in byte_level.encode(text)
-    one = llama3.encode(text, allowed_special={"<|eot_id|>"})
-    assert one[0] == llama3.id_of("<|eot_id|>") and one == llama3.encode(text, allowed_special="all")
+    one = [llama3.id_of("<|eot_id|>"), *llama3.encode("is<|im_end|>")]
     assert llama3.decode(one) == "is<|im_end|>" and llama3.decode(one, special=True) == text
-    with pytest.raises(ValueError):
-        llama3.encode(text, disallowed_special="all")
-    assert len(llama3.encode(text, disallowed_special={"<|end_of_text|>"})) > 3
 
 
 def test_long_runs_are_cut_and_change_nothing(llama3):
