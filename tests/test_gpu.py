@@ -1,0 +1,44 @@
+"""What a GPU would show, on a machine without one: who waits for it, and what was made on the wrong device."""
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import train
+from engine import Engine
+from model import ModelArgs, Transformer
+from plan import ALONE
+from run import Run, State, make_optimizers
+from test_train import prepared  # noqa: F401    a fixture
+
+ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)
+GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix
+
+
+def test_a_step_of_training_looks_at_no_number(prepared):  # noqa: F811
+    """To look at one waits for all that the GPU was given to do; here it is an error, since there are no numbers."""
+    plan = prepared("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
+    with FakeTensorMode():
+        run = object.__new__(Run)
+        run.cfg, run.where, run.world, run.state = plan.cfg, plan.where, ALONE, State()
+        run.model = run.wrapped = Transformer(plan.model.args)
+        run.optimizers, run.scaler = make_optimizers(run), plan.where.scaler()
+        run.began, run.reserve = 0.0, 0.0
+        x = torch.zeros(4, 32, dtype=torch.int64)
+        for _ in range(2):                                  # the first one makes what optimizers remember
+            _, loss, norm = train.take_step(run, iter([(x, x)] * 2))
+        with pytest.raises(DataDependentOutputException):
+            (loss + norm).item()
+
+
+@pytest.mark.parametrize("places", [5, [[3], [0]]])
+def test_a_step_of_writing_makes_all_it_needs_on_the_device(places):
+    """Also where the model is on another one, and texts are of different lengths."""
+    engine = Engine(Transformer(ARGS), torch.bfloat16, device=GPU)
+    cache = torch.zeros(2, 2, 4, 16, 8, device=GPU, dtype=engine.numbers)
+    assert engine._prefill([[1, 2, 3], [4]], [0, 1], cache).shape == (2, 300)
+    at = places if isinstance(places, int) else torch.tensor(places, device=GPU)
+    logits = engine._extend(cache, torch.zeros(2, dtype=torch.int64, device=GPU), at)
+    assert logits.shape == (2, 300) and logits.device == GPU and engine.numbers == torch.bfloat16
+    engine.rope = torch.ones(32, 1, 4, dtype=torch.complex64)           # a table that was left behind
+    with pytest.raises(RuntimeError, match="device"):
+        engine._extend(cache, torch.zeros(2, dtype=torch.int64, device=GPU), at)
