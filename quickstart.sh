@@ -20,18 +20,28 @@ if ! [ -x .venv/bin/python ] && ! [ -x .venv/Scripts/python.exe ]; then
 fi
 python=.venv/bin/python
 [ -x "$python" ] || python=.venv/Scripts/python.exe     # Windows
-if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! "$python" -c 'import torch' 2>/dev/null; then
-    # PyPI's torch for Linux brings several GB of CUDA. Without an NVIDIA GPU the CPU build does the same.
+# PyPI's torch brings several GB of CUDA 13 on Linux, and no CUDA on Windows. Other builds have an index of their own.
+build=
+if command -v nvidia-smi >/dev/null; then
+    oldest=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1) || oldest=
+    case $oldest in
+        [1-6].* | 7.[0-4]) build=cu126 ;;                               # the last CUDA for GPUs of before 2018
+        *) [ -x .venv/bin/python ] || build=cu130 ;;                    # Windows
+    esac
+elif [ "$(uname -s)" = Linux ]; then
+    build=cpu
+fi
+if [ -n "$build" ] && ! "$python" -c 'import torch' 2>/dev/null; then
     "$python" -m pip install --quiet --retries 0 --timeout 20 \
-        --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" "$(grep '^torch==' requirements.txt)" \
-        2>/dev/null || echo "no CPU build of torch within reach; taking what pip finds"
+        --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/$build}" "$(grep '^torch==' requirements.txt)" \
+        2>/dev/null || echo "no $build build of torch within reach; taking what pip finds"
 fi
 "$python" -m pip install --quiet -r requirements.txt
 [ "${1:-}" != --setup_only ] || { echo "all is there; next: source $(dirname "$python")/activate"; exit 0; }
 
 data=data/quickstart out=output/quickstart
 if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    model=(--preset gpu_2gb --max_minutes 2)
+    model=(--preset gpu_2gb --max_minutes 3)
 else
     model=(--preset cpu_3min)
 fi
