@@ -58,7 +58,7 @@ def main() -> None:
         compare_vocabularies(state, found)
         for each in reversed(targets):
             put(Path(unfinished, each.name), each)
-    print(f"wrote {' and '.join(map(str, targets))}\nnext: python sample.py --checkpoint {targets[0]}")
+    print(f"wrote {' and '.join(map(str, targets))}\nnext: {settings.command('sample', checkpoint=targets[0])}")
 
 
 def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:

@@ -16,7 +16,7 @@ from files import find, near, sha256, some, vocabularies
 from gpt2 import GPT2Args
 from model import ModelArgs
 from parallel import ALONE, World
-from settings import UserError
+from settings import UserError, command
 from tokenizer import Vocabulary, load
 
 HERE = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run
@@ -76,7 +76,7 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -
     data, vocabulary = attempt(lambda: find_data(cfg, saved or last), (None, None))
     if data and resumed and saved and saved["data_sha256"] != data.sha256:
         problems.append(f"the text or the vocabulary in {cfg.data_dir} is not that of the run any more\n       "
-                        f"to train on it from here: python train.py --init_from {Path(cfg.out_dir) / 'last.pt'}")
+                        "to train on it from here: " + command("train", init_from=Path(cfg.out_dir) / "last.pt"))
     if data and last and not problems and goes_on(cfg, last, data):
         saved, resumed = last, True
     args = attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
@@ -157,8 +157,8 @@ def load_last(cfg: SimpleNamespace) -> dict[str, Any]:
     except UserError as error:
         best = last.with_name("ckpt.pt")
         how, start = (", with the best weights if they are sound", best) if best.is_file() else ("", "scratch")
-        raise UserError(f"{error}\n       begin anew{how}: python train.py --data_dir {cfg.data_dir} "
-                        f"--out_dir {cfg.out_dir} --init_from {start}") from error
+        anew = command("train", data_dir=cfg.data_dir, out_dir=cfg.out_dir, init_from=start)
+        raise UserError(f"{error}\n       begin anew{how}: {anew}") from error
 
 
 def goes_on(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -> bool:
@@ -238,8 +238,8 @@ def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: V
                  if saved["tokenizer_sha256"] in map(sha256, vocabularies(folder))]
         perhaps = f"is it that of --data_dir {some(of_it)}? else " if of_it else ""
         raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}\n       "
-                        f"{perhaps}give the text its vocabulary: python preprocess.py --tokenizer {saved_in(cfg)} "
-                        "--data PATH --data_dir data/tuned")
+                        f"{perhaps}give the text its vocabulary: "
+                        + command("preprocess", tokenizer=saved_in(cfg), data="PATH", data_dir="data/tuned"))
     try:
         args = (checkpoint.build_args(saved, saved_in(cfg)) if saved else
                 ModelArgs(**{**chosen, "vocab_size": vocabulary.n_words}))

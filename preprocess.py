@@ -24,7 +24,7 @@ import corpus
 import settings
 import shards
 import workers
-from files import find, load_json, locked, replace, save_json, settings_for, sha256, whole_file
+from files import DATA, find, load_json, locked, replace, save_json, settings_for, sha256, whole_file
 from settings import UserError, shown
 from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tokenizer import Vocabulary, load
@@ -90,7 +90,7 @@ def say_next(cfg: SimpleNamespace, model_path: Path) -> None:
     where = settings_for(model_path)
     train = settings.command("train", **where)
     if cfg.tokenizer and is_model(cfg.tokenizer):
-        out = Path("output") / (Path(cfg.data_dir).name if cfg.data_dir != data_dir else "tuned")
+        out = Path("output") / (Path(cfg.data_dir).name if Path(cfg.data_dir) != DATA else "tuned")
         out = Path(f"{out}-tuned") if out.exists() else out     # a run that is there stays
         print("next:", settings.command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
                                         learning_rate="3e-4", max_iters=200))

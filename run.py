@@ -15,7 +15,7 @@ from model import Transformer
 from muon import Muon
 from plan import Plan, lasting, saved_in
 from sampling import Sampling
-from settings import UserError
+from settings import UserError, command
 from sharded import divide, gathered, part_of
 from watch import require_finite
 
@@ -87,7 +87,7 @@ class Run:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             last = f"{self.cfg.out_dir}/last.pt"
             raise UserError(f"{last} is of another version, or damaged ({error!r:.200})\n       use its weights: "
-                            f"python train.py --out_dir {self.cfg.out_dir} --init_from {last}") from error
+                            + command("train", out_dir=self.cfg.out_dir, init_from=last)) from error
 
     @property
     def divided(self) -> bool:

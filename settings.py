@@ -17,6 +17,7 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -123,10 +124,15 @@ def perhaps(path: str | Path) -> str:
 
 def command(script: str, launcher: str = "python", **settings: Any) -> str:
     """What to type, with those settings that say something."""
-    values = {name: f'"{value}"' if re.search(r"[^\w./\\:~-]", str(value)) else value
-              for name, value in settings.items() if value not in ("", None)}
-    words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items()]
+    words = [f"--{name}" if value is True else f"--{name} {_quoted(str(value))}"
+             for name, value in settings.items() if value not in ("", None)]
     return " ".join([f"{launcher} {script}.py", *words])
+
+
+def _quoted(text: str) -> str:
+    if os.name == "posix" and re.search(r'["$`!\\]', text):
+        return shlex.quote(text)
+    return f'"{text}"' if re.search(r"[^\w./\\:~-]", text) else text
 
 
 def end_children() -> None:

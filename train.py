@@ -254,25 +254,18 @@ def train(run: Run) -> None:
         loss, norm, jumps = run.world.attempt(lambda: look(run))        # stops when they are no numbers
 
         # 3. log
-        for jump in jumps:
-            record.write(jump, {"seconds": run.seconds()})
-            print("step {iter:,}: the loss jumped to {jump:.4f} from about {usual:.4f}; windows {windows[0]:,} to "
-                  "{windows[1]:,}; no harm if it comes back".format(**jump), flush=True)
+        log_jumps(run, record, jumps)
         if logs:
-            speed = (state.iter_num - marked) * run.tokens_per_step / (time.perf_counter() - mark)
-            record.write({"iter": state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
-                         {"seconds": run.seconds(), "tokens_per_second": speed})
-            left = clock(run.seconds_left((time.perf_counter() - mark) / (state.iter_num - marked)))
-            mfu = run.where.mfu(speed / run.world.size * run.model.flops_per_token())
-            print(f"step {state.iter_num:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  {speed:,.0f} tokens/s  "
-                  + (f"{mfu:.0%} MFU  " if mfu else "") + f"{left} left", flush=True)
+            log_step(run, record, loss, lr, norm, (time.perf_counter() - mark) / (state.iter_num - marked))
 
-        # 4. evaluate and save; an evaluation that only the end of the run brings is not part of its log
+        # 4. evaluate; what only the end of the run brings is not part of its log
         if evaluates:
             score(run, record)
         state.log_lines, state.log_sha256 = len(record.entries), record.sha256
         if finished and not evaluates:
             score(run, record)
+
+        # 5. save
         if finished and state.iter_num < cfg.max_iters:
             state.seconds += max(60 * cfg.max_minutes - run.seconds(), 0)       # what is left of it will not be used
         if saves or ends:
@@ -288,6 +281,23 @@ def open_record(run: Run) -> Record | NoRecord:
     facts = {"config": lasting(run.cfg), "model_args": asdict(run.model.args),
              "parameters": run.model.count_parameters(), "device": str(run.where.device), "dtype": str(run.where.dtype)}
     return Record(Path(run.cfg.out_dir), facts, run.state.log_lines, run.state.log_sha256)
+
+
+def log_jumps(run: Run, record: Record | NoRecord, jumps: list[dict[str, Any]]) -> None:
+    for jump in jumps:
+        record.write(jump, {"seconds": run.seconds()})
+        print("step {iter:,}: the loss jumped to {jump:.4f} from about {usual:.4f}; windows {windows[0]:,} to "
+              "{windows[1]:,}; no harm if it comes back".format(**jump), flush=True)
+
+
+def log_step(run: Run, record: Record | NoRecord, loss: float, lr: float, norm: float, seconds: float) -> None:
+    """Log a step; `seconds` is what it and those before it took, each."""
+    speed = run.tokens_per_step / seconds
+    record.write({"iter": run.state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
+                 {"seconds": run.seconds(), "tokens_per_second": speed})
+    mfu = run.where.mfu(speed / run.world.size * run.model.flops_per_token())
+    print(f"step {run.state.iter_num:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  {speed:,.0f} tokens/s  "
+          + (f"{mfu:.0%} MFU  " if mfu else "") + f"{clock(run.seconds_left(seconds))} left", flush=True)
 
 
 def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
@@ -393,12 +403,13 @@ def say_goodbye(run: Run) -> None:
     if run.where.device.type == "cuda":
         print(f"peak of the GPU's memory: {torch.cuda.max_memory_reserved(run.where.device) / 1e6:,.0f} MB")
     if run.stop and not run.finished():
-        print(f"saved step {run.state.iter_num:,} in {out}/last.pt\n"
-              f"go on: {run.world.command} train.py --init_from resume --out_dir {out}")
+        print(f"saved step {run.state.iter_num:,} in {out}/last.pt\ngo on: "
+              + settings.command("train", run.world.command, init_from="resume", out_dir=out))
         sys.exit(128 + run.stop)
     print(f"done: {run.state.iter_num:,} steps in {clock(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
           + (f"stories on the way: {out}/samples.txt\n" if run.cfg.sample_tokens and not run.divided else "")
-          + f"next: {writer(run)} sample.py --checkpoint {out}/ckpt.pt" + " --interactive" * bool(run.chat))
+          + "next: " + settings.command("sample", writer(run), checkpoint=f"{out}/ckpt.pt",
+                                        interactive=bool(run.chat) or ""))
 
 
 def writer(run: Run) -> str:

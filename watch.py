@@ -11,7 +11,7 @@ import torch
 
 from device import is_about_memory
 from forecast import try_out
-from settings import UserError
+from settings import UserError, command
 
 RECENT = 50             # of about so many losses come what is usual: their average, and how far they rise above it
 JUMP, SHARE = 15, 0.1   # A loss jumps when it rises 15 times as far (6 standard deviations of noise), and by a tenth
@@ -73,8 +73,8 @@ def no_numbers(run: Any, step: int, what: str) -> UserError:
     return UserError(
         f"step {step:,}, windows {begin:,} to {end:,}: {what}; this is not saved\n"
         f"       the last good state is step {run.saved_step:,}, in {Path(out) / 'last.pt'}; go on from it, more "
-        f"slowly: {run.world.command} train.py --init_from resume --out_dir {out} "
-        f"--learning_rate {run.cfg.learning_rate / 2:g}")
+        "slowly: " + command("train", run.world.command, init_from="resume", out_dir=out,
+                             learning_rate=f"{run.cfg.learning_rate / 2:g}"))
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def enough_memory(cfg: SimpleNamespace, run: Any = None) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)         # they hold what did not fit
         size = smaller(run) if run else 0
-        again = (f"{run.world.command} train.py --init_from resume --out_dir {cfg.out_dir} "
+        again = (command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir) + " "
                  if run and run.state.iter_num else "")
         less = (f"the same steps in less: {again}--batch_size {size} --gradient_accumulation_steps "
                 f"{cfg.gradient_accumulation_steps * cfg.batch_size // size}" if size else
