@@ -38,6 +38,7 @@ import checkpoint
 import divided
 import presets
 import settings
+import workers
 from dataset import Task
 from files import locked, replace, settings_for
 from forecast import clock, print_plan
@@ -402,6 +403,8 @@ def say_goodbye(run: Run) -> None:
     out = run.cfg.out_dir
     if run.where.device.type == "cuda":
         print(f"peak of the GPU's memory: {torch.cuda.max_memory_reserved(run.where.device) / 1e6:,.0f} MB")
+    elif peak := workers.peak_memory():
+        print(f"peak of memory: {peak / 1e6:,.0f} MB")
     if run.stop and not run.finished():
         print(f"saved step {run.state.iter_num:,} in {out}/last.pt\ngo on: "
               + settings.command("train", run.world.command, init_from="resume", out_dir=out))
