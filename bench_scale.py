@@ -19,10 +19,10 @@ import device as devices
 import train
 from divided import Team, check
 from engine import Engine
+from machine import cores
 from model import ModelArgs, Transformer
 from parallel import World, joined
 from settings import UserError
-from workers import cores
 
 
 def bench_scale(cfg: SimpleNamespace) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from machine import cores
 from settings import UserError
 
 INSTALL = "https://pytorch.org/get-started"
@@ -57,6 +58,8 @@ def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> 
         UserError: when the device is not there, or the format does not work on it.
     """
     where, why = _device(device)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))        # PyTorch does not see a container's share
     if where.type == "cuda":
         torch.cuda.set_device(where.index or 0)             # for NCCL, and for whatever names no device
         # on an H100 it comes first, and makes a plan, in tenths of a second, for each length of a text

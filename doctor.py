@@ -22,8 +22,8 @@ import device as devices
 import preprocess
 import shards
 import tokenizer
-import workers
 from files import find, load_json, locked, near, size_of, some, vocabularies
+from machine import cores, free_memory
 from settings import UserError, command, printable
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
@@ -103,11 +103,11 @@ def machine(cfg: SimpleNamespace) -> dict[str, Callable[[], str]]:
             "extras": lambda: packages("requirements-extra.txt"),
             "device": lambda: str(devices.choose(cfg.device, cfg.dtype)),
             "gpus": gpus,
-            "threads": lambda: f"{torch.get_num_threads()}, of {workers.cores()} cores; OMP_NUM_THREADS is "
+            "threads": lambda: f"{torch.get_num_threads()}, of {cores()} cores; OMP_NUM_THREADS is "
                                f"{os.environ.get('OMP_NUM_THREADS', 'not set')}",
             "to compile": lambda: f"C++ compiler: {'yes' if devices.has_compiler() else 'no'}, "
                                   f"triton: {'yes' if find_spec('triton') else 'no'}",
-            "free memory": free_memory,
+            "free memory": memory,
             "free disk": lambda: ", ".join(free_disk(folder) for folder in (cfg.data_dir, cfg.out_dir))}
 
 
@@ -128,8 +128,8 @@ def gpus() -> str:
     return ", ".join(f"{gpu.name} with {gpu.total_memory / 1e9:.1f} GB" for gpu in found) or "none with CUDA"
 
 
-def free_memory() -> str:
-    free = workers.free_memory()
+def memory() -> str:
+    free = free_memory()
     return f"{free / 1e9:.1f} GB" if free is not None else "not known on this system"
 
 

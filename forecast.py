@@ -9,8 +9,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import device as devices
-import workers
 from dataset import PretokDataset, fits
+from machine import free_memory
 from plan import CHECKPOINT_BYTES
 from settings import UserError
 
@@ -142,7 +142,7 @@ def memory(run: Any, kept: int) -> str:
 
 def warn_of_memory(run: Any, kept: int) -> None:
     """On a CPU, whoever takes more memory than there is gets killed without a word."""
-    free = workers.free_memory() if run.where.device.type == "cpu" else None
+    free = free_memory() if run.where.device.type == "cpu" else None
     size, state = run.cfg.batch_size, STATE_BYTES * run.model.count_parameters()
     if free is not None and state + PEAK * kept > free:
         fits = [part for part in range(1, size) if size % part == 0 and state + PEAK * kept * part / size < free]

@@ -38,10 +38,10 @@ import checkpoint
 import divided
 import presets
 import settings
-import workers
 from dataset import Task
 from files import locked, replace, settings_for
 from forecast import clock, print_plan
+from machine import peak_memory
 from parallel import World, joined
 from plan import Plan, lasting, prepare
 from presets import PRESETS
@@ -403,7 +403,7 @@ def say_goodbye(run: Run) -> None:
     out = run.cfg.out_dir
     if run.where.device.type == "cuda":
         print(f"peak of the GPU's memory: {torch.cuda.max_memory_reserved(run.where.device) / 1e6:,.0f} MB")
-    elif peak := workers.peak_memory():
+    elif peak := peak_memory():
         print(f"peak of memory: {peak / 1e6:,.0f} MB")
     if run.stop and not run.finished():
         print(f"saved step {run.state.iter_num:,} in {out}/last.pt\ngo on: "

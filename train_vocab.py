@@ -20,6 +20,7 @@ import settings
 import tokenizer
 import workers
 from files import locked, save_json, settings_for, whole_file
+from machine import peak_memory
 from settings import UserError
 from words import WordCounts, batches
 
@@ -115,7 +116,7 @@ def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     save(vocabulary, path, {"source": source.as_posix(), "val_threshold": threshold, "encoding": cfg.encoding})
     print(f"wrote {path} ({vocabulary.n_words} entries) after {time.perf_counter() - start:.0f} s"
-          + (f", with {memory / 1e6:,.0f} MB of memory" if (memory := workers.peak_memory()) else ""))
+          + (f", with {memory / 1e6:,.0f} MB of memory" if (memory := peak_memory()) else ""))
     return path
 
 

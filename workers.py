@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import corpus
 import words
+from machine import cores, free_memory, peak_memory
 from settings import UserError, end_children
 
 MEMORY = 400_000_000    # bytes that a worker takes at most, with its imports
@@ -41,41 +42,6 @@ def how_many(asked: int, jobs: int) -> tuple[int, str]:
     reason = min(limits, key=lambda name: limits[name])
     count = max(min(limits[reason], MOST), 1)
     return count, f"{count} process{'es' * (count > 1)} ({reason})"
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_memory() -> int | None:
-    """Bytes that Linux can still give, also inside a container; None elsewhere."""
-    try:
-        known = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    free = int(known.partition("MemAvailable:")[2].split()[0]) * 1024
-    try:
-        limit, used, parts = (Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").strip()
-                              for name in ("memory.max", "memory.current", "memory.stat"))
-    except OSError:
-        return free
-    cached = int(parts.partition("inactive_file ")[2].split()[0])       # files that were read, and can be forgotten
-    return free if limit == "max" else min(free, max(int(limit) - int(used) + cached, 0))
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has taken so far, with its imports; 0 where that is not known (Windows)."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def pace(files: Iterable[Path], work: Callable[[list[bytes]], None], encoding: str = "") -> tuple[int, float]:

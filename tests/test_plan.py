@@ -121,7 +121,7 @@ def test_too_little_memory_is_announced(monkeypatch, capsys, free, says):
     run = SimpleNamespace(cfg=SimpleNamespace(batch_size=8, gradient_accumulation_steps=1),
                           where=SimpleNamespace(device=torch.device("cpu")),
                           model=SimpleNamespace(count_parameters=lambda: 100_000))
-    monkeypatch.setattr(forecast.workers, "free_memory", lambda: free)
+    monkeypatch.setattr(forecast, "free_memory", lambda: free)
     forecast.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
     out = capsys.readouterr().out
     assert says in out if says else out == ""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import corpus
+import machine
 import preprocess
 import workers
 from conftest import ROOT
@@ -35,7 +36,17 @@ def test_processes_follow_cores_parts_and_memory(monkeypatch):
 def test_memory_is_known_on_linux():
     if Path("/proc/meminfo").exists():
         total = int(Path("/proc/meminfo").read_text(encoding="utf-8").split()[1]) * 1024
-        assert 0 < workers.free_memory() <= total and 10**7 < workers.peak_memory() < total
+        assert 0 < machine.free_memory() <= total and 10**7 < machine.peak_memory() < total
+
+
+@pytest.mark.parametrize("share, want", [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1),
+                                         ("9900000 100000", 8)])
+def test_a_container_has_its_share_of_the_cores(monkeypatch, tmp_path, share, want):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    assert machine.cores() == 8
+    (tmp_path / "cpu.max").write_text(share + "\n", encoding="utf-8")
+    assert machine.cores() == want
 
 
 def double(job: int, progress) -> int:
