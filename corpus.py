@@ -19,7 +19,7 @@ from typing import BinaryIO, TextIO
 
 import demo_stories
 from files import replace, some
-from settings import UserError, perhaps
+from settings import UserError, did_you_mean
 from words import portions
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
@@ -53,7 +53,7 @@ def find_files(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no file or folder at {path.resolve()}{perhaps(path)}")
+        raise UserError(f"no file or folder at {path.resolve()}{did_you_mean(path)}")
     candidates = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda p: p.relative_to(path).as_posix())
     files = [p for p in candidates if p.is_file() and p.name.lower().endswith(SUFFIXES)]
     if not files:

@@ -49,12 +49,12 @@ class Engine:
         self.args, self.device = model.args, device or model.tok_embeddings.weight.device
         self.n_heads, self.n_kv_heads = self.args.n_heads, self.args.n_kv_heads
         on_cpu = self.device.type == "cpu"
-        self.records = compiled and not on_cpu
-        self.numbers = torch.float32 if on_cpu else dtype                   # the format of the cache
+        self.uses_cuda_graph = compiled and not on_cpu
+        self.cache_dtype = torch.float32 if on_cpu else dtype
         pack = _int8 if quantize == "int8" else _half if on_cpu and dtype == torch.float16 else _plain
         self.layers: list[list[Product]] = []
-        self.alone = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
-        self.together = CompiledAttention(self.args) if compiled and on_cpu else None
+        self.compiled_layers = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
+        self.compiled_attention = CompiledAttention(self.args) if compiled and on_cpu else None
         self._pack_weights(model, partial(pack, dtype=dtype))
 
     def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], Product]) -> None:
@@ -67,8 +67,8 @@ class Engine:
             for layer in model.layers:
                 matrices = _arrange(layer, self.device)
                 self.layers.append([pack(weight) for weight in matrices])
-                if self.alone:
-                    self.alone.add(matrices)
+                if self.compiled_layers:
+                    self.compiled_layers.add(matrices)
             self.output = pack(_on(self.device, model.output) * _gain(model.norm, self.device))
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
             self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
@@ -91,8 +91,8 @@ class Engine:
             UserError: when it cannot be compiled.
         """
         _check(prompts, self.args.vocab_size)
-        if self.alone:
-            (self.alone if len(prompts) == 1 else self.together).load()
+        if self.compiled_layers:
+            (self.compiled_layers if len(prompts) == 1 else self.compiled_attention).load()
         return self._write(prompts, max_new_tokens, sampling, ends, rows or range(len(prompts)))
 
     @torch.inference_mode()
@@ -104,8 +104,8 @@ class Engine:
         seen = mark(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
         room = min(window, max(map(len, prompts)) + max_new_tokens)
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
-                            device=self.device, dtype=self.numbers)         # keys, and then values
-        step = RecordedStep(self._extend, cache) if self.records else partial(self._step, cache)
+                            device=self.device, dtype=self.cache_dtype)     # keys, and then values
+        step = RecordedStep(self._extend, cache) if self.uses_cuda_graph else partial(self._step, cache)
         lengths, tokens = [window] * len(prompts), torch.empty(0)           # of what the cache holds of each; none yet
         ended = [False] * len(prompts)
         for _ in range(max_new_tokens):
@@ -162,10 +162,10 @@ class Engine:
 
     def _step(self, cache: Tensor, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Run one more token (B,) of each sequence; return the logits (B, vocab_size) after it."""
-        if self.alone and len(tokens) == 1:
-            return self._logits(self.alone(F.embedding(tokens, self.embeddings), lengths[0], cache))
+        if self.compiled_layers and len(tokens) == 1:
+            return self._logits(self.compiled_layers(F.embedding(tokens, self.embeddings), lengths[0], cache))
         end = max(lengths) + 1
-        known = cache if self.together else cache[:, :, :, :end]
+        known = cache if self.compiled_attention else cache[:, :, :, :end]
         at = end - 1 if min(lengths) == end - 1 else torch.tensor(lengths, device=self.device)[:, None]
         return self._extend(known, tokens, at)
 
@@ -178,7 +178,7 @@ class Engine:
         else:
             turns, mask = self._turns(at), (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
-        if self.together:
+        if self.compiled_attention:
             lengths = torch.full((batch,), at) if mask is None else at.flatten()
 
         def attend(layer: int, heads: Tensor) -> Tensor:
@@ -187,8 +187,8 @@ class Engine:
                 fresh[layer].copy_(kv)
             else:
                 cache[layer].scatter_(2, places, kv[:, :, None])
-            if self.together:
-                return self.together(heads, lengths, cache[layer])
+            if self.compiled_attention:
+                return self.compiled_attention(heads, lengths, cache[layer])
             # heads that share keys are taken as queries of one head
             q = q.unflatten(1, (-1, groups))                                                # (B, K, H / K, D)
             return F.scaled_dot_product_attention(q, keys[layer], values[layer], mask, scale=1.0).reshape(batch, -1)
@@ -214,7 +214,7 @@ class Engine:
         stream = x[:, :-1]
         for number, (qkv, out, up, down) in enumerate(self.layers):
             pairs = torch.view_as_complex(qkv(_norm(stream, x)).float().view(pairs_of))     # (B, T, H + 2 K, D / 2)
-            heads = torch.view_as_real(pairs * turns).view(len(x), -1, self.args.head_dim).to(self.numbers)
+            heads = torch.view_as_real(pairs * turns).view(len(x), -1, self.args.head_dim).to(self.cache_dtype)
             stream += out(attend(number, heads))
             gate, value = up(_norm(stream, x)).chunk(2, -1)
             stream += down(F.silu(gate).mul_(value))

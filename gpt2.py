@@ -166,7 +166,7 @@ class GPT2Engine(Engine):
         """What the layers make of tokens (B, T): (B * T, dim), before the last norm."""
         x = (F.embedding(tokens, self.embeddings) + positions).flatten(0, 1)
         for number, (qkv, out, up, down) in enumerate(self.layers):
-            heads = qkv(self._norm(x)).unflatten(-1, (-1, self.args.head_dim)).to(self.numbers)     # (B * T, 3 H, D)
+            heads = qkv(self._norm(x)).unflatten(-1, (-1, self.args.head_dim)).to(self.cache_dtype)  # (B * T, 3 H, D)
             x = x + out(attend(number, heads))
             x = x + down(F.gelu(up(self._norm(x)), approximate="tanh"))
         return x

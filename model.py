@@ -55,7 +55,7 @@ class ModelArgs:
             problems.append(f"dim / n_heads = {self.dim // self.n_heads} is odd; rotary embedding turns pairs")
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if not problems and self.rope_scaling is not None and not _turns(self):
+        if not problems and self.rope_scaling is not None and not _has_frequencies(self):
             problems.append(f"rope_scaling cannot be {self.rope_scaling!r:.80}")
         if problems:
             raise ValueError("; ".join(problems))
@@ -115,7 +115,7 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     return speed
 
 
-def _turns(args: ModelArgs) -> bool:
+def _has_frequencies(args: ModelArgs) -> bool:
     """Whether there is a frequency for each pair."""
     if not isinstance(args.rope_scaling, dict):
         return False

@@ -38,7 +38,7 @@ from chat import FORMATS, ChatFormat, Message, known_format
 from engine import Step
 from files import json_line
 from sampling import Sampling
-from settings import UserError, perhaps, shown
+from settings import UserError, did_you_mean, shown
 from show import Token, check_page, described, print_score, print_tokens, write_page
 from tokenizer import Reader
 
@@ -439,7 +439,7 @@ def read_text(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
-        found = ", but a folder" if Path(name).is_dir() else perhaps(name)
+        found = ", but a folder" if Path(name).is_dir() else did_you_mean(name)
         raise UserError(f"no file at {Path(name).resolve()}{found}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text; save it as such with an editor") from error

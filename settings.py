@@ -114,8 +114,8 @@ def run(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done, and Ctrl-C would only break into tidying up
 
 
-def perhaps(path: str | Path) -> str:
-    """What a path that leads nowhere may mean, as the end of a message; empty when nothing beside it is named alike."""
+def did_you_mean(path: str | Path) -> str:
+    """'; did you mean X?' for a path that does not exist, or nothing: X is what lies beside it with a similar name."""
     path = Path(path)
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, beside, n=1)

@@ -140,18 +140,19 @@ def deaf() -> Iterator[None]:
     """Ctrl-C and a polite kill have to wait, also in processes that begin here: else these end in tracebacks."""
     came: list[int] = []
     before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOPS}
-    _hear_ctrl_c("SIG_BLOCK")           # is inherited; here it would not do, for other threads may get the signal
+    _mask_ctrl_c("SIG_BLOCK")           # is inherited; here it would not do, for other threads may get the signal
     try:
         yield
     finally:
-        _hear_ctrl_c("SIG_UNBLOCK")
+        _mask_ctrl_c("SIG_UNBLOCK")
         for number, handler in before.items():
             signal.signal(number, handler)
         for number in came:
             signal.raise_signal(number)
 
 
-def _hear_ctrl_c(how: str) -> None:
+def _mask_ctrl_c(how: str) -> None:
+    """how: "SIG_BLOCK" keeps Ctrl-C from this thread and what it begins, "SIG_UNBLOCK" lets it through again."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT})
 
@@ -164,7 +165,7 @@ def _start_worker(counter: Any, folder: str) -> None:
     global _counter, _folder
     _counter, _folder = counter, folder
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
-    _hear_ctrl_c("SIG_UNBLOCK")
+    _mask_ctrl_c("SIG_UNBLOCK")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -86,9 +86,9 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
         torch.testing.assert_close(logits(engine(model)), again, atol=0, rtol=0)
     assert asked == [path, path, path]
     for shape in ({"n_kv_heads": 1}, {"norm_eps": 1e-3}, {"hidden_dim": 64}):
-        engine(make(**{"hidden_dim": 40, **shape})).alone.load()
+        engine(make(**{"hidden_dim": 40, **shape})).compiled_layers.load()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    engine(model).alone.load()
+    engine(model).compiled_layers.load()
     assert len(set(asked)) == 5
 
 
@@ -122,7 +122,7 @@ def test_a_recorded_step_gives_what_a_step_does(monkeypatch):
     monkeypatch.setattr(compiled.RecordedStep, "_record", record)
     engine = Engine(make())
     want = [step.logits for step in engine.generate(prompts, LENGTH, Sampling(seed=2))]
-    engine.records = True
+    engine.uses_cuda_graph = True
     found = [step.logits for step in engine.generate(prompts, LENGTH, Sampling(seed=2))]
     assert len(graphs) == 1
     torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=1e-4, rtol=1e-4)
