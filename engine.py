@@ -98,31 +98,18 @@ class Engine:
     @torch.inference_mode()
     def _write(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, ends: Collection[int],
                rows: Sequence[int]) -> Iterator[Step]:
-        window, everyone = self.args.max_seq_len, range(len(prompts))
         texts = [list(prompt) for prompt in prompts]
         noise = draws(sampling, rows, self.args.vocab_size, self.device)
         seen = mark(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
-        room = min(window, max(map(len, prompts)) + max_new_tokens)
+        room = min(self.args.max_seq_len, max(map(len, prompts)) + max_new_tokens)
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.cache_dtype)     # keys, and then values
         step = RecordedStep(self._extend, cache) if self.uses_cuda_graph else partial(self._step, cache)
-        lengths, tokens = [window] * len(prompts), torch.empty(0)           # of what the cache holds of each; none yet
-        ended = [False] * len(prompts)
+        lengths = [self.args.max_seq_len] * len(prompts)        # of what the cache holds: full, so that all are read
+        tokens, ended = torch.empty(0), [False] * len(prompts)
         for _ in range(max_new_tokens):
-            # 1. logits: of one more token where the cache has room for it, else of the text so far
-            full = [row for row in everyone if lengths[row] == window]
             with _PLAIN_CALLS():
-                if len(full) < len(prompts):
-                    logits = step(tokens, [min(length, window - 1) for length in lengths])
-                    lengths = [length + 1 for length in lengths]
-                if full:
-                    contexts = [_shorten(texts[row], window) for row in full]
-                    fresh = self._prefill(contexts, full, cache)
-                    logits = fresh if len(full) == len(prompts) else logits.index_copy(
-                        0, torch.tensor(full, device=self.device), fresh)
-                    for row, context in zip(full, contexts):
-                        lengths[row] = len(context)
-            # 2. tokens
+                logits = self._next_logits(texts, tokens, lengths, cache, step)
             tokens = self._choose(logits, sampling, next(noise), seen)      # (B,)
             found = tokens.tolist()
             ended = [end or token in ends for end, token in zip(ended, found)]
@@ -133,6 +120,26 @@ class Engine:
                 text.append(token)
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
+
+    def _next_logits(self, texts: list[list[int]], tokens: Tensor, lengths: list[int], cache: Tensor,
+                     step: Callable[[Tensor, list[int]], Tensor]) -> Tensor:
+        """The logits (B, vocab_size) after texts: by one more token where the cache has room, else from the beginning.
+
+        tokens: (B,), the newest of each. lengths: how many tokens of each the cache holds; brought up to date.
+        """
+        window = self.args.max_seq_len
+        full = [row for row, length in enumerate(lengths) if length == window]
+        if len(full) < len(texts):
+            logits = step(tokens, [min(length, window - 1) for length in lengths])
+            lengths[:] = [length + 1 for length in lengths]
+        if full:
+            contexts = [_shorten(texts[row], window) for row in full]
+            fresh = self._prefill(contexts, full, cache)
+            logits = fresh if len(full) == len(texts) else logits.index_copy(
+                0, torch.tensor(full, device=self.device), fresh)
+            for row, context in zip(full, contexts):
+                lengths[row] = len(context)
+        return logits
 
     @torch.inference_mode()
     def read(self, ids: list[int]) -> Iterator[Tensor]:
