@@ -44,6 +44,18 @@ def lasting(cfg: SimpleNamespace) -> dict[str, Any]:
     return {name: value for name, value in vars(cfg).items() if name not in HERE}
 
 
+class Problems(list[str]):
+    """What is wrong with a command, to be said all at once."""
+
+    def attempt(self, action: Callable[[], Any], otherwise: Any = None) -> Any:
+        """What action() returns; `otherwise` where it raises UserError, which is one problem more."""
+        try:
+            return action()
+        except UserError as error:
+            self.append(str(error))
+            return otherwise
+
+
 def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -> Plan:
     """Check everything and report all problems at once.
 
@@ -54,37 +66,39 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -
     Raises:
         UserError: with every problem.
     """
-    problems: list[str] = []
-
-    def attempt(action: Callable[[], Any], otherwise: Any = None) -> Any:
-        try:
-            return action()
-        except UserError as error:
-            problems.append(str(error))
-            return otherwise
-
+    problems = Problems()
     resumed = cfg.init_from == "resume" and not cfg.eval_only
-    saved = find_saved(cfg) if resumed else attempt(lambda: find_saved(cfg))     # without it, nothing else is known
-    if saved and not resumed and not cfg.eval_only:
-        attempt(lambda: check_shape(given, saved))
-        saved = for_this_run(cfg, given, saved)
-    if resumed and saved:
-        attempt(lambda: take_over(cfg, given, saved))
+    saved = take_saved(cfg, given, resumed, problems)
     problems += check_values(cfg) or check_shares(cfg, world)
-    where = attempt(lambda: devices.choose(world.device(cfg.device), cfg.dtype))
-    last = None if resumed else attempt(lambda: find_last(cfg))
-    data, vocabulary = attempt(lambda: find_data(cfg, saved or last), (None, None))
-    if data and resumed and saved and saved["data_sha256"] != data.sha256:
-        problems.append(f"the text or the vocabulary in {cfg.data_dir} is not that of the run any more\n       "
-                        "to train on it from here: " + command("train", init_from=Path(cfg.out_dir) / "last.pt"))
+    where = problems.attempt(lambda: devices.choose(world.device(cfg.device), cfg.dtype))
+    last = None if resumed else problems.attempt(lambda: find_last(cfg))
+    data, vocabulary = problems.attempt(lambda: find_data(cfg, saved or last), (None, None))
+    if data and resumed:
+        problems.attempt(lambda: check_text(cfg, saved, data))
     if data and last and not problems and goes_on(cfg, last, data):
         saved, resumed = last, True
-    args = attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
+    args = problems.attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
     if args and not problems:
-        attempt(lambda: check_disk(cfg, args, resumed))
+        problems.attempt(lambda: check_disk(cfg, args, resumed))
     if problems:
         raise UserError("\n       ".join(problems))
     return Plan(cfg, where, data, vocabulary, args, saved, resumed, world)
+
+
+def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, problems: Problems) -> dict[str, Any] | None:
+    """The state that init_from names, made to fit the settings; or, when its run is resumed, cfg made to fit it.
+
+    Raises UserError when there is nothing to resume, for nothing else can be checked then.
+    """
+    if resumed:
+        saved = find_saved(cfg)
+        problems.attempt(lambda: take_over(cfg, given, saved))
+        return saved
+    saved = problems.attempt(lambda: find_saved(cfg))
+    if not saved or cfg.eval_only:
+        return saved
+    problems.attempt(lambda: check_shape(given, saved))
+    return for_this_run(cfg, given, saved)
 
 
 def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
@@ -193,6 +207,13 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
             raise UserError(f"{cfg.out_dir}/last.pt has a {type(value).__name__} for {name}; is it of another version?")
         if name not in given or name == "init_from":
             setattr(cfg, name, value)
+
+
+def check_text(cfg: SimpleNamespace, saved: dict[str, Any], data: shards.ShardSet) -> None:
+    """Raise UserError when a run that is resumed was of another text, or another vocabulary."""
+    if saved["data_sha256"] != data.sha256:
+        raise UserError(f"the text or the vocabulary in {cfg.data_dir} is not that of the run any more\n       "
+                        "to train on it from here: " + command("train", init_from=Path(cfg.out_dir) / "last.pt"))
 
 
 def check_values(cfg: SimpleNamespace) -> list[str]:
