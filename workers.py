@@ -7,8 +7,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import timedelta
@@ -98,33 +99,27 @@ def run(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], 
 def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, ahead: int
                  ) -> Iterator[tuple[Any, int]]:
     context, failure = get_context("spawn"), None
-    counter = context.Value("q", 0)
+    counter, left = context.Value("q", 0), deque(range(len(jobs)))      # the numbers of the jobs to be begun
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
           ProcessPoolExecutor(workers, context, _start_worker, (counter, folder)) as pool):
-        running, begun = {}, 0              # the number of the job that a future is for
+        running: dict[Future, int] = {}     # and of those that are
         try:
-            while running or begun < len(jobs) and not failure:
-                try:
-                    with deaf():
-                        while (begun < len(jobs) and not failure and len(running) < 2 * workers
-                               and begun < min(running.values(), default=begun) + ahead):
-                            running[pool.submit(_work, function, jobs[begun])] = begun
-                            begun += 1
-                except BrokenProcessPool as error:
-                    failure = error
+            while running or left and not failure:
+                if not failure:
+                    failure = _hand_out(lambda number: pool.submit(_work, function, jobs[number]), left, running,
+                                        2 * workers, ahead)
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 bar.update(counter.get_obj().value - bar.n)      # without its lock, which a worker may have died with
                 for future in done:
                     del running[future]
-                    if not future.cancelled() and not future.exception():
-                        path, peak = future.result()
-                        result = pickle.loads(path.read_bytes())
-                        path.unlink()
-                        yield result, peak
-                    elif not future.cancelled():
-                        failure = failure or future.exception()
+                    if future.cancelled():
+                        continue
+                    if error := future.exception():
+                        failure = failure or error
                         for other in running:
                             other.cancel()
+                    else:
+                        yield _take(future)
         except BaseException:               # Ctrl-C, or no room for what was yielded: nothing more is wanted
             end_children()
             raise
@@ -133,6 +128,27 @@ def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, a
                         "--num_workers 1; it continues with what is missing")
     if failure:
         raise failure
+
+
+def _hand_out(submit: Callable[[int], Future], left: deque[int], running: dict[Future, int], most: int, ahead: int
+              ) -> BrokenProcessPool | None:
+    """Begin jobs until `most` are running, or one is `ahead` of the oldest; an error when no more can be begun."""
+    try:
+        with deaf():
+            while left and len(running) < most and left[0] < min(running.values(), default=left[0]) + ahead:
+                number = left.popleft()
+                running[submit(number)] = number
+    except BrokenProcessPool as error:
+        return error
+    return None
+
+
+def _take(future: Future) -> tuple[Any, int]:
+    """The result that `_work` left in a file, which goes away, and the peak memory."""
+    path, peak = future.result()
+    result = pickle.loads(path.read_bytes())
+    path.unlink()
+    return result, peak
 
 
 @contextmanager
