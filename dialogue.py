@@ -31,29 +31,38 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
     if sys.stdin.isatty():
         print("/help lists what else can be done, /exit ends", file=sys.stderr)
     said: list[str] = []                        # by you and by the model, in turns
-    while True:
-        try:
-            line = input(">>> ")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print()
-            continue
+    while (line := read_line()) is not None:
         command, *words = line.split() or [""]
         if command == "/exit":
             return
         if command == "/clear":
             said = []
-        elif command == "/set":
-            change(generator, cfg, options, words)
         elif command.startswith("/"):
-            if command != "/help":
-                print(printable(f"there is no {command}"), file=sys.stderr)
-            print(help_text(bool(generator.chat)), end="")
+            obey(command, words, generator, cfg, options)
         elif line or not generator.chat:
             said = go_on(generator, [*said, line], cfg.system, options(cfg))
             cfg.seed += 1                       # the same words shall not always get the same answer
+
+
+def read_line() -> str | None:
+    """The next line that is typed, None at the end of the input; Ctrl-C only takes a line back."""
+    while True:
+        try:
+            return input(">>> ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print()
+
+
+def obey(command: str, words: list[str], generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> None:
+    """Do a command that leaves what was said as it is: /set, or /help, which is also the answer to an unknown one."""
+    if command == "/set":
+        return change(generator, cfg, options, words)
+    if command != "/help":
+        print(printable(f"there is no {command}"), file=sys.stderr)
+    print(help_text(bool(generator.chat)), end="")
 
 
 def help_text(chats: bool) -> str:
