@@ -73,15 +73,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         raise UserError(f"{folder} is a file; --data_dir and --out_dir name folders")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-    except BUSY as error:
-        os.close(handle)
-        raise UserError(f"another process is writing to {folder.resolve()}\n       wait for its end, or name another "
-                        "folder") from error
-    except OSError:
-        pass
+    handle = _lock(folder)
     try:
         yield
     finally:
@@ -91,6 +83,23 @@ def locked(folder: str | Path) -> Iterator[None]:
                 os.unlink(folder / LOCK)
         if made and not any(folder.iterdir()):      # nothing came of it
             folder.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder; returns what os.close() unlocks it with. Raises UserError when another process has locked it."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    except BUSY as error:
+        os.close(handle)
+        raise UserError(f"another process is writing to {folder.resolve()}\n       wait for its end, or name another "
+                        "folder") from error
+    except OSError:                             # a file system without locks
+        pass
+    return handle
 
 
 def save_json(path: str | Path, content: dict[str, Any]) -> None:
