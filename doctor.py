@@ -49,17 +49,23 @@ def examine(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     found = [*steps[project.path], project.training(*steps[project.path])]
     show("train.py", found[2])
     show("sample.py", project.best._replace(state="ready" if project.best.what else project.best.state))
-    todo = [finding for finding in found if finding.state != DONE]
-    if found[2].state == DONE and all(finding.state == MISSING for finding in todo):
-        todo = []                           # a model that is there needs no text
     others, look = value(lambda: elsewhere(cfg.out_dir, project.data)) or ("", "")
     if others:
         show("elsewhere", Finding("", others))
-    if "data_dir" in given or "out_dir" in given or any(finding.state != MISSING for finding in found):
-        look = ""                           # it is these folders that are meant
+    named = "data_dir" in given or "out_dir" in given       # then it is these folders that are meant
+    print("next:", printable(next_command(project, found, "" if named else look)))
+
+
+def next_command(project: "Project", found: list[Finding], look: str) -> str:
+    """What to type after such findings of steps 1 to 3: `look`, unless it is empty, where nothing of them is there."""
+    if look and all(finding.state == MISSING for finding in found):
+        return look
+    todo = [finding for finding in found if finding.state != DONE]
+    has_model = found[2].state == DONE and all(finding.state == MISSING for finding in todo)    # which needs no text
+    if todo and not has_model:
+        return todo[0].mend
     chats = bool(project.best.what and project.best.what.get("chat"))
-    write = command("sample", checkpoint=project.out / "ckpt.pt", interactive=chats or "")
-    print("next:", printable(look or (todo[0].mend if todo else write)))
+    return command("sample", checkpoint=project.out / "ckpt.pt", interactive=chats or "")
 
 
 def show(name: str, finding: Finding) -> None:
@@ -278,7 +284,6 @@ class Project:
         # where ckpt.pt is not there or damaged, one more step ends with an evaluation, which writes it
         more = command("train", **resume, max_iters=last.what["iter_num"] + 1, max_minutes="0")
         return last if best.state == DONE else best._replace(mend=best.mend or more)
-
 
     def watch(self) -> str:
         """A look at a run that is on: a story, or another look when nothing is saved that has learned."""
