@@ -252,15 +252,14 @@ class TextGenerator:
 
 def check(max_new_tokens: int, how: Sampling, num_samples: int = 1) -> None:
     """Raise UserError with every setting that cannot be used."""
-    inf = math.inf
     problems = [text for right, text in [
         (num_samples >= 1, f"num_samples must be at least 1, not {num_samples}"),
         (max_new_tokens >= 0, f"max_new_tokens must not be negative, not {max_new_tokens}"),
-        (0 <= how.temperature < inf, f"temperature must be 0 or more, not {how.temperature}"),
+        (0 <= how.temperature < math.inf, f"temperature must be 0 or more, not {how.temperature}"),
         (how.top_k >= 0, f"top_k must be 0 (all) or more, not {how.top_k}"),
         (0 < how.top_p <= 1, f"top_p must be above 0 and at most 1, not {how.top_p}"),
         (0 <= how.min_p <= 1, f"min_p must be from 0 to 1, not {how.min_p}"),
-        (0 < how.repetition_penalty < inf, f"repetition_penalty must be above 0, not {how.repetition_penalty}")]
+        (0 < how.repetition_penalty < math.inf, f"repetition_penalty must be above 0, not {how.repetition_penalty}")]
         if not right]
     if problems:
         raise UserError("; ".join(problems))
@@ -386,10 +385,7 @@ def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) ->
 
 
 def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
-    """Continue each prompt, some at a time; those of similar length together, the results in order.
-
-    With an output file, what is in it already is not written again.
-    """
+    """Print the continuation of each prompt, or append it to an output file, unless it is in there already."""
     path, size = Path(cfg.output_file) if cfg.output_file else None, 4 * cfg.batch_size
     done = whole_lines(path, prompts) if path else 0
     if path:
@@ -398,12 +394,7 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
     if done:
         print(f"{done} of {len(prompts)} are in {path} already, with the settings of that time", file=sys.stderr)
     for first in range(done - done % size, len(prompts) if done < len(prompts) else 0, size):   # the same batches again
-        chunk = [Completion(prompt) for prompt in prompts[first:first + size]]
-        order = sorted(range(len(chunk)), key=lambda row: len(chunk[row].prompt))
-        for begin in range(0, len(order), cfg.batch_size):
-            rows = order[begin:begin + cfg.batch_size]
-            for _ in generator.grow([chunk[row] for row in rows], **options(cfg), rows=[first + row for row in rows]):
-                pass
+        chunk = continued(generator, prompts, range(len(prompts))[first:first + size], cfg)
         if path:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json_line(asdict(one)) for one in chunk[max(done - first, 0):])
@@ -411,6 +402,15 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
         else:
             print(*(shown((one.prompt if cfg.echo else "") + one.text) for one in chunk), sep="\n---\n",
                   end="\n---\n" if first + len(chunk) < len(prompts) else "\n", flush=True)
+
+
+def continued(generator: TextGenerator, prompts: list[str], numbers: range, cfg: SimpleNamespace) -> list[Completion]:
+    """Continue the prompts of these numbers, those of similar length together; returns them in order."""
+    order, done = sorted(numbers, key=lambda number: len(prompts[number])), {}
+    for begin in range(0, len(order), cfg.batch_size):
+        rows = order[begin:begin + cfg.batch_size]
+        done |= zip(rows, generator.completions([prompts[row] for row in rows], **options(cfg), rows=rows))
+    return [done[number] for number in numbers]
 
 
 def whole_lines(path: Path, prompts: list[str]) -> int:
