@@ -89,14 +89,14 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = 
 
 
 def not_there(path: Path) -> UserError:
-    """What to say of a checkpoint that is missing: those that there are, the likest first, or what makes one."""
+    """What to say of a checkpoint that is missing: those that there are, closest first, or what makes one."""
     folder = path.parent if path.parent.is_dir() else Path("output")
     others = [str(other) for other in [*folder.glob("*"), *folder.glob(f"*/{path.name}"), *folder.glob("*/ckpt.pt")]
               if other.suffix in SUFFIXES]
-    likest = get_close_matches(str(path), sorted(set(others)), n=5, cutoff=0)
+    closest = get_close_matches(str(path), sorted(set(others)), n=5, cutoff=0)
     make = command("train", out_dir="" if path.parent == Path("output") else path.parent)
     return UserError(f"no checkpoint at {path.resolve()}\n       " + (
-        f"there is {', '.join(likest)}" if likest else f"{make} makes one"))
+        f"there is {', '.join(closest)}" if closest else f"{make} makes one"))
 
 
 def read_tensors(path: Path, mapped: bool = False) -> Any:

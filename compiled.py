@@ -106,7 +106,7 @@ class RecordedStep:
     """
 
     def __init__(self, extend: Callable[[Tensor, Tensor, Tensor], Tensor], cache: Tensor):
-        """extend(cache, tokens (B,), places (B, 1)) gives logits (B, vocab_size), without a word to the CPU."""
+        """extend(cache, tokens (B,), places (B, 1)) gives logits (B, vocab_size) without synchronising with the CPU."""
         self.extend, self.cache = extend, cache
         self.graph = None
 

@@ -20,9 +20,10 @@ from settings import UserError, command
 from tokenizer import Vocabulary, load
 
 HERE = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run
+# settings that may change while a run goes on; the last two only if they lead to the same text and vocabulary
 FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
-        "device", "dtype", "compile", "num_workers", "shard", "sample_prompts", "sample_tokens",    # may change, and
-        "data_dir", "vocab_size")           # these two, but not what they lead to
+        "device", "dtype", "compile", "num_workers", "shard", "sample_prompts", "sample_tokens",
+        "data_dir", "vocab_size")
 CHECKPOINT_BYTES = 12                       # all of them but the gradient
 
 

@@ -228,7 +228,10 @@ def reusable(target: ShardSet, jobs: list[Job]) -> dict[int, list[Shard]]:
 
 @lru_cache(1)
 def shared_vocabulary(path: Path, sha256: str) -> Vocabulary:
-    """One vocabulary, with the words that it knows, for all jobs of a process."""
+    """One vocabulary, with the words that it knows, for all jobs of a process.
+
+    sha256 is only a key of the cache: a file with other content, under the same name, is loaded anew.
+    """
     return load(path)
 
 

@@ -1,6 +1,6 @@
 """Settings for a machine and a span of time, found by measuring (docs/benchmarks.md), and what they gave.
 
-`python train.py --preset cpu_3min` uses one; any setting beside it goes first. A curve tells what to expect
+`python train.py --preset cpu_3min` uses one; any setting beside it takes precedence. A curve tells what to expect
 of such a run, minute by minute: bits per byte on held-out TinyStories, and what it writes.
 """
 from dataclasses import dataclass

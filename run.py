@@ -197,7 +197,7 @@ class Run:
         return [self.vocabulary.decode(row) for row in rows]
 
     def save(self, name: str) -> None:
-        """Write ckpt.pt or last.pt, unless the weights are no numbers any more. The first process does it for all."""
+        """Write ckpt.pt or last.pt; a weight that is not finite is a UserError. The first process does it for all."""
         self.world.attempt(lambda: require_finite(self))
         content = gathered(self.content(), self.world)
         self.world.attempt(lambda: checkpoint.save(Path(self.cfg.out_dir, name), content) if self.world.first else None)

@@ -179,7 +179,7 @@ class TextGenerator:
              repetition_penalty: float = repetition_penalty, stop: str | list[str] | tuple[str, ...] = (),
              seed: int | None = None, rows: list[int] | None = None, heads: list[list[int]] | None = None,
              ends: Collection[int] = ()) -> Iterator[tuple[int, str]]:
-        """Write on completions that have a prompt only; yield (number, new text) on the way.
+        """Extend completions that hold only their prompt so far; yield (number, new text) on the way.
 
         Args: as in the settings block; seed None is the one of the generator, rows choose the random numbers, heads
             are ids to begin with instead of the prompts', and ends are ids that end a text as eos does.

@@ -64,7 +64,7 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
         script: the `globals()` of the script; `__file__` and `__doc__` are used too.
         argv: the arguments; those of the process when None.
         out: where the settings that differ from the block are printed; stdout when None.
-        presets: settings by name, one of which a setting `preset` may choose; what the command line gives goes first.
+        presets: settings by name, one of which a setting `preset` may choose; the command line takes precedence.
         epilog: what --help shows at its end.
         positional: settings that may stand without their names, in this order.
     Returns:

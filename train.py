@@ -252,7 +252,7 @@ def train(run: Run) -> None:
         saves = evaluates or run.stop or run.seconds() - run.saved_at > 60 * cfg.checkpoint_minutes
         if not (logs or saves or ends):
             continue
-        loss, norm, jumps = run.world.attempt(lambda: look(run))        # stops when they are no numbers
+        loss, norm, jumps = run.world.attempt(lambda: look(run))        # stops when they are not finite
 
         # 3. log
         log_jumps(run, record, jumps)

@@ -1,4 +1,4 @@
-"""What a training notices about itself: losses that are no numbers or that jump, and memory that runs out."""
+"""What a training notices about itself: losses that are not finite or that jump, and memory that runs out."""
 import math
 import traceback
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def look(run: Any) -> tuple[float, float, list[dict[str, Any]]]:
     Returns:
         loss and gradient length of the newest step; an entry for the log for each step whose loss jumped.
     Raises:
-        UserError: when one is no number. A GradScaler skips such steps itself, and may until its scale is used up.
+        UserError: when one is not finite. A GradScaler skips such steps itself, and may until its scale is used up.
     """
     jumps, first = [], run.state.iter_num - len(run.fresh) + 1
     numbers = torch.stack([torch.stack(pair) for pair in run.fresh])
@@ -33,7 +33,7 @@ def look(run: Any) -> tuple[float, float, list[dict[str, Any]]]:
     for step, (loss, norm) in enumerate(numbers, first):
         if not math.isfinite(loss + norm):
             if not run.scaler.is_enabled() or run.scaler.get_scale() < SMALLEST_SCALE:
-                raise no_numbers(run, step, f"the loss is {loss}, the gradient's length {norm}")
+                raise not_finite(run, step, f"the loss is {loss}, the gradient's length {norm}")
         elif is_jump(run.state, step, loss):
             jumps.append({"iter": step, "jump": loss, "usual": run.state.usual_loss, "windows": windows(run, step)})
         take_in(run.state, step, loss)
@@ -61,14 +61,14 @@ def windows(run: Any, step: int) -> list[int]:
 
 
 def require_finite(run: Any) -> None:
-    """Raise UserError when weights are about to be saved that are no numbers."""
+    """Raise UserError when weights are about to be saved that are not finite."""
     for name, weight in run.model.named_parameters():
         if not weight.isfinite().all():
-            raise no_numbers(run, run.state.iter_num, f"{name} has values that are no numbers")
+            raise not_finite(run, run.state.iter_num, f"{name} has values that are no numbers")
 
 
-def no_numbers(run: Any, step: int, what: str) -> UserError:
-    """What to say, and to type, when training has left the numbers."""
+def not_finite(run: Any, step: int, what: str) -> UserError:
+    """What to say, and to type, when a loss, a gradient or a weight is not finite; `what` tells which."""
     out, (begin, end) = run.cfg.out_dir, windows(run, step)
     return UserError(
         f"step {step:,}, windows {begin:,} to {end:,}: {what}; this is not saved\n"
