@@ -1,4 +1,5 @@
 """Before the first step of a training, everything is checked, and all problems are reported at once."""
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -218,18 +219,25 @@ def check_text(cfg: SimpleNamespace, saved: dict[str, Any], data: shards.ShardSe
 
 
 def check_values(cfg: SimpleNamespace) -> list[str]:
+    """A problem for each setting with a value that cannot be."""
     counts = ("max_iters", "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
     not_negative = ("max_minutes", "checkpoint_minutes", "weight_decay", "grad_clip", "min_lr", "embedding_lr_ratio")
-    no_end = float("inf")
-    ranges = [*((name, 1, 2**31) for name in counts), *((name, 0, no_end) for name in not_negative),
+    ranges = [*((name, 1, 2**31) for name in counts), *((name, 0, math.inf) for name in not_negative),
               *((name, 0, 2**31) for name in ("sample_tokens", "warmup_iters", "lr_decay_iters")),
               *((name, 0, 1) for name in ("beta1", "beta2", "momentum")),
-              ("learning_rate", 1e-30, no_end), ("seed", 0, 2**32), ("num_workers", 0, 1000)]
+              ("learning_rate", 1e-30, math.inf), ("seed", 0, 2**32), ("num_workers", 0, 1000)]
     words = [("optimizer", ("muon", "adamw")), ("compile", ("auto", "true", "false"))]
     wrong = [f"{name} must be one of {', '.join(known)}, not {getattr(cfg, name)}" for name, known in words
              if getattr(cfg, name).lower() not in known]
-    return wrong + [f"{name} must be {low:g} or more and {f'below {high}' if high < no_end else 'finite'}, "
-                    f"not {getattr(cfg, name)}" for name, low, high in ranges if not low <= getattr(cfg, name) < high]
+    return wrong + [f"{name} must be {within(low, high, type(value))}, not {value}" for name, low, high in ranges
+                    if not low <= (value := getattr(cfg, name)) < high]
+
+
+def within(low: float, high: float, kind: type) -> str:
+    """In words: numbers of a kind from low on, and below high."""
+    if kind is int:
+        return f"a whole number from {low} to {high - 1}"
+    return f"{low:g} or more and " + (f"below {high}" if high < math.inf else "finite")
 
 
 def check_shares(cfg: SimpleNamespace, world: World) -> list[str]:

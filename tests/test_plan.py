@@ -20,7 +20,9 @@ def test_all_problems_are_reported_at_once(go):  # noqa: F811
     with pytest.raises(UserError) as error:
         go("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--seed", 2**32,
            "--max_minutes", "nan", "--init_from", "nowhere.pt")
-    for part in ("dim 33", "learning_rate", "abacus", "beta2", "seed", "max_minutes", "nowhere.pt"):
+    for part in ("dim 33", "learning_rate must be 1e-30 or more and finite, not -1", "abacus", "nowhere.pt",
+                 "beta2 must be 0 or more and below 1", "seed must be a whole number from 0 to 4294967295",
+                 "max_minutes"):
         assert part in str(error.value), part
     assert not Path("out").exists()
 
