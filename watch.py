@@ -86,14 +86,20 @@ def enough_memory(cfg: SimpleNamespace, run: Any = None) -> Iterator[None]:
         if not is_about_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)         # they hold what did not fit
-        size = smaller(run) if run else 0
-        again = (command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir) + " "
-                 if run and run.state.iter_num else "")
-        less = (f"the same steps in less: {again}--batch_size {size} --gradient_accumulation_steps "
-                f"{cfg.gradient_accumulation_steps * cfg.batch_size // size}" if size else
-                f"use a smaller --batch_size{'' if cfg.eval_only else ', --max_seq_len, --dim or --n_layers'}, or "
+        raise UserError(f"there is not enough memory for batch_size {cfg.batch_size}\n       "
+                        + what_takes_less(cfg, run)) from error
+
+
+def what_takes_less(cfg: SimpleNamespace, run: Any = None) -> str:
+    """What to type when memory ran out."""
+    size = smaller(run) if run else 0
+    if not size:
+        return (f"use a smaller --batch_size{'' if cfg.eval_only else ', --max_seq_len, --dim or --n_layers'}, or "
                 "close what else uses the memory")
-        raise UserError(f"there is not enough memory for batch_size {cfg.batch_size}\n       {less}") from error
+    again = (command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir) + " "
+             if run.state.iter_num else "")
+    return (f"the same steps in less: {again}--batch_size {size} --gradient_accumulation_steps "
+            f"{cfg.gradient_accumulation_steps * cfg.batch_size // size}")
 
 
 def smaller(run: Any) -> int:
