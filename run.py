@@ -1,4 +1,7 @@
-"""A training in memory: its settings, data, model and optimizer, and where it is. train.py moves it on."""
+"""What a training is made of, built from a plan: how far it is, how long it may go on, how it scores, what it saves.
+
+train.py takes its steps.
+"""
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -38,7 +41,13 @@ class State:
 
 
 class Run:
-    """A training: settings, data, model and optimizer, and where it is."""
+    """A training under way, as the functions of train.py, forecast.py and watch.py are given it.
+
+    Attributes:
+        model: what is evaluated and saved; where it is `divided`, the part of this process.
+        wrapped: the same as it is trained; its backward pass brings the gradients of the processes together.
+        state: where it is, in plain numbers; what else a step changes is in the model, the optimizers and the scaler.
+    """
 
     def __init__(self, plan: Plan):
         """Build it as planned: new, from saved weights, or as a saved run was when it stopped."""
@@ -47,7 +56,7 @@ class Run:
         torch.manual_seed(self.cfg.seed)
         self.model = self.world.attempt(lambda: checkpoint.build_model(plan.saved, name=saved_in(plan.cfg))
                                         if plan.saved else Transformer(plan.args))
-        self.wrapped = (divide(self.model, self.where, self.world) if self.divided else         # as it is trained
+        self.wrapped = (divide(self.model, self.where, self.world) if self.divided else
                         self.world.wrap(self.model.to(self.where.device)))
         self.chat = plan.saved.get("chat", "") if plan.saved else ""        # the form of messages it was taught
         self.optimizers = make_optimizers(self)
