@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import parallel
 import plan
 import settings
 import train
@@ -135,13 +136,13 @@ def test_processes_share_an_evaluation(project):
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(parallel, "count", lambda kind: 2)
     assert [World(rank, 2, rank).device("auto") for rank in (0, 1)] == ["cuda:0", "cuda:1"]
     assert World(5, 8, 1).device("cuda") == "cuda:1" and World().device("cuda:1") == "cuda:1"
     for name, rank in (("auto", 2), ("cuda:1", 1)):
         with pytest.raises(UserError, match="for 3 processes, this machine has 2 GPUs\n.*nproc_per_node=2"):
             World(rank, 3, rank).device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(parallel, "count", lambda kind: 0)
     assert World(1, 2, 1).device("auto") == "cpu"
 
 
