@@ -19,7 +19,7 @@ from typing import BinaryIO, TextIO
 
 import demo_stories
 from files import replace, some
-from settings import UserError, did_you_mean
+from settings import UserError, did_you_mean, quoted
 from words import portions
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
@@ -67,7 +67,7 @@ def check_apart(source: str | Path, data_dir: str | Path) -> None:
     if source in (folder, *folder.parents):
         other = source.parent / f"{source.name}-data" if source in usual.resolve().parents else usual
         raise UserError(f"--data_dir {data_dir} is in the text, and what is written there would be read too\n"
-                        f"       name another, such as --data_dir {other}")
+                        f"       name another, such as --data_dir {quoted(str(other))}")
 
 
 def passed_over(path: str | Path) -> str:

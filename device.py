@@ -11,6 +11,7 @@ import torch
 from machine import cores
 from settings import UserError
 
+OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive"
 INSTALL = "https://pytorch.org/get-started"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,7 +110,7 @@ def _problem(device: torch.device) -> str:
     Raises UserError when its memory is full, since that passes.
     """
     try:
-        with enough_memory(f"close what else uses {device}, or use --device cpu"):
+        with advise_on_memory(f"close what else uses {device}, or use --device cpu"):
             torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
         first = str(error).splitlines()[0]
@@ -125,7 +126,7 @@ def _no_gpu() -> str:
 
 
 @contextmanager
-def enough_memory(advice: str) -> Iterator[None]:
+def advise_on_memory(advice: str) -> Iterator[None]:
     """Turn PyTorch's errors about memory into a UserError that says what to do."""
     try:
         yield
@@ -137,8 +138,7 @@ def enough_memory(advice: str) -> Iterator[None]:
 
 def is_about_memory(error: BaseException) -> bool:
     """Whether an error, also of the libraries that PyTorch calls, says that memory has run out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(
-        re.search("out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size", str(error)))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(OUT_OF_MEMORY, str(error)))
 
 
 def _dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]:

@@ -87,7 +87,7 @@ def compile_for(run: Any) -> float:
     except UserError as error:
         if run.cfg.compile.lower() != "auto" or run.world.size > 1:     # of several, the others would wait for ever
             raise
-        print(f"note:   {error}\n        this run goes on without", flush=True)
+        print(f"note:   {str(error).splitlines()[0]}\n        this run goes on without", flush=True)
         torch.compiler.set_stance("force_eager")
         run.state.compiled = False
         return try_out(run)
@@ -145,9 +145,10 @@ def warn_of_memory(run: Any, kept: int) -> None:
     free = free_memory() if run.where.device.type == "cpu" else None
     size, state = run.cfg.batch_size, STATE_BYTES * run.model.count_parameters()
     if free is not None and state + PEAK * kept > free:
-        fits = [part for part in range(1, size) if size % part == 0 and state + PEAK * kept * part / size < free]
-        less = (f"the same steps in less: --batch_size {fits[-1]} --gradient_accumulation_steps "
-                f"{run.cfg.gradient_accumulation_steps * size // fits[-1]}" if fits else "use a smaller model")
+        most = min(int(max(free - state, 0) / (PEAK * kept / size)), size - 1)
+        part = next((part for part in range(most, 0, -1) if size % part == 0), 0)
+        less = (f"the same steps in less: --batch_size {part} --gradient_accumulation_steps "
+                f"{run.cfg.gradient_accumulation_steps * size // part}" if part else "use a smaller model")
         print(f"note:   {free / 1e9:.1f} GB of memory are free, which may be too little; {less}", flush=True)
 
 

@@ -153,14 +153,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scal
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.device.type == "cuda" and q.dtype != torch.bfloat16:
-        # PyTorch's kernel for this, which keeps no (T, T) scores, knows no groups
+        # the kernel of GPUs without bfloat16 that keeps no (T, T) scores knows no groups
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > BLOCKED_UP_TO:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, dropout_p=dropout,
                                               scale=scale)
     # PyTorch's fused kernel is slow in bfloat16 on a CPU. Plain products of a block of queries with the keys up to
     # its end are faster, and leave out most of what the mask would hide. Heads that share keys are one longer block.
-    q = (q * (scale or q.shape[-1] ** -0.5)).unflatten(1, (-1, groups))                        # (B, K, H / K, T, D)
+    q = (q * (scale or q.shape[-1] ** -0.5)).unflatten(1, (-1, groups))             # (B, K, H / K, T, D)
     out = []
     for begin in range(0, q.shape[3], BLOCK):
         block = q[:, :, :, begin:begin + BLOCK]

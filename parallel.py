@@ -120,7 +120,7 @@ class World:
             return name
         gpus = count("cuda")
         if name == "auto" and not gpus:
-            return "cpu"
+            return "cpu" if count("mps") else "auto"        # an Apple GPU cannot be shared
         if name not in ("auto", "cuda") or self.local_rank >= gpus:
             here = os.environ.get("LOCAL_WORLD_SIZE", self.size)
             raise UserError(f"--device {name} is not enough for {here} processes, this machine has {gpus} GPUs\n"

@@ -2,7 +2,7 @@
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +54,8 @@ class Problems(list[str]):
         try:
             return action()
         except UserError as error:
-            self.append(str(error))
+            if str(error) not in self:
+                self.append(str(error))
             return otherwise
 
 
@@ -99,8 +100,7 @@ def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, probl
     saved = problems.attempt(lambda: find_saved(cfg))
     if not saved or cfg.eval_only:
         return saved
-    problems.attempt(lambda: check_shape(given, saved))
-    return for_this_run(cfg, given, saved)
+    return problems.attempt(lambda: for_this_run(cfg, given, saved), saved)
 
 
 def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
@@ -120,32 +120,35 @@ def saved_in(cfg: SimpleNamespace) -> Path:
     return Path(cfg.out_dir) / ("ckpt.pt" if cfg.eval_only else "last.pt")
 
 
-def check_shape(given: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raise UserError for settings that would be another model than the saved one."""
-    own = saved["model_args"]
-    differ = [f"{name} {own[name]}" for name in given
-              if name in own and name not in ("max_seq_len", "dropout", "vocab_size") and given[name] != own[name]]
-    if differ:
-        raise UserError(f"the model that is trained on has {', '.join(differ)}; leave those settings out")
-    if "positions.weight" in saved["model"] and given.get("max_seq_len", 0) > own["max_seq_len"]:
-        raise UserError(f"GPT-2 has weights for each of its {own['max_seq_len']} places; --max_seq_len can be that, "
-                        "or less")
-
-
 def for_this_run(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A saved model with the dropout of the settings, and another window where one is asked for.
 
     A rotary embedding has no weights to change for that, GPT-2 has a row for each place.
+    Raises UserError for settings that would be another model than the saved one, or none at all.
     """
-    window = saved["model_args"]["max_seq_len"]
+    own = checkpoint.build_args(saved, saved_in(cfg))
+    window, places = own.max_seq_len, saved["model"].get("positions.weight")
     if "max_seq_len" in given:
         window = cfg.max_seq_len
     elif not saved["config"]:                               # of others; theirs may be thousands of tokens
         window = min(cfg.max_seq_len, window)
-    weights = {name: weight[:window] if name == "positions.weight" else weight
-               for name, weight in saved["model"].items()}
-    return {**saved, "model": weights,
-            "model_args": {**saved["model_args"], "max_seq_len": window, "dropout": cfg.dropout}}
+    check_shape(given, own)
+    if places is not None and window > len(places):
+        raise UserError(f"GPT-2 has weights for each of its {len(places)} places; --max_seq_len can be that, or less")
+    try:
+        fitted = replace(own, max_seq_len=window, dropout=cfg.dropout)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model = saved["model"] if places is None else {**saved["model"], "positions.weight": places[:window]}
+    return {**saved, "model": model, "model_args": asdict(fitted)}
+
+
+def check_shape(given: dict[str, Any], own: ModelArgs | GPT2Args) -> None:
+    """Raise UserError for settings that would be another model than the saved one."""
+    differ = [f"{name} {getattr(own, name)}" for name, value in given.items()
+              if name not in ("max_seq_len", "dropout", "vocab_size") and value != getattr(own, name, value)]
+    if differ:
+        raise UserError(f"the model that is trained on has {', '.join(differ)}; leave those settings out")
 
 
 def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:
@@ -220,12 +223,12 @@ def check_text(cfg: SimpleNamespace, saved: dict[str, Any], data: shards.ShardSe
 
 def check_values(cfg: SimpleNamespace) -> list[str]:
     """A problem for each setting with a value that cannot be."""
-    counts = ("max_iters", "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps")
+    counts = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps")
     not_negative = ("max_minutes", "checkpoint_minutes", "weight_decay", "grad_clip", "min_lr", "embedding_lr_ratio")
     ranges = [*((name, 1, 2**31) for name in counts), *((name, 0, math.inf) for name in not_negative),
               *((name, 0, 2**31) for name in ("sample_tokens", "warmup_iters", "lr_decay_iters")),
               *((name, 0, 1) for name in ("beta1", "beta2", "momentum")),
-              ("learning_rate", 1e-30, math.inf), ("seed", 0, 2**32), ("num_workers", 0, 1000)]
+              ("learning_rate", 1e-30, math.inf), ("batch_size", 1, 2**20), ("num_workers", 0, 999), ("seed", 0, 2**32)]
     words = [("optimizer", ("muon", "adamw")), ("compile", ("auto", "true", "false"))]
     wrong = [f"{name} must be one of {', '.join(known)}, not {getattr(cfg, name)}" for name, known in words
              if getattr(cfg, name).lower() not in known]

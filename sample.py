@@ -277,8 +277,8 @@ class Given(NamedTuple):
 def main() -> None:
     world = parallel.find_world()
     cfg, _ = settings.read(globals(), out=sys.stderr if world.rank == 0 else io.StringIO())
-    with devices.enough_memory("write fewer texts at a time (--num_samples, --batch_size) or shorter ones, or use "
-                               "--device cpu"):
+    with devices.advise_on_memory("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; what is "
+                                  "too much for a GPU may fit --device cpu"):
         if world.size == 1:
             answer(*prepare(cfg), cfg)
         else:

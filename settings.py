@@ -124,15 +124,16 @@ def did_you_mean(path: str | Path) -> str:
 
 def command(script: str, launcher: str = "python", **settings: Any) -> str:
     """What to type, with those settings that say something."""
-    words = [f"--{name}" if value is True else f"--{name} {_quoted(str(value))}"
+    words = [f"--{name}" if value is True else f"--{name} {quoted(str(value))}"
              for name, value in settings.items() if value not in ("", None)]
     return " ".join([f"{launcher} {script}.py", *words])
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A value as it is typed in a shell."""
     if os.name == "posix" and re.search(r'["$`!\\]', text):
         return shlex.quote(text)
-    return f'"{text}"' if re.search(r"[^\w./\\:~-]", text) else text
+    return f'"{text}"' if re.search(r"[^\w./\\:~+-]", text) else text
 
 
 def end_children() -> None:

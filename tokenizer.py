@@ -81,7 +81,7 @@ class Vocabulary:
         """
         ids = self.encode(text)
         if self.bos_id < 0 and not ids:
-            raise UserError("this vocabulary has no bos, with which a text would begin; give a --prompt")
+            raise UserError("this vocabulary has no bos, with which a text would begin; give it a beginning")
         return [self.bos_id] + ids if self.bos_id >= 0 and (self.adds_bos or not ids) else ids
 
     def id_of(self, special: str) -> int:

@@ -84,7 +84,7 @@ hidden_dim = 0                      # width of the feed-forward; 0: 8/3 of dim
 multiple_of = 32                    # hidden_dim is rounded up to it
 norm_eps = 1e-5
 rope_theta = 10000.0                # larger for windows of many thousand tokens
-dropout = 0.0                       # 0.1 when the text is small and is seen many times
+dropout = 0.0                       # 0.1 when the text is small and is seen many times; also with --init_from
 # optimizer
 optimizer = "muon"                  # muon: for the matrices, and AdamW for the rest; adamw: for all
 learning_rate = 6e-3                # smaller models like more, larger less; halve it if the loss jumps

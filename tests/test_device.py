@@ -53,7 +53,8 @@ def test_a_gpu_that_is_too_old_for_this_pytorch_is_not_used(machine):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(
     "CUDA error: out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), MemoryError()])
+    RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), MemoryError(),
+    RuntimeError("could not create a primitive")])
 def test_a_gpu_whose_memory_is_full_is_waited_for(machine, error):
     machine(cuda=True, fails=error)
     with pytest.raises(UserError, match="not enough memory\n.*close what else uses cuda"):

@@ -52,9 +52,9 @@ def test_what_was_counted_is_set_free(prepared):  # noqa: F811
 
 
 def test_windows_are_counted_without_computing_all_of_them(prepared):  # noqa: F811
-    count = {size: forecast.count_activations(prepared("--batch_size", size)) for size in (1, 3, 10**9)}
+    count = {size: forecast.count_activations(prepared("--batch_size", size)) for size in (1, 3, 10**6)}
     run = prepared("--batch_size", 3)
-    assert count[3] == pytest.approx(forecast._kept_by(run, 3)) and count[10**9] > 10**8 * count[1]
+    assert count[3] == pytest.approx(forecast._kept_by(run, 3)) and count[10**6] > 10**5 * count[1]
 
 
 @pytest.mark.parametrize("done, max_minutes, seconds, steps", [
