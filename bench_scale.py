@@ -17,7 +17,7 @@ import torch
 import bench
 import device as devices
 import train
-from divided import Team, check
+from tensor_parallel import Team, check
 from engine import Engine
 from machine import cores
 from model import ModelArgs, Transformer

@@ -73,7 +73,7 @@ class Engine:
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
             self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
 
-    _choose = staticmethod(choose)          # divided.py has its own
+    _choose = staticmethod(choose)          # tensor_parallel.py has its own
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
                  ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -80,6 +80,10 @@ class World:
             sys.exit(1)
         return result
 
+    def first_does(self, action: Callable[[], Any]) -> None:
+        """Do something in the first process, for all; where it fails, all end, as with `attempt`."""
+        self.attempt(lambda: action() if self.first else None)
+
     @property
     def begun_again(self) -> bool:
         """Whether torchrun has started the processes again, after one had died."""
@@ -100,7 +104,7 @@ class World:
     def keeping(self, wrapped: nn.Module, more: bool) -> AbstractContextManager:
         """While `more` micro-batches follow, a process keeps its gradients to itself: one exchange for each step.
 
-        Not where the model is divided (sharded.py), for whole gradients would not fit.
+        Not where the model is divided (fsdp.py), for whole gradients would not fit.
         """
         return wrapped.no_sync() if more and isinstance(wrapped, DistributedDataParallel) else nullcontext()
 

@@ -25,6 +25,7 @@ HERE = ("out_dir", "eval_only", "doctor", "compare")        # settings of this c
 FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
         "device", "dtype", "compile", "num_workers", "shard", "sample_prompts", "sample_tokens",
         "data_dir", "vocab_size")
+OWN = ("auto", "scratch", "resume")         # init_from without a checkpoint of another run
 CHECKPOINT_BYTES = 12                       # all of them but the gradient
 
 
@@ -105,17 +106,14 @@ def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, probl
 
 def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
     """The state that init_from names, if it names one."""
-    named = cfg.init_from not in ("auto", "scratch", "resume")
-    if cfg.eval_only:
-        return formats.read(cfg.init_from if named else Path(cfg.out_dir) / "ckpt.pt")
-    if cfg.init_from == "resume":
+    if cfg.init_from == "resume" and not cfg.eval_only:
         return load_last(cfg)
-    return formats.read(cfg.init_from) if named else None
+    return formats.read(saved_in(cfg)) if cfg.eval_only or cfg.init_from not in OWN else None
 
 
 def saved_in(cfg: SimpleNamespace) -> Path:
     """The file that a saved state is from."""
-    if cfg.init_from not in ("auto", "scratch", "resume"):
+    if cfg.init_from not in OWN:
         return Path(cfg.init_from)
     return Path(cfg.out_dir) / ("ckpt.pt" if cfg.eval_only else "last.pt")
 

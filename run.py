@@ -19,7 +19,7 @@ from muon import Muon
 from plan import Plan, lasting, saved_in
 from sampling import Sampling
 from settings import UserError, command
-from sharded import divide, gathered, part_of
+from fsdp import divide, gathered, part_of
 from watch import require_finite
 
 SAMPLE_TEMPERATURE = 0.8        # of the stories that are written on the way
@@ -209,7 +209,7 @@ class Run:
         """Write ckpt.pt or last.pt; a weight that is not finite is a UserError. The first process does it for all."""
         self.world.attempt(lambda: require_finite(self))
         content = gathered(self.content(), self.world)
-        self.world.attempt(lambda: checkpoint.save(Path(self.cfg.out_dir, name), content) if self.world.first else None)
+        self.world.first_does(lambda: checkpoint.save(Path(self.cfg.out_dir, name), content))
         if name == "last.pt":
             self.saved_at, self.saved_step = self.seconds(), self.state.iter_num
 

@@ -43,7 +43,7 @@ from show import Token, check_page, described, print_score, print_tokens, write_
 from tokenizer import Reader
 
 if TYPE_CHECKING:
-    from divided import Team
+    from tensor_parallel import Team
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
@@ -318,7 +318,7 @@ def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None
 
 def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
     """The same in several processes, each with a part of the model: the first one leads, the others compute along."""
-    from divided import Team
+    from tensor_parallel import Team
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all
     cfg.device = world.device(cfg.device)
     with parallel.joined():

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import divided
+import tensor_parallel
 import presets
 import settings
 from dataset import Task
@@ -43,12 +43,12 @@ from files import locked, replace, settings_for
 from forecast import clock, print_plan
 from machine import peak_memory
 from parallel import World, joined
-from plan import Plan, lasting, prepare
+from plan import OWN, Plan, lasting, prepare
 from presets import PRESETS
 from record import NEW, NoRecord, Record, put_back, set_aside
 from run import Run
 from settings import UserError
-from sharded import whole
+from fsdp import whole
 from watch import enough_memory, look, require_finite
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def main() -> None:
         cfg, given = world.attempt(lambda: settings.read(globals(), epilog=presets.table(), presets={
             name: preset.settings for name, preset in PRESETS.items()}))
         if cfg.doctor or cfg.compare:
-            world.attempt(lambda: world.first and answer(cfg, given))
+            world.first_does(lambda: answer(cfg, given))
         elif cfg.eval_only:
             plan = world.attempt(lambda: prepare(cfg, given, world))
             world.attempt(lambda: require_same(plan))
@@ -146,8 +146,8 @@ def answer(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
 def owned(out_dir: str, world: World) -> Iterator[None]:
     """Keep other runs from a folder, and make it tidy. The first process does that, and the others wait for it."""
     with ExitStack() as held:
-        world.attempt(lambda: held.enter_context(locked(out_dir)) if world.first else None)
-        world.attempt(lambda: put_back(out_dir) if world.first else None)
+        world.first_does(lambda: held.enter_context(locked(out_dir)))
+        world.first_does(lambda: put_back(out_dir))
         yield
 
 
@@ -184,8 +184,7 @@ def say_finished(run: Run) -> None:
     usual = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}
     own = {name: value for name, value in vars(cfg).items() if value != usual[name]}
     text = settings_for(run.data.folder.with_suffix(".model"))
-    of_none = cfg.init_from in ("auto", "resume", "scratch")        # it began with no other's weights
-    anew = {"init_from": "scratch"} if of_none else {"out_dir": f"{cfg.out_dir}-2"}
+    anew = {"init_from": "scratch"} if cfg.init_from in OWN else {"out_dir": f"{cfg.out_dir}-2"}
     print(f"the run in {cfg.out_dir} is finished, with step {steps:,}{ended}\ngo on with it: "
           + settings.command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir, **more)
           + "\nbegin anew:    " + settings.command("train", run.world.command, **{**own, **text, **anew}))
@@ -418,7 +417,7 @@ def say_goodbye(run: Run) -> None:
 def writer(run: Run) -> str:
     """What starts sample.py: several processes where the model was divided, and can be for writing."""
     try:
-        divided.check(run.model.args, run.world)
+        tensor_parallel.check(run.model.args, run.world)
     except UserError:
         return "python"
     return run.world.command if run.divided else "python"

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import checkpoint
-import divided
+import tensor_parallel
 import parallel
 import sample
 from conftest import ROOT, learn, quickly, random_model
 from device import Device, _has_fbgemm
-from divided import Team
+from tensor_parallel import Team
 from engine import Engine
 from gpt2 import GPT2Args
 from model import Transformer
@@ -94,9 +94,9 @@ def test_what_cannot_be_divided_is_refused_once(tmp_path):
 
 def test_what_does_not_go_with_several_processes(trained):
     with pytest.raises(UserError, match="nproc_per_node=1 or 2 or 4$"):
-        divided.check(make().args, World(0, 3))
+        tensor_parallel.check(make().args, World(0, 3))
     with pytest.raises(UserError, match="GPT-2"):
-        divided.check(GPT2Args(), World(0, 2))
+        tensor_parallel.check(GPT2Args(), World(0, 2))
     with pytest.raises(UserError, match="--compile is for one process"):
         TextGenerator(trained, compile=True, device="cpu", team=object())
 
