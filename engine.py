@@ -105,7 +105,8 @@ class Engine:
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.cache_dtype)     # keys, and then values
         step = RecordedStep(self._extend, cache) if self.uses_cuda_graph else partial(self._step, cache)
-        lengths = [self.args.max_seq_len] * len(prompts)        # of what the cache holds: full, so that all are read
+        # of what the cache holds of each. It holds nothing yet, which asks for the same as a full one: to be read anew
+        lengths = [self.args.max_seq_len] * len(prompts)
         tokens, ended = torch.empty(0), [False] * len(prompts)
         for _ in range(max_new_tokens):
             with _PLAIN_CALLS():
@@ -272,7 +273,10 @@ def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
 
 
 def _norm(stream: Tensor, x: Tensor) -> Tensor:
-    """RMSNorm of (rows, dim), but for a factor that is inside the matrices; x is the same with the floor beside it."""
+    """RMSNorm of (rows, dim) but for gain and factor, which are inside the matrices (`_gain`).
+
+    x: (rows, dim + 1), the stream with a last column that adds norm_eps to the sum of squares.
+    """
     return stream / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 

@@ -12,6 +12,7 @@ import device as devices
 from dataset import PretokDataset, fits
 from machine import free_memory
 from plan import CHECKPOINT_BYTES
+from presets import PRESETS
 from settings import UserError
 
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
@@ -66,10 +67,14 @@ def print_length(run: Any, seconds_per_step: float) -> None:
     if left > LONG and run.where.device.type == "cpu":
         print(f"note:   that is {left / 86400:.1f} days; --preset cpu_3min, or --max_minutes 60, fits a run to the "
               "time you have", flush=True)
-    if epochs > OFTEN and cfg.eval_interval > 2 * steps / epochs:
-        print(f"note:   the text is read {epochs:.0f} times, and known by heart after {OFTEN}; more text helps most\n"
+    if epochs > OFTEN and cfg.eval_interval > max(2 * steps / epochs, 1):
+        print(f"note:   the text is read {epochs:.0f} times, and known by heart after {OFTEN}; more text or fewer "
+              "steps help most\n"
               f"        --eval_interval {max(round(steps / epochs), 1)} lets ckpt.pt keep the best"
               + ("; --dropout 0.1 helps too" if not cfg.dropout else ""), flush=True)
+    if cfg.preset and (made_for := PRESETS[cfg.preset].vocab_size) != run.model.args.vocab_size:
+        print(f"note:   {cfg.preset} was measured with a vocabulary of {made_for}, this one has "
+              f"{run.model.args.vocab_size}", flush=True)
     if not done and cfg.warmup_iters > steps / 2:
         print(f"note:   the learning rate grows over {cfg.warmup_iters} steps, which is most of the run; "
               f"--warmup_iters {max(steps // 10, 0)} would leave room for what follows", flush=True)

@@ -1,9 +1,9 @@
 """Muon, an optimizer for the matrices of a model (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 It is momentum whose steps are made orthogonal, so that a step turns all directions of a matrix by the same
-amount, also those whose gradients are small. After as many steps a small model had 0.985 bits per byte instead
-of AdamW's 1.078 (docs/benchmarks.md). PyTorch has it too, as torch.optim.Muon; here matrices of one shape are
-handled together, which takes less time.
+amount, also those whose gradients are small. After as many steps, a small model is clearly better than with AdamW
+(docs/benchmarks.md, "Tries behind the presets"). PyTorch has it too, as torch.optim.Muon; here matrices of one
+shape are handled together, which takes less time.
 """
 from collections.abc import Iterable
 
@@ -47,8 +47,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same where all processes have some rows of all matrices: each gets some whole ones, works on them, and
-    gives them back."""
+    """`orthogonal`, also where each process has some rows of all matrices: it gets some whole ones, works on them,
+    and gives them back."""
     if not isinstance(steps, DTensor):
         return orthogonal(steps, dtype)
     own = orthogonal(steps.redistribute(placements=[Shard(0)]).to_local(), dtype)

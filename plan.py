@@ -146,7 +146,7 @@ def check_shape(given: dict[str, Any], own: ModelArgs | GPT2Args) -> None:
     differ = [f"{name} {getattr(own, name)}" for name, value in given.items()
               if name not in ("max_seq_len", "dropout", "vocab_size") and value != getattr(own, name, value)]
     if differ:
-        raise UserError(f"the model that is trained on has {', '.join(differ)}; leave those settings out")
+        raise UserError(f"the model of --init_from has {', '.join(differ)}; leave those settings out")
 
 
 def find_last(cfg: SimpleNamespace) -> dict[str, Any] | None:

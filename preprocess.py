@@ -98,7 +98,7 @@ def say_next(cfg: SimpleNamespace, model_path: Path) -> None:
     print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
     if cfg.tokenizer:
         print(f"      to go on from a model that has this vocabulary: {train} --init_from CKPT --out_dir output/tuned "
-              "--learning_rate 3e-4 --max_iters 1000")
+              "--batch_size 4 --learning_rate 3e-4 --max_iters 200")
 
 
 def is_model(path: str) -> bool:

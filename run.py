@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 import checkpoint
 from dataset import IGNORE, Task
+from fsdp import divide, gathered, part_of
 from model import Transformer
 from muon import Muon
 from plan import Plan, lasting, saved_in
 from sampling import Sampling
 from settings import UserError, command
-from fsdp import divide, gathered, part_of
 from watch import require_finite
 
 SAMPLE_TEMPERATURE = 0.8        # of the stories that are written on the way
@@ -194,7 +194,7 @@ class Run:
                 "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
 
     def write_samples(self) -> list[str]:
-        """Stories from the fixed prompts, with the same random numbers each time. None where no process has it all."""
+        """Stories from the fixed prompts, with the same random numbers each time; none if the model is divided."""
         if not self.cfg.sample_tokens or not self.world.first or self.divided:
             return []
         rows = [self.vocabulary.begin(text) for text in self.cfg.sample_prompts.split("|")]

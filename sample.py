@@ -200,8 +200,8 @@ class TextGenerator:
         yield from pieces
         longest, window = max(len(reader.ids) for reader in readers) - 1, self.engine.args.max_seq_len
         if longest > window and not self.noted:             # the last token is not read any more
-            print(f"\nnote: the model sees {window} tokens; past them it went on from the first one and the newer half",
-                  file=sys.stderr)
+            print(f"\nnote: the model sees {window} tokens; a longer text goes on from its first one and newer half; "
+                  "the rest is forgotten", file=sys.stderr)
             self.noted = True
 
     def _grow(self, done: list[Completion], steps: Iterator[Step], readers: list[Reader],
@@ -392,7 +392,8 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     if done:
-        print(f"{done} of {len(prompts)} are in {path} already, with the settings of that time", file=sys.stderr)
+        print(f"{done} of {len(prompts)} are in {path} already, with the settings of that time; another --output_file "
+              "has all written anew", file=sys.stderr)
     for first in range(done - done % size, len(prompts) if done < len(prompts) else 0, size):   # the same batches again
         chunk = continued(generator, prompts, range(len(prompts))[first:first + size], cfg)
         if path:

@@ -212,7 +212,7 @@ def _boolean_or_text(text: str) -> bool | str:
 
 def _suggest(arg: str, names: list[str]) -> str:
     if not arg.startswith("-"):
-        return f"{arg!r} stands alone; settings are given as --name value"
+        return f"{arg!r} stands alone; settings are given as --name value, and a text with spaces in quotes"
     name = arg.lstrip("-").split("=")[0]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean --{close[0]}?" if close else ""

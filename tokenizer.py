@@ -42,7 +42,7 @@ class Vocabulary:
         bos_id, eos_id, pad_id: special ids, -1 where there are none.
         adds_bos: whether the model expects bos before a text.
         exact: whether it was trained by `train`, so that no text is lost.
-        undivided: why texts cannot be encoded word by word; empty when they are.
+        undivided: why texts cannot be encoded word by word; empty when they can be.
         model: the bytes of the model file; sha256: their digest in hex.
     """
     n_words: int

@@ -5,14 +5,14 @@
     python train.py --max_minutes 60                        # what this machine can do in an hour
     python train.py                                         # the full run; Ctrl-C stops it, nothing is lost
     python train.py                                         # the same command goes on where it stopped
-    python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/mine    # fine-tune
+    python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/tuned   # fine-tune: see README.md
     python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
     python train.py --doctor                                # what is there, in what state, and what to type next
     python train.py --compare output output/old-1           # two runs or more: what differs, and what came of it
     torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, or GPUs, share each step
 
-Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl, and from
-it samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that was not
+Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl and clock.jsonl, and
+from them samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that was not
 interrupted (on a CPU, with the same number of threads; not with max_minutes, whose schedule follows the
 clock). Under torchrun the steps are the same for any number of processes, but for rounding: see parallel.py.
 """
@@ -35,12 +35,13 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import tensor_parallel
 import presets
 import settings
+import tensor_parallel
 from dataset import Task
 from files import locked, replace, settings_for
 from forecast import clock, print_plan
+from fsdp import whole
 from machine import peak_memory
 from parallel import World, joined
 from plan import OWN, Plan, lasting, prepare
@@ -48,7 +49,6 @@ from presets import PRESETS
 from record import NEW, NoRecord, Record, put_back, set_aside
 from run import Run
 from settings import UserError
-from fsdp import whole
 from watch import enough_memory, look, require_finite
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ batch_size = 32                     # windows at a time; halve it when memory ru
 gradient_accumulation_steps = 1     # ... and double this: the steps stay the same. Processes of torchrun share them
 max_seq_len = 256                   # tokens the model can look back on; time and memory grow with it
 vocab_size = 0                      # which vocabulary of data_dir, when there are several; 0: the only one
-# model: the defaults have 8.5 million parameters; dim 128, n_layers 4 (1.3 million) suits a few CPU minutes
+# model: the defaults have 8.5 million parameters; dim 128, n_layers 4 (about 1 million) suits a few CPU minutes
 dim = 288
 n_layers = 8
 n_heads = 6                         # dim / n_heads is best 32 to 128
@@ -115,6 +115,7 @@ compare = []                        # folders of runs: their settings and curves
 HANGUP = getattr(signal, "SIGHUP", None)        # Windows has none
 STOPS = (signal.SIGINT, signal.SIGTERM, *[HANGUP] * bool(HANGUP))
 OF_A_MACHINE = ("data_dir", "device", "num_workers")        # settings that may differ where several share a run
+
 
 def main() -> None:
     with joined() as world:
@@ -180,7 +181,8 @@ def say_finished(run: Run) -> None:
     cfg, steps = run.cfg, run.state.iter_num
     ended = f", after {run.state.seconds / 60:.1f} minutes" if steps < cfg.max_iters else ""
     twice = 2 * max(cfg.max_iters, steps)
-    more = {"max_minutes": f"{2 * cfg.max_minutes:g}"} if cfg.max_minutes else {"max_iters": twice}
+    longer = math.ceil(2 * max(cfg.max_minutes, run.state.seconds / 60) * 10) / 10
+    more = {"max_minutes": f"{longer:g}"} if cfg.max_minutes else {"max_iters": twice}
     usual = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}
     own = {name: value for name, value in vars(cfg).items() if value != usual[name]}
     text = settings_for(run.data.folder.with_suffix(".model"))
@@ -287,7 +289,7 @@ def log_jumps(run: Run, record: Record | NoRecord, jumps: list[dict[str, Any]]) 
     for jump in jumps:
         record.write(jump, {"seconds": run.seconds()})
         print("step {iter:,}: the loss jumped to {jump:.4f} from about {usual:.4f}; windows {windows[0]:,} to "
-              "{windows[1]:,}; no harm if it comes back".format(**jump), flush=True)
+              "{windows[1]:,} of the text; harmless if it falls again".format(**jump), flush=True)
 
 
 def log_step(run: Run, record: Record | NoRecord, loss: float, lr: float, norm: float, seconds: float) -> None:
