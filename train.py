@@ -12,8 +12,8 @@
     torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, or GPUs, share each step
 
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl and clock.jsonl, and
-from them samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that was not
-interrupted (on a CPU, with the same number of threads; not with max_minutes, whose schedule follows the
+what is drawn out of these, samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that
+was not interrupted (on a CPU, with the same number of threads; not with max_minutes, whose schedule follows the
 clock). Under torchrun the steps are the same for any number of processes, but for rounding: see parallel.py.
 """
 import errno

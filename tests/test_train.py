@@ -305,12 +305,14 @@ def ticking(monkeypatch):
 
 
 @pytest.mark.parametrize("minutes", [0.5, 1])
-def test_max_minutes_fits_the_schedule_to_the_time(go, ticking, minutes):
+def test_max_minutes_fits_the_schedule_to_the_time(go, ticking, minutes, capsys):
     go("out", "--max_minutes", minutes, "--eval_interval", 10)
     assert 56 * minutes < ticking.perf_counter() < 64 * minutes
     rates = [entry["lr"] for entry in log("out") if "lr" in entry]
     assert rates[-1] < 0.05 * max(rates) and rates[2:] == sorted(rates[2:], reverse=True)
     assert state("out")["iter_num"] == len(rates)
+    go("out", "--max_minutes", minutes / 4)                 # has passed; what is printed goes on nevertheless
+    assert float(capsys.readouterr().out.rpartition("--out_dir out --max_minutes ")[2].split()[0]) >= 1.5 * minutes
 
 
 def test_time_is_taken_with_the_finest_clock(go, monkeypatch):
