@@ -160,7 +160,7 @@ def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
     formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
     for name in ("tokenizer_config.json", "tokenizer.model"):
         Path("out", name).unlink()
-    assert_user_error(quickly("sample", "--checkpoint", "out"), "error: this vocabulary has no bos", "give it a beginning")
+    assert_user_error(quickly("sample", "--checkpoint", "out"), "error: this vocabulary has no bos", "a beginning")
     assert quickly("sample", "--checkpoint", "out", "--prompt", "Once", "--max_new_tokens", 3).returncode == 0
     Path("a.txt").write_text("Once upon a time", encoding="utf-8")
     result, generator = quickly("sample", "--checkpoint", "out", "--score", "a.txt"), TextGenerator("out")

@@ -162,38 +162,6 @@ def test_scratch_puts_the_old_run_aside(go):
     assert state("out/old-2")["iter_num"] == 3 and state("out")["iter_num"] == 4
 
 
-def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):
-    go("base", "--max_iters", 5)
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)
-    tuned, base = state("tuned"), state("base", "ckpt.pt")
-    assert tuned["iter_num"] == 1 and tuned["model_args"] == base["model_args"]
-    for name, weight in base["model"].items():
-        torch.testing.assert_close(tuned["model"][name], weight, rtol=0, atol=1e-7)
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)    # finished
-    assert not Path("tuned/old-1").exists()
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dropout", 0.1)
-    assert state("tuned/old-1")["config"]["dropout"] == 0.0 and state("tuned")["config"]["dropout"] == 0.1
-    assert state("tuned")["model_args"] == {**base["model_args"], "dropout": 0.1}
-    for args, problem in [(("--dim", 64), "the model of --init_from has dim 32; leave those settings out"),
-                          (("--dropout", 1), "dropout must be in [0, 1), not 1.0"),
-                          (("--max_seq_len", 0), "max_seq_len must be a whole number from 1 on, not 0")]:
-        with pytest.raises(UserError) as error:
-            go("other", "--init_from", "base/ckpt.pt", *args)
-        assert str(error.value) == problem
-    for window in (16, 64):
-        go(f"{window}", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--max_seq_len", window)
-        assert state(f"{window}")["model_args"] == {**base["model_args"], "max_seq_len": window}
-
-
-def test_a_checkpoint_may_leave_out_what_has_a_default(go):
-    go("base", "--max_iters", 1)
-    saved = state("base", "ckpt.pt")
-    few = {name: value for name, value in saved["model_args"].items() if name not in ("max_seq_len", "dropout")}
-    checkpoint.save("few.pt", {**saved, "model_args": few, "config": {}})
-    go("out", "--init_from", "few.pt", "--max_iters", 1)
-    assert state("out")["model_args"] == saved["model_args"]
-
-
 def test_checkpoints_hold_what_tools_expect(go):
     go("out", "--max_iters", 2)
     for name in ("ckpt.pt", "last.pt"):
@@ -256,28 +224,6 @@ def test_a_step_is_adamw_on_the_mean_loss(prepared):
         rate = lr if name.startswith("layers") and weight.dim() > 1 else lr * run.cfg.embedding_lr_ratio
         want = weight * (1 - rate * decay) - rate * weight.grad / (weight.grad.abs() + 1e-8)
         torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("overflow, clip", [(math.inf, 1.0), (math.nan, 1.0), (math.inf, 0.0)])
-def test_an_overflow_that_one_optimizer_sees_holds_both_back(prepared, overflow, clip):
-    """As in float16, where the embedding, which is AdamW's, overflows first."""
-    run = prepared("--dtype", "float32", "--grad_clip", clip)
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    batches = train.Task.iter_batches(run.data, "train", run.cfg.batch_size, 32, seed=1)
-    train.take_step(run, batches)                                       # Muon has its momentum now
-    weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
-    run.model.tok_embeddings.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([5]), overflow))
-    train.take_step(run, batches)
-    assert_same(weights, dict(run.model.state_dict()))
-    assert run.scaler.get_scale() == 32.0
-
-
-def test_a_run_goes_on_in_float16_that_was_begun_without_a_scaler(prepared):
-    run = prepared()
-    saved = run.content()
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    run.restore(saved)
-    assert run.scaler.get_scale() == 64.0
 
 
 def test_the_learning_rate_rises_and_falls_to_the_end(prepared):
