@@ -17,12 +17,12 @@ import torch
 import bench
 import device as devices
 import train
-from tensor_parallel import Team, check
 from engine import Engine
 from machine import cores
 from model import ModelArgs, Transformer
 from parallel import World, joined
 from settings import UserError
+from tensor_parallel import Team, check
 
 
 def bench_scale(cfg: SimpleNamespace) -> None:

@@ -58,12 +58,12 @@ def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> 
     Raises:
         UserError: when the device is not there, or the format does not work on it.
     """
-    where, why = _device(device)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), cores()))        # PyTorch does not see a container's share
+    where, why = _device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where.index or 0)             # for NCCL, and for whatever names no device
-        # on an H100 it comes first, and makes a plan, in tenths of a second, for each length of a text
+        # from the H100 on it comes first, and plans anew for each length of a text (read in PyTorch, not measured)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype == "auto":
         chosen, format_why = _dtype(where, training)

@@ -226,7 +226,8 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
     ranges = [*((name, 1, 2**31) for name in counts), *((name, 0, math.inf) for name in not_negative),
               *((name, 0, 2**31) for name in ("sample_tokens", "warmup_iters", "lr_decay_iters")),
               *((name, 0, 1) for name in ("beta1", "beta2", "momentum")),
-              ("learning_rate", 1e-30, math.inf), ("batch_size", 1, 2**20), ("num_workers", 0, 999), ("seed", 0, 2**32)]
+              ("learning_rate", 1e-30, math.inf), ("batch_size", 1, 2**20), ("num_workers", 0, 1000),
+              ("seed", 0, 2**32)]
     words = [("optimizer", ("muon", "adamw")), ("compile", ("auto", "true", "false"))]
     wrong = [f"{name} must be one of {', '.join(known)}, not {getattr(cfg, name)}" for name, known in words
              if getattr(cfg, name).lower() not in known]

@@ -289,7 +289,7 @@ def log_jumps(run: Run, record: Record | NoRecord, jumps: list[dict[str, Any]]) 
     for jump in jumps:
         record.write(jump, {"seconds": run.seconds()})
         print("step {iter:,}: the loss jumped to {jump:.4f} from about {usual:.4f}; windows {windows[0]:,} to "
-              "{windows[1]:,} of the text; harmless if it falls again".format(**jump), flush=True)
+              "{windows[1]:,} in training order; harmless if it falls again".format(**jump), flush=True)
 
 
 def log_step(run: Run, record: Record | NoRecord, loss: float, lr: float, norm: float, seconds: float) -> None:
