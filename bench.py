@@ -36,24 +36,24 @@ from torch import Tensor
 
 import checkpoint as checkpoints
 import corpus
-import device as devices
 import formats
 import settings
-import shards
 import train
 from dataset import IGNORE, Task
 from engine import Engine
-from files import find
-from forecast import count_activations, memory
 from formats import llama2c
 from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from parallel import ALONE, World
-from plan import Plan
-from presets import PRESETS
-from run import Run
-from sampling import Sampling
+from sampling.choice import Sampling
 from settings import UserError
+from system import device as devices
+from system.files import find
+from text import shards
+from training.forecast import count_activations, memory
+from training.plan import Plan
+from training.presets import PRESETS
+from training.run import Run
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""             # train, scale: the model and batch of a preset; empty: the defaults of train.py

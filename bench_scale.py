@@ -15,14 +15,14 @@ from types import SimpleNamespace
 import torch
 
 import bench
-import device as devices
 import train
 from engine import Engine
-from machine import cores
 from model import ModelArgs, Transformer
 from parallel import World, joined
+from parallel.tensor_parallel import Team, check
 from settings import UserError
-from tensor_parallel import Team, check
+from system import device as devices
+from system.machine import cores
 
 
 def bench_scale(cfg: SimpleNamespace) -> None:

@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 import tokenizer
 from engine import Engine
-from files import whole_file
 from gpt2 import GPT2, GPT2Args, GPT2Engine
 from model import ModelArgs, Transformer
 from settings import UserError, command
+from system.files import whole_file
 from tokenizer import Vocabulary
 
 FORMAT = 1

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import checkpoint
 import formats
 import settings
-from files import replace
 from formats.huggingface import WRITTEN
 from settings import UserError
+from system.files import replace
 
 # ---- settings -----------------------------------------------------------------------------------
 source = ""                     # a model that is there: a file or a folder

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shards import ShardSet, document_starts
+from text.shards import ShardSet, document_starts
 
 IGNORE = -1     # a target that is not scored
 

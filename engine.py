@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiled import CompiledAttention, CompiledLayers, RecordedStep, to_int8
 from model import RMSNorm, Transformer, TransformerBlock, causal_attention
-from sampling import Sampling, choose, draws, mark
+from sampling.choice import Sampling, choose, draws, mark
+from sampling.compiled import CompiledAttention, CompiledLayers, RecordedStep, to_int8
 
 # PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `_half`, the answer
 # comes as a C++ exception, which takes longer than the product; so the engine asks nobody.
@@ -43,7 +43,7 @@ class Engine:
                  compiled: bool = False, device: torch.device | None = None):
         """Arrange the weights: in `dtype`, or with quantize "int8" as 8-bit integers with a scale for each row.
 
-        compiled: write with compiled.py.
+        compiled: write with sampling/compiled.py.
         device: where to write; that of the model when None.
         """
         self.args, self.device = model.args, device or model.tok_embeddings.weight.device
@@ -73,7 +73,7 @@ class Engine:
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
             self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
 
-    _choose = staticmethod(choose)          # tensor_parallel.py has its own
+    _choose = staticmethod(choose)          # parallel/tensor_parallel.py has its own
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
                  ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:

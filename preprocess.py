@@ -22,13 +22,13 @@ import numpy as np
 
 import corpus
 import settings
-import shards
-import workers
-from files import DATA, find, load_json, locked, replace, save_json, settings_for, sha256, whole_file
 from settings import UserError, shown
-from shards import MANIFEST, SPLITS, Shard, ShardSet, Source
+from system.files import DATA, find, load_json, locked, replace, save_json, settings_for, sha256, whole_file
+from text import shards
+from text import workers
+from text.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
+from text.words import BATCH
 from tokenizer import Vocabulary, load
-from words import BATCH
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go

@@ -30,20 +30,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import checkpoint as checkpoints
-import device as devices
 import formats
 import parallel
 import settings
-from chat import FORMATS, ChatFormat, Message, known_format
 from engine import Step
-from files import json_line
-from sampling import Sampling
+from sampling.chat import FORMATS, ChatFormat, Message, known_format
+from sampling.choice import Sampling
+from sampling.show import Token, check_page, described, print_score, print_tokens, write_page
 from settings import UserError, did_you_mean, shown
-from show import Token, check_page, described, print_score, print_tokens, write_page
+from system import device as devices
+from system.files import json_line
 from tokenizer import Reader
 
 if TYPE_CHECKING:
-    from tensor_parallel import Team
+    from parallel.tensor_parallel import Team
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
@@ -308,7 +308,7 @@ def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None
     if cfg.score:
         print_score(generator, given.text)
     elif cfg.interactive:
-        import dialogue
+        from sampling import dialogue
         dialogue.talk(generator, cfg, options)
     elif cfg.input_file:
         write_all(generator, given.prompts, cfg)
@@ -318,7 +318,7 @@ def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None
 
 def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
     """The same in several processes, each with a part of the model: the first one leads, the others compute along."""
-    from tensor_parallel import Team
+    from parallel.tensor_parallel import Team
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all
     cfg.device = world.device(cfg.device)
     with parallel.joined():

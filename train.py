@@ -14,7 +14,7 @@
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl and clock.jsonl, and
 what is drawn out of these, samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that
 was not interrupted (on a CPU, with the same number of threads; not with max_minutes, whose schedule follows the
-clock). Under torchrun the steps are the same for any number of processes, but for rounding: see parallel.py.
+clock). Under torchrun the steps are the same for any number of processes, but for rounding: see parallel/__init__.py.
 """
 import errno
 import io
@@ -35,21 +35,21 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import presets
 import settings
-import tensor_parallel
 from dataset import Task
-from files import locked, replace, settings_for
-from forecast import clock, print_plan
-from fsdp import whole
-from machine import peak_memory
 from parallel import World, joined
-from plan import OWN, Plan, lasting, prepare
-from presets import PRESETS
-from record import NEW, NoRecord, Record, put_back, set_aside
-from run import Run
+from parallel import tensor_parallel
+from parallel.fsdp import whole
 from settings import UserError
-from watch import enough_memory, look, require_finite
+from system.files import locked, replace, settings_for
+from system.machine import peak_memory
+from training import presets
+from training.forecast import clock, print_plan
+from training.plan import OWN, Plan, lasting, prepare
+from training.presets import PRESETS
+from training.record import NEW, NoRecord, Record, put_back, set_aside
+from training.run import Run
+from training.watch import enough_memory, look, require_finite
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # settings for a machine and a time, listed at the end of --help; the rest counts
@@ -136,10 +136,10 @@ def main() -> None:
 def answer(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     """Answer a question; it needs no data, and a training has no use for these modules."""
     if cfg.doctor:
-        from doctor import examine
+        from training.doctor import examine
         examine(cfg, given)
     else:
-        from compare import compare_runs
+        from training.compare import compare_runs
         compare_runs(cfg.compare, cfg.out_dir)
 
 

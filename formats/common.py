@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from files import some
 from settings import UserError
+from system.files import some
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, JsonTokenizer, TiktokenTokenizer, Tokenizer, Vocabulary
 
 LLAMA3 = TiktokenTokenizer.PATTERN

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chat import TEMPLATES
 from checkpoint import build_tokenizer
 from formats.common import (GPT2, LLAMA3, byte_level_json, chat_of_template, check_names, layer_names, make_state,
                             own_json, require, sentencepiece_model, tokenizer_json)
 from model import ModelArgs, rope_frequencies
+from sampling.chat import TEMPLATES
 from settings import UserError
 from tokenizer import CONTROL, NORMAL, UNUSED, JsonTokenizer, Tokenizer, Vocabulary, extra
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from chat import TEMPLATES, known_format
 from checkpoint import build_tokenizer
-from device import DTYPES
 from formats.common import (chat_of_template, check_names, layer_names, make_state, own_json, read_json, require,
                             tokenizer_json)
 from model import ModelArgs
+from sampling.chat import TEMPLATES, known_format
 from settings import UserError
+from system.device import DTYPES
 from tokenizer import JsonTokenizer, Tokenizer, Vocabulary, extra, load
 
 OF_MODEL = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",

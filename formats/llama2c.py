@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import build_model, build_tokenizer
-from files import whole_file
 from formats.common import make_state, sentencepiece_model
 from model import ModelArgs
 from settings import UserError
+from system.files import whole_file
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer, Vocabulary
 
 MAGIC = b"24ka"                         # 0x616b3432

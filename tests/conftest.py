@@ -18,11 +18,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whos
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
-import demo_stories  # noqa: E402
 import settings  # noqa: E402
 import tokenizer  # noqa: E402
-import words  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
+from text import demo_stories  # noqa: E402
+from text import words  # noqa: E402
 
 torch.backends.mps.is_available = lambda: False     # nor Apple's
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import bench
-import demo_stories
-import device as devices
 import settings
-import shards
 from conftest import ROOT
 from model import ModelArgs
 from settings import UserError
+from system import device as devices
+from text import demo_stories
+from text import shards
 
 ARGS = ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
 

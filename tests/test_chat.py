@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import dialogue
 import sample
 import settings
-from chat import ChatML
 from engine import Step
 from sample import TextGenerator
+from sampling import dialogue
+from sampling.chat import ChatML
 from settings import UserError
 from test_tokenizer_kinds import byte_level     # noqa: F401    a fixture
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import checkpoint
-import plots
 from conftest import TINY, assert_user_error, quickly
+from training import plots
 
 SHORT = [*TINY, "--eval_interval", "1", "--max_iters"]
 

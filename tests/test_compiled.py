@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-import compiled
-import device
 from conftest import random_model
 from engine import Engine
 from model import Transformer
-from sampling import Sampling
+from sampling import compiled
+from sampling.choice import Sampling
 from settings import UserError
+from system import device
 
 COMPILER = pytest.mark.skipif(not device.has_compiler(), reason="there is no C++ compiler")
 PROMPT, LENGTH = [1, 5, 9, 30], 40          # beyond the window of the model

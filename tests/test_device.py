@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import device
 from settings import UserError
+from system import device
 
 
 @pytest.fixture

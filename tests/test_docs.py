@@ -8,10 +8,11 @@ from collections import Counter
 
 import pytest
 
-import presets
 import settings
 from conftest import ROOT
+from training import presets
 
+FOLDERS = ("text", "training", "sampling", "parallel", "system")
 STEPS = ("train_vocab", "preprocess", "train", "sample")
 
 
@@ -69,7 +70,8 @@ def test_what_contributing_names_is_there():
     assert len(named) > 9 and not [name for name in named if not (ROOT / name).exists()]
     for module, name in re.findall(r"`(\w+)\.([A-Za-z_]+)`", text):
         assert name in ("py", "md") or hasattr(importlib.import_module(module), name), (module, name)
-    for module, names in (("formats", ("_reader", "_folder_reader", "WRITERS")), ("convert", ("BY_NAME", "TOLERANCE"))):
+    for module, names in (("formats", ("_reader", "_folder_reader", "WRITERS")), ("convert", ("BY_NAME", "TOLERANCE")),
+                          ("training.plan", ("FREE", "check_values"))):
         assert all(f"`{name}`" in text and hasattr(importlib.import_module(module), name) for name in names)
 
 
@@ -80,7 +82,9 @@ def test_the_version_is_the_same_everywhere():
 
 def test_the_readme_names_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in readme]
+    files = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("[!_]*.py"))]
+    assert len(files) > 30 and not [path.name for path in files if f"`{path.name}`" not in readme]
+    assert all(f"`{folder}/`" in readme for folder in (*FOLDERS, "formats"))
 
 
 def test_the_chinese_readme_has_the_commands_names_and_figures_of_the_english_one():
@@ -105,6 +109,7 @@ def test_five_packages_carry_the_four_steps():
     names = {re.match(r"\w+", line)[0] for line in lines if line and not line.startswith("#")}
     assert names == {"torch", "numpy", "sentencepiece", "requests", "tqdm"}
     found = set()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("formats/*.py")]:
+    for path in [path for folder in (".", "formats", *FOLDERS) for path in (ROOT / folder).glob("*.py")]:
         found |= set(re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
-    assert found - {path.stem for path in ROOT.glob("*.py")} - {"formats"} - set(sys.stdlib_module_names) == names
+    own = {path.stem for path in ROOT.glob("*.py")} | {"formats", *FOLDERS}
+    assert found - own - set(sys.stdlib_module_names) == names

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import checkpoint
-import demo_stories
-import shards
 import tokenizer
 from conftest import TINY, quickly
-from files import load_json, locked, save_json
 from settings import UserError
+from system.files import load_json, locked, save_json
+from text import demo_stories
+from text import shards
 
 SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import corpus
-import download
 from conftest import assert_user_error, script
 from corpus import FOLDER
-from download import ARCHIVE, tinystories
 from settings import UserError
+from text import download
+from text.download import ARCHIVE, tinystories
 
 NOISE = random.Random(0)        # so that the archive stays large
 STORIES = [[{"story": f"story {i} of {j}: {NOISE.randbytes(300).hex()}"} for i in range(300)] for j in range(3)]

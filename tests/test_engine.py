@@ -3,11 +3,11 @@ import pytest
 import torch
 
 import checkpoint
-import device
 import engine as engine_module
 from engine import Engine
 from model import ModelArgs, Transformer
-from sampling import Sampling
+from sampling.choice import Sampling
+from system import device
 
 GREEDY = Sampling(temperature=0)
 

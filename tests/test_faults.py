@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import checkpoint
-import shards
 from conftest import assert_same
 from faults.faults import FAULTS, Trial, attempt
 from faults.inject import sitecustomize
 from faults.stages import Stages
-from files import whole_file
-from record import Record
+from system.files import whole_file
+from text import shards
+from training.record import Record
 
 FIRST, ENTRIES = {"config": {}}, [{"iter": i, "loss": 1 / i} for i in range(1, 4)]
 DIGESTS = [hashlib.sha256("".join(f"{json.dumps(entry)}\n" for entry in ENTRIES[:n]).encode()).hexdigest()

@@ -3,8 +3,8 @@ import hashlib
 
 import pytest
 
-from files import find, replace, settings_for, sha256, vocabularies, whole_file
 from settings import UserError
+from system.files import find, replace, settings_for, sha256, vocabularies, whole_file
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):

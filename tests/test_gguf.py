@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import checkpoint
-import demo_stories
 import formats
 import tokenizer
 from conftest import learn
 from formats import common
 from model import ModelArgs, Transformer
 from settings import UserError
+from text import demo_stories
 
 gguf = pytest.importorskip("gguf")
 from formats import gguf_file  # noqa: E402

@@ -13,18 +13,18 @@ import torch
 
 import bench
 import checkpoint
-import download
 import dataset
-import demo_stories
-import device
 import formats
-import shards
 from checkpoint import build_engine
 from formats import gpt2_folder
 from gpt2 import GPT2, GPT2Args
 from sample import TextGenerator
-from sampling import Sampling
+from sampling.choice import Sampling
 from settings import UserError
+from system import device
+from text import demo_stories
+from text import download
+from text import shards
 
 safetensors = pytest.importorskip("safetensors.torch")
 tokenizers = pytest.importorskip("tokenizers")

@@ -6,8 +6,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import train
 from engine import Engine
 from model import ModelArgs, Transformer
-from plan import ALONE
-from run import Run, State, make_optimizers
+from training.plan import ALONE
+from training.run import Run, State, make_optimizers
 from test_train import prepared  # noqa: F401    a fixture
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)

@@ -17,13 +17,13 @@ import torch
 
 import checkpoint
 import corpus
-import download
 import settings
-import shards
 from conftest import ROOT, TINY, assert_user_error, learn, quickly
-from files import load_json, save_json
 from model import ModelArgs, Transformer
 from settings import UserError
+from system.files import load_json, save_json
+from text import download
+from text import shards
 
 EVIL = "\x1b]0;owned\x07\x1b[2Jred\x9b31m\u202egnp"
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import checkpoint
-import demo_stories
 import formats
 import tokenizer
 from conftest import learn, script
@@ -18,6 +17,7 @@ from formats.common import sentencepiece_model
 from model import ModelArgs, Transformer
 from sample import TextGenerator
 from settings import UserError
+from text import demo_stories
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(100))

@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 
 import parallel
-import plan
 import settings
 import train
 from conftest import ROOT, TINY, assert_same
 from dataset import IGNORE, Task
-from device import Device
 from model import ModelArgs
 from parallel import World, check_restarts, joined
 from settings import UserError
+from system.device import Device
+from training import plan
 from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="PyTorch's torchrun does not start on Windows")

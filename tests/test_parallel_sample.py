@@ -13,19 +13,19 @@ import pytest
 import torch
 
 import checkpoint
-import tensor_parallel
 import parallel
 import sample
 from conftest import ROOT, learn, quickly, random_model
-from device import Device, _has_fbgemm
-from tensor_parallel import Team
 from engine import Engine
 from gpt2 import GPT2Args
 from model import Transformer
 from parallel import World
+from parallel import tensor_parallel
+from parallel.tensor_parallel import Team
 from sample import TextGenerator
-from sampling import Sampling
+from sampling.choice import Sampling
 from settings import UserError
+from system.device import Device, _has_fbgemm
 
 PROMPTS = [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
 CPU = torch.device("cpu")

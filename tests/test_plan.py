@@ -8,11 +8,11 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import forecast
-import plan
 from conftest import assert_same
-from run import Run, State
 from settings import UserError
+from training import forecast
+from training import plan
+from training.run import Run, State
 from test_train import go, prepared, state  # noqa: F401    fixtures
 
 

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 import corpus
-import demo_stories
 import preprocess
-import shards
 import train_vocab
-import words
-import workers
 from conftest import ROOT, assert_user_error, count_words, learn, script
-from files import save_json, sha256
 from formats import llama2c
 from settings import UserError
+from system.files import save_json, sha256
+from text import demo_stories
+from text import shards
+from text import words
+from text import workers
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(200))

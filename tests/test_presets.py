@@ -3,11 +3,11 @@ import importlib
 
 import pytest
 
-import presets
 import settings
 from model import ModelArgs
-from presets import PRESETS, Preset
 from settings import UserError
+from training import presets
+from training.presets import PRESETS, Preset
 
 KNOWN = {name: preset.settings for name, preset in PRESETS.items()}
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import checkpoint
-import shards
 from conftest import ROOT, TINY, assert_user_error, learn, quickly, script
 from engine import Step
 from sample import Completion, TextGenerator
 from settings import UserError
+from text import shards
 
 
 @pytest.fixture(scope="module")

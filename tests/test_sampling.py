@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-import sampling
-from sampling import Sampling, choose
+from sampling import choice as sampling
+from sampling.choice import Sampling, choose
 
 
 def draw(logits, count, seen=(), **options):

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import demo_stories
-import files
 import tokenizer
 from conftest import learn
 from settings import UserError
+from system import files
+from text import demo_stories
 from tokenizer import SPACE, Tokenizer
 
 STORIES = list(demo_stories.stories(300))

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as TheirTokenizer
 
 import tokenizer
 from conftest import learn
-from chat import ChatFormat, ChatML
 from formats.common import GPT2, byte_letters, byte_level_json, llama3_json, merges_of, own_json, sentencepiece_model
+from sampling.chat import ChatFormat, ChatML
 from settings import UserError
 from tokenizer import JsonTokenizer, TiktokenTokenizer, Tokenizer
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import checkpoint
-import device
-import forecast
-import plan
-import run
 import settings
 import train
 from conftest import TINY, assert_same, assert_user_error, script
-from run import Run
 from settings import UserError
+from system import device
+from training import forecast
+from training import plan
+from training import run
+from training.run import Run
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import checkpoint
-import files
-import record
 import train
-import watch
 from conftest import ROOT, TINY, assert_user_error, script
-from files import locked
 from model import Transformer
 from parallel import World
-from run import State
 from settings import UserError
+from system import files
+from system.files import locked
+from training import record
+from training import watch
+from training.run import State
 from test_train import assert_same_run, go, log, prepared, state  # noqa: F401    fixtures among them
 
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import demo_stories
 import plain
-import words
 from conftest import count_words, learn
+from text import demo_stories
+from text import words
 from test_tokenizer import HARD
+from text.words import WordCounts, Words
 from tokenizer import Tokenizer
-from words import WordCounts, Words
 
 STORIES = list(demo_stories.stories(300))
 ODD = ["a  b   c d e \n\n x \x1f y z q\r\n", "  lead", "café 中文 字 中文 hello中文", "\n\nx\n  y \n",

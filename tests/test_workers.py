@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import corpus
-import machine
 import preprocess
-import workers
 from conftest import ROOT
 from settings import UserError
+from system import machine
+from text import workers
 
 
 def test_processes_follow_cores_parts_and_memory(monkeypatch):
@@ -140,7 +140,7 @@ def test_a_killed_worker_is_told_and_what_was_done_is_kept():
 
 TALKATIVE = """
 import sys
-import workers
+from text import workers
 
 def talk(job, progress):
     return bytes(30_000_000)

@@ -15,12 +15,12 @@ import torch
 import checkpoint
 import corpus
 import preprocess
-import shards
 import tokenizer
 from conftest import assert_user_error, learn, quickly
 from faults import fuzz
-from files import sha256
 from settings import UserError
+from system.files import sha256
+from text import shards
 
 MODEL, NOTES, MANIFEST = "data/tok300.model", "data/tok300.json", "data/tok300/manifest.json"
 SHARD = "data/tok300/val_0000.bin"

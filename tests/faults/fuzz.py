@@ -35,19 +35,19 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
 import corpus  # noqa: E402
-import demo_stories  # noqa: E402
-import files  # noqa: E402
 import formats  # noqa: E402
-import plan  # noqa: E402
 import preprocess  # noqa: E402
-import record  # noqa: E402
 import sample  # noqa: E402
 import settings  # noqa: E402
-import shards  # noqa: E402
 import tokenizer  # noqa: E402
 import train  # noqa: E402
 import train_vocab  # noqa: E402
-from run import Run  # noqa: E402
+from system import files  # noqa: E402
+from text import demo_stories  # noqa: E402
+from text import shards  # noqa: E402
+from training import plan  # noqa: E402
+from training import record  # noqa: E402
+from training.run import Run  # noqa: E402
 
 SECONDS, MEMORY, BATCH = 10, 1 << 30, 1000      # what an input may take, and how many a child process reads
 DEEP, DEPTH = "@deep@", 100_000                 # a text that becomes a list in a list in a list ...

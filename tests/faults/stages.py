@@ -13,10 +13,10 @@ from pathlib import Path
 
 import checkpoint
 import corpus
-import demo_stories
-import shards
 import tokenizer
 from conftest import ROOT, TINY, assert_same
+from text import demo_stories
+from text import shards
 
 from .server import archive, serve
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-import device as devices
 from dataset import PretokDataset, fits
-from machine import free_memory
-from plan import CHECKPOINT_BYTES
-from presets import PRESETS
 from settings import UserError
+from system import device as devices
+from system.machine import free_memory
+from training.plan import CHECKPOINT_BYTES
+from training.presets import PRESETS
 
 STATE_BYTES = 16                            # per parameter: weight, gradient and two moments, 4 bytes each, at most
 LONG = 2 * 86400                            # seconds of training on a CPU that few will want

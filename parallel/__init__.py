@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from device import count
 from settings import UserError, end_children
+from system.device import count
 
 PATIENCE = timedelta(minutes=10)        # for a process that is busy; one that is dead is noticed at once
 GONE = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")   # of gloo's words
@@ -104,7 +104,7 @@ class World:
     def keeping(self, wrapped: nn.Module, more: bool) -> AbstractContextManager:
         """While `more` micro-batches follow, a process keeps its gradients to itself: one exchange for each step.
 
-        Not where the model is divided (fsdp.py), for whole gradients would not fit.
+        Not where the model is divided (parallel/fsdp.py), for whole gradients would not fit.
         """
         return wrapped.no_sync() if more and isinstance(wrapped, DistributedDataParallel) else nullcontext()
 

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 import checkpoint
 from dataset import IGNORE, Task
-from fsdp import divide, gathered, part_of
 from model import Transformer
-from muon import Muon
-from plan import Plan, lasting, saved_in
-from sampling import Sampling
+from parallel.fsdp import divide, gathered, part_of
+from sampling.choice import Sampling
 from settings import UserError, command
-from watch import require_finite
+from training.muon import Muon
+from training.plan import Plan, lasting, saved_in
+from training.watch import require_finite
 
 SAMPLE_TEMPERATURE = 0.8        # of the stories that are written on the way
 
@@ -41,7 +41,7 @@ class State:
 
 
 class Run:
-    """A training under way, as the functions of train.py, forecast.py and watch.py are given it.
+    """A training under way, as the functions of train.py and this folder are given it.
 
     Attributes:
         model: what is evaluated and saved; where it is `divided`, the part of this process.

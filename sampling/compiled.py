@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import device
-from files import replace, sha256
 from model import ModelArgs
 from settings import UserError
+from system import device
+from system.files import replace, sha256
 
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
 ANY = torch.export.Dim.DYNAMIC

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from device import is_about_memory
-from forecast import try_out
 from settings import UserError, command
+from system.device import is_about_memory
+from training.forecast import try_out
 
 RECENT = 50             # of about so many losses come what is usual: their average, and how far they rise above it
 JUMP, SHARE = 15, 0.1   # A loss jumps when it rises 15 times as far (6 standard deviations of noise), and by a tenth

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from machine import cores
 from settings import UserError
+from system.machine import cores
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive"
 INSTALL = "https://pytorch.org/get-started"

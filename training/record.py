@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import plots
-from files import json_line, replace, whole_file
+from system.files import json_line, replace, whole_file
+from training import plots
 
 OF_A_RUN = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")       # files in its folder
 HALF = "old.part"                           # the folder of an old run while its files are moved to it

@@ -18,13 +18,13 @@ import torch
 
 import checkpoint
 import corpus
-import device as devices
 import preprocess
-import shards
 import tokenizer
-from files import find, load_json, locked, near, size_of, some, vocabularies
-from machine import cores, free_memory
 from settings import UserError, command, printable
+from system import device as devices
+from system.files import find, load_json, locked, near, size_of, some, vocabularies
+from system.machine import cores, free_memory
+from text import shards
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
 
@@ -119,7 +119,7 @@ def machine(cfg: SimpleNamespace) -> dict[str, Callable[[], str]]:
 
 def packages(requirements: str) -> str:
     """The packages of a list that are there, with their versions, and those that are not."""
-    lines = Path(__file__).with_name(requirements).read_text(encoding="utf-8")
+    lines = (Path(__file__).parent.parent / requirements).read_text(encoding="utf-8")
     there, missing = [], []
     for name in re.findall(r"^[\w-]+", lines, re.MULTILINE):
         try:

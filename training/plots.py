@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from files import whole_file
+from system.files import whole_file
 
 Points = Sequence[tuple[float, float]]
 SHARE = 0.05        # of a noisy curve, so much of it to each side is averaged to smooth it

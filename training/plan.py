@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 import checkpoint
-import device as devices
 import formats
-import shards
-from files import find, near, sha256, some, vocabularies
 from gpt2 import GPT2Args
 from model import ModelArgs
 from parallel import ALONE, World
 from settings import UserError, command
+from system import device as devices
+from system.files import find, near, sha256, some, vocabularies
+from text import shards
 from tokenizer import Vocabulary, load
 
 HERE = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run

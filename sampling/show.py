@@ -18,8 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
-from files import whole_file
 from settings import UserError, printable, shown
+from system.files import whole_file
 from tokenizer import SPACE, Reader, Vocabulary
 
 if TYPE_CHECKING:

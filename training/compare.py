@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 import checkpoint
-import plots
-import record
-import shards
-from plots import Points
 from settings import UserError, printable
+from text import shards
+from training import plots
+from training import record
+from training.plots import Points
 
 PLACES = 4      # where curves are compared: at both ends of what they share, and between
 WIDTH = 28      # characters of a value that are shown

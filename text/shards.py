@@ -14,8 +14,8 @@ from typing import Any, get_origin
 
 import numpy as np
 
-from files import MANIFEST, load_json, near, save_json, settings_for, sha256, some
 from settings import UserError, command
+from system.files import MANIFEST, load_json, near, save_json, settings_for, sha256, some
 
 FORMAT = 2
 SPLITS = ("train", "val")

@@ -27,12 +27,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from device import Device
 from engine import Engine, Product, Step
 from model import ModelArgs, Transformer
 from parallel import World
-from sampling import Sampling, choose
+from sampling.choice import Sampling, choose
 from settings import UserError
+from system.device import Device
 
 Made = TypeVar("Made")
 

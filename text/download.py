@@ -15,8 +15,8 @@ import requests
 from tqdm import tqdm
 
 from corpus import FOLDER, find_files
-from files import replace, sha256
 from settings import UserError
+from system.files import replace, sha256
 
 ARCHIVE = f"{FOLDER}.tar.gz"
 MIRRORS = {

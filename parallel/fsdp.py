@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from device import Device
 from parallel import World
+from system.device import Device
 
 
 def divide(model: nn.Module, where: Device, world: World) -> nn.Module:
