@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parallel import World
 from system.device import Device
@@ -20,6 +17,8 @@ from system.device import Device
 
 def divide(model: nn.Module, where: Device, world: World) -> nn.Module:
     """Leave this process its part of a model, on its device. In bfloat16, so are the weights of layers on their way."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(where.device.type, (world.size,))
     sent = MixedPrecisionPolicy(torch.bfloat16 if where.dtype == torch.bfloat16 else None, torch.float32,
                                 cast_forward_inputs=False)
@@ -28,15 +27,21 @@ def divide(model: nn.Module, where: Device, world: World) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def is_part(tensor: Any) -> bool:
+    """Whether it is a DTensor. Its import takes half a second, so that those who divide nothing are spared it."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the parts of all processes, which all have to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that each has, if the one that it shall be like is divided."""
-    if not isinstance(like, DTensor):
+    if not is_part(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -46,7 +51,7 @@ def gathered(state: Any, world: World) -> Any:
         return {name: gathered(value, world) for name, value in state.items()}
     if isinstance(state, list):
         return [gathered(value, world) for value in state]
-    if not isinstance(state, DTensor):
+    if not is_part(state):
         return state
     found = whole(state)                    # one at a time, for all together do not fit the GPU
     return found.cpu() if world.first else None

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+
+from parallel.fsdp import is_part
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,8 +50,9 @@ class Muon(torch.optim.Optimizer):
 def _orthogonal(steps: Tensor, dtype: torch.dtype) -> Tensor:
     """`orthogonal`, also where each process has some rows of all matrices: it gets some whole ones, works on them,
     and gives them back."""
-    if not isinstance(steps, DTensor):
+    if not is_part(steps):
         return orthogonal(steps, dtype)
+    from torch.distributed.tensor import DTensor, Shard
     own = orthogonal(steps.redistribute(placements=[Shard(0)]).to_local(), dtype)
     return DTensor.from_local(own, steps.device_mesh, [Shard(0)], shape=steps.shape, stride=steps.stride()
                               ).redistribute(placements=steps.placements)

@@ -4,6 +4,7 @@ train.py takes its steps.
 """
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,6 @@ class Run:
         self.state.compiled = True
 
     @torch.inference_mode()
-    @torch.compiler.set_stance("force_eager")
     def evaluate(self) -> dict[str, float]:
         """Score the whole val split; always the same windows, whatever the batch size. Processes share them."""
         self.model.eval()
@@ -182,7 +182,7 @@ class Run:
                                  device=self.where.device, rank=self.world.rank, world_size=self.world.size)
         for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False,
                          disable=None if self.world.first else True):
-            with self.where.autocast():
+            with self._uncompiled(), self.where.autocast():
                 losses.append(self.model(x, y))
             counts.append((y != IGNORE).sum())
         self.model.train()
@@ -192,6 +192,10 @@ class Run:
         nats, scored = self.world.sum(sums).tolist()
         return {"val_loss": nats / scored, "perplexity": math.exp(min(nats / scored, 700)),
                 "bpb": nats / math.log(2) / self.data.count("val", "bytes")}
+
+    def _uncompiled(self) -> AbstractContextManager:
+        """Where nothing is compiled anew for other shapes. It costs half a second, so only where it counts."""
+        return torch.compiler.set_stance("force_eager") if self.state.compiled else nullcontext()
 
     def write_samples(self) -> list[str]:
         """Stories from the fixed prompts, with the same random numbers each time; none if the model is divided."""
