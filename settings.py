@@ -9,7 +9,7 @@ A script writes its settings once, as plain assignments between two rulers:
 and calls `cfg, given = settings.read(globals())`. That accepts `--batch_size 16` and
 `--batch-size=16`, for booleans `--compile`, `--compile False` and `--no-compile`, and for lists of texts
 `--compare a b`. The type comes from the default, the help from the comment, and a typo is an error with a suggestion.
-A boolean that may also be a text, such as a file's name, is written `name: bool | str = False`.
+A boolean that may also be a text, such as a file's name or auto, is written `name: bool | str = False`.
 """
 import argparse
 import ast
@@ -180,7 +180,7 @@ def _parser(script: dict[str, Any], source: str, epilog: str) -> _Parser:
     for name, comment in _comments(source).items():
         default, kind = script[name], type(script[name])
         text = f"{comment} (default: {default!r})".replace("%", "%%")
-        if kind is bool:
+        if kind is bool or name in annotated:
             read_as, metavar = (_boolean_or_text, "BOOL|STR") if name in annotated else (_boolean, "BOOL")
             parser.add_argument(f"--{name}", type=read_as, nargs="?", const=True, metavar=metavar, help=text)
             parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)

@@ -102,7 +102,7 @@ min_lr = 0.0
 # machine
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16
-compile = "auto"                    # auto: when it saves more time than it takes; True; False
+compile: bool | str = "auto"        # auto: when it saves more time than it takes; True; False
 num_workers = 0                     # processes that prepare batches; 0 is fast enough for memory-mapped files
 shard = False                       # under torchrun: divide weights and optimizer among the processes, for a model that
                                     # does not fit one GPU; slower, and without stories on the way

@@ -47,7 +47,10 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
     if not path.exists() and str(source) in gpt2_folder.RELEASED:
         path = gpt2_folder.download(str(source), "data")
     try:
-        state = (_reader(path) or checkpoint.load)(path)
+        reader = _reader(path)
+        if not reader and path.suffix == ".model":
+            raise UserError(f"{path} is a vocabulary, which step 1 writes; a model is the ckpt.pt that step 3 writes")
+        state = (reader or checkpoint.load)(path)
         checkpoint.build_args(state, path)
     except FAILURES as error:
         raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error

@@ -186,6 +186,8 @@ def test_mistakes_are_one_clear_line(source):
     assert_user_error(quickly("convert", "output/mine", "a.gguf"), f"the folder of a training; its model is {found}")
     assert_user_error(quickly("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
     assert_user_error(quickly("convert", source, "a.gguf", "more"), "more")
+    Path("tok300.model").write_bytes(b"pieces")
+    assert_user_error(quickly("convert", "tok300.model", "a.gguf"), "tok300.model is a vocabulary", "ckpt.pt")
     Path("empty").mkdir()
     assert_user_error(quickly("convert", "empty", "a.pt"), "config.json", "params.json")
     assert not Path("a.gguf").exists() and not list(Path().glob("*.tmp"))

@@ -27,10 +27,11 @@ count = 2 * 8   # how many,
 name = "a#b"    # a text
 on = False      # a switch
 page: bool | str = False    # a switch, or a name
+when: bool | str = "auto"   # the same
 # ---- end of settings ----
 other = 1
 """, encoding="utf-8")
-    values = {"rate": 0.5, "count": 16, "name": "a#b", "on": False, "page": False}
+    values = {"rate": 0.5, "count": 16, "name": "a#b", "on": False, "page": False, "when": "auto"}
     return {"__file__": str(path), "__doc__": "A tool.", **values}
 
 
@@ -39,7 +40,7 @@ def read(block, *argv):
 
 
 def test_defaults_are_those_of_the_block(block):
-    assert read(block) == {"rate": 0.5, "count": 16, "name": "a#b", "on": False, "page": False}
+    assert read(block) == {"rate": 0.5, "count": 16, "name": "a#b", "on": False, "page": False, "when": "auto"}
 
 
 @pytest.mark.parametrize("argv, name, value", [
@@ -48,7 +49,8 @@ def test_defaults_are_those_of_the_block(block):
     (["--on"], "on", True), (["--on", "True"], "on", True), (["--on", "False"], "on", False),
     (["--on=false"], "on", False), (["--no-on"], "on", False), (["--no_on"], "on", False),
     (["--page"], "page", True), (["--page", "--on"], "page", True), (["--page", "yes"], "page", True),
-    (["--page", "False"], "page", False), (["--no_page"], "page", False), (["--page", "a.html"], "page", "a.html")])
+    (["--page", "False"], "page", False), (["--no_page"], "page", False), (["--page", "a.html"], "page", "a.html"),
+    (["--when"], "when", True), (["--when", "false"], "when", False), (["--when", "auto"], "when", "auto")])
 def test_overrides_are_typed(block, argv, name, value):
     assert read(block, *argv)[name] == value and type(read(block, *argv)[name]) is type(value)
 

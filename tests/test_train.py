@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import settings
 import train
-from conftest import TINY, assert_same, assert_user_error, script
+from conftest import TINY, assert_same, assert_user_error, quickly, script
 from settings import UserError
 from system import device
 from training import forecast
@@ -356,9 +356,9 @@ def test_a_finished_run_is_told_with_its_vocabulary_where_there_are_several(call
 def test_from_the_command_line(project):
     result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--batch_size", "0", "--max_iter", "3")
     assert_user_error(result, "did you mean --max_iters?")
-    assert_user_error(script("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
+    assert_user_error(quickly("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
     Path("a_file").write_text("x", encoding="utf-8")
-    assert_user_error(script("train", "--data_dir", project, *TINY, "--out_dir", "a_file"), "a_file is a file")
+    assert_user_error(quickly("train", "--data_dir", project, *TINY, "--out_dir", "a_file"), "a_file is a file")
     result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--compile", "False")
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):

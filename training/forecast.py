@@ -90,7 +90,7 @@ def compile_for(run: Any) -> float:
         with compiler_errors():
             return try_out(run)
     except UserError as error:
-        if run.cfg.compile.lower() != "auto" or run.world.size > 1:     # of several, the others would wait for ever
+        if run.cfg.compile != "auto" or run.world.size > 1:     # of several, the others would wait for ever
             raise
         print(f"note:   {str(error).splitlines()[0]}\n        this run goes on without", flush=True)
         torch.compiler.set_stance("force_eager")
@@ -100,9 +100,9 @@ def compile_for(run: Any) -> float:
 
 def choose_compile(run: Any, seconds_per_step: float) -> tuple[bool, str]:
     """Whether to compile the model, and why. A run that goes on keeps to what it began with, where that can be."""
-    asked, left = run.cfg.compile.lower(), run.seconds_left(seconds_per_step)
+    asked, left = run.cfg.compile, run.seconds_left(seconds_per_step)
     if asked != "auto":
-        return asked == "true", "as asked"
+        return asked, "as asked"
     if why := cannot_compile(run.where.device):
         return False, why
     if run.state.iter_num:

@@ -206,7 +206,7 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
     if fixed:
         raise UserError(f"{', '.join(fixed)} cannot change while a run goes on; begin another: --init_from scratch")
     for name, value in own.items():
-        if type(value) is not type(getattr(cfg, name)):
+        if len(kinds := {type(value), type(getattr(cfg, name))}) == 2 and kinds != {bool, str}:     # compile is either
             raise UserError(f"{cfg.out_dir}/last.pt has a {type(value).__name__} for {name}; is it of another version?")
         if name not in given or name == "init_from":
             setattr(cfg, name, value)
@@ -228,9 +228,9 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
               *((name, 0, 1) for name in ("beta1", "beta2", "momentum")),
               ("learning_rate", 1e-30, math.inf), ("batch_size", 1, 2**20), ("num_workers", 0, 1000),
               ("seed", 0, 2**32)]
-    words = [("optimizer", ("muon", "adamw")), ("compile", ("auto", "true", "false"))]
-    wrong = [f"{name} must be one of {', '.join(known)}, not {getattr(cfg, name)}" for name, known in words
-             if getattr(cfg, name).lower() not in known]
+    words = [("optimizer", ("muon", "adamw")), ("compile", ("auto", True, False))]
+    wrong = [f"{name} must be one of {', '.join(map(str, known))}, not {getattr(cfg, name)}" for name, known in words
+             if getattr(cfg, name) not in known]
     return wrong + [f"{name} must be {within(low, high, type(value))}, not {value}" for name, low, high in ranges
                     if not low <= (value := getattr(cfg, name)) < high]
 
