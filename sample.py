@@ -134,10 +134,11 @@ class TextGenerator:
             model, self.where.dtype, quantize, compile, self.where.device)
 
     def _chat_format(self, asked: str, known: str) -> ChatFormat | None:
-        if asked not in ("auto", "none", *FORMATS):
+        if asked in FORMATS:
+            return FORMATS[asked](self.tokenizer)
+        if asked not in ("auto", "none"):
             raise UserError(f"--chat {asked} is unknown; use auto, none, {', '.join(FORMATS)}")
-        return FORMATS[asked](self.tokenizer) if asked in FORMATS else known_format(
-            known if asked == "auto" else "", self.tokenizer)
+        return known_format(known, self.tokenizer) if asked == "auto" else None
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *rest, **options) -> list[str]:
         """Write num_samples texts and return them, `start` included. Takes the further arguments of `grow`."""
@@ -250,10 +251,9 @@ class TextGenerator:
         return found
 
 
-def check(max_new_tokens: int, how: Sampling, num_samples: int = 1) -> None:
+def check(max_new_tokens: int, how: Sampling) -> None:
     """Raise UserError with every setting that cannot be used."""
     problems = [text for right, text in [
-        (num_samples >= 1, f"num_samples must be at least 1, not {num_samples}"),
         (max_new_tokens >= 0, f"max_new_tokens must not be negative, not {max_new_tokens}"),
         (0 <= how.temperature < math.inf, f"temperature must be 0 or more, not {how.temperature}"),
         (how.top_k >= 0, f"top_k must be 0 (all) or more, not {how.top_k}"),
@@ -336,7 +336,10 @@ IDLE = {"score": (*PLAIN, "echo", "max_new_tokens", "temperature", "top_k", "top
 
 def check_settings(cfg: SimpleNamespace) -> None:
     """Raise UserError for values that cannot be, and for settings that nothing would come of."""
-    check(cfg.max_new_tokens, sampling(cfg), cfg.num_samples)
+    check(cfg.max_new_tokens, Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty))
+    for name in ("num_samples", "batch_size"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(cfg, name)}")
     modes = [name for name in ("score", "interactive", "input_file") if getattr(cfg, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} do not go together")
@@ -348,12 +351,6 @@ def check_settings(cfg: SimpleNamespace) -> None:
     if cfg.output_file and not cfg.input_file:
         raise UserError("--output_file needs the prompts of --input_file; one story can go there by > file")
     check_page(cfg.show_probs)
-    if cfg.batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, not {cfg.batch_size}")
-
-
-def sampling(cfg: SimpleNamespace) -> Sampling:
-    return Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, cfg.seed)
 
 
 def options(cfg: SimpleNamespace) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, vocab_size: int) -> None
         writer.add_unk_token_id(0)
     else:
         content = tokenizer_json(vocabulary)
-        tokens, kinds = tokens_of(content, vocab_size)
+        tokens, kinds = zip(*tokens_of(content, vocab_size))
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(name_of_cut(content))
         merges = content["model"]["merges"]
@@ -261,13 +261,12 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, vocab_size: int) -> None
             add(i)
 
 
-def tokens_of(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def tokens_of(content: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]:
     """Text and kind of each entry of a tokenizer.json; ids that it leaves out become unused tokens."""
-    kinds = dict.fromkeys(content["model"]["vocab"].values(), NORMAL)
-    names = {i: token for token, i in content["model"]["vocab"].items()}
+    entries = {i: (text, NORMAL) for text, i in content["model"]["vocab"].items()}
     for token in content["added_tokens"]:
-        names[token["id"]], kinds[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
-    return [names.get(i, f"[PAD{i}]") for i in range(vocab_size)], [kinds.get(i, UNUSED) for i in range(vocab_size)]
+        entries[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    return [entries.get(i, (f"[PAD{i}]", UNUSED)) for i in range(vocab_size)]
 
 
 def name_of_cut(content: dict[str, Any]) -> str:

@@ -49,18 +49,17 @@ def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words:
     args |= {"n_kv_heads": params.get("n_kv_heads") or params["n_heads"],
              "ffn_dim_multiplier": params.get("ffn_dim_multiplier") or 1.0,
              "rope_theta": float(params.get("rope_theta", 10000)), "tie_embeddings": "output.weight" not in parts[0],
-             "vocab_size": max(params.get("vocab_size", -1), n_words), "max_seq_len": params.get("max_seq_len", 4096)}
+             "vocab_size": max(params.get("vocab_size", -1), n_words)}
     if args["vocab_size"] < 1:
         raise UserError("params.json does not tell the size of the vocabulary, and there is no tokenizer.model")
-    if args["rope_theta"] == 500000:                    # Llama 3
-        args["max_seq_len"] = params.get("max_seq_len", 8192)
+    window = 8192 if args["rope_theta"] == 500000 else 4096             # Llama 3, Llama 2
     if params.get("use_scaled_rope"):
         # the factors of Llama 3.1 are in Meta's code, not in its files; Llama 3.2 (dim 2048 and 3072) has a larger one
         factor = params.get("rope_scaling_factor", 32 if params["dim"] <= 3072 else 8)
-        args |= {"max_seq_len": params.get("max_seq_len", 131072),
-                 "rope_scaling": {"factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
-                                  "original_max_position_embeddings": 8192}}
-    return args
+        args["rope_scaling"] = {"factor": factor, "low_freq_factor": 1, "high_freq_factor": 4,
+                                "original_max_position_embeddings": 8192}
+        window = 131072
+    return {**args, "max_seq_len": params.get("max_seq_len", window)}
 
 
 def shapes_of(args: dict[str, Any]) -> dict[str, torch.Size]:

@@ -14,6 +14,7 @@ Message = dict[str, str]
 
 class ChatFormat:
     """Llama 3's form, as in meta-llama/llama3."""
+    STARTS_WITH_BOS = True
     MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
     def __init__(self, tokenizer: Vocabulary):
@@ -32,14 +33,13 @@ class ChatFormat:
 
     def encode_dialog_prompt(self, dialog: list[Message]) -> list[int]:
         """A dialog so far, and the header of the answer that is to come."""
-        ids = [self.tokenizer.bos_id]
-        for message in dialog:
-            ids += self.encode_message(message)
-        return ids + self.encode_header({"role": "assistant", "content": ""})
+        ids = [i for message in dialog for i in self.encode_message(message)]
+        return [self.tokenizer.bos_id] * self.STARTS_WITH_BOS + ids + self.encode_header({"role": "assistant"})
 
 
 class ChatML(ChatFormat):
     """The form of SmolLM2, Qwen and others: <|im_start|>role, a line's end, the content, <|im_end|>."""
+    STARTS_WITH_BOS = False
     MARKS = ("<|im_start|>", "<|im_end|>")
 
     def encode_header(self, message: Message) -> list[int]:
@@ -48,10 +48,6 @@ class ChatML(ChatFormat):
     def encode_message(self, message: Message) -> list[int]:
         content = self.tokenizer.encode(message["role"] + "\n" + message["content"])
         return [self.marks[0], *content, self.end_id, *self.tokenizer.encode("\n")]
-
-    def encode_dialog_prompt(self, dialog: list[Message]) -> list[int]:
-        ids = [i for message in dialog for i in self.encode_message(message)]
-        return ids + self.encode_header({"role": "assistant"})
 
 
 FORMATS = {"llama3": ChatFormat, "chatml": ChatML}

@@ -49,8 +49,11 @@ class CompiledLayers:
 
     def add(self, matrices: list[Tensor]) -> None:
         """Add a layer, as engine.py arranges its matrices."""
-        for_bits = [_pack if self.quantize and matrix.shape[1] % 16 == 0 else self._plain for matrix in matrices]
-        self.weights.append([part for pack, matrix in zip(for_bits, matrices) for part in pack(matrix)])
+        parts = []
+        for matrix in matrices:
+            packs = self.quantize and matrix.shape[1] % 16 == 0
+            parts += _pack(matrix) if packs else (matrix.to(self.dtype).contiguous(), torch.ones(1))
+        self.weights.append(parts)
 
     def load(self) -> None:
         """Get ready. Raises UserError when compiling cannot be done here."""
@@ -73,9 +76,6 @@ class CompiledLayers:
             stream, fresh = self.run([stream, turns, at, past, *weights])
             place.copy_(fresh)
         return torch.cat((stream, x[:, -1:]), 1)
-
-    def _plain(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        return matrix.to(self.dtype).contiguous(), torch.ones(1)
 
 
 class CompiledAttention:
@@ -199,9 +199,10 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if len(scale) == 1:
         return (x[:, None] * weight.float()).sum(-1)
     four, size = weight.view(torch.int32), weight.shape[1]
+    begins = [min(i * size, x.shape[1] - size) for i in range(4)]       # of each quarter
     # a byte is a number where it is highest in its word: 2 ** 24 times as large, which is in the scale
     first, *others = (x[:, None, begin:begin + size] * (four << 24 - 8 * i & -1 << 24)
-                      for i, begin in enumerate(_begins(x.shape[1], size)))
+                      for i, begin in enumerate(begins))
     return sum(others, first).sum(-1) * scale
 
 
@@ -226,11 +227,6 @@ def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         fresh = levels[:, i * size:(i + 1) * size]
         words[:, size - fresh.shape[1]:, i] = fresh
     return words.view(torch.float32).squeeze(-1), scale.float() / 2 ** 24
-
-
-def _begins(width: int, size: int) -> list[int]:
-    """The first column of each quarter."""
-    return [min(i * size, width - size) for i in range(4)]
 
 
 def _load(work: OneLayer | OneToken, example: tuple[Tensor, ...], sizes: tuple
