@@ -105,7 +105,8 @@ class Engine:
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.cache_dtype)     # keys, and then values
         step = RecordedStep(self._extend, cache) if self.uses_cuda_graph else partial(self._step, cache)
-        # of what the cache holds of each. It holds nothing yet, which asks for the same as a full one: to be read anew
+        # how many tokens of each text the cache holds. A full cache is filled anew from the text, and so is one
+        # that holds nothing yet, which therefore begins as full
         lengths = [self.args.max_seq_len] * len(prompts)
         tokens, ended = torch.empty(0), [False] * len(prompts)
         for _ in range(max_new_tokens):
@@ -145,8 +146,9 @@ class Engine:
     @torch.inference_mode()
     def read(self, ids: list[int]) -> Iterator[Tensor]:
         """Yield the log-probabilities (n, vocab_size) of what comes after each id but the last, a window at a time."""
-        for begin in range(0, len(ids) - 1, self.args.max_seq_len):
-            tokens = torch.tensor([ids[:-1][begin:begin + self.args.max_seq_len]], device=self.device)
+        before = ids[:-1]
+        for begin in range(0, len(before), self.args.max_seq_len):
+            tokens = torch.tensor([before[begin:begin + self.args.max_seq_len]], device=self.device)
             with _PLAIN_CALLS():
                 turns = self._turns(slice(tokens.shape[1]))
                 x = self._layers(tokens, turns, lambda _, heads: self._causal(heads[None]))

@@ -190,11 +190,13 @@ class TextGenerator:
         check(max_new_tokens, how)
         if rows is not None and len(rows) != len(done):
             raise ValueError(f"{len(rows)} rows for {len(done)} texts")
+        if not done:
+            return iter(())
         stops = [stop] if isinstance(stop, str) else stop or ()
         heads = heads or [self.tokenizer.begin(one.prompt) for one in done]
         steps = self.engine.generate(heads, max_new_tokens, how, {self.tokenizer.eos_id, *ends}, rows)
         readers = [Reader(self.tokenizer, head, [text for text in stops if text]) for head in heads]
-        return self._noting(self._grow(done, steps, readers, max_new_tokens), readers) if done else iter(())
+        return self._noting(self._grow(done, steps, readers, max_new_tokens), readers)
 
     def _noting(self, pieces: Iterator[tuple[int, str]], readers: list[Reader]) -> Iterator[tuple[int, str]]:
         """Say once, after what was written, that it was longer than the window."""
@@ -242,7 +244,7 @@ class TextGenerator:
         """
         found = []
         for logprobs in self.engine.read(ids):                                      # (n, vocab_size)
-            chosen = ids[len(found) + 1:][:len(logprobs)]
+            chosen = ids[len(found) + 1:len(found) + 1 + len(logprobs)]
             of_chosen = logprobs.gather(1, torch.tensor(chosen, device=logprobs.device)[:, None]).flatten().tolist()
             best, best_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))
             for token, logprob, chances, others in zip(chosen, of_chosen, best.exp().tolist(), best_ids.tolist()):
@@ -391,7 +393,9 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
     if done:
         print(f"{done} of {len(prompts)} are in {path} already, with the settings of that time; another --output_file "
               "has all written anew", file=sys.stderr)
-    for first in range(done - done % size, len(prompts) if done < len(prompts) else 0, size):   # the same batches again
+    if done == len(prompts):
+        return
+    for first in range(done - done % size, len(prompts), size):     # the same batches again
         chunk = continued(generator, prompts, range(len(prompts))[first:first + size], cfg)
         if path:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
@@ -423,8 +427,8 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
         found = [json.loads(text)["prompt"] for text in whole.decode().split("\n")[:-1]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is there, and not from this command; name another --output_file") from error
-    begun = [json_line({"prompt": prompt})[:-2].encode() for prompt in prompts[len(found):len(found) + 1]]
-    own = not rest or any(rest[:len(text)] == text[:len(rest)] for text in begun)
+    following = [json_line({"prompt": prompt})[:-2].encode() for prompt in prompts[len(found):][:1]]
+    own = not rest or any(rest.startswith(begin) or begin.startswith(rest) for begin in following)
     if found != prompts[:len(found)] or not own:
         raise UserError(f"{path} is there, and from other prompts; name another --output_file")
     if rest:

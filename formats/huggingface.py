@@ -168,7 +168,7 @@ def write_vocabulary(vocabulary: Vocabulary, chat: str, max_seq_len: int, folder
               "clean_up_tokenization_spaces": False, "add_bos_token": vocabulary.adds_bos}
     config |= {name: names[i] for name, i in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id))
                if i in names}
-    if chat:
+    if chat in TEMPLATES:
         config["chat_template"] = TEMPLATES[chat]
     write_json(folder / "tokenizer_config.json", config)
 

@@ -6,6 +6,7 @@
     >>> /clear                          begin anew
     >>> /exit                           or Ctrl-D; Ctrl-C only ends an answer
 """
+import io
 import sys
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
@@ -28,6 +29,8 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
         pass
     if cfg.system and not generator.chat:
         raise UserError("--system is for a model that was taught to talk; leave it out")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")     # what is no UTF-8 is an error for go_on, not the end
     if sys.stdin.isatty():
         print("/help lists what else can be done, /exit ends", file=sys.stderr)
     said: list[str] = []                        # by you and by the model, in turns

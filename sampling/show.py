@@ -91,11 +91,12 @@ def print_score(generator: "TextGenerator", text: str) -> None:
         raise UserError("there is no text in the file to score")
     vocabulary = generator.tokenizer
     ids = vocabulary.encode(text, bos=vocabulary.bos_id >= 0, eos=vocabulary.eos_id >= 0)
-    if len(ids) < 2:
-        raise UserError("the text is one token, and this vocabulary has no bos to expect it after; score a longer one")
     unread = vocabulary.decode(ids[:1])             # without bos, what nothing comes before is not expected
-    tokens = generator.read(ids)
-    (loss, perplexity), size = averages(tokens), len(text.encode()) - len(unread.encode())
+    size = len(text.encode()) - len(unread.encode())
+    if len(ids) < 2 or size < 1:
+        raise UserError("the text is one token, and this vocabulary has no bos to expect it after; score a longer one")
+    tokens = generator.read(ids, alternatives=0)
+    loss, perplexity = averages(tokens)
     print(f"{len(tokens)} tokens, {size} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
           f"bits per byte {loss * len(tokens) / math.log(2) / size:.4f}")
     print("least expected:")
