@@ -9,7 +9,8 @@ position sees what it would have seen, whatever the number of processes or loade
 import os
 import signal
 from collections.abc import Iterator
-from itertools import islice
+from functools import lru_cache
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -50,19 +51,12 @@ class PretokDataset(IterableDataset):
         """Yield the numbers of the windows of each batch, without end."""
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
-        epoch, order = -1, np.empty(0, np.int64)
-        batch = self.rank + turn * self.world_size
-        while True:
-            numbers = []
+        # RandomState, because numpy promises that its stream will never change
+        order = lru_cache(1)(lambda epoch: np.random.RandomState([self.seed, epoch]).permutation(self.n_windows))
+        for batch in count(self.rank + turn * self.world_size, turns * self.world_size):
             first = self.position + batch * self.batch_size
-            for place in range(first, first + self.batch_size):
-                if place // self.n_windows != epoch:
-                    epoch = place // self.n_windows
-                    # RandomState, because numpy promises that its stream will never change
-                    order = np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
-                numbers.append(order[place % self.n_windows])
-            yield numbers
-            batch += turns * self.world_size
+            yield [order(place // self.n_windows)[place % self.n_windows]
+                   for place in range(first, first + self.batch_size)]
 
     def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
         """The same batches, cut on the device out of ids that all lie there: a step waits for no copy."""

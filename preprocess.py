@@ -122,14 +122,12 @@ def adopt(path: Path, folder: str) -> Path:
 
 def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int, str]:
     """The text to read, the rule of its validation split, and its encoding: those of step 1 unless told otherwise."""
-    corpus.check_encoding(cfg.encoding)
     notes, known, threshold, encoding = model_path.with_suffix(".json"), None, 0, cfg.encoding
     if notes.exists():
         try:
             facts = load_json(notes)
             digest, known, threshold = facts["sha256"], Path(facts["source"]), int(facts["val_threshold"])
             encoding = encoding or str(facts.get("encoding", ""))
-            corpus.check_encoding(encoding)
         except (ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise UserError(f"{notes} is damaged ({error})\n       run python train_vocab.py again") from error
         if digest != vocabulary.sha256:
@@ -137,6 +135,7 @@ def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) 
                             "run python train_vocab.py again")
     elif not cfg.data and not cfg.tokenizer:
         raise UserError(f"no {notes}, which would tell what text {model_path.name} is for\n       name it: --data PATH")
+    corpus.check_encoding(encoding)
     source = Path(cfg.data) if cfg.data else known or corpus.default_source(cfg.data_dir)
     if source != known:
         threshold = corpus.validation_threshold(corpus.find_files(source), encoding)

@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +88,7 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
         given = {**presets[preset], **given}
     changed = [f"{k}={given[k]!r} (default {v!r})" for k, v in defaults.items() if given.get(k, v) != v]
     if changed:
-        print("settings:", ", ".join(changed), file=out or sys.stdout)
+        print("settings:", ", ".join(changed), file=out)
     return SimpleNamespace(**{**defaults, **given}), given
 
 
@@ -144,12 +145,12 @@ def end_children() -> None:
 
 
 def _comments(source: str) -> dict[str, str]:
-    """Map each name of the settings block to its comment, in order."""
+    """Map each name of the settings block to its comment, with the indented lines that continue it, in order."""
     lines = source.splitlines()
     found = {}
     for name, node in _assignments(source).items():
         tail = lines[node.end_lineno - 1][node.end_col_offset:].lstrip(" #")
-        more = [line.strip(" #") for line in _following(lines, node.end_lineno)]
+        more = [line.strip(" #") for line in takewhile(re.compile(r"\s+#").match, lines[node.end_lineno:])]
         found[name] = " ".join([tail, *more])
     return found
 
@@ -162,14 +163,6 @@ def _assignments(source: str) -> dict[str, ast.Assign | ast.AnnAssign]:
     return {(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id: node
             for node in ast.parse(source).body
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and first < node.lineno <= last}
-
-
-def _following(lines: list[str], start: int) -> list[str]:
-    """The indented comment lines below an assignment, which continue its comment."""
-    end = start
-    while re.match(r"\s+#", lines[end]):
-        end += 1
-    return lines[start:end]
 
 
 def _parser(script: dict[str, Any], source: str, epilog: str) -> _Parser:

@@ -113,7 +113,7 @@ class Tokenizer(Vocabulary):
             self.pieces()               # all of them are text
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{name} is not a SentencePiece model ({len(self.model)} bytes)") from error
-        if not self.model or self._sp.vocab_size() == 0:
+        if not self.n_words:
             raise UserError(f"{name} is an empty SentencePiece model")
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
 

@@ -53,7 +53,7 @@ class Found:
     documents: int = 0
     bytes: int = 0
     kept_back: int = 0                  # documents that are for validation,
-    held_out: list[str] = field(default_factory=list)       # and the first of them, up to VAL_BYTES
+    held_out: list[bytes] = field(default_factory=list)     # and the first of them, up to VAL_BYTES
     held_bytes: int = 0
 
     def add(self, texts: list[bytes], threshold: int) -> None:
@@ -61,17 +61,17 @@ class Found:
         for text in texts:
             if corpus.fingerprint(text) <= threshold:
                 self.kept_back += 1
-                self.hold_out(text.decode(), len(text))
+                self.hold_out(text)
             else:
                 learned.append(text)
         self.words.add(learned)
         self.documents += len(learned)
         self.bytes += sum(map(len, learned))
 
-    def hold_out(self, text: str, size: int) -> None:
+    def hold_out(self, text: bytes) -> None:
         if self.held_bytes < corpus.VAL_BYTES:
             self.held_out.append(text)
-            self.held_bytes += size
+            self.held_bytes += len(text)
 
     def merge(self, other: "Found") -> None:
         self.words.merge(other.words)
@@ -79,7 +79,7 @@ class Found:
         self.bytes += other.bytes
         self.kept_back += other.kept_back
         for text in other.held_out:
-            self.hold_out(text, len(text.encode()))
+            self.hold_out(text)
 
 
 def main() -> None:
@@ -169,11 +169,11 @@ def count_part(job: Job, progress: Callable[[int], None]) -> tuple[int, Found]:
 
 def check_round_trip(vocabulary: tokenizer.Tokenizer, found: Found) -> None:
     """Encode and decode documents that nothing was learned from."""
-    texts = found.held_out
+    texts = [text.decode() for text in found.held_out]
     ids = vocabulary.encode_batch(texts)
     for text, back in zip(texts, map(vocabulary.decode, ids)):
         assert back == text, f"the vocabulary loses text: {text[:80]!r}"
-    per_token = sum(len(text.encode()) for text in texts) / sum(map(len, ids))
+    per_token = found.held_bytes / sum(map(len, ids))
     some = f"{len(texts):,} of " if len(texts) < found.kept_back else ""
     print(f"validation: {some}{found.kept_back:,} documents come back exactly, at {per_token:.2f} bytes per token")
 

@@ -80,11 +80,10 @@ def fetch(mirrors: dict[str, str], target: Path, begins: bytes = b"") -> None:
             try:
                 _check(part, begins, _receive(url, part))
                 return replace(part, target)
-            except requests.RequestException as error:
+            except (requests.RequestException, _Damaged) as error:
                 failure = f"       {name}: {error}"
-            except _Damaged as error:
-                failure = f"       {name}: {error}"
-                part.unlink(missing_ok=True)
+                if isinstance(error, _Damaged):
+                    part.unlink(missing_ok=True)
             if _size(part) > most:
                 pauses, most = list(PAUSES), _size(part)
             if not pauses:
@@ -162,8 +161,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     if not hasattr(tarfile, "data_filter"):
         raise UserError("this Python cannot unpack archives safely; use 3.10.12, 3.11.4, 3.12 or newer")
     fresh = folder.with_name(folder.name + ".tmp")
-    if fresh.exists():                  # what a kill has left
-        shutil.rmtree(fresh)
+    shutil.rmtree(fresh, ignore_errors=True)        # what a kill has left
     fresh.mkdir()
     try:
         with gzip.open(archive) as plain, tarfile.open(fileobj=(metered := _Metered(plain)), mode="r|") as tar:

@@ -114,7 +114,7 @@ def read(folder: Path, name: str = MANIFEST) -> ShardSet:
     """Read a manifest. Raises UserError when it is missing, damaged or of another format."""
     path = folder / name
     if not path.is_file():
-        others = sorted({found.parent for found in near(folder.parent, f"{folder.name}/{name}")} - {folder.parent})
+        others = sorted({found.parent for found in near(folder.parent, f"{folder.name}/{name}")})
         text = "" if folder.with_suffix(".json").exists() else "PATH"
         raise UserError(f"no {path}: the text is not tokenised yet, or not all of it\n       "
                         + (f"is it in another --data_dir: {some(others)}? else " if others else "")

@@ -11,10 +11,11 @@ the border of a word, so that byte-pair encoding of a text is that of its words,
 Text repeats itself: 3.4 million words of TinyStories are 36,000 distinct ones. What is left to do per word is done by
 numpy for 128 kB of text at a time.
 """
+import io
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
@@ -260,23 +261,20 @@ def undivided(model: bytes) -> str:
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """The number and the value, an int or bytes, of each field of a protocol buffer."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = message[at], at + 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
+    file = io.BytesIO(message)
+    while file.tell() < len(message):
+        number, kind = divmod(_varint(file), 8)
         if kind == 0:
-            yield number, varint()
+            yield number, _varint(file)
         else:
-            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-            yield number, message[at:at + size]
-            at += size
+            yield number, file.read(_varint(file) if kind == 2 else {1: 8, 5: 4}[kind])
+
+
+def _varint(file: BinaryIO) -> int:
+    value = shift = 0
+    while True:
+        byte = file.read(1)[0]
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value

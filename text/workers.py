@@ -47,20 +47,16 @@ def how_many(asked: int, jobs: int) -> tuple[int, str]:
 
 def pace(files: Iterable[Path], work: Callable[[list[bytes]], None], encoding: str = "") -> tuple[int, float]:
     """Try `work` on the first texts of files; returns the bytes of the files that were read, and the seconds."""
-    read, tried, began = 0, 0, time.perf_counter()
-
-    def progress(count: int) -> None:
-        nonlocal read
-        read += count
+    read, tried, began = [], 0, time.perf_counter()
     try:
-        for batch in words.batches(text for path in files for text in corpus.documents(path, progress, encoding)):
+        for batch in words.batches(text for path in files for text in corpus.documents(path, read.append, encoding)):
             work(batch)
             tried += sum(map(len, batch))
             if tried > TRIED:
                 break
     except UserError:           # the process whose job it is will tell
         pass
-    return max(read, 1), time.perf_counter() - began
+    return max(sum(read), 1), time.perf_counter() - began
 
 
 def about(seconds: float, processes: int) -> str:
