@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from settings import UserError, did_you_mean, quoted
-from system.files import replace, some
+from system.files import apart, locked, replace, some
 from text import demo_stories
 from text.words import portions
 
@@ -54,7 +54,7 @@ def find_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no file or folder at {path.resolve()}{did_you_mean(path)}")
-    candidates = [path] if path.is_file() else sorted(path.rglob("*"), key=lambda p: p.relative_to(path).as_posix())
+    candidates = [path] if path.is_file() else sorted(path.rglob("[!.]*"), key=lambda p: p.relative_to(path).as_posix())
     files = [p for p in candidates if p.is_file() and p.name.lower().endswith(SUFFIXES)]
     if not files:
         raise UserError(f"no text in {path.resolve()}\n       files must end in {', '.join(SUFFIXES)}")
@@ -63,11 +63,10 @@ def find_files(path: str | Path) -> list[Path]:
 
 def check_apart(source: str | Path, data_dir: str | Path) -> None:
     """Raise UserError where what the steps write would be in the text, and be read as text the next time."""
-    source, folder, usual = Path(source).resolve(), Path(data_dir).resolve(), Path("data/mine")
+    source, folder = Path(source).resolve(), Path(data_dir).resolve()
     if source in (folder, *folder.parents):
-        other = source.parent / f"{source.name}-data" if source in usual.resolve().parents else usual
         raise UserError(f"--data_dir {data_dir} is in the text, and what is written there would be read too\n"
-                        f"       name another, such as --data_dir {quoted(str(other))}")
+                        f"       name another, such as --data_dir {quoted(str(apart(source)))}")
 
 
 def passed_over(path: str | Path) -> str:
@@ -129,8 +128,9 @@ def naming_all(files: list[Path], encoding: str) -> Iterator[None]:
 def _is_utf8(path: Path) -> bool:
     try:
         with open(path, "rb") as raw, _opened(path, raw) as stream:
-            while stream.read(_READ):
-                pass
+            while text := stream.read(_READ):
+                if "\0" in text or "\x1b" in text:      # bytes of UTF-8, but no text: UTF-16, ISO-2022
+                    return False
     except UnicodeError:
         return False
     except (OSError, EOFError, zlib.error):     # wrong in another way
@@ -264,14 +264,15 @@ def default_source(data_dir: str | Path) -> Path:
 
 def _write_demo() -> Path:
     if not DEMO.is_dir():
-        print(f"writing synthetic stories to {DEMO} (made by a grammar: good for trying, see text/demo_stories.py)")
-        fresh = DEMO.with_name(DEMO.name + ".tmp")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        stories = [{"story": story} for story in demo_stories.stories()]
-        for i in range(DEMO_FILES):
-            text = json.dumps(stories[i::DEMO_FILES], indent=0)
-            (fresh / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
-        (fresh / "README.md").write_text("Synthetic stories, written by demo_stories.py.\n", encoding="utf-8")
-        replace(fresh, DEMO)
+        with locked(DEMO.with_name("demo.lock")):       # runs with other data folders share this one
+            print(f"writing synthetic stories to {DEMO} (made by a grammar: good for trying, see text/demo_stories.py)")
+            fresh = DEMO.with_name(DEMO.name + ".tmp")
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            stories = [{"story": story} for story in demo_stories.stories()]
+            for i in range(DEMO_FILES):
+                text = json.dumps(stories[i::DEMO_FILES], indent=0)
+                (fresh / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
+            (fresh / "README.md").write_text("Synthetic stories, written by demo_stories.py.\n", encoding="utf-8")
+            replace(fresh, DEMO)
     return DEMO

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under a temporary name, flushed, then renamed; locks on folders; and in
 which folders things are."""
+import errno
 import hashlib
 import json
 import os
@@ -54,6 +55,9 @@ def replace(source: Path, target: Path) -> None:
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):      # some network drives cannot do it
+                raise
         finally:
             os.close(folder)
 
@@ -164,7 +168,7 @@ def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
     if not found:
         others = near(folder, f"tok{vocab_size or '*'}.model")
         is_text = any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*"))
-        make = (command("train_vocab", data=folder, data_dir="data/mine") if is_text else
+        make = (command("train_vocab", data=folder, data_dir=apart(folder)) if is_text else
                 command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or ""))
         raise UserError(f"no vocabulary{f' of size {vocab_size}' * (vocab_size > 0)} in {folder.resolve()}"
                         + (f", where there is {', '.join(sizes)}" if sizes else "") + "\n       "
@@ -175,6 +179,13 @@ def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
         raise UserError(f"{folder} holds several vocabularies ({', '.join(sizes)})\n       "
                         + f"say which: --vocab_size {size}, or " * bool(size) + "delete those that you do not need")
     return found[0]
+
+
+def apart(text: Path) -> Path:
+    """A data folder that is not in the text: data/mine, or one beside a text that holds that."""
+    text, usual = text.resolve(), DATA / "mine"
+    inside = text in (usual.resolve(), *usual.resolve().parents)
+    return text.parent / f"{text.name}-data" if inside else usual
 
 
 def vocabularies(folder: Path) -> list[Path]:

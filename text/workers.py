@@ -34,14 +34,12 @@ def how_many(asked: int, jobs: int) -> tuple[int, str]:
     """The number of processes, and why: what was asked for, else one per core, job and MEMORY that is free."""
     if asked < 0:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {asked}")
-    limits = {f"{jobs} part{'s' * (jobs > 1)} of text": jobs, "as asked": asked}
-    if not asked:
-        free = free_memory()
-        limits = {f"{cores()} core{'s' * (cores() > 1)}": cores(), **limits, "as asked": MOST}
-        if free is not None:
-            limits[f"{free / 1e9:.1f} GB of free memory"] = free // MEMORY
-    reason = min(limits, key=lambda name: limits[name])
-    count = max(min(limits[reason], MOST), 1)
+    limits = {"as asked": asked} if asked else {f"{cores()} core{'s' * (cores() > 1)}": cores()}
+    limits |= {f"{jobs} part{'s' * (jobs > 1)} of text": jobs, f"{MOST} at most": MOST}
+    if not asked and (free := free_memory()) is not None:
+        limits[f"{free / 1e9:.1f} GB of free memory"] = free // MEMORY
+    reason = min(limits, key=limits.get)
+    count = max(limits[reason], 1)
     return count, f"{count} process{'es' * (count > 1)} ({reason})"
 
 
