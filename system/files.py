@@ -164,21 +164,32 @@ def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
     found = [path for path in every if not vocab_size or path.stem == f"tok{vocab_size}"]
     if len(found) > 1 and digest:
         found = [path for path in found if sha256(path) == digest] or found
-    sizes = [size_of(path) or path.name for path in every]
     if not found:
-        others = near(folder, f"tok{vocab_size or '*'}.model")
-        is_text = any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*"))
-        make = (command("train_vocab", data=folder, data_dir=apart(folder)) if is_text else
-                command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or ""))
-        raise UserError(f"no vocabulary{f' of size {vocab_size}' * (vocab_size > 0)} in {folder.resolve()}"
-                        + (f", where there is {', '.join(sizes)}" if sizes else "") + "\n       "
-                        + (f"is it in another --data_dir: {some(others)}? else " if others else "")
-                        + f"make one: {make}" + ", with --data PATH for text of your own" * (not is_text))
+        raise UserError(_none_is_there(folder, every, vocab_size))
     if len(found) > 1:
         size = next(filter(None, map(size_of, found)), "")
-        raise UserError(f"{folder} holds several vocabularies ({', '.join(sizes)})\n       "
-                        + f"say which: --vocab_size {size}, or " * bool(size) + "delete those that you do not need")
+        which = f"say which: --vocab_size {size}, or " if size else ""
+        raise UserError(f"{folder} holds several vocabularies ({_names(every)})\n       "
+                        f"{which}delete those that you do not need")
     return found[0]
+
+
+def _none_is_there(folder: Path, every: list[Path], vocab_size: int) -> str:
+    """The message that there is no vocabulary, or none of that size, and where one may come from."""
+    of_size = f" of size {vocab_size}" if vocab_size > 0 else ""
+    instead = f", where there is {_names(every)}" if every else ""
+    others = near(folder, f"tok{vocab_size or '*'}.model")
+    elsewhere = f"is it in another --data_dir: {some(others)}? else " if others else ""
+    if any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*")):
+        make = command("train_vocab", data=folder, data_dir=apart(folder))
+    else:
+        make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+        make += ", with --data PATH for text of your own"
+    return f"no vocabulary{of_size} in {folder.resolve()}{instead}\n       {elsewhere}make one: {make}"
+
+
+def _names(vocabularies: list[Path]) -> str:
+    return ", ".join(size_of(path) or path.name for path in vocabularies)
 
 
 def apart(text: Path) -> Path:
