@@ -109,9 +109,18 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
         (tmp_path / name).write_text("x", encoding="utf-8")
     found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path)]
     assert found == ["a/b.jsonl.gz", "a/z.json", "b.txt"]
-    (tmp_path / ".DS_Store").touch()
+    for name in ".DS_Store", "._b.txt":         # of a Mac; the second is no text, whatever its name says
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert len(find_files(tmp_path)) == 3
     assert passed_over(tmp_path) == "1 .bak, 1 .md" and passed_over(tmp_path / "b.txt") == ""
     assert find_files(tmp_path / "b.txt") == [tmp_path / "b.txt"]
+
+
+@pytest.mark.parametrize("encoding, text", [("iso2022_jp", "物語の始め"), ("utf-16-le", "A story."), ("cp437", "é")])
+def test_a_named_encoding_counts_where_the_bytes_could_be_utf8_too(tmp_path, encoding, text):
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.txt").write_text(text, encoding="utf-8")
+    assert [found for path in find_files(tmp_path) for found in documents(path, encoding=encoding)] == [text] * 2
 
 
 def test_nothing_to_read_is_said(tmp_path):

@@ -1,10 +1,14 @@
 """Files are whole or not there."""
+import errno
 import hashlib
+import os
+import stat
+from pathlib import Path
 
 import pytest
 
 from settings import UserError
-from system.files import find, replace, settings_for, sha256, vocabularies, whole_file
+from system.files import apart, find, replace, settings_for, sha256, vocabularies, whole_file
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -37,6 +41,32 @@ def test_replace_takes_folders(tmp_path):
     (tmp_path / "a" / "f").write_bytes(b"1")
     replace(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "f").exists() and not (tmp_path / "a").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows needs no flush of a folder")
+@pytest.mark.parametrize("number, works", [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, number, works):
+    """As on some network drives; but a broken disk is an error."""
+    def fsync(handle, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(handle)
+    monkeypatch.setattr(os, "fsync", fsync)
+    try:
+        with whole_file(tmp_path / "a.bin") as file:
+            file.write(b"content")
+    except OSError as error:
+        assert not works and error.errno == number
+    else:
+        assert works and (tmp_path / "a.bin").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("text, folder", [
+    ("my_texts", "data/mine"), ("data", "data-data"), ("data/mine", "data/mine-data"), (".", "../{}-data")])
+def test_a_data_folder_is_apart_from_the_text(tmp_path, text, folder):
+    found = apart(Path(text))
+    assert found.resolve() == Path(folder.format(tmp_path.name)).resolve()
+    assert Path(text).resolve() not in (found.resolve(), *found.resolve().parents)
 
 
 def test_sha256_equals_hashlib(tmp_path):

@@ -174,7 +174,21 @@ def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
     assert_user_error(quickly("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
 
 
+def test_one_token_is_not_scored_where_only_eos_is_known(vocabulary):
+    formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
+    Path("out", "tokenizer.model").unlink()
+    path = Path("out", "tokenizer_config.json")
+    config = json.loads(path.read_text(encoding="utf-8")) | {"bos_token": None, "add_bos_token": False}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    found = TextGenerator("out").tokenizer
+    assert found.bos_id < 0 <= found.eos_id
+    Path("a.txt").write_text(vocabulary.decode(vocabulary.encode("the")[:1]), encoding="utf-8")
+    assert_user_error(quickly("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
+
+
 def test_a_chat_template_is_known_by_its_marks(vocabulary):
+    formats.WRITERS["hf"](make_state(vocabulary) | {"chat": "alpaca"}, Path("other"))      # is nothing to write
+    assert not formats.read("other")["chat"]
     formats.WRITERS["hf"](make_state(vocabulary) | {"chat": "chatml"}, Path("out"))
     assert formats.read("out")["chat"] == "chatml"
     found = AutoTokenizer.from_pretrained("out")

@@ -1,5 +1,6 @@
 """Step 4: what a user sees, from Python and from the command line."""
 import ast
+import io
 import json
 import math
 import os
@@ -228,6 +229,23 @@ def test_taking_turns(trained):
     assert ">>> " + first.removeprefix("The dog") + "\n" in result.stdout
     assert "top_p must be" in result.stderr and "top_k cannot be 'x'" in result.stderr
     assert "temperature = 0.0" in result.stdout and "/clear   " in result.stdout
+
+
+def test_a_line_that_is_no_text_does_not_end_the_turns(trained, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"/set temperature 0\na\xff\nThe dog\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdin", typed)
+    result = quickly("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", "--device", "cpu")
+    assert result.returncode == 0 and "not text" in result.stderr, result.stderr
+    assert TextGenerator(trained).sample("The dog", 1, 8, temperature=0)[0].removeprefix("The dog") in result.stdout
+
+
+def test_no_texts_ask_nothing_of_the_engine(trained, monkeypatch):
+    """/set tries a value so; it is not the time to compile anything."""
+    generator = TextGenerator(trained)
+    monkeypatch.setattr(generator.engine, "generate", lambda *args: pytest.fail("asked"))
+    assert generator.completions([]) == []
+    with pytest.raises(UserError, match="top_p"):
+        generator.completions([], top_p=7)
 
 
 def test_longer_than_the_window_is_said_once(bytewise, capsys, monkeypatch):

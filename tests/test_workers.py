@@ -27,6 +27,7 @@ def test_processes_follow_cores_parts_and_memory(monkeypatch):
         monkeypatch.setattr(workers, "free_memory", lambda: free)
         count, why = workers.how_many(asked, jobs)
         assert count == want and str(count) in why
+    assert workers.how_many(99, 99)[1] == "60 processes (60 at most)"
     monkeypatch.setattr(workers, "free_memory", lambda: 10**7)
     assert "0.0 GB of free memory" in workers.how_many(0, 99)[1] and "as asked" in workers.how_many(5, 9)[1]
     with pytest.raises(UserError, match="num_workers must be"):
