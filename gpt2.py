@@ -31,10 +31,7 @@ class GPT2Args:
     dropout: float = 0.0
 
     def __post_init__(self):
-        problems = wrong_numbers(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",))
-        if not problems and self.dim % self.n_heads:
-            problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        if problems:
+        if problems := wrong_numbers(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",)):
             raise ValueError("; ".join(problems))
 
     @property

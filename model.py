@@ -47,18 +47,16 @@ class ModelArgs:
                                         "multiple_of"), ("norm_eps", "rope_theta", "ffn_dim_multiplier"))
         if type(self.hidden_dim) is not int or not 0 <= self.hidden_dim < 2**31:
             problems.append(f"hidden_dim must be a whole number from 0 on, not {self.hidden_dim!r}")
-        if not problems and self.max_seq_len * self.head_dim > LARGEST_ROPE:
-            problems.append(f"max_seq_len {self.max_seq_len} x dim / n_heads {self.head_dim} is above {LARGEST_ROPE}")
-        if not problems and self.dim % self.n_heads:
-            problems.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        elif not problems and self.dim // self.n_heads % 2:
-            problems.append(f"dim / n_heads = {self.dim // self.n_heads} is odd; rotary embedding turns pairs")
-        if not problems and self.n_heads % self.n_kv_heads:
-            problems.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if not problems and self.rope_scaling is not None and not _has_frequencies(self):
-            problems.append(f"rope_scaling cannot be {self.rope_scaling!r:.80}")
         if problems:
             raise ValueError("; ".join(problems))
+        if self.max_seq_len * self.head_dim > LARGEST_ROPE:
+            raise ValueError(f"max_seq_len {self.max_seq_len} x dim / n_heads {self.head_dim} is above {LARGEST_ROPE}")
+        if self.head_dim % 2:
+            raise ValueError(f"dim / n_heads = {self.head_dim} is odd; rotary embedding turns pairs")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.rope_scaling is not None and not _has_frequencies(self):
+            raise ValueError(f"rope_scaling cannot be {self.rope_scaling!r:.80}")
 
     @property
     def head_dim(self) -> int:
@@ -72,12 +70,16 @@ class ModelArgs:
 
 
 def wrong_numbers(args: Any, whole: tuple[str, ...], real: tuple[str, ...]) -> list[str]:
-    """What is wrong with the numbers of a shape, each by itself: whole ones, others above 0, and dropout."""
+    """What is wrong with the numbers of a shape: with whole ones, others above 0, and dropout; else with the heads."""
     wrong = [f"{name} must be a whole number from 1 on, not {value!r}" for name in whole
              if type(value := getattr(args, name)) is not int or not 0 < value < 2**31]
     wrong += [f"{name} must be above 0 and a number that float32 can hold, not {value!r}" for name in real
               if not isinstance(value := getattr(args, name), int | float) or not 0 < value < 1e38]
-    return wrong if 0 <= args.dropout < 1 else [*wrong, f"dropout must be in [0, 1), not {args.dropout}"]
+    if not 0 <= args.dropout < 1:
+        wrong.append(f"dropout must be in [0, 1), not {args.dropout}")
+    if not wrong and args.dim % args.n_heads:
+        wrong.append(f"dim {args.dim} is not a multiple of n_heads {args.n_heads}")
+    return wrong
 
 
 class RMSNorm(nn.Module):

@@ -186,11 +186,8 @@ def joined() -> Iterator[World]:
             with redirect_stdout(sys.stdout if world.first else nowhere):
                 yield world
         atexit.register(leave, 0)
-    except SystemExit as end:
-        atexit.register(leave, end.code or 0)
-        raise
-    except UserError:
-        atexit.register(leave, 1)
+    except (SystemExit, UserError) as end:
+        atexit.register(leave, getattr(end, "code", 1) or 0)
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in GONE):

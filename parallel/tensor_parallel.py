@@ -15,12 +15,11 @@ kind that no DTensor can hold, and wq, wk and wv in one, which it could not divi
 float32, a feed-forward of dim 288 took about three times the processor's time with DTensors (a throw-away script).
 """
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,6 @@ from sampling.choice import Sampling, choose
 from settings import UserError
 from system.device import Device
 
-Made = TypeVar("Made")
-
 FOREVER = timedelta(days=1000)          # how long the others wait for the next prompt; a dead one is noticed at once
 GREEDY = Sampling(temperature=0)        # needs no random numbers
 OVER = -1                               # said in place of a token
@@ -45,26 +42,8 @@ class Team:
     """The processes that answer together, and what they say to each other besides sums."""
 
     def __init__(self, world: World):
-        self.world, self.first = world, world.rank == 0
+        self.world, self.first = world, world.first
         self.words = dist.new_group(backend="gloo", timeout=FOREVER)
-
-    def in_each(self, make: Callable[[], Made]) -> Made:
-        """What make() gives in each process.
-
-        Raises UserError in the first process when there was one in any; the others end, for one message is enough.
-        """
-        made, problem = None, ""
-        try:
-            made = make()
-        except UserError as error:
-            problem = str(error)
-        problems = [""] * self.world.size
-        dist.all_gather_object(problems, problem, self.words)
-        if found := next(filter(None, problems), ""):
-            if self.first:
-                raise UserError(found)
-            sys.exit()
-        return made
 
     def request(self, *request: Any) -> tuple[Any, ...]:
         """What the first process requests, in all of them; the others give nothing."""

@@ -77,7 +77,7 @@ def print_length(run: Any, seconds_per_step: float) -> None:
               f"{run.model.args.vocab_size}", flush=True)
     if not done and cfg.warmup_iters > steps / 2:
         print(f"note:   the learning rate grows over {cfg.warmup_iters} steps, which is most of the run; "
-              f"--warmup_iters {max(steps // 10, 0)} would leave room for what follows", flush=True)
+              f"--warmup_iters {steps // 10} would leave room for what follows", flush=True)
 
 
 def compile_for(run: Any) -> float:

@@ -95,20 +95,15 @@ def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, probl
     Raises UserError when there is nothing to resume, for nothing else can be checked then.
     """
     if resumed:
-        saved = find_saved(cfg)
+        saved = load_last(cfg)
         problems.attempt(lambda: take_over(cfg, given, saved))
         return saved
-    saved = problems.attempt(lambda: find_saved(cfg))
+    if cfg.init_from in OWN and not cfg.eval_only:
+        return None
+    saved = problems.attempt(lambda: formats.read(saved_in(cfg)))
     if not saved or cfg.eval_only:
         return saved
     return problems.attempt(lambda: for_this_run(cfg, given, saved), saved)
-
-
-def find_saved(cfg: SimpleNamespace) -> dict[str, Any] | None:
-    """The state that init_from names, if it names one."""
-    if cfg.init_from == "resume" and not cfg.eval_only:
-        return load_last(cfg)
-    return formats.read(saved_in(cfg)) if cfg.eval_only or cfg.init_from not in OWN else None
 
 
 def saved_in(cfg: SimpleNamespace) -> Path:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,8 @@ class Record:
             for entry in filter(lambda entry: "val_loss" in entry, self.entries):
                 file.write(f"=== step {entry['iter']}, val loss {entry['val_loss']:.4f}\n\n".encode())
                 file.writelines(f"{text}\n---\n".encode() for text in entry["samples"])
-        try:
+        with suppress(ImportError):         # without matplotlib, no picture
             self.draw_losses(expected)
-        except ImportError:         # matplotlib is not installed
-            pass
 
     def draw_losses(self, expected: Sequence[tuple[float, float]]) -> None:
         figure, *panels = plots.canvas("loss (nats per token)")
