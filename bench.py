@@ -394,18 +394,18 @@ def bench_quality(cfg: SimpleNamespace) -> None:
         raise UserError(f"no preset is as short as {cfg.minutes:g} minutes; the shortest takes 3: --minutes 3")
     print("| preset | vocabulary | parameters | tokens/s | wall minutes | bpb at minutes |\n|---|---|---|---|---|---|")
     for name in chosen:
-        print(quality_row(name, PRESETS[name].vocab_size, Path(cfg.out_dir), cfg.data), flush=True)
+        print(quality_row(name, PRESETS[name].vocab_size, cfg), flush=True)
 
 
-def quality_row(name: str, vocab_size: int, folder: Path, text: str) -> str:
-    source = zlib.crc32(str(Path(text).resolve()).encode())
-    data_dir, out = folder / f"data-{source:08x}", folder / name
+def quality_row(name: str, vocab_size: int, cfg: SimpleNamespace) -> str:
+    source = zlib.crc32(str(Path(cfg.data).resolve()).encode())
+    data_dir, out = Path(cfg.out_dir, f"data-{source:08x}"), Path(cfg.out_dir, name)
     if not (data_dir / f"tok{vocab_size}" / "manifest.json").exists():
-        run_step("train_vocab.py", "--data", text, "--data_dir", data_dir, "--vocab_size", vocab_size)
+        run_step("train_vocab.py", "--data", cfg.data, "--data_dir", data_dir, "--vocab_size", vocab_size)
         run_step("preprocess.py", "--data_dir", data_dir, "--vocab_size", vocab_size)
     began = time.monotonic()
     run_step("train.py", "--preset", name, "--init_from", "scratch", "--data_dir", data_dir, "--out_dir", out,
-             "--vocab_size", vocab_size)
+             "--vocab_size", vocab_size, "--device", cfg.device, "--dtype", cfg.dtype)
     wall = (time.monotonic() - began) / 60
     log, clock = ([json.loads(line) for line in (out / file).read_text(encoding="utf-8").splitlines()]
                   for file in ("log.jsonl", "clock.jsonl"))

@@ -344,7 +344,7 @@ class Transformer(nn.Module):
             if temperature == 0:
                 fresh = logits.argmax(-1, keepdim=True)                             # (B, 1)
             else:
-                best, ids = logits.float().topk(top_k or self.args.vocab_size)
+                best, ids = logits.float().topk(min(top_k or logits.shape[1], logits.shape[1]))
                 fresh = ids.gather(1, torch.multinomial((best / temperature).softmax(-1), 1))
             tokens = torch.cat((tokens, fresh), dim=1)
         return tokens

@@ -186,8 +186,9 @@ def joined() -> Iterator[World]:
             with redirect_stdout(sys.stdout if world.first else nowhere):
                 yield world
         atexit.register(leave, 0)
-    except (SystemExit, UserError) as end:
-        atexit.register(leave, getattr(end, "code", 1) or 0)
+    except (SystemExit, UserError, OSError) as end:
+        # a reader of the output who has seen enough is no failure
+        atexit.register(leave, 0 if isinstance(end, BrokenPipeError) else getattr(end, "code", 1) or 0)
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in GONE):

@@ -70,9 +70,9 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -
     Raises:
         UserError: with every problem.
     """
-    problems = Problems()
+    problems, gone = Problems(), Problems()
     resumed = cfg.init_from == "resume" and not cfg.eval_only
-    saved = take_saved(cfg, given, resumed, problems)
+    saved = take_saved(cfg, given, resumed, problems, gone)
     problems += check_values(cfg) or check_shares(cfg, world)
     where = problems.attempt(lambda: devices.choose(world.device(cfg.device), cfg.dtype))
     last = None if resumed else problems.attempt(lambda: find_last(cfg))
@@ -80,7 +80,9 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -
     if data and resumed:
         problems.attempt(lambda: check_text(cfg, saved, data))
     if data and last and not problems and goes_on(cfg, last, data):
-        saved, resumed = last, True
+        saved, resumed = last, True         # it needs no more what it began with
+    else:
+        problems += gone
     args = problems.attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
     if args and not problems:
         problems.attempt(lambda: check_disk(cfg, args, resumed))
@@ -89,9 +91,11 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -
     return Plan(cfg, where, data, vocabulary, args, saved, resumed, world)
 
 
-def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, problems: Problems) -> dict[str, Any] | None:
+def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, problems: Problems, gone: Problems
+               ) -> dict[str, Any] | None:
     """The state that init_from names, made to fit the settings; or, when its run is resumed, cfg made to fit it.
 
+    That it cannot be read is for `gone`, since a run that has begun with it can go on without it.
     Raises UserError when there is nothing to resume, for nothing else can be checked then.
     """
     if resumed:
@@ -100,7 +104,7 @@ def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, probl
         return saved
     if cfg.init_from in OWN and not cfg.eval_only:
         return None
-    saved = problems.attempt(lambda: formats.read(saved_in(cfg)))
+    saved = gone.attempt(lambda: formats.read(saved_in(cfg)))
     if not saved or cfg.eval_only:
         return saved
     return problems.attempt(lambda: for_this_run(cfg, given, saved), saved)
