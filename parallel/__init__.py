@@ -162,8 +162,10 @@ def check_restarts(world: World) -> None:
     """Raise UserError, in the first process, when torchrun was told to restart what could not meet again."""
     restarts, machines = (int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
     if restarts and machines > 1 and keeps_store():
+        if not world.first:
+            raise SystemExit(1)             # one message is enough
         raise UserError("--max_restarts on several machines needs this in front of torchrun, on each of them:\n"
-                        "       TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...") if world.first else SystemExit(1)
+                        "       TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...")
 
 
 @contextmanager

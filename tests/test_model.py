@@ -210,6 +210,8 @@ def test_generate_takes_the_likeliest_token_at_temperature_0(tokens):
     assert torch.equal(model.generate(tokens[:, :5], 8, temperature=0.7, top_k=1), story)
     torch.manual_seed(4)
     wild = model.generate(tokens[:, :5], 8, temperature=2.0)
+    torch.manual_seed(4)
+    assert torch.equal(model.generate(tokens[:, :5], 8, temperature=2.0, top_k=10**6), wild)    # more than there are
     assert wild.shape == (3, 13) and torch.equal(wild[:, :5], tokens[:, :5]) and not torch.equal(wild, story)
 
 

@@ -25,6 +25,8 @@ def test_all_problems_are_reported_at_once(go):  # noqa: F811
                  "max_minutes"):
         assert part in str(error.value), part
     assert not Path("out").exists()
+    with pytest.raises(UserError, match="out_dir names no folder"):
+        go("", "--max_iters", 1)
 
 
 def test_too_little_disk_is_said_before_the_first_step(go, monkeypatch):  # noqa: F811

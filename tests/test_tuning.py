@@ -18,6 +18,12 @@ def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):  # noqa: F811
         torch.testing.assert_close(tuned["model"][name], weight, rtol=0, atol=1e-7)
     go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)    # finished
     assert not Path("tuned/old-1").exists()
+    Path("base/ckpt.pt").rename("elsewhere.pt")
+    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 2, "--learning_rate", 1e-9)    # needs it no more
+    with pytest.raises(UserError, match="no checkpoint at"):
+        go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 2, "--learning_rate", 1)
+    Path("elsewhere.pt").rename("base/ckpt.pt")
+    assert state("tuned")["iter_num"] == 2 and not Path("tuned/old-1").exists()
     go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dropout", 0.1)
     assert state("tuned/old-1")["config"]["dropout"] == 0.0 and state("tuned")["config"]["dropout"] == 0.1
     assert state("tuned")["model_args"] == {**base["model_args"], "dropout": 0.1}

@@ -52,7 +52,8 @@ def print_facts(run: Any) -> None:
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens"
           + (f", shared by {world.size} processes" if world.size > 1 else "")
           + (", each with a part of the model" if run.divided else ""))
-    kept, each = 0 if run.divided else count_activations(run), CHECKPOINT_BYTES * parameters / 1e6
+    kept = 0 if run.divided else count_activations(run)
+    each = CHECKPOINT_BYTES * parameters / 1e6
     print(f"memory: {memory(run, kept)}\ndisk:   up to {each:,.0f} MB each for last.pt and ckpt.pt", flush=True)
     warn_of_memory(run, kept)
 

@@ -230,6 +230,7 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
     words = [("optimizer", ("muon", "adamw")), ("compile", ("auto", True, False))]
     wrong = [f"{name} must be one of {', '.join(map(str, known))}, not {getattr(cfg, name)}" for name, known in words
              if getattr(cfg, name) not in known]
+    wrong += [f"{name} names no folder; . is this one" for name in ("out_dir", "data_dir") if not getattr(cfg, name)]
     return wrong + [f"{name} must be {within(low, high, type(value))}, not {value}" for name, low, high in ranges
                     if not low <= (value := getattr(cfg, name)) < high]
 

@@ -80,15 +80,7 @@ class Run:
             if [*map(type, vars(self.state).values())] != [*map(type, vars(State()).values())]:
                 raise ValueError("state")
             for optimizer, own in zip(self.optimizers, saved["optimizer"], strict=True):
-                weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-                moments = {i: {name: part_of(value, weights[i]) if isinstance(value, Tensor) and value.dim() else value
-                               for name, value in state.items()} for i, state in own["state"].items()}
-                # rates and the like are those of the settings, which may have changed
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-                wrong = [weight for weight, moments in optimizer.state.items() for moment in moments.values()
-                         if isinstance(moment, Tensor) and moment.dim() and moment.shape != weight.shape]
-                if wrong:
-                    raise ValueError("optimizer")
+                restore_optimizer(optimizer, own)
             if saved["scaler"]:         # else it was a run in another format, without one
                 self.scaler.load_state_dict(saved["scaler"])
             torch.set_rng_state(saved["rng"]["cpu"])
@@ -243,3 +235,15 @@ def make_optimizers(run: Run) -> list[torch.optim.Optimizer]:
     if cfg.optimizer == "adamw":
         return [adamw]
     return [adamw, Muon([of_layers], cfg.learning_rate, cfg.momentum, dtype=run.where.dtype)]
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give an optimizer the moments that were saved. Rates and the like are those of the settings, which may differ."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = {i: {name: part_of(value, weights[i]) if isinstance(value, Tensor) and value.dim() else value
+                   for name, value in state.items()} for i, state in saved["state"].items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    for weight, state in optimizer.state.items():
+        shapes = {value.shape for value in state.values() if isinstance(value, Tensor) and value.dim()}
+        if shapes - {weight.shape}:
+            raise ValueError("optimizer")
