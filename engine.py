@@ -16,17 +16,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model import RMSNorm, Transformer, TransformerBlock, causal_attention
+from model import Transformer, causal_attention
 from sampling.choice import Sampling, choose, draws, mark
-from sampling.compiled import CompiledAttention, CompiledLayers, RecordedStep, to_int8
+from sampling.compiled import CompiledAttention, CompiledLayers, RecordedStep
+from sampling.weights import Product, arrange, gain, half, int8, on, plain
 
-# PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `_half`, the answer
+# PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `half`, the answer
 # comes as a C++ exception, which takes longer than the product; so the engine asks nobody.
 _PLAIN_CALLS = torch._C.DisableTorchFunctionSubclass
 
-Product = Callable[[Tensor], Tensor]                # (rows, in) -> (rows, out)
 Attend = Callable[[int, Tensor], Tensor]            # layer, (B * T, H + 2 K, D) -> (B * T, dim)
 
 
@@ -51,7 +51,7 @@ class Engine:
         on_cpu = self.device.type == "cpu"
         self.uses_cuda_graph = compiled and not on_cpu
         self.cache_dtype = torch.float32 if on_cpu else dtype
-        pack = _int8 if quantize == "int8" else _half if on_cpu and dtype == torch.float16 else _plain
+        pack = int8 if quantize == "int8" else half if on_cpu and dtype == torch.float16 else plain
         self.layers: list[list[Product]] = []
         self.compiled_layers = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
         self.compiled_attention = CompiledAttention(self.args) if compiled and on_cpu else None
@@ -65,11 +65,11 @@ class Engine:
                                device=self.device)
             self.embeddings = torch.cat((model.tok_embeddings.weight.to(self.device), floor), 1)
             for layer in model.layers:
-                matrices = _arrange(layer, self.device)
+                matrices = arrange(layer, self.device)
                 self.layers.append([pack(weight) for weight in matrices])
                 if self.compiled_layers:
                     self.compiled_layers.add(matrices)
-            self.output = pack(_on(self.device, model.output) * _gain(model.norm, self.device))
+            self.output = pack(on(self.device, model.output) * gain(model.norm, self.device))
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
             self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
 
@@ -235,47 +235,8 @@ class Engine:
         return self.output(_norm(x[:, :-1], x)).float()
 
 
-def _arrange(layer: TransformerBlock, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four matrices of a layer: to queries, keys and values; from attention; to both of w1 and w3; w2."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    wq, wk, wv, wo, w1, w2, w3 = (_on(device, part) for part in (
-        attention.wq, attention.wk, attention.wv, attention.wo, feed_forward.w1, feed_forward.w2, feed_forward.w3))
-    qkv = torch.cat((wq * attention.args.head_dim ** -0.5, wk, wv)) * _gain(layer.attention_norm, device)
-    return qkv, wo, torch.cat((w1, w3)) * _gain(layer.ffn_norm, device), w2
-
-
-def _gain(norm: RMSNorm, device: torch.device) -> Tensor:
-    """What is left of a norm after `_norm`: its gain, and the factor that makes a sum of squares a mean."""
-    return _on(device, norm) * norm.weight.numel() ** 0.5
-
-
-def _on(device: torch.device, part: nn.Module) -> Tensor:
-    """The weight of a part, on a device, and in float32 before any product."""
-    return part.weight.to(device, torch.float32)
-
-
-def _plain(weight: Tensor, dtype: torch.dtype) -> Product:
-    weight = weight.to(dtype)
-    return lambda x: F.linear(x.to(dtype), weight)
-
-
-def _half(weight: Tensor, dtype: torch.dtype) -> Product:
-    """Weights in float16, everything else in float32, on a CPU (FBGEMM, arXiv 2101.05615). For use in _PLAIN_CALLS."""
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
-    product = torch.ops.quantized.linear_dynamic_fp16.default._op       # without a look at each argument, in Python
-    return lambda x: product(x, packed)
-
-
-def _int8(weight: Tensor, dtype: torch.dtype) -> Product:
-    """Weights as 8-bit integers with a scale for each row, inputs and results in bfloat16."""
-    if weight.shape[1] % 16:                # PyTorch's kernel reads beyond the end of such rows
-        return _plain(weight, torch.float32)
-    levels, scale = to_int8(weight)
-    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), levels, scale)
-
-
 def _norm(stream: Tensor, x: Tensor) -> Tensor:
-    """RMSNorm of (rows, dim) but for gain and factor, which are inside the matrices (`_gain`).
+    """RMSNorm of (rows, dim) but for gain and factor, which are inside the matrices (`gain`).
 
     x: (rows, dim + 1), the stream with a last column that adds norm_eps to the sum of squares.
     """

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import Attend, Engine, Product
+from engine import Attend, Engine
 from model import LinearCrossEntropy, Transformer, causal_attention, fill, wrong_numbers
+from sampling.weights import Product
 from settings import UserError
 
 

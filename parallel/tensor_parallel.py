@@ -26,10 +26,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import Engine, Product, Step
+from engine import Engine, Step
 from model import ModelArgs, Transformer
 from parallel import World
 from sampling.choice import Sampling, choose
+from sampling.weights import Product
 from settings import UserError
 from system.device import Device
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ModelArgs
+from sampling.weights import to_int8
 from settings import UserError
 from system import device
 from system.files import replace, sha256
@@ -204,12 +205,6 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     first, *others = (x[:, None, begin:begin + size] * (four << 24 - 8 * i & -1 << 24)
                       for i, begin in enumerate(begins))
     return sum(others, first).sum(-1) * scale
-
-
-def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to 255 levels: the levels, int8, and the scale of each row, bfloat16."""
-    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 import checkpoint
-import engine as engine_module
 from engine import Engine
 from model import ModelArgs, Transformer
+from sampling import weights
 from sampling.choice import Sampling
 from system import device
 
@@ -143,7 +143,7 @@ def test_integers_are_near_the_weights(width):
     """Rounding to 255 levels moves a product by well under a hundredth of its size; and alone is as in company."""
     torch.manual_seed(0)
     weight, x = torch.randn(96, width) * torch.rand(96, 1), torch.randn(200, width)
-    product, want = engine_module._int8(weight, torch.float32), x @ weight.T
+    product, want = weights.int8(weight, torch.float32), x @ weight.T
     found = product(x)
     assert found.shape == want.shape and (found - want).norm() < 0.015 * want.norm()
     assert (product(x[:3]) - found[:3]).abs().max() < 1e-4
