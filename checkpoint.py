@@ -25,7 +25,7 @@ from engine import Engine
 from gpt2 import GPT2, GPT2Args, GPT2Engine
 from model import ModelArgs, Transformer
 from settings import UserError, command
-from system.files import whole_file
+from system.files import DATA, vocabularies, whole_file
 from tokenizer import Vocabulary
 
 FORMAT = 1
@@ -92,7 +92,7 @@ def not_there(path: Path) -> UserError:
     """What to say of a checkpoint that is missing: those that there are, closest first, or what makes one."""
     folder = path.parent if path.parent.is_dir() else Path("output")
     others = [str(other) for other in [*folder.glob("*"), *folder.glob(f"*/{path.name}"), *folder.glob("*/ckpt.pt")]
-              if other.suffix in SUFFIXES]
+              if other.suffix in SUFFIXES and not other.name.endswith(".tokenizer.bin")]
     closest = get_close_matches(str(path), sorted(set(others)), n=5, cutoff=0)
     make = command("train", out_dir="" if path.parent == Path("output") else path.parent)
     return UserError(f"no checkpoint at {path.resolve()}\n       " + (
@@ -209,7 +209,8 @@ def build_tokenizer(state: dict[str, Any]) -> Vocabulary:
     """The vocabulary inside a state. Raises UserError when there is none, as in files of other projects."""
     model = state.get("tokenizer")
     if not model or not isinstance(model, bytes):
-        raise UserError("the checkpoint carries no vocabulary; name one: --tokenizer data/tok4096.model")
+        there = [*vocabularies(DATA), DATA / "tok4096.model"]
+        raise UserError(f"the checkpoint carries no vocabulary; name its own, such as --tokenizer {there[0]}")
     return tokenizer.load(model)
 
 

@@ -68,7 +68,8 @@ def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
     path = Path(cfg.target)
     kind = cfg.to if cfg.to != "auto" else BY_NAME.get(path.suffix.lower(), "")
     if kind not in formats.WRITERS:
-        raise UserError(f"--to {cfg.to} is no format for {cfg.target}; name one: {', '.join(formats.WRITERS)}")
+        unknown = f"--to {cfg.to} is no format" if cfg.to != "auto" else f"{cfg.target} names none by how it ends"
+        raise UserError(f"{unknown}; name one: --to {', '.join(formats.WRITERS)}")
     targets = formats.targets(path, kind)
     for each in targets:
         others = [other for other in each.iterdir() if other.name not in WRITTEN] if each.is_dir() else []

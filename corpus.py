@@ -4,6 +4,7 @@
 
 Every step sees the same documents in the same order, and the same ones are kept for validation.
 """
+import codecs
 import gzip
 import hashlib
 import io
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from settings import UserError, did_you_mean, quoted
-from system.files import apart, locked, replace, some
+from system.files import apart, replace, some
 from text import demo_stories
 from text.words import portions
 
@@ -29,6 +30,7 @@ LONGEST = 1 << 16               # characters; a longer document is cut at a blan
 VAL_FRACTION = 0.02             # of the documents are for validation, but at least one
 VAL_BYTES = 2_000_000           # and no more than about so much text: each evaluation reads it all
 GROUP_BYTES = 4 << 20           # small files share a part of the work, and a shard, until they are so large together
+SIGNS = {"utf-16": "\0", "utf-32": "\0", "iso2022": "\x1b", "hz": "~{", "utf-7": "+"}    # of encodings of 7 bits
 DEMO = Path("data/demo")
 DEMO_FILES = 10
 NAMED = 5                       # keys of a JSON object without a text that a message names
@@ -54,8 +56,8 @@ def find_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no file or folder at {path.resolve()}{did_you_mean(path)}")
-    candidates = [path] if path.is_file() else sorted(path.rglob("[!.]*"), key=lambda p: p.relative_to(path).as_posix())
-    files = [p for p in candidates if p.is_file() and p.name.lower().endswith(SUFFIXES)]
+    files = [path] if path.is_file() else inside(path)
+    files = [file for file in files if file.name.lower().endswith(SUFFIXES)]
     if not files:
         raise UserError(f"no text in {path.resolve()}\n       files must end in {', '.join(SUFFIXES)}")
     return files
@@ -69,10 +71,16 @@ def check_apart(source: str | Path, data_dir: str | Path) -> None:
                         f"       name another, such as --data_dir {quoted(str(apart(source)))}")
 
 
+def inside(folder: Path) -> list[Path]:
+    """The files of a folder and its subfolders in order of name, but for hidden ones."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return [found[name] for name in sorted(found) if not re.search(r"(^|/)\.", name)]
+
+
 def passed_over(path: str | Path) -> str:
     """How many files of a folder are of which kind that cannot be read, in words; empty when there are none."""
-    kinds = Counter(other.suffix or "without a kind" for other in Path(path).rglob("[!.]*")
-                    if other.is_file() and not other.name.lower().endswith(SUFFIXES))
+    kinds = Counter(other.suffix or "without a kind" for other in inside(Path(path))
+                    if not other.name.lower().endswith(SUFFIXES))
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
@@ -97,7 +105,7 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None, 
     number = 0
     try:
         with open(path, "rb") as raw:
-            stream = _opened(path, raw, "" if not encoding or _is_utf8(path) else encoding)
+            stream = _opened(path, raw, "" if not encoding or _is_utf8(path, encoding) else encoding)
             read = _txt_records if path.name.lower().removesuffix(".gz").endswith(".txt") else _json_records
             at = 0
             for number, record in enumerate(read(stream), 1):
@@ -125,11 +133,14 @@ def naming_all(files: list[Path], encoding: str) -> Iterator[None]:
         raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {some(wrong)}{HOW_ENCODED}") from error
 
 
-def _is_utf8(path: Path) -> bool:
+def _is_utf8(path: Path, encoding: str = "") -> bool:
+    """Whether a file is UTF-8; of an encoding whose bytes pass for that, only where none of its signs is there."""
+    known = codecs.lookup(encoding).name if encoding else ""
+    sign = next((sign for kind, sign in SIGNS.items() if known.startswith(kind)), None)
     try:
         with open(path, "rb") as raw, _opened(path, raw) as stream:
             while text := stream.read(_READ):
-                if "\0" in text or "\x1b" in text:      # bytes of UTF-8, but no text: UTF-16, ISO-2022
+                if sign and sign in text:
                     return False
     except UnicodeError:
         return False
@@ -264,15 +275,14 @@ def default_source(data_dir: str | Path) -> Path:
 
 def _write_demo() -> Path:
     if not DEMO.is_dir():
-        with locked(DEMO.with_name("demo.lock")):       # runs with other data folders share this one
-            print(f"writing synthetic stories to {DEMO} (made by a grammar: good for trying, see text/demo_stories.py)")
-            fresh = DEMO.with_name(DEMO.name + ".tmp")
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            stories = [{"story": story} for story in demo_stories.stories()]
-            for i in range(DEMO_FILES):
-                text = json.dumps(stories[i::DEMO_FILES], indent=0)
-                (fresh / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
-            (fresh / "README.md").write_text("Synthetic stories, written by demo_stories.py.\n", encoding="utf-8")
-            replace(fresh, DEMO)
+        print(f"writing synthetic stories to {DEMO} (made by a grammar: good for trying, see text/demo_stories.py)")
+        fresh = DEMO.with_name(DEMO.name + ".tmp")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        stories = [{"story": story} for story in demo_stories.stories()]
+        for i in range(DEMO_FILES):
+            text = json.dumps(stories[i::DEMO_FILES], indent=0)
+            (fresh / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
+        (fresh / "README.md").write_text("Synthetic stories, written by text/demo_stories.py.\n", encoding="utf-8")
+        replace(fresh, DEMO)
     return DEMO

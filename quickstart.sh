@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-[ -z "${1:-}" ] || [ "$1" = --setup_only ] || { grep '^# ' "$0" | cut -c3-; exit 0; }
+[ -z "${1:-}" ] || [ "$1" = --setup_only ] || { sed -n '2,/^set/s/^# //p' "$0"; exit 0; }
 
 say() { printf '\n== %s\n' "$*"; }
 

@@ -325,7 +325,7 @@ def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
     cfg.device = world.device(cfg.device)
     with parallel.joined():
         team = Team(world)
-        generator, given = world.attempt(lambda: prepare(cfg, team))
+        generator, given = world.attempt(lambda: prepare(cfg, team), team.words)
         generator.engine.work(lambda: answer(generator, given, cfg))
 
 

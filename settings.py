@@ -174,7 +174,7 @@ def _parser(script: dict[str, Any], source: str, epilog: str) -> _Parser:
         default, kind = script[name], type(script[name])
         text = f"{comment} (default: {default!r})".replace("%", "%%")
         if kind is bool or name in annotated:
-            read_as, metavar = (_boolean_or_text, "BOOL|STR") if name in annotated else (_boolean, "BOOL")
+            read_as, metavar = (boolean_or_text, "BOOL|STR") if name in annotated else (_boolean, "BOOL")
             parser.add_argument(f"--{name}", type=read_as, nargs="?", const=True, metavar=metavar, help=text)
             parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         elif isinstance(default, list):
@@ -196,7 +196,8 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def _boolean_or_text(text: str) -> bool | str:
+def boolean_or_text(text: str) -> bool | str:
+    """The boolean that a text says, or else the text."""
     try:
         return _boolean(text)
     except argparse.ArgumentTypeError:

@@ -125,7 +125,7 @@ class Tokenizer(Vocabulary):
     def undivided(self) -> str:
         try:
             return undivided(self.model)
-        except LookupError:
+        except (LookupError, OverflowError):
             return "its file is of an unknown form"
 
     @cached_property

@@ -45,7 +45,7 @@ from system.files import locked, replace, settings_for
 from system.machine import peak_memory
 from training import presets
 from training.forecast import clock, print_plan
-from training.plan import OWN, Plan, lasting, prepare
+from training.plan import OWN, Plan, is_finished, lasting, prepare
 from training.presets import PRESETS
 from training.record import NEW, NoRecord, Record, put_back, set_aside
 from training.run import Run
@@ -158,13 +158,14 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
         cfg.init_from = "auto"          # scratch was for the first time
     plan = world.attempt(lambda: prepare(cfg, given, world))
     world.attempt(lambda: require_same(plan))
+    ended = not plan.resumed or is_finished(plan.saved)
     with enough_memory(cfg):
         run = Run(plan)
     if plan.resumed:
         check_best(run)
         run.state.best_val_loss = world.first_says(run.state.best_val_loss)
     if run.finished():
-        say_finished(run)
+        say_finished(run, ended)
     else:
         with enough_memory(cfg, run):
             print_plan(run)
@@ -176,18 +177,23 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
         say_goodbye(run)
 
 
-def say_finished(run: Run) -> None:
-    """What a run did that has nothing left to do, and how to go on with it nevertheless, or to begin it anew."""
+def say_finished(run: Run, ended: bool) -> None:
+    """What a run did that has nothing left to do, and how to go on with it nevertheless, or to begin it anew.
+
+    ended: whether it had come to its own end; else this command only asks for less than was done.
+    """
     cfg, steps = run.cfg, run.state.iter_num
-    ended = f", after {run.state.seconds / 60:.1f} minutes" if steps < cfg.max_iters else ""
+    after = f", after {run.state.seconds / 60:.1f} minutes" if steps < cfg.max_iters else ""
+    what = "is finished, with" if ended else "is to go on for longer than this command asks for, and is at"
     twice = 2 * max(cfg.max_iters, steps)
     longer = math.ceil(2 * max(cfg.max_minutes, run.state.seconds / 60) * 10) / 10
     more = {"max_minutes": f"{longer:g}"} if cfg.max_minutes else {"max_iters": twice}
+    more = more if ended else {}
     usual = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}
     own = {name: value for name, value in vars(cfg).items() if value != usual[name]}
     text = settings_for(run.data.folder.with_suffix(".model"))
     anew = {"init_from": "scratch"} if cfg.init_from in OWN else {"out_dir": f"{cfg.out_dir}-2"}
-    print(f"the run in {cfg.out_dir} is finished, with step {steps:,}{ended}\ngo on with it: "
+    print(f"the run in {cfg.out_dir} {what} step {steps:,}{after}\ngo on with it: "
           + settings.command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir, **more)
           + "\nbegin anew:    " + settings.command("train", run.world.command, **{**own, **text, **anew}))
 
@@ -211,6 +217,10 @@ def begin(run: Run) -> None:
     """Write the first state of a new run. From here on there is one to go on with, and saving is known to work."""
     if run.cfg.init_from == "scratch":
         print("note:   with --init_from scratch, the same command begins anew each time; --init_from resume goes on")
+    source = Path(run.cfg.init_from)
+    if source.parent.resolve() == Path(run.cfg.out_dir).resolve() and source.is_file():
+        print(f"note:   {source}, with which this run begins, is put aside with the old run; "
+              "another --out_dir leaves it where it is")
     run.state.setup = run.seconds()
     run.save(NEW)
     if run.world.first:

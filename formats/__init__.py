@@ -8,6 +8,7 @@ format that the model was trained for. Tensors stay in their file, mapped into m
 """
 import struct
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
     path = Path(source)
     if not path.exists() and str(source) in gpt2_folder.RELEASED:
         path = gpt2_folder.download(str(source), "data")
+    if not path.exists() and (close := get_close_matches(str(source), gpt2_folder.RELEASED, 1)):
+        raise UserError(f"no checkpoint at {path.resolve()}; did you mean {close[0]}, which is downloaded?")
     try:
         reader = _reader(path)
         if not reader and path.suffix == ".model":

@@ -42,9 +42,9 @@ class World:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """The sums of what the processes have, in float64 and on the CPU. No process goes on before all have come."""
-        return self._over_all(values, dist.ReduceOp.SUM)
+        return self._over_all(values, dist.ReduceOp.SUM, group)
 
     def max(self, *values: float) -> list[float]:
         """The largest of what the processes have."""
@@ -54,15 +54,16 @@ class World:
         """The value that the first process has, in all processes."""
         return self.sum(torch.tensor(value if self.first else 0.0, dtype=torch.float64)).item()
 
-    def _over_all(self, values: Tensor, how: dist.ReduceOp) -> Tensor:
+    def _over_all(self, values: Tensor, how: dist.ReduceOp, group: dist.ProcessGroup | None = None) -> Tensor:
         values = values.cpu().to(torch.float64, copy=True)      # Apple's GPU knows no float64
         if self.size > 1:
-            dist.all_reduce(values, how)
+            dist.all_reduce(values, how, group)
         return values
 
-    def attempt(self, action: Callable[[], T]) -> T:
+    def attempt(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """Do something in all processes. Where it fails, all of them end, and one says why.
 
+        group: of another patience than PATIENCE.
         Raises:
             UserError or OSError: what the first of those that failed raised; in the others SystemExit.
         """
@@ -73,7 +74,7 @@ class World:
             result = action()
         except (UserError, OSError) as error:
             problem = error
-        failed = self.sum(torch.eye(self.size)[self.rank] * bool(problem)).tolist()
+        failed = self.sum(torch.eye(self.size)[self.rank] * bool(problem), group).tolist()
         if problem and failed.index(1) == self.rank:
             raise problem
         if any(failed):

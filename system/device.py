@@ -84,7 +84,8 @@ def _device(name: str) -> tuple[torch.device, str]:
         gpu = next((torch.device(kind) for kind in ("cuda", "mps") if count(kind)), None)
         problem = _problem(gpu) if gpu else _no_gpu()
         if problem:
-            return torch.device("cpu"), f"{problem}, {torch.get_num_threads()} threads"
+            threads = torch.get_num_threads()
+            return torch.device("cpu"), f"{problem}, {threads} thread{'s' * (threads > 1)}"
         return gpu, torch.cuda.get_device_name() if gpu.type == "cuda" else "Apple GPU"
     try:
         device = torch.device(name)

@@ -180,7 +180,7 @@ def _none_is_there(folder: Path, every: list[Path], vocab_size: int) -> str:
     instead = f", where there is {_names(every)}" if every else ""
     others = near(folder, f"tok{vocab_size or '*'}.model")
     elsewhere = f"is it in another --data_dir: {some(others)}? else " if others else ""
-    if any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*")):
+    if not (folder / "last.pt").exists() and any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*")):
         make = command("train_vocab", data=folder, data_dir=apart(folder))
     else:
         make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")

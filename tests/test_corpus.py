@@ -111,16 +111,20 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
     assert found == ["a/b.jsonl.gz", "a/z.json", "b.txt"]
     for name in ".DS_Store", "._b.txt":         # of a Mac; the second is no text, whatever its name says
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "a.txt").write_text("x", encoding="utf-8")
     assert len(find_files(tmp_path)) == 3
     assert passed_over(tmp_path) == "1 .bak, 1 .md" and passed_over(tmp_path / "b.txt") == ""
     assert find_files(tmp_path / "b.txt") == [tmp_path / "b.txt"]
 
 
-@pytest.mark.parametrize("encoding, text", [("iso2022_jp", "物語の始め"), ("utf-16-le", "A story."), ("cp437", "é")])
+@pytest.mark.parametrize("encoding, text", [
+    ("iso2022_jp", "物語の始め"), ("hz", "小狗跑。"), ("utf-16-le", "A story."), ("cp437", "é")])
 def test_a_named_encoding_counts_where_the_bytes_could_be_utf8_too(tmp_path, encoding, text):
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     (tmp_path / "b.txt").write_text(text, encoding="utf-8")
-    assert [found for path in find_files(tmp_path) for found in documents(path, encoding=encoding)] == [text] * 2
+    (tmp_path / "c.txt").write_text(f"{text} \0\x1b[0m" if encoding == "cp437" else text, encoding="utf-8")
+    assert [next(documents(path, encoding=encoding))[:len(text)] for path in find_files(tmp_path)] == [text] * 3
 
 
 def test_nothing_to_read_is_said(tmp_path):

@@ -108,6 +108,11 @@ def test_the_same_command_again_goes_on_or_says_it_is_finished(go, capsys):
     go("out", "--max_iters", 3)
     assert "finished" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    last = state("out")             # as it was made longer, and stopped
+    checkpoint.save("out/last.pt", {**last, "config": {**last["config"], "max_iters": 9}})
+    go("out", "--max_iters", 3)
+    out = capsys.readouterr().out
+    assert "is at step 3\ngo on with it: python train.py --init_from resume --out_dir out\n" in out
 
 
 def test_length_and_machine_may_change_while_a_run_goes_on(go, capsys):
@@ -151,6 +156,11 @@ def test_resume_takes_the_settings_of_the_run(call, project, capsys):
     call("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 4)
     assert state("out")["config"]["learning_rate"] == 1e-3 and state("out")["config"]["dim"] == 32
     assert state("out")["iter_num"] == 4
+    last = state("out")             # of an earlier version
+    for compile in ("False", "auto"):
+        checkpoint.save("out/last.pt", {**last, "config": {**last["config"], "compile": compile}})
+        call("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 5)
+        assert state("out")["iter_num"] == 5
 
 
 def test_scratch_puts_the_old_run_aside(go):

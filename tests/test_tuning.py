@@ -20,8 +20,9 @@ def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):  # noqa: F811
     assert not Path("tuned/old-1").exists()
     Path("base/ckpt.pt").rename("elsewhere.pt")
     go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 2, "--learning_rate", 1e-9)    # needs it no more
-    with pytest.raises(UserError, match="no checkpoint at"):
-        go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 2, "--learning_rate", 1)
+    for rate, dim, problem in [(1, 32, "no checkpoint at"), (1e-9, 48, "has dim 32")]:
+        with pytest.raises(UserError, match=problem):
+            go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 3, "--learning_rate", rate, "--dim", dim)
     Path("elsewhere.pt").rename("base/ckpt.pt")
     assert state("tuned")["iter_num"] == 2 and not Path("tuned/old-1").exists()
     go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dropout", 0.1)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import checkpoint
-from settings import UserError, printable
+from settings import UserError, command, printable
 from text import shards
 from training import plots
 from training import record
@@ -84,7 +84,9 @@ def read(folder: str) -> Trained:
         print(f"note: line {len(entries) + 2} of {path} is damaged; what stands before it counts")
     evaluations = [entry for entry in entries if numbers(entry, "iter", "tokens", "bpb")]
     if not evaluations:
-        raise UserError(f"{path} has no evaluation; they come every eval_interval steps, and at the end")
+        raise UserError(f"{path} has no evaluation; they come every {first['config'].get('eval_interval', '')} steps, "
+                        "and at the end\n       go on with it: "
+                        + command("train", out_dir=path.parent, init_from="resume"))
     clock = [entry for entry in record.read(path.with_name("clock.jsonl")) if numbers(entry, "iter", "seconds")]
     minutes = {entry["iter"]: entry["seconds"] / 60 for entry in clock}
     return Trained(folder, first, [(entry["tokens"], entry["bpb"]) for entry in evaluations],

@@ -25,6 +25,7 @@ from system import device as devices
 from system.files import find, load_json, locked, near, size_of, some, vocabularies
 from system.machine import cores, free_memory
 from text import shards
+from training.plan import is_finished
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
 
@@ -239,12 +240,11 @@ class Project:
         checkpoint.build_model(state, own=False, name=path)
         config, step = state["config"], state["iter_num"]
         minutes, steps = config["max_minutes"], config["max_iters"]
-        ends = step >= steps or minutes and state["state"]["seconds"] >= 60 * minutes
         length = f"{minutes:g} minutes" if minutes else f"{steps:,} steps"
         best = state["best_val_loss"]
         score = f"best val loss {best:.4f}" if best < float("inf") else "not evaluated yet"
         facts = f"{path}: step {step:,} of a run of {length}, {score}"
-        return Finding(DONE if ends else UNFINISHED, facts, what=state)
+        return Finding(DONE if is_finished(state) else UNFINISHED, facts, what=state)
 
     def read_best(self) -> Finding:
         path = self.out / "ckpt.pt"

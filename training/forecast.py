@@ -68,11 +68,11 @@ def print_length(run: Any, seconds_per_step: float) -> None:
     if left > LONG and run.where.device.type == "cpu":
         print(f"note:   that is {left / 86400:.1f} days; --preset cpu_3min, or --max_minutes 60, fits a run to the "
               "time you have", flush=True)
-    if epochs > OFTEN and cfg.eval_interval > max(2 * steps / epochs, 1):
+    if epochs > OFTEN:
+        seldom = cfg.eval_interval > max(2 * steps / epochs, 1)
+        keep = f"; --eval_interval {max(round(steps / epochs), 1)} lets ckpt.pt keep the best" if seldom else ""
         print(f"note:   the text is read {epochs:.0f} times, and known by heart after {OFTEN}; more text or fewer "
-              "steps help most\n"
-              f"        --eval_interval {max(round(steps / epochs), 1)} lets ckpt.pt keep the best"
-              + ("; --dropout 0.1 helps too" if not cfg.dropout else ""), flush=True)
+              f"steps help most{'' if cfg.dropout else ', --dropout 0.1 too'}{keep}", flush=True)
     if cfg.preset and (made_for := PRESETS[cfg.preset].vocab_size) != run.model.args.vocab_size:
         print(f"note:   {cfg.preset} was measured with a vocabulary of {made_for}, this one has "
               f"{run.model.args.vocab_size}", flush=True)

@@ -14,7 +14,7 @@ import formats
 from gpt2 import GPT2Args
 from model import ModelArgs
 from parallel import ALONE, World
-from settings import UserError, command
+from settings import UserError, boolean_or_text, command
 from system import device as devices
 from system.files import find, near, sha256, some, vocabularies
 from text import shards
@@ -79,8 +79,11 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -
     data, vocabulary = problems.attempt(lambda: find_data(cfg, saved or last), (None, None))
     if data and resumed:
         problems.attempt(lambda: check_text(cfg, saved, data))
-    if data and last and not problems and goes_on(cfg, last, data):
+    differ = differences(cfg, last, data) if data and last and not problems else None
+    if differ == []:
         saved, resumed = last, True         # it needs no more what it began with
+        if cfg.init_from not in OWN:
+            problems.attempt(lambda: check_shape(given, checkpoint.build_args(last, cfg.out_dir)))
     else:
         problems += gone
     args = problems.attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
@@ -88,6 +91,9 @@ def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -
         problems.attempt(lambda: check_disk(cfg, args, resumed))
     if problems:
         raise UserError("\n       ".join(problems))
+    if differ:
+        print(f"a new run: the one in {cfg.out_dir}, at step {last['iter_num']:,}, has other settings: "
+              + ", ".join(differ))
     return Plan(cfg, where, data, vocabulary, args, saved, resumed, world)
 
 
@@ -177,8 +183,8 @@ def load_last(cfg: SimpleNamespace) -> dict[str, Any]:
         raise UserError(f"{error}\n       begin anew{how}: {anew}") from error
 
 
-def goes_on(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -> bool:
-    """Whether a state is of the run that the settings describe; the same command goes on with it."""
+def differences(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -> list[str]:
+    """What of a state is not of the run that the settings describe; where nothing is, the same command goes on."""
     own = last["config"]
     same_step = own.get("batch_size", 0) * own.get("gradient_accumulation_steps", 0) == (
         cfg.batch_size * cfg.gradient_accumulation_steps)
@@ -191,21 +197,25 @@ def goes_on(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -
         differ.append(f"init_from {own.get('init_from')!r} (now {cfg.init_from!r})")
     if last["data_sha256"] != data.sha256:
         differ.append("another text or vocabulary")
-    if differ:
-        print(f"a new run: the one in {cfg.out_dir}, at step {last['iter_num']:,}, has other settings: "
-              + ", ".join(differ))
-    return not differ
+    return differ
+
+
+def is_finished(saved: dict[str, Any]) -> bool:
+    """Whether a saved run has come to the end that its own settings set."""
+    steps, minutes = (saved["config"][name] for name in ("max_iters", "max_minutes"))
+    return saved["iter_num"] >= steps or 0 < 60 * minutes <= saved["state"]["seconds"]
 
 
 def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> None:
     """Give cfg the settings that a run was begun with, but for those that the command line names."""
     own = {name: value for name, value in saved["config"].items() if name in lasting(cfg)}
+    own["compile"] = boolean_or_text(str(own.get("compile", "auto")))       # it was a text in earlier versions
     fixed = [name for name in given
              if name in (*saved["model_args"], "optimizer") and name not in FREE and given[name] != own.get(name)]
     if fixed:
         raise UserError(f"{', '.join(fixed)} cannot change while a run goes on; begin another: --init_from scratch")
     for name, value in own.items():
-        if len(kinds := {type(value), type(getattr(cfg, name))}) == 2 and kinds != {bool, str}:     # compile is either
+        if name != "compile" and type(value) is not type(getattr(cfg, name)):
             raise UserError(f"{cfg.out_dir}/last.pt has a {type(value).__name__} for {name}; is it of another version?")
         if name not in given or name == "init_from":
             setattr(cfg, name, value)
