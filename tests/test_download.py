@@ -50,7 +50,7 @@ class Server:
             def log_message(self, *args):
                 pass
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/{ARCHIVE}"
 
     def answer(self, request, how):

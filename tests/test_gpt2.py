@@ -270,7 +270,7 @@ def released(folder, monkeypatch):
         def log_request(self, code="-", size="-"):
             asked.append((Path(self.path).name, code))
     http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory="server"))
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}"
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"first": f"{url}/nowhere", "second": url})
     monkeypatch.setattr(download, "PAUSES", ())

@@ -4,7 +4,6 @@ import http.server
 import io
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import threading
@@ -18,7 +17,7 @@ import torch
 import checkpoint
 import corpus
 import settings
-from conftest import ROOT, TINY, assert_user_error, learn, quickly
+from conftest import TINY, assert_user_error, learn, quickly
 from model import ModelArgs, Transformer
 from settings import UserError
 from system.files import load_json, save_json
@@ -109,7 +108,7 @@ def test_a_server_cannot_lead_to_files(tmp_path, monkeypatch):
         def log_message(self, *args):
             pass
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         for place in ("file", "ftp"):
             with pytest.raises(UserError, match="could not be downloaded"):
                 download.fetch({"mirror": f"http://127.0.0.1:{server.server_port}/{place}"}, Path("target"))
@@ -191,7 +190,7 @@ def test_what_a_terminal_would_obey_is_escaped():
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals in Python")
 @pytest.mark.parametrize("mode", [["--prompt", EVIL], ["--prompt", EVIL, "--show_probs"], ["--interactive"],
                                   ["--input_file", "prompts.txt"]])
-def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode):
+def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode, call, monkeypatch, capsys):
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, max_seq_len=64))
     state = {**checkpoint.model_state(model), "iter_num": 0, "config": {},
              "tokenizer": learn(["a few words"], 300).model}
@@ -199,16 +198,20 @@ def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode):
         model.output.weight[3 + 0x1b] += model.norm.weight * 0 + 9      # it likes to write escapes
     checkpoint.save("ckpt.pt", state)
     Path("prompts.txt").write_text(EVIL, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", "ckpt.pt", "--max_new_tokens", "8", "--device",
-               "cpu", *mode]
+    command = ["sample", "--checkpoint", "ckpt.pt", "--max_new_tokens", "8", "--device", "cpu", *mode]
     ours, theirs = os.openpty()
     os.set_blocking(ours, False)
-    subprocess.run(command, input=f"{EVIL}\n".encode(), stdout=theirs, stderr=subprocess.PIPE, timeout=60, check=True)
-    seen = os.read(ours, 1 << 16).decode()
+    with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(f"{EVIL}\n"))
+        patch.setattr(sys, "stdout", terminal)
+        call(*command)
+        terminal.flush()
+        seen = os.read(ours, 1 << 16).decode()
     painted = "\x1b[38;5;" if "--show_probs" in mode else "\0"
     assert "\\x1b" in seen and "\x1b" not in seen.replace(painted, "").replace("\x1b[0m", "") and "\x9b" not in seen
     if mode == ["--prompt", EVIL]:
-        assert "\x1b" in subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode()
+        call(*command)
+        assert "\x1b" in capsys.readouterr().out
 
 
 def test_an_error_message_is_escaped():

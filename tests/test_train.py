@@ -364,7 +364,7 @@ def test_a_finished_run_is_told_with_its_vocabulary_where_there_are_several(call
 
 
 def test_from_the_command_line(project):
-    result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--batch_size", "0", "--max_iter", "3")
+    result = quickly("train", "--data_dir", project, *TINY, "--max_iters", "2", "--batch_size", "0", "--max_iter", "3")
     assert_user_error(result, "did you mean --max_iters?")
     assert_user_error(quickly("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
     Path("a_file").write_text("x", encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 
 import checkpoint
 import train
-from conftest import ROOT, TINY, assert_user_error, script
+from conftest import ROOT, TINY, assert_user_error, quickly
 from model import Transformer
 from parallel import World
 from settings import UserError
@@ -148,7 +148,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(project):
     command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
         next(line for line in first.stdout if line.startswith("step 2"))
-        second = script("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2)
+        second = quickly("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2)
         assert_user_error(second, "another process is writing to", "out")
         first.kill()
         first.stdout.read()             # up to its end: on Windows, what was begun is the parent of the process itself

@@ -45,5 +45,5 @@ def serve(content: bytes) -> str:
         def log_message(self, *args):
             pass
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
