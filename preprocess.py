@@ -24,8 +24,7 @@ import corpus
 import settings
 from settings import UserError, shown
 from system.files import DATA, find, load_json, locked, replace, save_json, settings_for, sha256, whole_file
-from text import shards
-from text import workers
+from text import shards, workers
 from text.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from text.words import BATCH
 from tokenizer import Vocabulary, load

@@ -37,8 +37,7 @@ from torch import Tensor
 import checkpoint
 import settings
 from dataset import Task
-from parallel import World, joined
-from parallel import tensor_parallel
+from parallel import World, joined, tensor_parallel
 from parallel.fsdp import whole
 from settings import UserError
 from system.files import locked, replace, settings_for

@@ -21,8 +21,9 @@ import checkpoint  # noqa: E402
 import settings  # noqa: E402
 import tokenizer  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
-from text import demo_stories  # noqa: E402
-from text import words  # noqa: E402
+from system.files import whole_file  # noqa: E402
+from text import demo_stories, words  # noqa: E402
+from training import plots  # noqa: E402
 
 torch.backends.mps.is_available = lambda: False     # nor Apple's
 
@@ -35,6 +36,18 @@ TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2",
 def own_folder(tmp_path, monkeypatch):
     """Every test works in a folder of its own."""
     monkeypatch.chdir(tmp_path)
+
+
+SAVE_PICTURE = plots.save
+
+
+@pytest.fixture(autouse=True)
+def pictures_without_ink(monkeypatch):
+    """Drawing would take a third of the time of all tests; those of pictures put SAVE_PICTURE back."""
+    def save(figure, path):
+        with whole_file(path):
+            pass
+    monkeypatch.setattr(plots, "save", save)
 
 
 @pytest.fixture

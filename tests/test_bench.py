@@ -15,8 +15,7 @@ from conftest import ROOT
 from model import ModelArgs
 from settings import UserError
 from system import device as devices
-from text import demo_stories
-from text import shards
+from text import demo_stories, shards
 
 ARGS = ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
 

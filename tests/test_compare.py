@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import checkpoint
-from conftest import TINY, assert_user_error, quickly
+from conftest import SAVE_PICTURE, TINY, assert_user_error, quickly
 from training import plots
 
 SHORT = [*TINY, "--eval_interval", "1", "--max_iters"]
@@ -127,8 +127,7 @@ def test_the_picture_is_drawn_where_matplotlib_is(monkeypatch):
         assert "pip install matplotlib" in compare("a", "b")["all"] and not Path("output/compare.png").exists()
     pytest.importorskip("matplotlib")
     drawn = []
-    save = plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    monkeypatch.setattr(plots, "save", lambda figure, path: (drawn.append(figure), SAVE_PICTURE(figure, path)))
     compare("a", "b")
     assert Path("output/compare.png").read_bytes().startswith(b"\x89PNG")
     for panel, ends in zip(drawn[0].axes, ([300, 400], [2, 4])):

@@ -12,8 +12,7 @@ import tokenizer
 from conftest import TINY, quickly
 from settings import UserError
 from system.files import load_json, locked, save_json
-from text import demo_stories
-from text import shards
+from text import demo_stories, shards
 
 SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 

@@ -22,9 +22,7 @@ from sample import TextGenerator
 from sampling.choice import Sampling
 from settings import UserError
 from system import device
-from text import demo_stories
-from text import download
-from text import shards
+from text import demo_stories, download, shards
 
 safetensors = pytest.importorskip("safetensors.torch")
 tokenizers = pytest.importorskip("tokenizers")

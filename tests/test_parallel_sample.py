@@ -19,8 +19,7 @@ from conftest import ROOT, learn, quickly, random_model
 from engine import Engine
 from gpt2 import GPT2Args
 from model import Transformer
-from parallel import World
-from parallel import tensor_parallel
+from parallel import World, tensor_parallel
 from parallel.tensor_parallel import Team
 from sample import TextGenerator
 from sampling.choice import Sampling

@@ -10,8 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import assert_same
 from settings import UserError
-from training import forecast
-from training import plan
+from training import forecast, plan
 from training.run import Run, State
 from test_train import go, prepared, state  # noqa: F401    fixtures
 

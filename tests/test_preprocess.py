@@ -20,10 +20,7 @@ from conftest import ROOT, assert_user_error, count_words, learn, script
 from formats import llama2c
 from settings import UserError
 from system.files import save_json, sha256
-from text import demo_stories
-from text import shards
-from text import words
-from text import workers
+from text import demo_stories, shards, words, workers
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(200))

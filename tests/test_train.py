@@ -15,12 +15,10 @@ import torch
 import checkpoint
 import settings
 import train
-from conftest import TINY, assert_same, assert_user_error, quickly, script
+from conftest import SAVE_PICTURE, TINY, assert_same, assert_user_error, quickly, script
 from settings import UserError
 from system import device
-from training import forecast
-from training import plan
-from training import run
+from training import forecast, plan, plots, run
 from training.run import Run
 
 
@@ -199,8 +197,9 @@ def test_a_short_run_leaves_a_checkpoint_and_its_stories(go):
     assert all(text in Path("out/samples.txt").read_text(encoding="utf-8") for text in evaluation["samples"])
 
 
-def test_a_plot_is_drawn(go):
+def test_a_plot_is_drawn(go, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plots, "save", SAVE_PICTURE)
     go("out", "--max_iters", 3, "--eval_interval", 1)
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
 

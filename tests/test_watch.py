@@ -17,8 +17,7 @@ from parallel import World
 from settings import UserError
 from system import files
 from system.files import locked
-from training import record
-from training import watch
+from training import record, watch
 from training.run import State
 from test_train import assert_same_run, go, log, prepared, state  # noqa: F401    fixtures among them
 

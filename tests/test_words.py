@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import plain
 from conftest import count_words, learn
-from text import demo_stories
-from text import words
+from text import demo_stories, words
 from test_tokenizer import HARD
 from text.words import WordCounts, Words
 from tokenizer import Tokenizer

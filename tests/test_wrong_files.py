@@ -373,7 +373,7 @@ def test_half_a_character_in_json_becomes_a_mark(files):
 # ---- the log ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["log.jsonl", "clock.jsonl"])
-@pytest.mark.parametrize("content", [*WRONG.values(), *(json.dumps(value).encode() + b"\n" for value in VALUES),
+@pytest.mark.parametrize("content", [*WRONG.values(), *(json.dumps(value).encode() + b"\n" for value in VALUES[::3]),
                                      b'{}\n{}\n{}\n', b'{"iter": "1"}\n' * 4, b'{"iter": 1, "val_loss": 1}\n' * 4])
 def test_a_run_whose_log_is_wrong_goes_on_or_says_so(files, name, content):
     Path("output", name).write_bytes(content)

@@ -14,8 +14,7 @@ import numpy as np
 import checkpoint
 from settings import UserError, command, printable
 from text import shards
-from training import plots
-from training import record
+from training import plots, record
 from training.plots import Points
 
 PLACES = 4      # where curves are compared: at both ends of what they share, and between
