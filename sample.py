@@ -77,9 +77,8 @@ show_probs: bool | str = False  # the same in colours by probability, and with w
                                 # with a name as probs.html in a page for the browser, beside the plain stories here
 # machine
 quantize = ""                   # int8: weights of 8 bits, on a CPU; a seed then gives other texts in a batch than alone
-compile = False                 # on a CPU, a single text 1.2 to 2 times as fast, and several 1.2 times; the first time
-                                # takes 15 seconds and a C++ compiler, then it is kept in ~/.cache/tiny-llm. On a GPU of
-                                # NVIDIA: a CUDA graph. On a CPU with other things to do, set OMP_NUM_THREADS=1
+compile = False                 # on a CPU, a text 1.2 to 2 times as fast, several 1.2 times; takes a C++ compiler 15 s
+                                # once. Beside other work, set OMP_NUM_THREADS=1. On NVIDIA's GPUs: a CUDA graph
 batch_size = 32                 # prompts of input_file that are continued at the same time
 device = "auto"                 # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                  # auto, float32, bfloat16, float16
