@@ -111,6 +111,10 @@ def test_the_same_command_again_goes_on_or_says_it_is_finished(go, capsys):
     go("out", "--max_iters", 3)
     out = capsys.readouterr().out
     assert "is at step 3\ngo on with it: python train.py --init_from resume --out_dir out\n" in out
+    for wrong in ({"max_iters": "many"}, {"max_minutes": None}):
+        checkpoint.save("out/last.pt", {**last, "config": {**last["config"], **wrong}})
+        go("out", "--max_iters", 3)
+        assert "finished" in capsys.readouterr().out
 
 
 def test_length_and_machine_may_change_while_a_run_goes_on(go, capsys):

@@ -201,9 +201,12 @@ def differences(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSe
 
 
 def is_finished(saved: dict[str, Any]) -> bool:
-    """Whether a saved run has come to the end that its own settings set."""
-    steps, minutes = (saved["config"][name] for name in ("max_iters", "max_minutes"))
-    return saved["iter_num"] >= steps or 0 < 60 * minutes <= saved["state"]["seconds"]
+    """Whether a saved run has come to the end that its own settings set, as far as they tell."""
+    steps, minutes = (saved["config"].get(name) for name in ("max_iters", "max_minutes"))
+    try:
+        return saved["iter_num"] >= steps or 0 < 60 * minutes <= saved["state"]["seconds"]
+    except (TypeError, KeyError):
+        return True
 
 
 def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> None:
