@@ -68,7 +68,8 @@ def main() -> None:
     source, threshold, encoding = find_source(cfg, model_path, vocabulary)
     files = corpus.find_files(source)
     note_source(model_path, vocabulary, source, threshold, encoding)
-    print(shown(f"text: {source}, {len(files)} files; vocabulary: {model_path}, {vocabulary.n_words} entries"))
+    print(shown(f"text: {source}, {len(files)} file{'s' * (len(files) != 1)}; vocabulary: {model_path}, "
+                f"{vocabulary.n_words} entries"))
     if vocabulary.undivided:
         print(f"encoding: whole texts, not word by word, which would be faster: {shown(vocabulary.undivided)}")
 
@@ -202,11 +203,11 @@ def plan(target: ShardSet, todo: list[Job], vocabulary: Vocabulary, processes: i
     need, free = sum(tokens) * target.dtype.itemsize * size / read, shutil.disk_usage(target.folder).free
     old = sum(path.stat().st_size for job in todo for name in job.names.values()
               if (path := target.folder / name).exists())               # gives its room to what replaces it
-    print(f"plan: {size / 1e6:,.1f} MB to read, about {need / 1e6:,.1f} MB to write ({free / 1e6:,.0f} MB are free), "
-          f"{why}, {workers.about(seconds * size / read, processes)}")
+    print(f"plan: {workers.amount(size)} to read, about {workers.amount(need)} to write "
+          f"({free / 1e6:,.0f} MB are free), {why}, {workers.about(seconds * size / read, processes)}")
     if need > free + old:
-        raise UserError(f"no room: about {need / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free on the "
-                        f"disk of {target.folder.resolve()}")
+        raise UserError(f"no room: about {workers.amount(need)} are to be written, {workers.amount(free)} are free on "
+                        f"the disk of {target.folder.resolve()}")
 
 
 def reusable(target: ShardSet, jobs: list[Job]) -> dict[int, list[Shard]]:
@@ -268,8 +269,8 @@ def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, li
 def report(found: ShardSet) -> None:
     for split in SPLITS:
         documents, tokens, size = (found.count(split, what) for what in ("documents", "tokens", "bytes"))
-        print(f"{split}: {documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text, "
-              f"{size / max(tokens, 1):.2f} bytes per token")
+        print(f"{split}: {documents:,} document{'s' * (documents != 1)}, {tokens:,} tokens, "
+              f"{workers.amount(size)} of text, {size / max(tokens, 1):.2f} bytes per token")
 
 
 def verify_all(jobs: list[Job], num_workers: int) -> None:

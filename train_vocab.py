@@ -123,18 +123,18 @@ def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
 def plan(source: Path, files: int, size: int, how: str) -> None:
     """Say what is to be read, and what is not."""
     left = corpus.passed_over(source)
-    print(f"text: {source}, {files} files" + (f"; passed over: {left}" if left else ""))
-    print(f"plan: {size / 1e6:,.1f} MB to read, {how}")
+    print(f"text: {source}, {files} file{'s' * (files != 1)}" + (f"; passed over: {left}" if left else ""))
+    print(f"plan: {workers.amount(size)} to read, {how}")
 
 
 def report(found: Found, cost: str) -> None:
     """Say what there is to learn from, and what of it is not as one may think."""
     words, left_out = found.words.counts, found.words.left_out
-    print(f"read: {found.documents:,} documents, {found.bytes / 1e6:,.1f} MB of text to learn from, "
-          f"{len(words) + left_out:,} distinct words, {cost}")
+    print(f"read: {found.documents:,} document{'s' * (found.documents != 1)}, {workers.amount(found.bytes)} of text to "
+          f"learn from, {len(words) + left_out:,} distinct words, {cost}")
     if left_out:
         print(f"note: {left_out:,} rare words, or long ones as of Chinese, do not fit into memory; the vocabulary is "
-              f"learned from the {len(words):,} others, {sum(map(len, words)) / 1e6:,.1f} MB")
+              f"learned from the {len(words):,} others, {workers.amount(sum(map(len, words)))}")
     if found.kept_back > found.documents:
         print(f"note: {found.kept_back:,} documents are for validation, and only {found.documents:,} to learn from: "
               "they are the same ones again and again")

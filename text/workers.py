@@ -62,6 +62,11 @@ def about(seconds: float, processes: int) -> str:
     return f"about {timedelta(seconds=math.ceil(seconds / min(processes, cores())))}"
 
 
+def amount(size: float) -> str:
+    """A number of bytes, in words."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
 def cost(text_bytes: int, seconds: float, peak: int) -> str:
     """How fast it went and what it took, in words."""
     memory = f", {peak / 1e6:,.0f} MB of memory per process" if peak else ""
