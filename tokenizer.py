@@ -125,7 +125,7 @@ class Tokenizer(Vocabulary):
     def undivided(self) -> str:
         try:
             return undivided(self.model)
-        except (LookupError, OverflowError):
+        except (LookupError, TypeError):
             return "its file is of an unknown form"
 
     @cached_property

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import plain
 from conftest import count_words, learn
-from text import demo_stories, words
 from test_tokenizer import HARD
+from text import demo_stories, words
 from text.words import WordCounts, Words
 from tokenizer import Tokenizer
 
@@ -176,3 +176,10 @@ def test_a_vocabulary_that_must_see_whole_texts_does(options, reason):
     assert reason in vocabulary.undivided
     texts = STORIES[:20] + HARD
     assert vocabulary.encode_documents([text.encode() for text in texts]).tolist() == plain_ids(vocabulary, texts)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_of_an_unknown_form_is_encoded_the_plain_way(number):
+    """It has a number in place of a message, which SentencePiece passes over."""
+    vocabulary = Tokenizer(learn(["a few words"], 300).model + bytes([number << 3, 5]))
+    assert vocabulary.undivided == "its file is of an unknown form" and not vocabulary.exact
