@@ -45,11 +45,11 @@ from formats import llama2c
 from gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from parallel import ALONE, World
+from preprocessing import shards
 from sampling.choice import Sampling
 from settings import UserError
 from system import device as devices
 from system.files import find
-from text import shards
 from training.forecast import count_activations, memory
 from training.plan import Plan
 from training.presets import PRESETS

@@ -1,4 +1,4 @@
-"""Where text comes from: your own files, the TinyStories that text/download.py fetched, or the built-in stories.
+"""Where text comes from: your own files, the downloaded TinyStories, or the built-in stories.
 
     for text in documents(Path("stories.jsonl.gz")): ...     # one document at a time, in little memory
 
@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from preprocessing import demo_stories
+from preprocessing.words import portions
 from settings import UserError, did_you_mean, quoted
 from system.files import apart, replace, some
-from text import demo_stories
-from text.words import portions
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 SEPARATOR = "<|endoftext|>"     # between the documents of a .txt file
@@ -36,7 +36,7 @@ DEMO_FILES = 10
 NAMED = 5                       # keys of a JSON object without a text that a message names
 HOW_ENCODED = ("\n       say what such files are: --encoding gb18030 (Chinese Windows), cp1252 (western), utf-16, ...; "
                "or save them as UTF-8")
-FOLDER = "TinyStories_all_data"                 # in the data folder, where text/download.py unpacks the real stories
+FOLDER = "TinyStories_all_data"                 # in the data folder, where the real stories are unpacked
 
 _READ = 1 << 18                 # characters read at a time
 _RECORD = 1 << 24               # characters that one JSON record may have
@@ -275,7 +275,7 @@ def default_source(data_dir: str | Path) -> Path:
 
 def _write_demo() -> Path:
     if not DEMO.is_dir():
-        print(f"writing synthetic stories to {DEMO} (made by a grammar: good for trying, see text/demo_stories.py)")
+        print(f"writing synthetic stories to {DEMO} (made by a grammar, and good for trying)")
         fresh = DEMO.with_name(DEMO.name + ".tmp")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -283,6 +283,6 @@ def _write_demo() -> Path:
         for i in range(DEMO_FILES):
             text = json.dumps(stories[i::DEMO_FILES], indent=0)
             (fresh / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
-        (fresh / "README.md").write_text("Synthetic stories, written by text/demo_stories.py.\n", encoding="utf-8")
+        (fresh / "README.md").write_text("Synthetic stories, by demo_stories.py.\n", encoding="utf-8")
         replace(fresh, DEMO)
     return DEMO

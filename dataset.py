@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from text.shards import ShardSet, document_starts
+from preprocessing.shards import ShardSet, document_starts
 
 IGNORE = -1     # a target that is not scored
 

@@ -22,11 +22,11 @@ import numpy as np
 
 import corpus
 import settings
+from preprocessing import shards, workers
+from preprocessing.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
+from preprocessing.words import BATCH
 from settings import UserError, shown
 from system.files import DATA, find, load_json, locked, replace, save_json, settings_for, sha256, whole_file
-from text import shards, workers
-from text.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from text.words import BATCH
 from tokenizer import Vocabulary, load
 
 # ---- settings -----------------------------------------------------------------------------------

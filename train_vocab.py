@@ -18,11 +18,11 @@ from typing import Any
 import corpus
 import settings
 import tokenizer
+from preprocessing import workers
+from preprocessing.words import WordCounts, batches
 from settings import UserError
 from system.files import locked, save_json, settings_for, whole_file
 from system.machine import peak_memory
-from text import workers
-from text.words import WordCounts, batches
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where the vocabulary goes; another folder keeps another project apart
@@ -142,7 +142,7 @@ def report(found: Found, cost: str) -> None:
 
 def find_source(cfg: SimpleNamespace) -> Path:
     if cfg.download:
-        from text.download import tinystories        # here, because only this needs requests
+        from preprocessing.download import tinystories        # here, because only this needs requests
         return tinystories(cfg.data_dir, cfg.mirror)
     return Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
 

@@ -33,7 +33,7 @@ def download(name: str, data_dir: str | Path) -> Path:
     Raises:
         UserError: when no mirror delivers; it names the files and the folder.
     """
-    from text import download
+    from preprocessing import download
     folder = Path(data_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES:

@@ -21,8 +21,8 @@ import checkpoint  # noqa: E402
 import settings  # noqa: E402
 import tokenizer  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
+from preprocessing import demo_stories, words  # noqa: E402
 from system.files import whole_file  # noqa: E402
-from text import demo_stories, words  # noqa: E402
 from training import plots  # noqa: E402
 
 torch.backends.mps.is_available = lambda: False     # nor Apple's

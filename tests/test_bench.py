@@ -13,9 +13,9 @@ import bench
 import settings
 from conftest import ROOT
 from model import ModelArgs
+from preprocessing import demo_stories, shards
 from settings import UserError
 from system import device as devices
-from text import demo_stories, shards
 
 ARGS = ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
 

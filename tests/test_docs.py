@@ -12,7 +12,7 @@ import settings
 from conftest import ROOT
 from training import presets
 
-FOLDERS = ("text", "training", "sampling", "parallel", "system")
+FOLDERS = ("preprocessing", "training", "sampling", "parallel", "system")
 STEPS = ("train_vocab", "preprocess", "train", "sample")
 
 

@@ -10,9 +10,9 @@ import torch
 import checkpoint
 import tokenizer
 from conftest import TINY, quickly
+from preprocessing import demo_stories, shards
 from settings import UserError
 from system.files import load_json, locked, save_json
-from text import demo_stories, shards
 
 SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 

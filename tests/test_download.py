@@ -15,9 +15,9 @@ import pytest
 import corpus
 from conftest import assert_user_error, script
 from corpus import FOLDER
+from preprocessing import download
+from preprocessing.download import ARCHIVE, tinystories
 from settings import UserError
-from text import download
-from text.download import ARCHIVE, tinystories
 
 NOISE = random.Random(0)        # so that the archive stays large
 STORIES = [[{"story": f"story {i} of {j}: {NOISE.randbytes(300).hex()}"} for i in range(300)] for j in range(3)]

@@ -17,8 +17,8 @@ from conftest import assert_same
 from faults.faults import FAULTS, Trial, attempt
 from faults.inject import sitecustomize
 from faults.stages import Stages
+from preprocessing import shards
 from system.files import whole_file
-from text import shards
 from training.record import Record
 
 FIRST, ENTRIES = {"config": {}}, [{"iter": i, "loss": 1 / i} for i in range(1, 4)]

@@ -14,8 +14,8 @@ import tokenizer
 from conftest import learn
 from formats import common
 from model import ModelArgs, Transformer
+from preprocessing import demo_stories
 from settings import UserError
-from text import demo_stories
 
 gguf = pytest.importorskip("gguf")
 from formats import gguf_file  # noqa: E402

@@ -18,11 +18,11 @@ import formats
 from checkpoint import build_engine
 from formats import gpt2_folder
 from gpt2 import GPT2, GPT2Args
+from preprocessing import demo_stories, download, shards
 from sample import TextGenerator
 from sampling.choice import Sampling
 from settings import UserError
 from system import device
-from text import demo_stories, download, shards
 
 safetensors = pytest.importorskip("safetensors.torch")
 tokenizers = pytest.importorskip("tokenizers")

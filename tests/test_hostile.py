@@ -19,9 +19,9 @@ import corpus
 import settings
 from conftest import TINY, assert_user_error, learn, quickly
 from model import ModelArgs, Transformer
+from preprocessing import download, shards
 from settings import UserError
 from system.files import load_json, save_json
-from text import download, shards
 
 EVIL = "\x1b]0;owned\x07\x1b[2Jred\x9b31m\u202egnp"
 

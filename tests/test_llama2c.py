@@ -15,9 +15,9 @@ from conftest import learn, script
 from formats import llama2c
 from formats.common import sentencepiece_model
 from model import ModelArgs, Transformer
+from preprocessing import demo_stories
 from sample import TextGenerator
 from settings import UserError
-from text import demo_stories
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(100))

@@ -18,9 +18,9 @@ import preprocess
 import train_vocab
 from conftest import ROOT, assert_user_error, count_words, learn, script
 from formats import llama2c
+from preprocessing import demo_stories, shards, words, workers
 from settings import UserError
 from system.files import save_json, sha256
-from text import demo_stories, shards, words, workers
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(200))

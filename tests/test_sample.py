@@ -14,9 +14,9 @@ import torch
 import checkpoint
 from conftest import ROOT, TINY, assert_user_error, learn, quickly, script
 from engine import Step
+from preprocessing import shards
 from sample import Completion, TextGenerator
 from settings import UserError
-from text import shards
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import tokenizer
 from conftest import learn
+from preprocessing import demo_stories
 from settings import UserError
 from system import files
-from text import demo_stories
 from tokenizer import SPACE, Tokenizer
 
 STORIES = list(demo_stories.stories(300))

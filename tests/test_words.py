@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import plain
 from conftest import count_words, learn
+from preprocessing import demo_stories, words
+from preprocessing.words import WordCounts, Words
 from test_tokenizer import HARD
-from text import demo_stories, words
-from text.words import WordCounts, Words
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(300))

@@ -14,9 +14,9 @@ import pytest
 import corpus
 import preprocess
 from conftest import ROOT
+from preprocessing import workers
 from settings import UserError
 from system import machine
-from text import workers
 
 
 def test_processes_follow_cores_parts_and_memory(monkeypatch):
@@ -141,7 +141,7 @@ def test_a_killed_worker_is_told_and_what_was_done_is_kept():
 
 TALKATIVE = """
 import sys
-from text import workers
+from preprocessing import workers
 
 def talk(job, progress):
     return bytes(30_000_000)

@@ -18,9 +18,9 @@ import preprocess
 import tokenizer
 from conftest import assert_user_error, learn, quickly
 from faults import fuzz
+from preprocessing import shards
 from settings import UserError
 from system.files import sha256
-from text import shards
 
 MODEL, NOTES, MANIFEST = "data/tok300.model", "data/tok300.json", "data/tok300/manifest.json"
 SHARD = "data/tok300/val_0000.bin"

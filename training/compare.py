@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import checkpoint
+from preprocessing import shards
 from settings import UserError, command, printable
-from text import shards
 from training import plots, record
 from training.plots import Points
 

@@ -20,11 +20,11 @@ import checkpoint
 import corpus
 import preprocess
 import tokenizer
+from preprocessing import shards
 from settings import UserError, command, printable
 from system import device as devices
 from system.files import find, load_json, locked, near, size_of, some, vocabularies
 from system.machine import cores, free_memory
-from text import shards
 from training.plan import is_finished
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"

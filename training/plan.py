@@ -14,10 +14,10 @@ import formats
 from gpt2 import GPT2Args
 from model import ModelArgs
 from parallel import ALONE, World
+from preprocessing import shards
 from settings import UserError, boolean_or_text, command
 from system import device as devices
 from system.files import find, near, sha256, some, vocabularies
-from text import shards
 from tokenizer import Vocabulary, load
 
 HERE = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run

@@ -42,9 +42,9 @@ import settings  # noqa: E402
 import tokenizer  # noqa: E402
 import train  # noqa: E402
 import train_vocab  # noqa: E402
+from preprocessing import demo_stories  # noqa: E402
+from preprocessing import shards  # noqa: E402
 from system import files  # noqa: E402
-from text import demo_stories  # noqa: E402
-from text import shards  # noqa: E402
 from training import plan  # noqa: E402
 from training import record  # noqa: E402
 from training.run import Run  # noqa: E402

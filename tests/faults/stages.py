@@ -15,7 +15,7 @@ import checkpoint
 import corpus
 import tokenizer
 from conftest import ROOT, TINY, assert_same
-from text import demo_stories, shards
+from preprocessing import demo_stories, shards
 
 from .server import archive, serve
 

@@ -20,9 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 import corpus
+from preprocessing import words
 from settings import UserError, end_children
 from system.machine import cores, free_memory, peak_memory
-from text import words
 
 MEMORY = 400_000_000    # bytes that a worker takes at most, with its imports
 MOST = 60               # processes; Windows cannot wait for more

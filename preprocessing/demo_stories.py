@@ -1,6 +1,6 @@
 """The built-in text: small synthetic stories, made by a grammar, so that all four steps run offline.
 
-    python -m text.demo_stories     # print three of them
+    python -m preprocessing.demo_stories    # print three of them
 
 A plot is drawn, then its people, things and phrases: good for seeing a model learn, while one that
 can write about anything needs real text. The same seed gives the same stories on every platform.
