@@ -199,13 +199,15 @@ def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode, call, monk
     Path("prompts.txt").write_text(EVIL, encoding="utf-8")
     command = ["sample", "--checkpoint", "ckpt.pt", "--max_new_tokens", "8", "--device", "cpu", *mode]
     ours, theirs = os.openpty()
-    os.set_blocking(ours, False)
+    seen = b""
     with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(f"{EVIL}\n"))
         patch.setattr(sys, "stdout", terminal)
         call(*command)
-        terminal.flush()
-        seen = os.read(ours, 1 << 16).decode()
+        print("the end", file=terminal, flush=True)
+        while b"the end" not in seen:               # it may come in pieces
+            seen += os.read(ours, 1 << 16)
+    seen = seen.decode()
     painted = "\x1b[38;5;" if "--show_probs" in mode else "\0"
     assert "\\x1b" in seen and "\x1b" not in seen.replace(painted, "").replace("\x1b[0m", "") and "\x9b" not in seen
     if mode == ["--prompt", EVIL]:
