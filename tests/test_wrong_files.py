@@ -16,11 +16,12 @@ import checkpoint
 import corpus
 import preprocess
 import tokenizer
-from conftest import assert_user_error, learn, quickly
+from conftest import SAVE_PICTURE, assert_user_error, learn, quickly
 from faults import fuzz
 from preprocessing import shards
 from settings import UserError
 from system.files import sha256
+from training import plots
 
 MODEL, NOTES, MANIFEST = "data/tok300.model", "data/tok300.json", "data/tok300/manifest.json"
 SHARD = "data/tok300/val_0000.bin"
@@ -375,7 +376,8 @@ def test_half_a_character_in_json_becomes_a_mark(files):
 @pytest.mark.parametrize("name", ["log.jsonl", "clock.jsonl"])
 @pytest.mark.parametrize("content", [*WRONG.values(), *(json.dumps(value).encode() + b"\n" for value in VALUES[::3]),
                                      b'{}\n{}\n{}\n', b'{"iter": "1"}\n' * 4, b'{"iter": 1, "val_loss": 1}\n' * 4])
-def test_a_run_whose_log_is_wrong_goes_on_or_says_so(files, name, content):
+def test_a_run_whose_log_is_wrong_goes_on_or_says_so(files, name, content, monkeypatch):
+    monkeypatch.setattr(plots, "save", SAVE_PICTURE)        # what a log holds is drawn too
     Path("output", name).write_bytes(content)
     result = quickly("train", "--init_from", "resume", "--max_iters", 3)
     assert "Traceback" not in result.stderr
