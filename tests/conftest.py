@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # two test processes on two cores; models are tiny here
+os.environ["OMP_NUM_THREADS"] = "1"         # models are tiny here, and forks of several threads may hang
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whose results are the same everywhere
 
 import torch  # noqa: E402
