@@ -175,7 +175,8 @@ def check_round_trip(vocabulary: tokenizer.Tokenizer, found: Found) -> None:
         assert back == text, f"the vocabulary loses text: {text[:80]!r}"
     per_token = found.held_bytes / sum(map(len, ids))
     some = f"{len(texts):,} of " if len(texts) < found.kept_back else ""
-    print(f"validation: {some}{found.kept_back:,} documents come back exactly, at {per_token:.2f} bytes per token")
+    print(f"validation: {some}{found.kept_back:,} document{'s' * (found.kept_back != 1)} encoded and decoded exactly, "
+          f"at {per_token:.2f} bytes per token")
 
 
 def save(vocabulary: tokenizer.Tokenizer, path: Path, facts: dict[str, Any]) -> None:

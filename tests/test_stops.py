@@ -28,6 +28,14 @@ def test_a_signal_saves_and_says_how_to_go_on(project, number):
     assert log("out")[-1]["iter"] == state("out")["iter_num"]
 
 
+def test_closed_streams_are_no_error(project):
+    def train(*args):
+        command = [sys.executable, ROOT / "train.py", "--data_dir", project, "--out_dir", "out", *TINY, *args]
+        return subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "-", *map(str, command)], timeout=60).returncode
+    assert train("--max_iters", 2) == 0 and state("out")["iter_num"] == 2
+    assert train("--max_itres", 3) == 1
+
+
 def test_ctrl_c_before_the_first_step(project):
     command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
