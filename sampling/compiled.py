@@ -256,8 +256,8 @@ def _is_sound(path: Path) -> bool:
 
 
 def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: Path) -> None:
-    if not device.has_compiler():
-        raise UserError("--compile needs a C++ compiler, and there is none here; leave it out, or install g++ or clang")
+    if why := device.no_compiler():
+        raise UserError(f"--compile cannot be had here: {why}; leave it out, or mend that")
     temporary = path.with_suffix(f".{os.getpid()}.pt2")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

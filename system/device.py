@@ -165,6 +165,10 @@ def _has_fbgemm() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which torch.compile needs on a CPU. On Windows it takes that of Microsoft."""
-    return any(map(shutil.which, ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")))
+def no_compiler() -> str:
+    """Why torch.compile cannot be had on a CPU; empty when it can. On Windows it takes Microsoft's C++ compiler."""
+    if not any(map(shutil.which, ("cl",) if os.name == "nt" else ("c++", "g++", "clang++"))):
+        return "there is no C++ compiler"
+    if os.name == "posix" and " " in torch.__file__:        # which stands unquoted in the linker's command
+        return "PyTorch is in a folder with a space in its name"
+    return ""

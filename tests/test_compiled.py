@@ -13,7 +13,7 @@ from sampling.choice import Sampling
 from settings import UserError
 from system import device
 
-COMPILER = pytest.mark.skipif(not device.has_compiler(), reason="there is no C++ compiler")
+COMPILER = pytest.mark.skipif(bool(device.no_compiler()), reason=device.no_compiler())
 PROMPT, LENGTH = [1, 5, 9, 30], 40          # beyond the window of the model
 
 
@@ -94,7 +94,7 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
 
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
-    monkeypatch.setattr(compiled.device, "has_compiler", lambda: False)
+    monkeypatch.setattr(compiled.device, "no_compiler", lambda: "there is no C++ compiler")
     for prompts in ([PROMPT], [PROMPT, PROMPT]):
         with pytest.raises(UserError, match="C\\+\\+ compiler"):
             Engine(make(), compiled=True).generate(prompts, 1)

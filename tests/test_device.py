@@ -131,9 +131,13 @@ def test_no_share_where_the_peak_is_not_known(machine, monkeypatch):
     assert device.choose("cpu").mfu(1e12) is None
 
 
-@pytest.mark.parametrize("system, name, expected", [("posix", "g++", True), ("posix", "clang++", True),
-                                                    ("posix", "cl", False), ("nt", "g++", False), ("nt", "cl", True)])
-def test_the_compiler_is_one_that_pytorch_takes(monkeypatch, system, name, expected):
+@pytest.mark.parametrize("system, name, place, problem", [
+    ("posix", "g++", "/a/torch", ""), ("posix", "clang++", "/a/torch", ""), ("posix", "cl", "/a/torch", "C++ compiler"),
+    ("posix", "g++", "/my files/torch", "space"), ("nt", "cl", "C:/my files/torch", ""),
+    ("nt", "g++", "C:/torch", "C++ compiler")])
+def test_the_compiler_is_one_that_pytorch_takes(monkeypatch, system, name, place, problem):
+    monkeypatch.setattr(torch, "__file__", place)
     monkeypatch.setattr(device, "os", SimpleNamespace(name=system))
     monkeypatch.setattr(device.shutil, "which", lambda found: found if found == name else None)
-    assert device.has_compiler() == expected
+    found = device.no_compiler()
+    assert problem in found if problem else found == ""

@@ -111,7 +111,7 @@ def test_a_compiler_that_fails_is_told_with_its_cache(go, monkeypatch, capsys): 
     ("cuda", False, True, (7, 0), ""), ("cuda", True, False, (9, 0), "triton"),
     ("cuda", True, True, (6, 1), "too old")])
 def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, capability, why):
-    monkeypatch.setattr(forecast.devices, "has_compiler", lambda: compiler)
+    monkeypatch.setattr(forecast.devices, "no_compiler", lambda: "" if compiler else "there is no C++ compiler")
     monkeypatch.setattr(forecast.importlib.util, "find_spec", lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = forecast.cannot_compile(torch.device(device))

@@ -430,7 +430,7 @@ def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
         go("out", "--max_iters", 4)
 
 
-@pytest.mark.skipif(not device.has_compiler(), reason="there is no C++ compiler")
+@pytest.mark.skipif(bool(device.no_compiler()), reason=device.no_compiler())
 def test_a_compiled_run_is_the_same_run(go):
     """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
     options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1]

@@ -112,7 +112,7 @@ def machine(cfg: SimpleNamespace) -> dict[str, Callable[[], str]]:
             "gpus": gpus,
             "threads": lambda: f"{torch.get_num_threads()}, of {cores()} cores; OMP_NUM_THREADS is "
                                f"{os.environ.get('OMP_NUM_THREADS', 'not set')}",
-            "to compile": lambda: f"C++ compiler: {'yes' if devices.has_compiler() else 'no'}, "
+            "to compile": lambda: f"for a CPU: {devices.no_compiler() or 'yes'}, "
                                   f"triton: {'yes' if find_spec('triton') else 'no'}",
             "free memory": memory,
             "free disk": lambda: ", ".join(free_disk(folder) for folder in (cfg.data_dir, cfg.out_dir))}
@@ -124,7 +124,7 @@ def packages(requirements: str) -> str:
     there, missing = [], []
     for name in re.findall(r"^[\w-]+", lines, re.MULTILINE):
         try:
-            there.append(f"{name} {version(name)}")
+            there.append(f"{name} {torch.__version__ if name == 'torch' else version(name)}")     # +cpu, +cu130
         except PackageNotFoundError:
             missing.append(name)
     return "; ".join([", ".join(there)] * bool(there) + [f"not there: {', '.join(missing)}"] * bool(missing))
