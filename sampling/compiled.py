@@ -273,6 +273,8 @@ def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: P
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=COMPILER)
         replace(temporary, path)
         path.with_suffix(".sha256").write_text(sha256(path), encoding="utf-8")
+    except UnicodeError as error:           # Windows in Chinese, Japanese, Korean: another encoding than UTF-8
+        raise UserError(f"--compile does not work here; leave it out: {device.NOT_UTF8}") from error
     except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
         raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error
     finally:

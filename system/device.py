@@ -13,6 +13,7 @@ from system.machine import cores
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive"
 INSTALL = "https://pytorch.org/get-started"
+NOT_UTF8 = "PyTorch's compiler reads its own files in the system's encoding, and cannot; PYTHONUTF8=1 lets it"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # 16-bit products with sums in float32 and without sparsity, 10^12 operations a second: NVIDIA's data sheets

@@ -92,6 +92,17 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
     assert len(set(asked)) == 5
 
 
+def test_a_compiler_that_cannot_read_its_files(monkeypatch, tmp_path):
+    def fails(*args, **options):
+        raise UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal")
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path)
+    monkeypatch.setattr(compiled.device, "no_compiler", lambda: "")
+    monkeypatch.setattr(torch.export, "export", fails)
+    with pytest.raises(UserError, match="leave it out: .*PYTHONUTF8=1"):
+        Engine(make(), compiled=True).generate([PROMPT], 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
     monkeypatch.setattr(compiled.device, "no_compiler", lambda: "there is no C++ compiler")

@@ -90,19 +90,24 @@ def test_what_will_go_wrong_is_said(prepared, monkeypatch, capsys, args, note): 
     assert "note: " not in capsys.readouterr().out
 
 
-def test_a_compiler_that_fails_is_told_with_its_cache(go, monkeypatch, capsys):  # noqa: F811
+@pytest.mark.parametrize("error, says, use", [
+    (BackendCompilerFailed(print, ImportError("main.so: file too short"), None), "main.so: file too short",
+     "--compile False; or delete .*torchinductor"),
+    (UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal"), "PYTHONUTF8=1", "--compile False")])
+def test_a_compiler_that_fails_is_told_with_its_mending(go, monkeypatch, capsys, error, says, use):  # noqa: F811
+    """The second one as in Windows in Chinese, where an import fails."""
     def fails(run):
-        raise BackendCompilerFailed(print, ImportError("main.so: file too short"), None)
-    try_out = forecast.try_out
-    monkeypatch.setattr(forecast, "try_out", lambda run: fails(run) if run.state.compiled else try_out(run))
-    with pytest.raises(UserError, match="file too short\n.*--compile False; or delete .*torchinductor"):
+        raise error
+    monkeypatch.setattr(Run, "compile", fails)
+    with pytest.raises(UserError, match=f"compiling failed: .*{says}.*\n.*{use}"):
         go("out", "--max_iters", 1, "--compile", "True")
     monkeypatch.setattr(forecast, "choose_compile", lambda run, seconds: (True, "it pays"))
     try:
         go("auto", "--max_iters", 1, "--compile", "auto")
     finally:
         torch.compiler.set_stance("default")
-    assert "note:   compiling failed: main.so: file too short" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert "note:   compiling failed: " in found and says in found and "this run goes on without" in found
     assert state("auto")["iter_num"] == 1 and not state("auto")["state"]["compiled"]
 
 

@@ -86,9 +86,9 @@ def compile_for(run: Any) -> float:
 
     What was only chosen, and not asked for, may fail: on CUDA it needs a C compiler, and Python's own headers.
     """
-    run.compile()
     try:
         with compiler_errors():
+            run.compile()
             return try_out(run)
     except UserError as error:
         if run.cfg.compile != "auto" or run.world.size > 1:     # of several, the others would wait for ever
@@ -130,6 +130,8 @@ def compiler_errors() -> Iterator[None]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     try:
         yield
+    except UnicodeError as error:
+        raise UserError(f"compiling failed: {devices.NOT_UTF8}\n       or train without it: --compile False") from error
     except TorchDynamoException as error:
         line = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
         raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete what is "
