@@ -93,9 +93,10 @@ def test_what_will_go_wrong_is_said(prepared, monkeypatch, capsys, args, note): 
 @pytest.mark.parametrize("error, says, use", [
     (BackendCompilerFailed(print, ImportError("main.so: file too short"), None), "main.so: file too short",
      "--compile False; or delete .*torchinductor"),
+    (SystemError("a kernel of another processor"), "another processor", "or delete .*torchinductor"),
     (UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal"), "PYTHONUTF8=1", "--compile False")])
 def test_a_compiler_that_fails_is_told_with_its_mending(go, monkeypatch, capsys, error, says, use):  # noqa: F811
-    """The second one as in Windows in Chinese, where an import fails."""
+    """The last one as in Windows in Chinese, where an import fails."""
     def fails(run):
         raise error
     monkeypatch.setattr(Run, "compile", fails)

@@ -125,15 +125,18 @@ def cannot_compile(device: torch.device) -> str:
 
 @contextmanager
 def compiler_errors() -> Iterator[None]:
-    """Turn an error of the compiler into what to type. A file that was cut off by a kill makes it fail, for example."""
-    from torch._dynamo.exc import TorchDynamoException              # here, since they take time
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    """Turn whatever fails into what to type: uncompiled, the same has just gone through.
+
+    A file of an earlier time that was cut off by a kill makes it fail, for example, or one of another processor.
+    """
     try:
         yield
-    except UnicodeError as error:
-        raise UserError(f"compiling failed: {devices.NOT_UTF8}\n       or train without it: --compile False") from error
-    except TorchDynamoException as error:
-        line = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
+    except Exception as error:
+        if devices.is_about_memory(error):
+            raise
+        from torch._inductor.runtime.cache_dir_utils import cache_dir       # here, since it takes time
+        inner = getattr(error, "inner_exception", error)
+        line = devices.NOT_UTF8 if isinstance(inner, UnicodeError) else str(inner).strip().split("\n")[0]
         raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete what is "
                         f"left of an earlier time, {cache_dir()}, and try again") from error
 
