@@ -53,4 +53,4 @@ def int8(weight: Tensor, dtype: torch.dtype) -> Product:
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to 255 levels: the levels, int8, and the scale of each row, bfloat16."""
     scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    return (weight / scale[:, None]).round().to(torch.int8), scale

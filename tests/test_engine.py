@@ -111,8 +111,9 @@ def test_beyond_the_window_bos_and_the_newer_half_stay(model, engine):
 
 
 @torch.no_grad()
-def test_a_prompt_longer_than_the_window_is_shortened_the_same_way(model, engine):
-    prompts = [[1] + [i % 40 + 5 for i in range(60)], [1, 3]]
+@pytest.mark.parametrize("more", [0, 1, 60])
+def test_a_prompt_longer_than_the_window_is_shortened_the_same_way(model, engine, more):
+    prompts = [[1] + [i % 40 + 5 for i in range(1, model.args.max_seq_len + more)], [1, 3]]
     assert rows(engine.generate(prompts, 5, GREEDY), 2) == [plain(model, prompt, 5) for prompt in prompts]
 
 
@@ -147,6 +148,14 @@ def test_integers_are_near_the_weights(width):
     found = product(x)
     assert found.shape == want.shape and (found - want).norm() < 0.015 * want.norm()
     assert (product(x[:3]) - found[:3]).abs().max() < 1e-4
+
+
+def test_no_weight_is_further_from_its_integer_than_half_a_level():
+    """Also the largest of each row: rounding the scale to bfloat16 moves it by 1/4 of a level, and not beyond 127."""
+    weight = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    levels, scale = weights.to_int8(weight)
+    moved = (weight / scale.float()[:, None] - levels).abs()
+    assert moved.max() < 0.75 and moved.quantile(0.99) < 0.5
 
 
 def test_formats_agree(model):
