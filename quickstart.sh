@@ -16,6 +16,8 @@ if ! [ -x .venv/bin/python ] && ! [ -x .venv/Scripts/python.exe ]; then
         candidate=
     done
     [ -n "$candidate" ] || { echo "error: no Python 3.10 or newer; get one from https://www.python.org" >&2; exit 1; }
+    "$candidate" -c 'import platform, sys; sys.exit((platform.system(), platform.machine()) == ("Darwin", "x86_64"))' || {
+        echo "error: PyTorch is made for Macs with Apple processors only, and so must $candidate be" >&2; exit 1; }
     "$candidate" -m venv .venv
 fi
 python=.venv/bin/python
