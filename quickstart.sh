@@ -11,11 +11,13 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "Python packages, in .venv"
 if ! [ -x .venv/bin/python ] && ! [ -x .venv/Scripts/python.exe ]; then
-    for candidate in python3 python; do
-        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
+    for candidate in python3 python python3.{14,13,12,11,10}; do
+        "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null && break
         candidate=
     done
-    [ -n "$candidate" ] || { echo "error: no Python 3.10 or newer; get one from https://www.python.org" >&2; exit 1; }
+    [ -n "$candidate" ] || {
+        echo "error: no Python 3.10 to 3.14, for which PyTorch 2.13 is made; get one from https://www.python.org" >&2
+        exit 1; }
     "$candidate" -c 'import platform, sys; sys.exit((platform.system(), platform.machine()) == ("Darwin", "x86_64"))' || {
         echo "error: PyTorch is made for Macs with Apple processors only, and so must $candidate be" >&2; exit 1; }
     "$candidate" -m venv .venv

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from preprocessing import demo_stories, words  # noqa: E402
 from system.files import whole_file  # noqa: E402
 from training import plots  # noqa: E402
 
-torch.backends.mps.is_available = lambda: False     # nor Apple's
+torch.backends.mps.is_available = cache(lambda: False)      # nor Apple's; PyTorch's own is a cache too
 
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32",
         "--batch_size", "4", "--gradient_accumulation_steps", "2", "--warmup_iters", "2", "--sample_tokens", "8",
