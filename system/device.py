@@ -2,9 +2,11 @@
 import os
 import re
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -164,6 +166,12 @@ def _dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]:
 def _has_fbgemm() -> bool:
     """Whether this PyTorch multiplies weights in float16 with float32 on a CPU: on x86 it does."""
     return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def no_headers() -> str:
+    """Why compiled kernels cannot be called from Python; empty when they can."""
+    there = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return "" if there else "Python's own headers are not there (Debian and Ubuntu: python3-dev)"
 
 
 def no_compiler() -> str:

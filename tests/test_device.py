@@ -141,3 +141,11 @@ def test_the_compiler_is_one_that_pytorch_takes(monkeypatch, system, name, place
     monkeypatch.setattr(device.shutil, "which", lambda found: found if found == name else None)
     found = device.no_compiler()
     assert problem in found if problem else found == ""
+
+
+def test_compiling_needs_the_headers_of_python(monkeypatch, tmp_path):
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    assert "python3-dev" in device.no_headers()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    assert device.no_headers() == ""

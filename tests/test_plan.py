@@ -9,6 +9,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import assert_same
+from gpt2 import GPT2, GPT2Args
+from model import ModelArgs, Transformer
 from settings import UserError
 from training import forecast, plan
 from training.run import Run, State
@@ -118,6 +120,7 @@ def test_a_compiler_that_fails_is_told_with_its_mending(go, monkeypatch, capsys,
     ("cuda", True, True, (6, 1), "too old")])
 def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, capability, why):
     monkeypatch.setattr(forecast.devices, "no_compiler", lambda: "" if compiler else "there is no C++ compiler")
+    monkeypatch.setattr(forecast.devices, "no_headers", lambda: "")
     monkeypatch.setattr(forecast.importlib.util, "find_spec", lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = forecast.cannot_compile(torch.device(device))
@@ -134,6 +137,22 @@ def test_too_little_memory_is_announced(monkeypatch, capsys, free, says):
     forecast.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
     out = capsys.readouterr().out
     assert says in out if says else out == ""
+
+
+@pytest.mark.parametrize("model, args", [(Transformer, ModelArgs(n_layers=5)), (GPT2, GPT2Args()),
+                                         (Transformer, ModelArgs(n_layers=1, tie_embeddings=False))])
+def test_parameters_are_counted_without_building_every_layer(model, args):
+    with torch.device("meta"):
+        assert plan.count_parameters(args) == model(args).count_parameters()
+
+
+@pytest.mark.parametrize("shape, says", [
+    ({"n_layers": 2**31 - 1}, "the checkpoints need"), ({"dim": 2 * 10**9, "n_heads": 10**8}, "larger than any memory"),
+    ({"hidden_dim": 2**31 - 1, "dim": 2 * 10**9, "n_heads": 10**8}, "larger than any memory")])
+def test_a_model_for_no_machine_is_refused_at_once(go, shape, says):  # noqa: F811
+    with pytest.raises(UserError, match=says):
+        go("out", "--n_kv_heads", 1, *(word for name, value in shape.items() for word in (f"--{name}", value)))
+    assert not Path("out").exists()
 
 
 def test_only_the_files_of_a_run_are_put_aside(go):  # noqa: F811

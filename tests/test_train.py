@@ -17,7 +17,6 @@ import settings
 import train
 from conftest import SAVE_PICTURE, TINY, assert_same, assert_user_error, quickly, script
 from settings import UserError
-from system import device
 from training import forecast, plan, plots, run
 from training.run import Run
 
@@ -430,7 +429,7 @@ def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
         go("out", "--max_iters", 4)
 
 
-@pytest.mark.skipif(bool(device.no_compiler()), reason=device.no_compiler())
+@pytest.mark.skipif(bool(WHY_NOT := forecast.cannot_compile(torch.device("cpu"))), reason=WHY_NOT)
 def test_a_compiled_run_is_the_same_run(go):
     """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
     options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1]

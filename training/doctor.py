@@ -112,7 +112,7 @@ def machine(cfg: SimpleNamespace) -> dict[str, Callable[[], str]]:
             "gpus": gpus,
             "threads": lambda: f"{torch.get_num_threads()}, of {cores()} cores; OMP_NUM_THREADS is "
                                f"{os.environ.get('OMP_NUM_THREADS', 'not set')}",
-            "to compile": lambda: f"for a CPU: {devices.no_compiler() or 'yes'}, "
+            "to compile": lambda: f"for a CPU: {devices.no_compiler() or devices.no_headers() or 'yes'}, "
                                   f"triton: {'yes' if find_spec('triton') else 'no'}",
             "free memory": memory,
             "free disk": lambda: ", ".join(free_disk(folder) for folder in (cfg.data_dir, cfg.out_dir))}

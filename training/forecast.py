@@ -117,7 +117,8 @@ def cannot_compile(device: torch.device) -> str:
     if device.type not in ("cpu", "cuda"):
         return f"not for {device.type}"
     if device.type == "cpu":
-        return f"{why}; compiled, training is faster" if (why := devices.no_compiler()) else ""
+        why = devices.no_compiler() or devices.no_headers()
+        return f"{why}; compiled, training is faster" if why else ""
     if not importlib.util.find_spec("triton"):
         return "there is no triton package for it"
     return "" if torch.cuda.get_device_capability(device) >= (7, 0) else "the GPU is too old for it"

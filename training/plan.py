@@ -311,5 +311,14 @@ def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args, resumed: bool) 
 
 
 def count_parameters(args: ModelArgs | GPT2Args) -> int:
-    with torch.device("meta"):
-        return checkpoint.ARCHITECTURES[checkpoint.architecture_of(args)].model(args).count_parameters()
+    """Of the model, from one and two layers of it. Raises UserError when nothing could hold it."""
+    def count(n_layers: int) -> int:
+        with torch.device("meta"):
+            build = checkpoint.ARCHITECTURES[checkpoint.architecture_of(args)].model
+            return build(replace(args, n_layers=n_layers)).count_parameters()
+    try:
+        one, two = count(1), count(2)
+    except (RuntimeError, TypeError) as error:
+        raise UserError("a matrix of the model would be larger than any memory; use a smaller --dim or --hidden_dim"
+                        ) from error
+    return one + (args.n_layers - 1) * (two - one)
