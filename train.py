@@ -391,7 +391,8 @@ class Output(io.TextIOBase):
         return self._unless_gone(self.stream.write, text) or len(text)
 
     def flush(self) -> None:
-        self._unless_gone(self.stream.flush)
+        if not self.stream.closed:              # as it may be when Python tidies up
+            self._unless_gone(self.stream.flush)
 
     def _unless_gone(self, action: Callable[..., Any], *args: str) -> Any:
         try:

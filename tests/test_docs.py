@@ -57,11 +57,12 @@ def test_github_runs_the_commands_of_the_readme_on_the_versions_that_it_names():
                               for name in ("README.md", ".github/workflows/test.yml", "ruff.toml"))
     for command in ("bash test.sh", "bash quickstart.sh"):
         assert f"\n{command}\n" in readme and f"- run: {command}\n" in workflow
-    oldest = int(re.search(r"Python 3\.(\d+) or newer", readme)[1])
+    oldest, newest = map(int, re.search(r"Python 3\.(\d+) to 3\.(\d+)", readme).groups())
     versions = [int(found) for found in re.findall(r"3\.(\d+)", re.search(r"python: \[.*\]", workflow)[0])]
-    assert versions == list(range(oldest, versions[-1] + 1)) and f'target-version = "py3{oldest}"' in lint
+    assert versions == list(range(oldest, newest + 1)) and f'target-version = "py3{oldest}"' in lint
+    assert f"(3, {oldest}) <= sys.version_info < (3, {newest + 1})" in (ROOT / "quickstart.sh").read_text("utf-8")
     others = re.findall(r'os: (\w+)-latest, python: "3\.(\d+)"', workflow)
-    assert others == [(system, str(version)) for system in ("macos", "windows") for version in (oldest, versions[-1])]
+    assert others == [(system, str(version)) for system in ("macos", "windows") for version in (oldest, newest)]
 
 
 def test_what_contributing_names_is_there():
