@@ -59,8 +59,10 @@ def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> 
     """Turn the settings `device` and `dtype` into a Device; "auto" picks the best that is there.
 
     Raises:
-        UserError: when the device is not there, or the format does not work on it.
+        UserError: when the device is not there, or the format does not work on it, or PyTorch is too old.
     """
+    if torch.__version__ < (2, 13):
+        raise UserError(f"PyTorch {torch.__version__} is too old for this; pip install -r requirements.txt")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), cores()))        # PyTorch does not see a container's share
     where, why = _device(device)

@@ -143,6 +143,12 @@ def test_the_compiler_is_one_that_pytorch_takes(monkeypatch, system, name, place
     assert problem in found if problem else found == ""
 
 
+def test_an_old_pytorch_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cu128"))
+    with pytest.raises(UserError, match="2.8.0.*requirements.txt"):
+        device.choose()
+
+
 def test_compiling_needs_the_headers_of_python(monkeypatch, tmp_path):
     monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path / name))
     assert "python3-dev" in device.no_headers()

@@ -214,7 +214,7 @@ def nasty(rng: random.Random, old: Any) -> Any:
     if type(old) in (int, float) and rng.random() < 0.5:
         found = [-old, old + 1, old - 1, 2 * old, old * 10**9, str(old), [old], float(old), bool(old)]
     if isinstance(old, str) and rng.random() < 0.5:
-        found = [old[1:], old + "\n", old.upper(), "\x1b[31m" + old, old * 1000, [old]]
+        found = [old[1:], old + "\n", old.upper(), "\x1b[31m" + old, old[:5000] * 1000, [old]]
     if isinstance(old, torch.Tensor):
         found = [*found, *nasty_tensors(old)]
     return rng.choice(found)
