@@ -94,7 +94,7 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main(). What the user can mend ends as a message and status 1."""
-    _open_outputs()
+    _open_streams()
     try:
         main()
     except UserError as error:
@@ -114,15 +114,16 @@ def run(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done, and Ctrl-C would only break into tidying up
 
 
-def _open_outputs() -> None:
-    """Make output UTF-8, which a Windows pipe is not by itself; what is closed, as in some services, goes nowhere.
+def _open_streams() -> None:
+    """Make output UTF-8, which a Windows pipe is not by itself; what is closed, as in some services, leads nowhere.
 
     Else the next file that is opened would take its number, and get what libraries print.
     """
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(handle)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
 
