@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from dataclasses import asdict
 from difflib import get_close_matches
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +92,8 @@ def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = 
 def not_there(path: Path) -> UserError:
     """What to say of a checkpoint that is missing: those that there are, closest first, or what makes one."""
     folder = path.parent if path.parent.is_dir() else Path("output")
-    others = [str(other) for other in [*folder.glob("*"), *folder.glob(f"*/{path.name}"), *folder.glob("*/ckpt.pt")]
+    found = [*folder.glob("*"), *folder.glob(f"*/{escape(path.name)}"), *folder.glob("*/ckpt.pt")]
+    others = [str(other) for other in found
               if other.suffix in SUFFIXES and not other.name.endswith(".tokenizer.bin")]
     closest = get_close_matches(str(path), sorted(set(others)), n=5, cutoff=0)
     make = command("train", out_dir="" if path.parent == Path("output") else path.parent)

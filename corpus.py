@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import zlib
@@ -72,9 +73,20 @@ def check_apart(source: str | Path, data_dir: str | Path) -> None:
 
 
 def inside(folder: Path) -> list[Path]:
-    """The files of a folder and its subfolders in order of name, but for hidden ones."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return [found[name] for name in sorted(found) if not re.search(r"(^|/)\.", name)]
+    """The files of a folder and its subfolders in order of name, but for hidden ones.
+
+    Raises OSError for a subfolder that may not be read. Links to folders are not followed.
+    """
+    def stop(error: OSError) -> None:
+        if folder.is_dir():
+            raise error
+    found = {}
+    for root, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            if path.is_file():
+                found[path.relative_to(folder).as_posix()] = path
+    return [found[name] for name in sorted(found)]
 
 
 def passed_over(path: str | Path) -> str:

@@ -21,6 +21,7 @@ import math
 import signal
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -39,7 +40,7 @@ from sampling.choice import Sampling
 from sampling.show import Token, check_page, described, print_score, print_tokens, write_page
 from settings import UserError, did_you_mean, shown
 from system import device as devices
-from system.files import json_line
+from system.files import json_line, locked_file
 from tokenizer import Reader
 
 if TYPE_CHECKING:
@@ -312,7 +313,8 @@ def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None
         from sampling import dialogue
         dialogue.talk(generator, cfg, options)
     elif cfg.input_file:
-        write_all(generator, given.prompts, cfg)
+        with locked_file(Path(cfg.output_file)) if cfg.output_file else nullcontext():
+            write_all(generator, given.prompts, cfg)
     else:
         write_stories(generator, given.start, cfg)
 
@@ -386,9 +388,6 @@ def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace
     """Print the continuation of each prompt, or append it to an output file, unless it is in there already."""
     path, size = Path(cfg.output_file) if cfg.output_file else None, 4 * cfg.batch_size
     done = whole_lines(path, prompts) if path else 0
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
     if done:
         print(f"{done} of {len(prompts)} are in {path} already, with the settings of that time; another --output_file "
               "has all written anew", file=sys.stderr)
@@ -416,8 +415,6 @@ def continued(generator: TextGenerator, prompts: list[str], numbers: range, cfg:
 
 def whole_lines(path: Path, prompts: list[str]) -> int:
     """How many of the prompts an output file has; a line that was cut off is removed from it."""
-    if not path.exists():
-        return 0
     if not path.is_file():
         raise UserError(f"{path} is not a file that can be gone on with; name another --output_file")
     content = path.read_bytes()

@@ -31,7 +31,8 @@ BEGIN, END = "# ---- settings", "# ---- end of settings"
 USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,
                 errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,          # a closed door, a broken one,
                 errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,    # something else than should be there,
-                errno.ENAMETOOLONG, errno.ELOOP)                            # a name that cannot be one
+                errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,               # a name that cannot be one, or is in use,
+                errno.EMFILE, errno.ENFILE)                                 # too many open files
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
 
@@ -138,8 +139,9 @@ def did_you_mean(path: str | Path) -> str:
 
 def command(script: str, launcher: str = "python", **settings: Any) -> str:
     """What to type, with those settings that say something."""
-    words = [f"--{name}" if value is True else f"--{name} {quoted(str(value))}"
-             for name, value in settings.items() if value not in ("", None)]
+    texts = {name: str(value) for name, value in settings.items() if value not in ("", None)}
+    words = [f"--{name}" if settings[name] is True else f"--{name}{'=' if text.startswith('-') else ' '}{quoted(text)}"
+             for name, text in texts.items()]
     return " ".join([f"{launcher} {script}.py", *words])
 
 
@@ -147,7 +149,7 @@ def quoted(text: str) -> str:
     """A value as it is typed in a shell."""
     if os.name == "posix" and re.search(r'["$`!\\]', text):
         return shlex.quote(text)
-    return f'"{text}"' if re.search(r"[^\w./\\:~+-]", text) else text
+    return f'"{text}"' if re.search(r"[^\w./\\:~+-]|^~", text) else text       # a first ~ is the home folder
 
 
 def end_children() -> None:

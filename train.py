@@ -164,6 +164,8 @@ def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
         check_best(run)
         run.state.best_val_loss = world.first_says(run.state.best_val_loss)
     if run.finished():
+        if ended and run.state.best_val_loss == math.inf:       # its best was lost
+            score(run, open_record(run))
         say_finished(run, ended)
     else:
         with enough_memory(cfg, run):
@@ -228,10 +230,11 @@ def begin(run: Run) -> None:
 
 
 def check_best(run: Run) -> None:
-    """Let the next evaluation write ckpt.pt when it is not there, or damaged."""
+    """Let the next evaluation write ckpt.pt when it is not there, damaged, or another's."""
+    path = Path(run.cfg.out_dir) / "ckpt.pt"
     try:
-        if run.state.best_val_loss < math.inf:
-            checkpoint.load(Path(run.cfg.out_dir) / "ckpt.pt")
+        if run.state.best_val_loss < math.inf and checkpoint.load(path).get("data_sha256") != run.data.sha256:
+            raise UserError(f"{path} is of another text than this run")
     except UserError as error:
         print(f"note: {error}\n      the next evaluation writes another")
         run.state.best_val_loss = math.inf

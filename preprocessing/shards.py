@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -49,6 +49,10 @@ class ShardSet:
     vocab_size: int
     val_threshold: int
     shards: list[Shard]
+    maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "maps": {}}       # another process maps them itself
 
     @property
     def dtype(self) -> np.dtype:
@@ -68,9 +72,14 @@ class ShardSet:
         return sum(getattr(shard, what) for shard in self.of(split))
 
     def open(self, shard: Shard) -> np.ndarray:
-        """Map a shard's ids into memory, read-only, of shape (tokens,)."""
-        path = self.folder / shard.file
-        return np.memmap(path, self.dtype, "r") if shard.tokens else np.empty(0, self.dtype)
+        """Map a shard's ids into memory, read-only, of shape (tokens,).
+
+        It stays mapped, so that who has begun with a text keeps it, also when another takes its place in the folder.
+        """
+        if shard.file not in self.maps:
+            path = self.folder / shard.file
+            self.maps[shard.file] = np.memmap(path, self.dtype, "r") if shard.tokens else np.empty(0, self.dtype)
+        return self.maps[shard.file]
 
     def damage(self, shard: Shard) -> str:
         """What is wrong with the file of a shard; empty when it is as it was written."""
@@ -144,8 +153,8 @@ def _shard(entry: dict[str, Any]) -> Shard:
 def _checked(kind: type, entry: Any) -> Any:
     """The dataclass `kind` of a JSON object that has just its fields, all of their types, and no negative number."""
     made = kind(**_typed(entry, dict, kind.__name__))
-    for field in fields(kind):
-        _typed(getattr(made, field.name), get_origin(field.type) or field.type, field.name)
+    for each in fields(kind):
+        _typed(getattr(made, each.name), get_origin(each.type) or each.type, each.name)
     return made
 
 

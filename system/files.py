@@ -21,6 +21,7 @@ except ImportError:         # Windows
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")    # that JSON leaves as they are, and some readers take for a new line
 MANIFEST = "manifest.json"                      # in a folder of shards, once they are complete
 DATA = Path("data")                             # where the scripts look unless told otherwise
+FAR = 1 << 30                                   # there, a byte is locked, beyond what anybody reads or writes
 LOCK = ".lock"                                  # on Windows, which cannot open a folder, a file in it is locked
 BUSY = (BlockingIOError, PermissionError)       # what a lock raises that another process holds
 
@@ -89,18 +90,32 @@ def locked(folder: str | Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _lock(folder: Path) -> int:
-    """Lock a folder; returns what os.close() unlocks it with. Raises UserError when another process has locked it."""
-    handle = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """The same for a file, beside which other processes may write others; it is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    handle = _lock(path)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(path: Path) -> int:
+    """Lock a folder or a file; returns what os.close() unlocks it with. Raises UserError when another process has."""
+    inside = path / LOCK if path.is_dir() else path
+    handle = os.open(path, os.O_RDONLY) if fcntl else os.open(inside, os.O_RDWR | os.O_CREAT)
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
+            os.lseek(handle, FAR, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
     except BUSY as error:
         os.close(handle)
-        raise UserError(f"another process is writing to {folder.resolve()}\n       wait for its end, or name another "
-                        "folder") from error
+        raise UserError(f"another process is writing to {path.resolve()}\n       wait for its end, or name "
+                        "another") from error
     except OSError:                             # a file system without locks
         pass
     return handle

@@ -87,6 +87,7 @@ def test_a_damaged_log_counts_up_to_the_damage():
     rows = compare("a", "b")
     assert "line 6 of " in rows["all"] and rows["200"] == ["*1.0000", "1.2500"] and "300" not in rows
     Path("a/log.jsonl").write_text("\n".join([*lines[:5], '{"iter": 30, "val_loss": 1, "bpb": NaN, "tokens": 300}',
+                                              '{"iter": 9%s, "bpb": 1, "tokens": 300}' % ("0" * 400),
                                               '{"iter": "x", "bpb": 1, "tokens": 300}', ""]), encoding="utf-8")
     assert "300" not in compare("a", "b")
 

@@ -1,6 +1,7 @@
 """Reading text: every format, every way a file can be wrong, the split, and memory that does not grow."""
 import gzip
 import json
+import os
 import random
 import tracemalloc
 
@@ -125,6 +126,14 @@ def test_a_named_encoding_counts_where_the_bytes_could_be_utf8_too(tmp_path, enc
     (tmp_path / "b.txt").write_text(text, encoding="utf-8")
     (tmp_path / "c.txt").write_text(f"{text} \0\x1b[0m" if encoding == "cp437" else text, encoding="utf-8")
     assert [next(documents(path, encoding=encoding))[:len(text)] for path in find_files(tmp_path)] == [text] * 3
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    def no_entry(*args):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+    monkeypatch.setattr(os, "scandir", no_entry)
+    with pytest.raises(PermissionError):
+        find_files(tmp_path)
 
 
 def test_nothing_to_read_is_said(tmp_path):

@@ -28,6 +28,8 @@ def test_all_problems_are_reported_at_once(go):  # noqa: F811
     assert not Path("out").exists()
     with pytest.raises(UserError, match="out_dir names no folder"):
         go("", "--max_iters", 1)
+    with pytest.raises(UserError, match="sample_prompts .*not UTF-8"):
+        go("out", "--sample_prompts", "caf\udce9")
 
 
 def test_too_little_disk_is_said_before_the_first_step(go, monkeypatch):  # noqa: F811

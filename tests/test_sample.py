@@ -17,6 +17,7 @@ from engine import Step
 from preprocessing import shards
 from sample import Completion, TextGenerator
 from settings import UserError
+from system.files import locked_file
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +201,8 @@ def test_prompts_from_a_file(trained):
         assert quickly(*command).returncode == 0 and Path("out.jsonl").read_bytes() == whole
     shown = quickly(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
     assert shown == [record["prompt"] + record["text"] for record in records]
+    with locked_file(Path("out.jsonl")):
+        assert_user_error(quickly(*command), "another process is writing to", "out.jsonl")
     Path("prompts.txt").write_text("Another\n", encoding="utf-8")
     assert_user_error(quickly(*command), "out.jsonl", "other prompts")
     Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")

@@ -148,3 +148,9 @@ def test_a_typo_ends_with_status_1_and_a_suggestion(name):
 @pytest.mark.parametrize("value", ["my run", 'He said "hi"|x', "$HOME", "a`b", "it's", "back\\slash", "plain/path.pt"])
 def test_a_command_to_type_means_what_it_says(value):
     assert shlex.split(settings.command("sample", checkpoint=value)) == ["python", "sample.py", "--checkpoint", value]
+
+
+def test_a_value_like_a_name_or_the_home_folder_is_typed_as_a_value(block):
+    words = shlex.split(settings.command("tool", name="-dash", rate=-1.5))
+    assert words == ["python", "tool.py", "--name=-dash", "--rate=-1.5"] and read(block, *words[2:])["name"] == "-dash"
+    assert settings.quoted("~/x") == '"~/x"' and settings.quoted("a~") == "a~"

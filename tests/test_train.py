@@ -191,6 +191,18 @@ def test_the_best_model_is_kept(go, monkeypatch):
     assert state("out")["best_val_loss"] == 2.0
 
 
+def test_a_best_model_that_is_lost_or_of_another_run_is_written_again(go, capsys):
+    go("out", "--max_iters", 4, "--eval_interval", 3)
+    best, log_of_it = state("out", "ckpt.pt"), Path("out/log.jsonl").read_bytes()
+    for lost in (Path.unlink, lambda path: checkpoint.save(path, {**best, "data_sha256": "another", "iter_num": 99})):
+        lost(Path("out/ckpt.pt"))
+        go("out", "--max_iters", 4, "--eval_interval", 3)
+        assert "the next evaluation writes another" in (said := capsys.readouterr().out) and "is finished" in said
+        found = state("out", "ckpt.pt")
+        assert_same(found["model"], best["model"])
+        assert found["iter_num"] == 4 and Path("out/log.jsonl").read_bytes() == log_of_it
+
+
 def test_a_short_run_leaves_a_checkpoint_and_its_stories(go):
     go("out", "--max_iters", 1, "--warmup_iters", 1)
     assert state("out", "ckpt.pt")["iter_num"] == 1

@@ -262,6 +262,8 @@ class Project:
                 return False
         except UserError:
             return True
+        except OSError:                     # may not be opened, as the other checks will tell
+            return False
 
     def training(self, vocabulary: Finding, data: Finding) -> Finding:
         """Step 3: is there a run, is it of this text, and how far is it?"""

@@ -1,5 +1,6 @@
 """Before the first step of a training, everything is checked, and all problems are reported at once."""
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -244,6 +245,8 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
     wrong = [f"{name} must be one of {', '.join(map(str, known))}, not {getattr(cfg, name)}" for name, known in words
              if getattr(cfg, name) not in known]
     wrong += [f"{name} names no folder; . is this one" for name in ("out_dir", "data_dir") if not getattr(cfg, name)]
+    wrong += [f"{name} {ascii(value)} has bytes that are not UTF-8, which no log can hold" for name, value in
+              vars(cfg).items() if isinstance(value, str) and re.search("[\ud800-\udfff]", value)]
     return wrong + [f"{name} must be {within(low, high, type(value))}, not {value}" for name, low, high in ranges
                     if not low <= (value := getattr(cfg, name)) < high]
 
