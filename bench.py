@@ -3,7 +3,8 @@
     python bench.py train                           # a training step, and that of transformers.LlamaForCausalLM
     python bench.py train --peer ../llama2.c        # and that of the model.py in another folder
     python bench.py quality --data my_stories --minutes 3      # trains the presets of up to 3 minutes
-    python bench.py sample                          # writing, alone and 32 at a time, and that of transformers
+    python bench.py sample                          # writing, alone and 32 at a time (on a GPU 256 too), and that of
+                                                    # transformers
     python bench.py sample --peer ../llama2.c       # and that of the run.c in another folder (needs gcc)
     python bench.py sample --checkpoint output/ckpt.pt         # and the val loss of each format of the weights
     python bench.py text --data my_stories --text_mb 200       # steps 1 and 2, and the plain way of doing them
@@ -233,7 +234,7 @@ def bench_sample(cfg: SimpleNamespace) -> None:
     if isinstance(model, Transformer) and on_cpu:
         compiled["int8, compiled"] = build(where.dtype, "int8", compiled=True)
     theirs = transformers_model(model.args, where).eval()
-    for batch in (1, 32):
+    for batch in (1, 32) if on_cpu else (1, 32, 256):
         steps = {name: partial(write, engine, batch) for name, engine in {**engines, **compiled}.items()}
         steps["transformers, float32"] = partial(write_with_transformers, theirs, batch)
         with tempfile.TemporaryDirectory() as home:
