@@ -165,8 +165,10 @@ def peer_step(folder: Path, where: devices.Device, args: ModelArgs,
     shape = {name: getattr(args, name) for name in module.ModelArgs.__dataclass_fields__ if hasattr(args, name)}
     model = module.Transformer(module.ModelArgs(**{**shape, "hidden_dim": args.ffn_dim})).to(where.device)
 
+    whole = [part.contiguous() for part in batch]       # as the views of llama2.c want them
+
     def loss() -> Tensor:
-        out = model(*batch)
+        out = model(*whole)
         return out[1] if isinstance(out, tuple) else getattr(model, "last_loss", out)
     return adamw_step(model, loss)
 

@@ -37,7 +37,11 @@ def test_a_step_of_each_contender_trains_its_model(batch, where):
     run = bench.own_run(block, where, ARGS, False)
     losses = [bench.train.take_step(run, repeat(batch))[1].item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1
-    for make in (bench.transformers_step, lambda *args: bench.peer_step(ROOT, *args)):
+    Path("peer").mkdir()
+    Path("peer/model.py").write_text("from model import *\nclass Transformer(Transformer):\n"
+                                     "    def forward(self, x, y):\n        y.view(-1)\n"
+                                     "        return super().forward(x, y)\n", encoding="utf-8")
+    for make in (bench.transformers_step, lambda *args: bench.peer_step(Path("peer"), *args)):
         step = make(where, ARGS, batch)
         model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
         before = [weight.clone() for weight in model.parameters()]
