@@ -164,7 +164,6 @@ def peer_step(folder: Path, where: devices.Device, args: ModelArgs,
     spec.loader.exec_module(module)
     shape = {name: getattr(args, name) for name in module.ModelArgs.__dataclass_fields__ if hasattr(args, name)}
     model = module.Transformer(module.ModelArgs(**{**shape, "hidden_dim": args.ffn_dim})).to(where.device)
-
     whole = [part.contiguous() for part in batch]       # as the views of llama2.c want them
 
     def loss() -> Tensor:
