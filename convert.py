@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import formats
-import settings
-from formats.huggingface import WRITTEN
-from settings import UserError
-from system.files import replace
+from extras import formats
+from extras.formats.huggingface import WRITTEN
+from tinyllm import checkpoint, cli
+from tinyllm.cli import UserError
+from tinyllm.files import replace
 
 # ---- settings -----------------------------------------------------------------------------------
 source = ""                     # a model that is there: a file or a folder
@@ -42,7 +41,7 @@ TEXT = "Once upon a time, there were 25 cats.\n  They didn't say: \u00fc \u732b 
 
 
 def main() -> None:
-    cfg, _ = settings.read(globals(), positional=("source", "target"))
+    cfg, _ = cli.read(globals(), positional=("source", "target"))
     targets, kind = check_settings(cfg)
     path = targets[0]
     state = formats.read(cfg.source, cfg.tokenizer)
@@ -58,7 +57,7 @@ def main() -> None:
         compare_vocabularies(state, found)
         for each in reversed(targets):
             put(Path(unfinished, each.name), each)
-    print(f"wrote {' and '.join(map(str, targets))}\nnext: {settings.command('sample', checkpoint=targets[0])}")
+    print(f"wrote {' and '.join(map(str, targets))}\nnext: {cli.command('sample', checkpoint=targets[0])}")
 
 
 def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
@@ -163,4 +162,4 @@ def compare(expected: Tensor, found: Tensor, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    cli.run(main)

@@ -20,13 +20,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import corpus
-import settings
-from preprocessing import shards, workers
-from preprocessing.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from preprocessing.words import BATCH
-from settings import UserError, shown
-from system.files import DATA, find, load_json, locked, replace, save_json, settings_for, sha256, whole_file
+from tinyllm import cli, corpus, shards, workers
+from tinyllm.cli import UserError, shown
+from tinyllm.files import load_json, locked, replace, save_json, sha256, whole_file
+from tinyllm.project import DATA, find, settings_for
+from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
+from tinyllm.words import BATCH
 from tokenizer import Vocabulary, load
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -59,7 +58,7 @@ class Job:
 
 
 def main() -> None:
-    cfg, _ = settings.read(globals())
+    cfg, _ = cli.read(globals())
     start = time.perf_counter()
     if cfg.data:
         corpus.check_apart(cfg.data, cfg.data_dir)
@@ -88,11 +87,11 @@ def main() -> None:
 def say_next(cfg: SimpleNamespace, model_path: Path) -> None:
     """Print the command that trains on the shards; with a model's vocabulary, one that goes on from the model."""
     where = settings_for(model_path)
-    train = settings.command("train", **where)
+    train = cli.command("train", **where)
     if cfg.tokenizer and is_model(cfg.tokenizer):
         out = Path("output") / (Path(cfg.data_dir).name if Path(cfg.data_dir) != DATA else "tuned")
         out = Path(f"{out}-tuned") if out.exists() else out     # a run that is there stays
-        print("next:", settings.command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
+        print("next:", cli.command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
                                         learning_rate="3e-4", max_iters=200))
         return
     print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
@@ -102,13 +101,13 @@ def say_next(cfg: SimpleNamespace, model_path: Path) -> None:
 
 
 def is_model(path: str) -> bool:
-    import formats      # here, because it brings torch, which the workers have no use for
+    from extras import formats  # here, because it brings torch, which the workers have no use for
     return formats.is_model(path)
 
 
 def adopt(path: Path, folder: str) -> Path:
     """Copy a vocabulary made elsewhere to <folder>/tok<size>.model, where all steps look for it."""
-    from formats import read_vocabulary     # here, because it brings torch, which the workers have no use for
+    from extras.formats import read_vocabulary  # here, because it brings torch, which the workers have no use for
     vocabulary = read_vocabulary(path)
     if min(vocabulary.bos_id, vocabulary.eos_id) < 0:
         raise UserError(f"{path} has no bos or no eos; documents could not be told apart")
@@ -305,4 +304,4 @@ def check_shards(job: Job, progress: Callable[[int], None]) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    cli.run(main)

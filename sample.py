@@ -30,21 +30,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-import checkpoint as checkpoints
-import formats
-import parallel
-import settings
-from engine import Step
-from sampling.chat import FORMATS, ChatFormat, Message, known_format
-from sampling.choice import Sampling
-from sampling.show import Token, check_page, described, print_score, print_tokens, write_page
-from settings import UserError, did_you_mean, shown
-from system import device as devices
-from system.files import json_line, locked_file
+from extras import formats
+from extras.chat import FORMATS, ChatFormat, Message, known_format
+from extras.token_probs import Token, check_page, described, print_score, print_tokens, write_page
+from tinyllm import checkpoint as checkpoints
+from tinyllm import cli, distributed
+from tinyllm import device as devices
+from tinyllm.cli import UserError, did_you_mean, shown
+from tinyllm.engine import Step
+from tinyllm.files import json_line, locked_file
+from tinyllm.sampling import Sampling
 from tokenizer import Reader
 
 if TYPE_CHECKING:
-    from parallel.tensor_parallel import Team
+    from extras.tensor_parallel import Team
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
@@ -277,8 +276,8 @@ class Given(NamedTuple):
 
 
 def main() -> None:
-    world = parallel.find_world()
-    cfg, _ = settings.read(globals(), out=sys.stderr if world.rank == 0 else io.StringIO())
+    world = distributed.find_world()
+    cfg, _ = cli.read(globals(), out=sys.stderr if world.rank == 0 else io.StringIO())
     with devices.advise_on_memory("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; what is "
                                   "too much for a GPU may fit --device cpu"):
         if world.size == 1:
@@ -310,7 +309,7 @@ def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None
     if cfg.score:
         print_score(generator, given.text)
     elif cfg.interactive:
-        from sampling import dialogue
+        from extras import dialogue
         dialogue.talk(generator, cfg, options)
     elif cfg.input_file:
         with locked_file(Path(cfg.output_file)) if cfg.output_file else nullcontext():
@@ -319,12 +318,12 @@ def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None
         write_stories(generator, given.start, cfg)
 
 
-def answer_together(cfg: SimpleNamespace, world: parallel.World) -> None:
+def answer_together(cfg: SimpleNamespace, world: distributed.World) -> None:
     """The same in several processes, each with a part of the model: the first one leads, the others compute along."""
-    from parallel.tensor_parallel import Team
+    from extras.tensor_parallel import Team
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all
     cfg.device = world.device(cfg.device)
-    with parallel.joined():
+    with distributed.joined():
         team = Team(world)
         generator, given = world.attempt(lambda: prepare(cfg, team), team.words)
         generator.engine.work(lambda: answer(generator, given, cfg))
@@ -444,4 +443,4 @@ def read_text(name: str) -> str:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    cli.run(main)

@@ -8,7 +8,7 @@
 A vocabulary trained by `train` is byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) with
 Llama 2's layout: 0 unknown, 1 bos, 2 eos, 3 to 258 the single bytes, then the learned pieces. It
 loses nothing: every string comes back exactly. Models trained elsewhere keep their own behaviour.
-Whole collections of texts are encoded word by word where that gives the same ids (preprocessing/words.py).
+Whole collections of texts are encoded word by word where that gives the same ids (tinyllm/words.py).
 """
 import base64
 import binascii
@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from preprocessing.words import BYTE, CONTROL, NORMAL, SPACE, SPACE_MARK, UNKNOWN, UNUSED, WordEncoder, undivided
-from settings import UserError
+from tinyllm.cli import UserError
+from tinyllm.words import BYTE, CONTROL, NORMAL, SPACE, SPACE_MARK, UNKNOWN, UNUSED, WordEncoder, undivided
 
 WALL = "\x1f"           # ends a word while training, and is dropped from the text
 RESERVED = 3 + 256      # unknown, bos, eos, and a piece for each byte

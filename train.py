@@ -14,7 +14,7 @@
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl and clock.jsonl, and
 what is drawn out of these, samples.txt and loss.png. A run that was continued is the same, bit for bit, as one that
 was not interrupted (on a CPU, with the same number of threads; not with max_minutes, whose schedule follows the
-clock). Under torchrun the steps are the same for any number of processes, but for rounding: see parallel/__init__.py.
+clock). Under torchrun the steps are the same for any number of processes, but for rounding: see tinyllm/distributed.py.
 """
 import errno
 import io
@@ -34,21 +34,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
-import settings
-from dataset import Task
-from parallel import World, joined, tensor_parallel
-from parallel.fsdp import whole
-from settings import UserError
-from system.files import locked, replace, settings_for
-from system.machine import peak_memory
-from training import presets
-from training.forecast import clock, print_plan
-from training.plan import OWN, Plan, is_finished, lasting, prepare
-from training.presets import PRESETS
-from training.record import NEW, NoRecord, Record, put_back, set_aside
-from training.run import Run
-from training.watch import enough_memory, look, require_finite
+from extras import tensor_parallel
+from extras.fsdp import whole
+from tinyllm import checkpoint, cli, presets
+from tinyllm.cli import UserError
+from tinyllm.dataset import Task
+from tinyllm.distributed import World, joined
+from tinyllm.estimate import clock, print_plan
+from tinyllm.files import locked, replace
+from tinyllm.machine import peak_memory
+from tinyllm.presets import PRESETS
+from tinyllm.project import settings_for
+from tinyllm.resume import OWN, Plan, is_finished, lasting, prepare
+from tinyllm.run import Run
+from tinyllm.runlog import NEW, NoRecord, Record, put_back, set_aside
+from tinyllm.watch import enough_memory, look, require_finite
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # settings for a machine and a time, listed at the end of --help; the rest counts
@@ -118,7 +118,7 @@ OF_A_MACHINE = ("data_dir", "device", "num_workers")        # settings that may 
 
 def main() -> None:
     with joined() as world:
-        cfg, given = world.attempt(lambda: settings.read(globals(), epilog=presets.table(), presets={
+        cfg, given = world.attempt(lambda: cli.read(globals(), epilog=presets.table(), presets={
             name: preset.settings for name, preset in PRESETS.items()}))
         if cfg.doctor or cfg.compare:
             world.first_does(lambda: answer(cfg, given))
@@ -135,10 +135,10 @@ def main() -> None:
 def answer(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     """Answer a question; it needs no data, and a training has no use for these modules."""
     if cfg.doctor:
-        from training.doctor import examine
+        from tools.doctor import examine
         examine(cfg, given)
     else:
-        from training.compare import compare_runs
+        from tools.compare import compare_runs
         compare_runs(cfg.compare, cfg.out_dir)
 
 
@@ -195,8 +195,8 @@ def say_finished(run: Run, ended: bool) -> None:
     text = settings_for(run.data.folder.with_suffix(".model"))
     anew = {"init_from": "scratch"} if cfg.init_from in OWN else {"out_dir": f"{cfg.out_dir}-2"}
     print(f"the run in {cfg.out_dir} {what} step {steps:,}{after}\ngo on with it: "
-          + settings.command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir, **more)
-          + "\nbegin anew:    " + settings.command("train", run.world.command, **{**own, **text, **anew}))
+          + cli.command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir, **more)
+          + "\nbegin anew:    " + cli.command("train", run.world.command, **{**own, **text, **anew}))
 
 
 def require_same(plan: Plan) -> None:
@@ -421,11 +421,11 @@ def say_goodbye(run: Run) -> None:
         print(f"peak of memory: {peak / 1e6:,.0f} MB")
     if run.stop and not run.finished():
         print(f"saved step {run.state.iter_num:,} in {out}/last.pt\ngo on: "
-              + settings.command("train", run.world.command, init_from="resume", out_dir=out))
+              + cli.command("train", run.world.command, init_from="resume", out_dir=out))
         sys.exit(128 + run.stop)
     print(f"done: {run.state.iter_num:,} steps in {clock(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
           + (f"stories on the way: {out}/samples.txt\n" if run.cfg.sample_tokens and not run.divided else "")
-          + "next: " + settings.command("sample", writer(run), checkpoint=f"{out}/ckpt.pt",
+          + "next: " + cli.command("sample", writer(run), checkpoint=f"{out}/ckpt.pt",
                                         interactive=bool(run.chat) or ""))
 
 
@@ -443,4 +443,4 @@ def print_scores(scores: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    cli.run(main)

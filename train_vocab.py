@@ -15,14 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import corpus
-import settings
 import tokenizer
-from preprocessing import workers
-from preprocessing.words import WordCounts, batches
-from settings import UserError
-from system.files import locked, save_json, settings_for, whole_file
-from system.machine import peak_memory
+from tinyllm import cli, corpus, workers
+from tinyllm.cli import UserError
+from tinyllm.files import locked, save_json, whole_file
+from tinyllm.machine import peak_memory
+from tinyllm.project import settings_for
+from tinyllm.words import WordCounts, batches
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where the vocabulary goes; another folder keeps another project apart
@@ -83,7 +82,7 @@ class Found:
 
 
 def main() -> None:
-    cfg, _ = settings.read(globals())
+    cfg, _ = cli.read(globals())
     tokenizer.check_size(cfg.vocab_size)
     corpus.check_encoding(cfg.encoding)
     if cfg.data and cfg.download:
@@ -94,7 +93,7 @@ def main() -> None:
         files = corpus.find_files(source)
         with corpus.naming_all(files, cfg.encoding):
             path = make(cfg, source, files)
-    print("next:", settings.command("preprocess", **settings_for(path)))
+    print("next:", cli.command("preprocess", **settings_for(path)))
 
 
 def make(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
@@ -142,7 +141,7 @@ def report(found: Found, cost: str) -> None:
 
 def find_source(cfg: SimpleNamespace) -> Path:
     if cfg.download:
-        from preprocessing.download import tinystories        # here, because only this needs requests
+        from tinyllm.download import tinystories  # here, because only this needs requests
         return tinystories(cfg.data_dir, cfg.mirror)
     return Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
 
@@ -187,4 +186,4 @@ def save(vocabulary: tokenizer.Tokenizer, path: Path, facts: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    cli.run(main)

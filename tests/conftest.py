@@ -18,13 +18,16 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whos
 
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
-import settings  # noqa: E402
 import tokenizer  # noqa: E402
+from extras import plots  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
-from preprocessing import demo_stories, words  # noqa: E402
-from system.files import whole_file  # noqa: E402
-from training import plots  # noqa: E402
+from tinyllm import (  # noqa: E402
+    checkpoint,
+    cli,
+    demo_stories,
+    words,
+)
+from tinyllm.files import whole_file  # noqa: E402
 
 torch.backends.mps.is_available = cache(lambda: False)      # nor Apple's; PyTorch's own is a cache too
 
@@ -51,12 +54,17 @@ def pictures_without_ink(monkeypatch):
     monkeypatch.setattr(plots, "save", save)
 
 
+def module_name(name: str) -> str:
+    """The module of a script, or of a tool."""
+    return f"tools.{name}" if (ROOT / "tools" / f"{name}.py").exists() else name
+
+
 @pytest.fixture
 def call(monkeypatch):
     """Run a script's main() in this process: call("train", "--max_iters", 10)."""
     def run(name: str, *args) -> None:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-        importlib.import_module(name).main()
+        importlib.import_module(module_name(name)).main()
     return run
 
 
@@ -88,7 +96,7 @@ def quickly(name: str, *args) -> subprocess.CompletedProcess:
         for kind, stream in zip(("stdout", "stderr"), streams):
             patch.setattr(sys, kind, stream)
         try:
-            settings.run(importlib.import_module(name).main)
+            cli.run(importlib.import_module(module_name(name)).main)
             code = 0
         except SystemExit as end:
             code = 1

@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-import bench
-import settings
 from conftest import ROOT
+
 from model import ModelArgs
-from preprocessing import demo_stories, shards
-from settings import UserError
-from system import device as devices
+from tinyllm import cli, demo_stories, shards
+from tinyllm import device as devices
+from tinyllm.cli import UserError
+from tools import bench
 
 ARGS = ModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=64, max_seq_len=16)
 
@@ -33,7 +32,7 @@ def where():
 
 def test_a_step_of_each_contender_trains_its_model(batch, where):
     pytest.importorskip("transformers")
-    block, _ = settings.read(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
+    block, _ = cli.read(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
     run = bench.own_run(block, where, ARGS, False)
     losses = [bench.train.take_step(run, repeat(batch))[1].item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1
@@ -66,7 +65,7 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where)
     assert calls == ["a", "b"] * 5 and found == {"a": 1.0, "b": 3.0}
 
 
-@pytest.mark.parametrize("argv, message", [([], "bench.py train | quality"), (["quality"], "--data PATH"),
+@pytest.mark.parametrize("argv, message", [([], "tools.bench train | quality"), (["quality"], "--data PATH"),
                                            (["scale"], "torchrun"),
                                            (["quality", "--data", "x", "--minutes", "1"], "--minutes 3"),
                                            (["train", "--rounds", "0"], "rounds must be"),

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_tokenizer_kinds import byte_level  # noqa: F401    a fixture
 
 import sample
-import settings
-from engine import Step
+from extras import dialogue
+from extras.chat import ChatML
 from sample import TextGenerator
-from sampling import dialogue
-from sampling.chat import ChatML
-from settings import UserError
-from test_tokenizer_kinds import byte_level     # noqa: F401    a fixture
+from tinyllm import cli
+from tinyllm.cli import UserError
+from tinyllm.engine import Step
 
 
 class Scripted:
@@ -59,7 +59,7 @@ def test_an_answer_ends_at_its_mark(talker):
 
 def test_a_dialogue_gives_all_that_was_said(talker, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("this<|im_end|>\n\nand is?\n/exit\n"))
-    cfg, _ = settings.read(vars(sample), ["--system", "ing", "--max_new_tokens", "20"])
+    cfg, _ = cli.read(vars(sample), ["--system", "ing", "--max_new_tokens", "20"])
     dialogue.talk(talker, cfg, sample.options)
     assert capsys.readouterr().out.endswith(">>> a test\n>>> >>> the sentence\n>>> ")
     first = ("<|im_start|>", "system\ning", "<|im_end|>", "\n", "<|im_start|>")

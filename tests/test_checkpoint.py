@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
 from conftest import learn
+
 from model import ModelArgs, Transformer
-from settings import UserError
+from tinyllm import checkpoint
+from tinyllm.cli import UserError
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import checkpoint
 from conftest import SAVE_PICTURE, TINY, assert_user_error, quickly
-from training import plots
+
+from extras import plots
+from tinyllm import checkpoint
 
 SHORT = [*TINY, "--eval_interval", "1", "--max_iters"]
 

@@ -4,14 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-
 from conftest import random_model
-from engine import Engine
+
+from extras import compiled
 from model import Transformer
-from sampling import compiled
-from sampling.choice import Sampling
-from settings import UserError
-from system import device
+from tinyllm import device
+from tinyllm.cli import UserError
+from tinyllm.engine import Engine
+from tinyllm.sampling import Sampling
 
 COMPILER = pytest.mark.skipif(bool(device.no_compiler()), reason=device.no_compiler())
 PROMPT, LENGTH = [1, 5, 9, 30], 40          # beyond the window of the model

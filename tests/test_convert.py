@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
-import convert
-import formats
 from conftest import assert_user_error, learn, quickly, script
+
+import convert
+from extras import formats
 from model import ModelArgs, Transformer
 from sample import TextGenerator
-from settings import UserError
+from tinyllm import checkpoint
+from tinyllm.cli import UserError
 
 
 @pytest.fixture

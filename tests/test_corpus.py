@@ -7,9 +7,9 @@ import tracemalloc
 
 import pytest
 
-import corpus
-from corpus import documents, find_files, fingerprint, passed_over, validation_threshold
-from settings import UserError
+from tinyllm import corpus
+from tinyllm.cli import UserError
+from tinyllm.corpus import documents, find_files, fingerprint, passed_over, validation_threshold
 
 
 def read(path, name, content):

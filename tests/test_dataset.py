@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import IGNORE, PretokDataset, Task
-from preprocessing.shards import Shard, ShardSet
+from tinyllm.dataset import IGNORE, PretokDataset, Task
+from tinyllm.shards import Shard, ShardSet
 
 DOCUMENTS = {"train": [[23, 5, 75], [9], [2], [11, 12, 35]], "val": [[23, 2], [11], []]}    # tokens, by shard
 T = 10

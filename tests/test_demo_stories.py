@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from preprocessing import demo_stories
-from preprocessing.demo_stories import ANIMALS, BOYS, GIRLS
+from tinyllm import demo_stories
+from tinyllm.demo_stories import ANIMALS, BOYS, GIRLS
 
 FEMALE = {*GIRLS, *(she for _, she in ANIMALS.values())}
 MALE = {*BOYS, *(he for he, _ in ANIMALS.values())}

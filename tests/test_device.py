@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from settings import UserError
-from system import device
+from tinyllm import device
+from tinyllm.cli import UserError
 
 
 @pytest.fixture

@@ -7,18 +7,18 @@ import sys
 from collections import Counter
 
 import pytest
-
-import settings
 from conftest import ROOT
-from training import presets
 
-FOLDERS = ("preprocessing", "training", "sampling", "parallel", "system")
+from tinyllm import cli, presets
+
+FOLDERS = ("tinyllm", "extras", "tools")
 STEPS = ("train_vocab", "preprocess", "train", "sample")
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
     """(page, script, arguments) of every call of a step in the pages and in the scripts' docstrings."""
-    files = [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    files = [*ROOT.glob("README*.md"), ROOT / ".github" / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
+             *(ROOT / "docs").glob("*.md")]
     pages = {path.name: path.read_text(encoding="utf-8") for path in files}
     for name in STEPS:
         pages[f"{name}.py"] = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
@@ -30,7 +30,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
 def test_every_command_has_settings_that_exist(page, name, args):
     known = {name: preset.settings for name, preset in presets.PRESETS.items()}
     if args != ["--help"]:
-        settings.read(vars(importlib.import_module(name)), args, presets=known)
+        cli.read(vars(importlib.import_module(name)), args, presets=known)
 
 
 def test_there_are_commands_for_every_step():
@@ -41,7 +41,7 @@ def test_there_are_commands_for_every_step():
 
 def test_the_settings_of_quickstart_exist():
     text = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
-    known = {name for step in STEPS for name in settings._comments((ROOT / f"{step}.py").read_text(encoding="utf-8"))}
+    known = {name for step in STEPS for name in cli._comments((ROOT / f"{step}.py").read_text(encoding="utf-8"))}
     used = set(re.findall(r" --(\w+_\w+|preset|prompt|seed)", text)) - {"setup_only"}
     assert len(used) > 8 and used <= known
     assert set(re.findall(r"--preset (\w+)", text)) <= set(presets.PRESETS)
@@ -66,13 +66,13 @@ def test_github_runs_the_commands_of_the_readme_on_the_versions_that_it_names():
 
 
 def test_what_contributing_names_is_there():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w/.-]+\.(?:py|md|txt|toml|yml))`", text))
     assert len(named) > 9 and not [name for name in named if not (ROOT / name).exists()]
     for module, name in re.findall(r"`(\w+)\.([A-Za-z_]+)`", text):
         assert name in ("py", "md") or hasattr(importlib.import_module(module), name), (module, name)
-    for module, names in (("formats", ("_reader", "_folder_reader", "WRITERS")), ("convert", ("BY_NAME", "TOLERANCE")),
-                          ("training.plan", ("FREE", "check_values"))):
+    for module, names in (("extras.formats", ("_reader", "_folder_reader", "WRITERS")), ("convert", ("BY_NAME", "TOLERANCE")),
+                          ("tinyllm.resume", ("FREE", "check_values"))):
         assert all(f"`{name}`" in text and hasattr(importlib.import_module(module), name) for name in names)
 
 
@@ -85,7 +85,7 @@ def test_the_readme_names_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     files = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("[!_]*.py"))]
     assert len(files) > 30 and not [path.name for path in files if f"`{path.name}`" not in readme]
-    assert all(f"`{folder}/`" in readme for folder in (*FOLDERS, "formats"))
+    assert all(f"`{folder}/`" in readme for folder in FOLDERS)
 
 
 def test_the_chinese_readme_has_the_commands_names_and_figures_of_the_english_one():
@@ -110,7 +110,7 @@ def test_five_packages_carry_the_four_steps():
     names = {re.match(r"\w+", line)[0] for line in lines if line and not line.startswith("#")}
     assert names == {"torch", "numpy", "sentencepiece", "requests", "tqdm"}
     found = set()
-    for path in [path for folder in (".", "formats", *FOLDERS) for path in (ROOT / folder).glob("*.py")]:
+    for path in [path for folder in (".", "extras/formats", *FOLDERS) for path in (ROOT / folder).glob("*.py")]:
         found |= set(re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
-    own = {path.stem for path in ROOT.glob("*.py")} | {"formats", *FOLDERS}
+    own = {path.stem for path in ROOT.glob("*.py")} | set(FOLDERS)
     assert found - own - set(sys.stdlib_module_names) == names

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
-import tokenizer
 from conftest import TINY, quickly
-from preprocessing import demo_stories, shards
-from settings import UserError
-from system.files import load_json, locked, save_json
+
+import tokenizer
+from tinyllm import checkpoint, demo_stories, shards
+from tinyllm.cli import UserError
+from tinyllm.files import load_json, locked, save_json
 
 SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 

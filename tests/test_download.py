@@ -11,13 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
-import corpus
 from conftest import assert_user_error, script
-from corpus import FOLDER
-from preprocessing import download
-from preprocessing.download import ARCHIVE, tinystories
-from settings import UserError
+
+from tinyllm import corpus, download
+from tinyllm.cli import UserError
+from tinyllm.corpus import FOLDER
+from tinyllm.download import ARCHIVE, tinystories
 
 NOISE = random.Random(0)        # so that the archive stays large
 STORIES = [[{"story": f"story {i} of {j}: {NOISE.randbytes(300).hex()}"} for i in range(300)] for j in range(3)]

@@ -2,12 +2,10 @@
 import pytest
 import torch
 
-import checkpoint
-from engine import Engine
 from model import ModelArgs, Transformer
-from sampling import weights
-from sampling.choice import Sampling
-from system import device
+from tinyllm import checkpoint, device, weights
+from tinyllm.engine import Engine
+from tinyllm.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
 from conftest import assert_same
 from faults.faults import FAULTS, Trial, attempt
 from faults.inject import sitecustomize
 from faults.stages import Stages
-from preprocessing import shards
-from system.files import whole_file
-from training.record import Record
+
+from tinyllm import checkpoint, shards
+from tinyllm.files import whole_file
+from tinyllm.runlog import Record
 
 FIRST, ENTRIES = {"config": {}}, [{"iter": i, "loss": 1 / i} for i in range(1, 4)]
 DIGESTS = [hashlib.sha256("".join(f"{json.dumps(entry)}\n" for entry in ENTRIES[:n]).encode()).hexdigest()

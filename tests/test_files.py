@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from settings import UserError
-from system.files import apart, find, replace, settings_for, sha256, vocabularies, whole_file
+from tinyllm.cli import UserError
+from tinyllm.files import replace, sha256, whole_file
+from tinyllm.project import apart, find, settings_for, vocabularies
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):

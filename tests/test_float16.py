@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
-
-import train
 from conftest import assert_same
 from test_train import prepared  # noqa: F401    a fixture
+
+import train
 
 
 @pytest.mark.parametrize("overflow, clip", [(math.inf, 1.0), (math.nan, 1.0), (math.inf, 0.0)])

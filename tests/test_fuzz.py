@@ -3,7 +3,6 @@ import shutil
 import sys
 
 import pytest
-
 from faults import fuzz
 
 

@@ -7,18 +7,17 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-
-import checkpoint
-import formats
-import tokenizer
 from conftest import learn
-from formats import common
+
+import tokenizer
+from extras import formats
+from extras.formats import common
 from model import ModelArgs, Transformer
-from preprocessing import demo_stories
-from settings import UserError
+from tinyllm import checkpoint, demo_stories
+from tinyllm.cli import UserError
 
 gguf = pytest.importorskip("gguf")
-from formats import gguf_file  # noqa: E402
+from extras.formats import gguf_file  # noqa: E402
 
 TEXTS = [*demo_stories.stories(20), "12345 and 67,\n\n  8", "It's DON'T  x\t\ty ", "中文, 🙂 é", "<s></s>"]
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

@@ -11,18 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import bench
-import checkpoint
-import dataset
-import formats
-from checkpoint import build_engine
-from formats import gpt2_folder
-from gpt2 import GPT2, GPT2Args
-from preprocessing import demo_stories, download, shards
+from extras import formats
+from extras.formats import gpt2_folder
+from extras.gpt2 import GPT2, GPT2Args
 from sample import TextGenerator
-from sampling.choice import Sampling
-from settings import UserError
-from system import device
+from tinyllm import checkpoint, dataset, demo_stories, device, download, shards
+from tinyllm.checkpoint import build_engine
+from tinyllm.cli import UserError
+from tinyllm.sampling import Sampling
+from tools import bench
 
 safetensors = pytest.importorskip("safetensors.torch")
 tokenizers = pytest.importorskip("tokenizers")

@@ -1,14 +1,14 @@
 """What a GPU would show, on a machine without one: who waits for it, and what was made on the wrong device."""
 import pytest
 import torch
+from test_train import prepared  # noqa: F401    a fixture
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import train
-from engine import Engine
 from model import ModelArgs, Transformer
-from training.plan import ALONE
-from training.run import Run, State, make_optimizers
-from test_train import prepared  # noqa: F401    a fixture
+from tinyllm.engine import Engine
+from tinyllm.resume import ALONE
+from tinyllm.run import Run, State, make_optimizers
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)
 GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix

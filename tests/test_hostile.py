@@ -13,15 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
-import corpus
-import settings
 from conftest import TINY, assert_user_error, learn, quickly
+
 from model import ModelArgs, Transformer
-from preprocessing import download, shards
-from settings import UserError
-from system.files import load_json, save_json
+from tinyllm import checkpoint, cli, corpus, download, shards
+from tinyllm.cli import UserError
+from tinyllm.files import load_json, save_json
 
 EVIL = "\x1b]0;owned\x07\x1b[2Jred\x9b31m\u202egnp"
 
@@ -182,8 +179,8 @@ def test_a_manifest_cannot_name_other_files(project, name):
 # ---- the terminal -------------------------------------------------------------------------------
 
 def test_what_a_terminal_would_obey_is_escaped():
-    assert settings.printable(EVIL) == "\\x1b]0;owned\\x07\\x1b[2Jred\\x9b31m\\u202egnp"
-    assert settings.printable("tab\tline\nKätzchen \u732b \U0001f600") == "tab\tline\nKätzchen \u732b \U0001f600"
+    assert cli.printable(EVIL) == "\\x1b]0;owned\\x07\\x1b[2Jred\\x9b31m\\u202egnp"
+    assert cli.printable("tab\tline\nKätzchen \u732b \U0001f600") == "tab\tline\nKätzchen \u732b \U0001f600"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals in Python")

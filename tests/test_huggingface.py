@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_user_error, learn, quickly
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import checkpoint
-import formats
 import tokenizer
-from conftest import assert_user_error, learn, quickly
+from extras import formats
 from model import ModelArgs, Transformer
 from sample import TextGenerator
-from settings import UserError
+from tinyllm import checkpoint
+from tinyllm.cli import UserError
 
 TEXTS = ["Once upon a time", "", " ", "  two  spaces ", "a\nb\n\n c\t", "Café, 12345 cats 😀 中文", "don't stop"]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
-import formats
-import tokenizer
 from conftest import learn, script
-from formats import llama2c
-from formats.common import sentencepiece_model
+
+import tokenizer
+from extras import formats
+from extras.formats import llama2c
+from extras.formats.common import sentencepiece_model
 from model import ModelArgs, Transformer
-from preprocessing import demo_stories
 from sample import TextGenerator
-from settings import UserError
+from tinyllm import checkpoint, demo_stories
+from tinyllm.cli import UserError
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(100))

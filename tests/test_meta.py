@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
-import formats
 from conftest import learn
+
+from extras import formats
 from model import ModelArgs, Transformer
-from settings import UserError
+from tinyllm import checkpoint
+from tinyllm.cli import UserError
 
 SCALED = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 

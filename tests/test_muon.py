@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from training.muon import Muon, orthogonal
+from tinyllm.optim import Muon, orthogonal
 
 SHAPES = [(24, 24), (24, 64), (64, 24), (24, 24), (64, 24)]
 

@@ -8,18 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-
-import parallel
-import settings
-import train
 from conftest import ROOT, TINY, assert_same
-from dataset import IGNORE, Task
-from model import ModelArgs
-from parallel import World, check_restarts, joined
-from settings import UserError
-from system.device import Device
-from training import plan
 from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
+
+import train
+from model import ModelArgs
+from tinyllm import cli, distributed, resume
+from tinyllm.cli import UserError
+from tinyllm.dataset import IGNORE, Task
+from tinyllm.device import Device
+from tinyllm.distributed import World, check_restarts, joined
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="PyTorch's torchrun does not start on Windows")
 
@@ -37,7 +35,7 @@ def hit(run, batches, step=train.take_step):
     return step(run, batches)
 
 train.take_step = hit
-settings.run(train.main)
+cli.run(train.main)
 '''
 
 
@@ -116,8 +114,8 @@ def test_alone_there_is_no_group(go, monkeypatch):  # noqa: F811
     (6, 3, 4, "--gradient_accumulation_steps 6 --batch_size 2, which is the same step")])
 def test_a_step_that_cannot_be_divided_is_refused_with_one_that_can(project, processes, batch_size, parts, use):
     def prepare(*more):
-        cfg, given = settings.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, more)])
-        return plan.prepare(cfg, given, World(0, processes))
+        cfg, given = cli.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, more)])
+        return resume.prepare(cfg, given, World(0, processes))
     refused = ["--batch_size", batch_size, "--gradient_accumulation_steps", parts]
     with pytest.raises(UserError, match=f"{parts} cannot be divided among {processes} processes\n.*{use}"):
         prepare(*refused)
@@ -125,7 +123,7 @@ def test_a_step_that_cannot_be_divided_is_refused_with_one_that_can(project, pro
 
 
 def test_processes_share_an_evaluation(project):
-    data = plan.find_data(SimpleNamespace(data_dir=str(project), vocab_size=0), None)[0]
+    data = resume.find_data(SimpleNamespace(data_dir=str(project), vocab_size=0), None)[0]
     whole = list(Task.iter_once(data, "val", 3, 32))
     parts = [list(Task.iter_once(data, "val", 3, 32, rank=rank, world_size=4)) for rank in range(4)]
     for number, (x, y) in enumerate(whole):
@@ -136,13 +134,13 @@ def test_processes_share_an_evaluation(project):
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(parallel, "count", lambda kind: 2)
+    monkeypatch.setattr(distributed, "count", lambda kind: 2)
     assert [World(rank, 2, rank).device("auto") for rank in (0, 1)] == ["cuda:0", "cuda:1"]
     assert World(5, 8, 1).device("cuda") == "cuda:1" and World().device("cuda:1") == "cuda:1"
     for name, rank in (("auto", 2), ("cuda:1", 1)):
         with pytest.raises(UserError, match="for 3 processes, this machine has 2 GPUs\n.*nproc_per_node=2"):
             World(rank, 3, rank).device(name)
-    monkeypatch.setattr(parallel, "count", lambda kind: 0)
+    monkeypatch.setattr(distributed, "count", lambda kind: 0)
     assert World(1, 2, 1).device("auto") == "auto"        # which then says why it is the CPU
 
 
@@ -185,7 +183,7 @@ def test_processes_with_other_settings_or_files_are_refused():
         cfg = SimpleNamespace(learning_rate=rate, device=device, out_dir="output")
         saved = {"model": {"w": torch.full((3,), weight, dtype=torch.bfloat16)}, "optimizer": [{"m": torch.ones(2)}]}
         where = Device(torch.device(device), dtype, "for a test")
-        return plan.Plan(cfg, where, SimpleNamespace(sha256=text), None, None, saved, True, world)
+        return resume.Plan(cfg, where, SimpleNamespace(sha256=text), None, None, saved, True, world)
     first, said = SimpleNamespace(size=2, rank=0, first_says=lambda value: said.append(value) or value), []
     train.require_same(planned(first))
     for change, what in [({"device": "cuda"}, None), ({"rate": 0.2}, "other settings"), ({"text": "b"}, "other text"),

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
-import parallel
-import sample
 from conftest import ROOT, learn, quickly, random_model
-from engine import Engine
-from gpt2 import GPT2Args
+
+import sample
+from extras import tensor_parallel
+from extras.gpt2 import GPT2Args
+from extras.tensor_parallel import Team
 from model import Transformer
-from parallel import World, tensor_parallel
-from parallel.tensor_parallel import Team
 from sample import TextGenerator
-from sampling.choice import Sampling
-from settings import UserError
-from system.device import Device, _has_fbgemm
+from tinyllm import checkpoint, distributed
+from tinyllm.cli import UserError
+from tinyllm.device import Device, _has_fbgemm
+from tinyllm.distributed import World
+from tinyllm.engine import Engine
+from tinyllm.sampling import Sampling
 
 PROMPTS = [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def logits_of(engine: Engine) -> list:
 
 
 def divided_logits(dtype: torch.dtype, quantize: str) -> list:
-    with parallel.joined() as world:
+    with distributed.joined() as world:
         engine, found = Team(world).engine(make(), Device(CPU, dtype, ""), quantize), []
         engine.work(lambda: found.extend(logits_of(engine)))
     return found
@@ -196,7 +196,7 @@ def test_mistakes_are_said_by_the_first_process(trained):
 
 
 def fails_while_writing() -> str:
-    with parallel.joined() as world:
+    with distributed.joined() as world:
         engine = Team(world).engine(make(), Device(CPU, torch.float32, ""), "")
 
         def lead():
@@ -211,7 +211,7 @@ def test_an_error_of_the_first_process_lets_the_others_end():
 
 
 def dies_while_writing() -> None:
-    with parallel.joined() as world:
+    with distributed.joined() as world:
         engine = Team(world).engine(make(), Device(CPU, torch.float32, ""), "")
         if world.rank == 1:
             engine._choose = lambda *how: os._exit(1)

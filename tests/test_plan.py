@@ -5,16 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import assert_same
+from test_train import go, prepared, state  # noqa: F401    fixtures
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from conftest import assert_same
-from gpt2 import GPT2, GPT2Args
+from extras.gpt2 import GPT2, GPT2Args
 from model import ModelArgs, Transformer
-from settings import UserError
-from training import forecast, plan
-from training.run import Run, State
-from test_train import go, prepared, state  # noqa: F401    fixtures
+from tinyllm import estimate, resume
+from tinyllm.cli import UserError
+from tinyllm.run import Run, State
 
 
 def test_all_problems_are_reported_at_once(go):  # noqa: F811
@@ -33,7 +33,7 @@ def test_all_problems_are_reported_at_once(go):  # noqa: F811
 
 
 def test_too_little_disk_is_said_before_the_first_step(go, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="MB free"):
         go("out", "--max_iters", 2)
 
@@ -42,7 +42,7 @@ def test_trying_out_leaves_no_trace(prepared):  # noqa: F811
     run = prepared("--dropout", 0.5)
     weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     random = torch.get_rng_state()
-    seconds, kept = forecast.try_out(run), forecast.count_activations(run)
+    seconds, kept = estimate.try_out(run), estimate.count_activations(run)
     assert seconds > 0 and 1e5 < kept < 1e8 and torch.equal(torch.get_rng_state(), random)
     assert all(weight.grad is None for weight in run.model.parameters())
     assert_same(weights, dict(run.model.state_dict()))
@@ -52,14 +52,14 @@ def test_what_was_counted_is_set_free(prepared):  # noqa: F811
     """Outputs of a layer, which its own backward pass keeps: a circle, if they are kept as they are."""
     run, kept = prepared(), []
     run.model.layers[0].register_forward_hook(lambda *call: kept.append(StorageWeakRef(call[-1].untyped_storage())))
-    forecast.count_activations(run)
+    estimate.count_activations(run)
     assert kept and all(storage.expired() for storage in kept)
 
 
 def test_windows_are_counted_without_computing_all_of_them(prepared):  # noqa: F811
-    count = {size: forecast.count_activations(prepared("--batch_size", size)) for size in (1, 3, 10**6)}
+    count = {size: estimate.count_activations(prepared("--batch_size", size)) for size in (1, 3, 10**6)}
     run = prepared("--batch_size", 3)
-    assert count[3] == pytest.approx(forecast._kept_by(run, 3)) and count[10**6] > 10**5 * count[1]
+    assert count[3] == pytest.approx(estimate._kept_by(run, 3)) and count[10**6] > 10**5 * count[1]
 
 
 @pytest.mark.parametrize("done, max_minutes, seconds, steps", [
@@ -75,7 +75,7 @@ def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, st
 def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F811
     """Not as many windows: these begin at documents, and short ones are in several."""
     run = prepared("--max_iters", 500)
-    forecast.print_length(run, 0.1)
+    estimate.print_length(run, 0.1)
     read = 500 * run.tokens_per_step / run.data.count("train", "tokens")
     assert f" 500 steps, {read:.1f} epochs" in capsys.readouterr().out
 
@@ -86,11 +86,11 @@ def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F81
     (["--max_iters", 3, "--warmup_iters", 2], "--warmup_iters 0 would leave room")])
 def test_what_will_go_wrong_is_said(prepared, monkeypatch, capsys, args, note):  # noqa: F811
     """When a micro-batch takes 5 seconds."""
-    monkeypatch.setattr(forecast, "try_out", lambda run: 5.0)
-    forecast.print_plan(prepared("--eval_interval", 1000, *args))
+    monkeypatch.setattr(estimate, "try_out", lambda run: 5.0)
+    estimate.print_plan(prepared("--eval_interval", 1000, *args))
     notes = capsys.readouterr().out.split("\nnote: ")[1:]
     assert any(note in text for text in notes)
-    forecast.print_plan(prepared("--max_iters", 3, "--warmup_iters", 0))
+    estimate.print_plan(prepared("--max_iters", 3, "--warmup_iters", 0))
     assert "note: " not in capsys.readouterr().out
 
 
@@ -106,7 +106,7 @@ def test_a_compiler_that_fails_is_told_with_its_mending(go, monkeypatch, capsys,
     monkeypatch.setattr(Run, "compile", fails)
     with pytest.raises(UserError, match=f"compiling failed: .*{says}.*\n.*{use}"):
         go("out", "--max_iters", 1, "--compile", "True")
-    monkeypatch.setattr(forecast, "choose_compile", lambda run, seconds: (True, "it pays"))
+    monkeypatch.setattr(estimate, "choose_compile", lambda run, seconds: (True, "it pays"))
     try:
         go("auto", "--max_iters", 1, "--compile", "auto")
     finally:
@@ -121,11 +121,11 @@ def test_a_compiler_that_fails_is_told_with_its_mending(go, monkeypatch, capsys,
     ("cuda", False, True, (7, 0), ""), ("cuda", True, False, (9, 0), "triton"),
     ("cuda", True, True, (6, 1), "too old")])
 def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, capability, why):
-    monkeypatch.setattr(forecast.devices, "no_compiler", lambda: "" if compiler else "there is no C++ compiler")
-    monkeypatch.setattr(forecast.devices, "no_headers", lambda: "")
-    monkeypatch.setattr(forecast.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(estimate.devices, "no_compiler", lambda: "" if compiler else "there is no C++ compiler")
+    monkeypatch.setattr(estimate.devices, "no_headers", lambda: "")
+    monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = forecast.cannot_compile(torch.device(device))
+    found = estimate.cannot_compile(torch.device(device))
     assert why in found if why else found == ""
 
 
@@ -135,8 +135,8 @@ def test_too_little_memory_is_announced(monkeypatch, capsys, free, says):
     run = SimpleNamespace(cfg=SimpleNamespace(batch_size=8, gradient_accumulation_steps=1),
                           where=SimpleNamespace(device=torch.device("cpu")),
                           model=SimpleNamespace(count_parameters=lambda: 100_000))
-    monkeypatch.setattr(forecast, "free_memory", lambda: free)
-    forecast.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
+    monkeypatch.setattr(estimate, "free_memory", lambda: free)
+    estimate.warn_of_memory(run, 2_000_000)         # 1.6 MB of state, and at its peak 0.5 MB for each window
     out = capsys.readouterr().out
     assert says in out if says else out == ""
 
@@ -145,7 +145,7 @@ def test_too_little_memory_is_announced(monkeypatch, capsys, free, says):
                                          (Transformer, ModelArgs(n_layers=1, tie_embeddings=False))])
 def test_parameters_are_counted_without_building_every_layer(model, args):
     with torch.device("meta"):
-        assert plan.count_parameters(args) == model(args).count_parameters()
+        assert resume.count_parameters(args) == model(args).count_parameters()
 
 
 @pytest.mark.parametrize("shape, says", [

@@ -1,9 +1,9 @@
 """Pictures: what is drawn in loss.png, and the average over a noisy curve."""
 import numpy as np
 import pytest
-
 from conftest import TINY, quickly
-from training import plots
+
+from extras import plots
 
 
 def test_an_average_over_neighbours():
@@ -20,7 +20,7 @@ def test_counts_are_short():
 def test_the_picture_of_a_run(project, monkeypatch):
     """Train and val against tokens and against minutes, and a star where val is lowest."""
     pytest.importorskip("matplotlib")
-    from training.run import Run
+    from tinyllm.run import Run
     drawn, losses = [], iter([3.0, 2.0, 2.5])
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
     monkeypatch.setattr(Run, "evaluate", lambda _: dict(val_loss=(y := next(losses)), perplexity=1, bpb=y / 2))

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, assert_user_error, count_words, learn, script
 
-import corpus
 import preprocess
 import train_vocab
-from conftest import ROOT, assert_user_error, count_words, learn, script
-from formats import llama2c
-from preprocessing import demo_stories, shards, words, workers
-from settings import UserError
-from system.files import save_json, sha256
+from extras.formats import llama2c
+from tinyllm import corpus, demo_stories, shards, words, workers
+from tinyllm.cli import UserError
+from tinyllm.files import save_json, sha256
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(200))

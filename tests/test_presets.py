@@ -3,17 +3,16 @@ import importlib
 
 import pytest
 
-import settings
 from model import ModelArgs
-from settings import UserError
-from training import presets
-from training.presets import PRESETS, Preset
+from tinyllm import cli, presets
+from tinyllm.cli import UserError
+from tinyllm.presets import PRESETS, Preset
 
 KNOWN = {name: preset.settings for name, preset in PRESETS.items()}
 
 
 def read(*argv):
-    return settings.read(vars(importlib.import_module("train")), argv, presets=KNOWN)
+    return cli.read(vars(importlib.import_module("train")), argv, presets=KNOWN)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -41,7 +40,7 @@ def test_what_to_expect_is_read_off_the_curve(monkeypatch):
 
 def test_help_lists_them(capsys):
     with pytest.raises(SystemExit):
-        settings.read(vars(importlib.import_module("train")), ["--help"], presets=KNOWN, epilog=presets.table())
+        cli.read(vars(importlib.import_module("train")), ["--help"], presets=KNOWN, epilog=presets.table())
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in PRESETS) and "--dim 128 --n_layers 4" in shown
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
 from conftest import ROOT, TINY, assert_user_error, learn, quickly, script
-from engine import Step
-from preprocessing import shards
+
 from sample import Completion, TextGenerator
-from settings import UserError
-from system.files import locked_file
+from tinyllm import checkpoint, shards
+from tinyllm.cli import UserError
+from tinyllm.engine import Step
+from tinyllm.files import locked_file
 
 
 @pytest.fixture(scope="module")

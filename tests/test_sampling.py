@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from sampling import choice as sampling
-from sampling.choice import Sampling, choose
+from tinyllm import sampling as sampling
+from tinyllm.sampling import Sampling, choose
 
 
 def draw(logits, count, seen=(), **options):

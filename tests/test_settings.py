@@ -6,12 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, assert_user_error, script
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import settings
-from conftest import ROOT, assert_user_error, script
+from tinyllm import cli
 
 SCRIPTS = ["train_vocab", "preprocess", "train", "sample"]
 
@@ -36,7 +36,7 @@ other = 1
 
 
 def read(block, *argv):
-    return vars(settings.read(block, list(argv))[0])
+    return vars(cli.read(block, list(argv))[0])
 
 
 def test_defaults_are_those_of_the_block(block):
@@ -70,7 +70,7 @@ def test_a_list_takes_all_up_to_the_next_name(block):
     assert read(block)["names"] == [] and read(block, "--names=a")["names"] == ["a"]
     found = read(block, "--names", "a b", "c", "--count", "3")
     assert found["names"] == ["a b", "c"] and found["count"] == 3
-    with pytest.raises(settings.UserError, match="names: expected at least one argument"):
+    with pytest.raises(cli.UserError, match="names: expected at least one argument"):
         read(block, "--names", "--count", "3")
 
 
@@ -78,7 +78,7 @@ def test_a_list_takes_all_up_to_the_next_name(block):
     (["--cuont", "3"], "did you mean --count?"), (["--rat", "3"], "did you mean --rate?"), (["stray"], "'stray'"),
     (["--count", "3.5"], "--count"), (["--count"], "--count"), (["--on", "perhaps"], "True or False")])
 def test_mistakes_are_errors(block, argv, message):
-    with pytest.raises(settings.UserError, match=message.replace("?", r"\?")):
+    with pytest.raises(cli.UserError, match=message.replace("?", r"\?")):
         read(block, *argv)
 
 
@@ -94,16 +94,16 @@ def test_any_command_line_is_read_refused_or_helped(block, argv):
     try:
         found = read(block, *argv)
         assert [type(found[name]) for name in ("rate", "count", "name", "on")] == [float, int, str, bool]
-    except settings.UserError as error:
+    except cli.UserError as error:
         assert str(error)
     except SystemExit as end:
         assert end.code == 0 and {"--help", "-h"} & set(argv)
 
 
 def test_only_what_was_given_counts_as_given(block, capsys):
-    _, given = settings.read(block, ["--count", "16"])
+    _, given = cli.read(block, ["--count", "16"])
     assert given == {"count": 16} and capsys.readouterr().out == ""
-    settings.read(block, ["--count", "17"])
+    cli.read(block, ["--count", "17"])
     assert "count=17 (default 16)" in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_help_shows_comments_and_defaults(block, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_setting_of_a_script_is_explained_or_plain(name):
-    comments = settings._comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    comments = cli._comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     plain = {"dim", "n_layers", "norm_eps", "weight_decay", "beta1", "beta2", "min_lr", "seed"}
     assert comments and {key for key, comment in comments.items() if not comment} <= plain
     assert all(hasattr(importlib.import_module(name), key) for key in comments)
@@ -127,7 +127,7 @@ def test_every_setting_of_a_script_is_explained_or_plain(name):
 def test_no_function_bypasses_the_command_line(name):
     """A function that read a constant of the block itself would not see an override."""
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    names = set(settings._comments(source))
+    names = set(cli._comments(source))
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, ast.FunctionDef):
             bound = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
@@ -140,17 +140,17 @@ def test_no_function_bypasses_the_command_line(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_typo_ends_with_status_1_and_a_suggestion(name):
-    first = next(iter(settings._comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
+    first = next(iter(cli._comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
     assert_user_error(script(name, f"--{first}x", "1"), f"did you mean --{first}?")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="quoting is that of a POSIX shell")
 @pytest.mark.parametrize("value", ["my run", 'He said "hi"|x', "$HOME", "a`b", "it's", "back\\slash", "plain/path.pt"])
 def test_a_command_to_type_means_what_it_says(value):
-    assert shlex.split(settings.command("sample", checkpoint=value)) == ["python", "sample.py", "--checkpoint", value]
+    assert shlex.split(cli.command("sample", checkpoint=value)) == ["python", "sample.py", "--checkpoint", value]
 
 
 def test_a_value_like_a_name_or_the_home_folder_is_typed_as_a_value(block):
-    words = shlex.split(settings.command("tool", name="-dash", rate=-1.5))
+    words = shlex.split(cli.command("tool", name="-dash", rate=-1.5))
     assert words == ["python", "tool.py", "--name=-dash", "--rate=-1.5"] and read(block, *words[2:])["name"] == "-dash"
-    assert settings.quoted("~/x") == '"~/x"' and settings.quoted("a~") == "a~"
+    assert cli.quoted("~/x") == '"~/x"' and cli.quoted("a~") == "a~"

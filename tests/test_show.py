@@ -8,11 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from conftest import assert_user_error, quickly
+
+from extras.token_probs import Token, element, percent, print_tokens, quoted, story, texts_of
 from sample import Completion, TextGenerator
-from sampling.show import Token, element, percent, print_tokens, quoted, story, texts_of
-from settings import printable
+from tinyllm.cli import printable
 
 EVIL = '<script>alert(1)</script> "two"  & \'one\'\n&lt; \u732b \U0001f600'
 

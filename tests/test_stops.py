@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import train
 from conftest import ROOT, TINY
 from test_train import go, log, state  # noqa: F401    fixtures among them
+
+import train
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
 

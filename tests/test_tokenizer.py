@@ -3,15 +3,14 @@ import io
 
 import pytest
 import sentencepiece
+from conftest import learn
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import tokenizer
-from conftest import learn
-from preprocessing import demo_stories
-from settings import UserError
-from system import files
+from tinyllm import demo_stories, project
+from tinyllm.cli import UserError
 from tokenizer import SPACE, Tokenizer
 
 STORIES = list(demo_stories.stories(300))
@@ -144,24 +143,24 @@ def test_cut_models_are_refused(vocabulary):
 
 def test_finding_the_vocabulary(vocabulary, tmp_path):
     with pytest.raises(UserError, match="train_vocab.py"):
-        files.find(tmp_path)
+        project.find(tmp_path)
     (tmp_path / "tok600.model").write_bytes(vocabulary.model)
-    assert files.find(tmp_path) == tmp_path / "tok600.model"
+    assert project.find(tmp_path) == tmp_path / "tok600.model"
     (tmp_path / "tok4096.model").write_bytes(vocabulary.model)
     with pytest.raises(UserError, match=r"several vocabularies \(600, 4096\)\n.*--vocab_size 600"):
-        files.find(tmp_path)
+        project.find(tmp_path)
     (tmp_path / "tok4096").mkdir()
     (tmp_path / "tok4096" / "manifest.json").touch()
     with pytest.raises(UserError, match=r"\(4096, 600\)\n.*--vocab_size 4096"):
-        files.find(tmp_path)
+        project.find(tmp_path)
     with pytest.raises(UserError, match="of size 700 in .*, where there is 4096, 600\n *make one"):
-        files.find(tmp_path, 700)
+        project.find(tmp_path, 700)
     (tmp_path / "text.txt").touch()
     with pytest.raises(UserError, match="text.txt is a file; --data_dir names a folder"):
-        files.find(tmp_path / "text.txt")
-    assert files.find(tmp_path, 4096) == tmp_path / "tok4096.model"
+        project.find(tmp_path / "text.txt")
+    assert project.find(tmp_path, 4096) == tmp_path / "tok4096.model"
     with pytest.raises(UserError, match="512"):
-        files.find(tmp_path, 512)
+        project.find(tmp_path, 512)
 
 
 @pytest.mark.parametrize("error", [UserError("stories.txt is not UTF-8"), KeyboardInterrupt()])

@@ -8,16 +8,24 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from conftest import learn
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as TheirTokenizer
 
 import tokenizer
-from conftest import learn
-from formats.common import GPT2, byte_letters, byte_level_json, llama3_json, merges_of, own_json, sentencepiece_model
-from sampling.chat import ChatFormat, ChatML
-from settings import UserError
+from extras.chat import ChatFormat, ChatML
+from extras.formats.common import (
+    GPT2,
+    byte_letters,
+    byte_level_json,
+    llama3_json,
+    merges_of,
+    own_json,
+    sentencepiece_model,
+)
+from tinyllm.cli import UserError
 from tokenizer import JsonTokenizer, TiktokenTokenizer, Tokenizer
 
 WORDS = "the and ing test sentence is a This user system assistant \n\n 123 é 中".split(" ")

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-import checkpoint
-import settings
-import train
 from conftest import SAVE_PICTURE, TINY, assert_same, assert_user_error, quickly, script
-from settings import UserError
-from training import forecast, plan, plots, run
-from training.run import Run
+
+import train
+from extras import plots
+from tinyllm import checkpoint, cli, estimate, resume, run
+from tinyllm.cli import UserError
+from tinyllm.run import Run
 
 
 @pytest.fixture
@@ -33,8 +32,8 @@ def go(call, project):
 def prepared(project, monkeypatch):
     """A Run as main() builds it, from command line settings."""
     def build(*args) -> Run:
-        cfg, given = settings.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
-        return Run(plan.prepare(cfg, given))
+        cfg, given = cli.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
+        return Run(resume.prepare(cfg, given))
     return build
 
 
@@ -269,7 +268,7 @@ def ticking(monkeypatch):
     """A clock that goes on by a tenth of a second each time that somebody looks at it."""
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: next(ticks) / 10)
-    for module in (train, run, forecast):
+    for module in (train, run, estimate):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -441,7 +440,7 @@ def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
         go("out", "--max_iters", 4)
 
 
-@pytest.mark.skipif(bool(WHY_NOT := forecast.cannot_compile(torch.device("cpu"))), reason=WHY_NOT)
+@pytest.mark.skipif(bool(WHY_NOT := estimate.cannot_compile(torch.device("cpu"))), reason=WHY_NOT)
 def test_a_compiled_run_is_the_same_run(go):
     """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
     options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1]

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import checkpoint
-from settings import UserError
 from test_train import go, state  # noqa: F401    a fixture among them
+
+from tinyllm import checkpoint
+from tinyllm.cli import UserError
 
 
 def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):  # noqa: F811

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-
 from conftest import ROOT
 
 ENGLISH, CHINESE, SCALING = (ROOT / "docs" / name for name in ("walkthrough.md", "walkthrough.zh-CN.md", "scaling.md"))

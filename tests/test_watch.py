@@ -8,18 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-import checkpoint
-import train
 from conftest import ROOT, TINY, assert_user_error, quickly
-from model import Transformer
-from parallel import World
-from settings import UserError
-from system import files
-from system.files import locked
-from training import record, watch
-from training.run import State
 from test_train import assert_same_run, go, log, prepared, state  # noqa: F401    fixtures among them
+
+import train
+from model import Transformer
+from tinyllm import checkpoint, files, runlog, watch
+from tinyllm.cli import UserError
+from tinyllm.distributed import World
+from tinyllm.files import locked
+from tinyllm.run import State
 
 
 def a_run(losses: list[float], norms: list[float] | None = None, scale: float | None = None) -> SimpleNamespace:
@@ -185,10 +183,10 @@ def test_an_old_run_that_was_put_aside_half_is_put_back(go, monkeypatch):  # noq
         moved.append(source)
         source.rename(target)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(record, "replace", dies)
+        patch.setattr(runlog, "replace", dies)
         go("out", "--max_iters", 2, "--seed", 5)
-    assert len(list(Path("out", record.HALF).iterdir())) == 2
-    record.put_back("out")
+    assert len(list(Path("out", runlog.HALF).iterdir())) == 2
+    runlog.put_back("out")
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
@@ -240,18 +238,18 @@ def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(go, monkeypat
         patch.setattr(train, "replace", dies)
         go(*command)
     assert not Path("out/last.pt").exists() and Path("out/old-1/last.pt").exists()
-    record.put_back("out")
+    runlog.put_back("out")
     go("out", "--init_from", "resume")
     assert state("out")["iter_num"] == 2 and state("out")["config"]["init_from"] == "out/last.pt"
-    assert not Path("out", record.NEW).exists() and not Path("out/old-2").exists()
+    assert not Path("out", runlog.NEW).exists() and not Path("out/old-2").exists()
     assert all(torch.equal(a, b) for a, b in zip(state("out")["model"].values(), state("whole")["model"].values()))
 
 
 def test_a_new_state_is_no_reason_to_lose_a_best_one():
     Path("out").mkdir()
-    for name in ("ckpt.pt", record.NEW):
+    for name in ("ckpt.pt", runlog.NEW):
         Path("out", name).touch()
-    record.put_back("out")
+    runlog.put_back("out")
     assert [path.name for path in Path("out").iterdir()] == ["ckpt.pt"]
 
 

@@ -3,17 +3,17 @@ import io
 import re
 from collections import Counter
 
+import plain
 import pytest
 import sentencepiece
+from conftest import count_words, learn
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-
-import plain
-from conftest import count_words, learn
-from preprocessing import demo_stories, words
-from preprocessing.words import WordCounts, Words
 from test_tokenizer import HARD
+
+from tinyllm import demo_stories, words
+from tinyllm.words import WordCounts, Words
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.stories(300))

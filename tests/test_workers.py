@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-import corpus
-import preprocess
 from conftest import ROOT
-from preprocessing import workers
-from settings import UserError
-from system import machine
+
+import preprocess
+from tinyllm import corpus, machine, workers
+from tinyllm.cli import UserError
 
 
 def test_processes_follow_cores_parts_and_memory(monkeypatch):

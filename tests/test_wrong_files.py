@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-import checkpoint
-import corpus
-import preprocess
-import tokenizer
 from conftest import SAVE_PICTURE, assert_user_error, learn, quickly
 from faults import fuzz
-from preprocessing import shards
-from settings import UserError
-from system.files import sha256
-from training import plots
+
+import preprocess
+import tokenizer
+from extras import plots
+from tinyllm import checkpoint, corpus, shards
+from tinyllm.cli import UserError
+from tinyllm.files import sha256
 
 MODEL, NOTES, MANIFEST = "data/tok300.model", "data/tok300.json", "data/tok300/manifest.json"
 SHARD = "data/tok300/val_0000.bin"

@@ -33,21 +33,23 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import corpus  # noqa: E402
-import formats  # noqa: E402
 import preprocess  # noqa: E402
 import sample  # noqa: E402
-import settings  # noqa: E402
 import tokenizer  # noqa: E402
 import train  # noqa: E402
 import train_vocab  # noqa: E402
-from preprocessing import demo_stories  # noqa: E402
-from preprocessing import shards  # noqa: E402
-from system import files  # noqa: E402
-from training import plan  # noqa: E402
-from training import record  # noqa: E402
-from training.run import Run  # noqa: E402
+from extras import formats  # noqa: E402
+from tinyllm import (  # noqa: E402
+    checkpoint,
+    cli,
+    corpus,
+    demo_stories,
+    files,
+    resume,
+    runlog,
+    shards,
+)
+from tinyllm.run import Run  # noqa: E402
 
 SECONDS, MEMORY, BATCH = 10, 1 << 30, 1000      # what an input may take, and how many a child process reads
 DEEP, DEPTH = "@deep@", 100_000                 # a text that becomes a list in a list in a list ...
@@ -102,8 +104,8 @@ def read_checkpoint() -> Any:
 
 
 def read_last() -> Any:
-    cfg, _ = settings.read(vars(train), ["--init_from", "resume"])
-    run = Run(plan.prepare(cfg, {}))
+    cfg, _ = cli.read(vars(train), ["--init_from", "resume"])
+    run = Run(resume.prepare(cfg, {}))
     return weights(run.model), repr([run.state, run.cfg, [one.state_dict() for one in run.optimizers]])
 
 
@@ -133,7 +135,7 @@ def read_log() -> None:
     drawing = MagicMock()                           # a real one takes a quarter of a second
     drawing.Figure.return_value.subplots.return_value = MagicMock(), MagicMock()
     with patch.dict(sys.modules, {"matplotlib": MagicMock(), "matplotlib.figure": drawing}):
-        record.Record(Path("output"), {}, 2).draw()
+        runlog.Record(Path("output"), {}, 2).draw()
 
 
 def read_stories() -> None:
@@ -324,12 +326,12 @@ def try_one(target: Target, good: dict[str, bytes], whole: Any, rng: random.Rand
 
 
 def refusal(error: BaseException) -> bool:
-    """Whether an error is a message to the user, as settings.run shows it, and not for want of memory."""
+    """Whether an error is a message to the user, as cli.run shows it, and not for want of memory."""
     chain, cause = [], error
     while cause:
         chain, cause = [*chain, cause], cause.__cause__
     hungry = any(isinstance(one, MemoryError) or "allocate memory" in str(one) for one in chain)
-    user = isinstance(error, settings.UserError) or isinstance(error, OSError) and error.errno in settings.USERS_ERRNOS
+    user = isinstance(error, cli.UserError) or isinstance(error, OSError) and error.errno in cli.USERS_ERRNOS
     return user and not hungry
 
 
@@ -383,7 +385,7 @@ def read_batch(target: Target, good: dict[str, bytes], whole: Any, seed: str, nu
         print(json.dumps(values), file=results, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    import resource                                 # not on Windows
+    import resource  # not on Windows
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2 * MEMORY, size + 2 * MEMORY))
     first = peak()

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import checkpoint
-import corpus
-import tokenizer
 from conftest import ROOT, TINY, assert_same
-from preprocessing import demo_stories, shards
+
+import tokenizer
+from tinyllm import checkpoint, corpus, demo_stories, shards
 
 from .server import archive, serve
 

@@ -1,0 +1,177 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): ids in, logits out.
+
+    model = GPT2(GPT2Args())                            # 124 million parameters
+    logits = model(tokens)                              # (B, T, vocab_size)
+    engine = GPT2Engine(model)                          # writes as engine.py does
+
+What differs from model.py: positions are learned, the norms take away the mean, the feed-forward has a GELU and no
+gate, and everything has a bias. Shapes as in model.py.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import LinearCrossEntropy, Transformer, causal_attention, fill, wrong_numbers
+from tinyllm.cli import UserError
+from tinyllm.engine import Attend, Engine
+from tinyllm.weights import Product
+
+
+@dataclass(frozen=True)
+class GPT2Args:
+    """The shape of a GPT-2. Raises ValueError, naming the numbers, where they do not fit together."""
+    dim: int = 768
+    n_layers: int = 12
+    n_heads: int = 12
+    vocab_size: int = 50257
+    max_seq_len: int = 1024
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if problems := wrong_numbers(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",)):
+            raise ValueError("; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.n_heads
+
+    @property
+    def tie_embeddings(self) -> bool:
+        return True
+
+
+class Attention(nn.Module):
+    def __init__(self, args: GPT2Args):
+        super().__init__()
+        self.args = args
+        self.wqkv = nn.Linear(args.dim, 3 * args.dim)
+        self.wo = nn.Linear(args.dim, args.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.args.head_dim)).transpose(1, 2)        # (B, 3 H, T, D)
+        out = causal_attention(*heads.chunk(3, 1), self.args.dropout if self.training else 0.0)
+        return self.wo(out.transpose(1, 2).flatten(-2))                                     # (B, T, dim)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: GPT2Args):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, 4 * args.dim)
+        self.w2 = nn.Linear(4 * args.dim, args.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.gelu(self.w1(x), approximate="tanh"))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, args: GPT2Args):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = nn.LayerNorm(args.dim, args.norm_eps)
+        self.ffn_norm = nn.LayerNorm(args.dim, args.norm_eps)
+        self.dropout = nn.Dropout(args.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class GPT2(nn.Module):
+    """The whole model."""
+
+    count_parameters = Transformer.count_parameters
+
+    def __init__(self, args: GPT2Args):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.positions = nn.Embedding(args.max_seq_len, args.dim)
+        self.dropout = nn.Dropout(args.dropout)
+        self.layers = nn.ModuleList(GPT2Block(args) for _ in range(args.n_layers))
+        self.norm = nn.LayerNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output.weight = self.tok_embeddings.weight
+        self.loss = LinearCrossEntropy()
+        fill(self, args.n_layers)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocab_size) of tokens (B, T), or the loss if there are targets: as Transformer.forward."""
+        length = tokens.shape[1]
+        if length > self.args.max_seq_len:
+            raise ValueError(f"{length} tokens do not fit into max_seq_len {self.args.max_seq_len}")
+        places = self.positions(torch.arange(length, device=tokens.device))                 # (T, dim)
+        h = self.dropout(self.tok_embeddings(tokens) + places)                              # (B, T, dim)
+        for layer in self.layers:
+            h = layer(h)
+        h = self.norm(h)
+        if targets is None:
+            return self.output(h)
+        return self.loss(h, self.output.weight, targets)
+
+    def flops_per_token(self) -> int:
+        """As Transformer.flops_per_token; positions are looked up, and cost nothing."""
+        attention = self.args.n_layers * self.args.dim * self.args.max_seq_len
+        return 6 * (self.count_parameters() - self.positions.weight.numel() + attention)
+
+
+class GPT2Engine(Engine):
+    """A GPT-2 arranged for writing; what belongs to a position is a row of its embedding here, not a turn."""
+
+    def __init__(self, model: GPT2, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
+                 device: torch.device | None = None):
+        """As Engine. Raises UserError for compiled on a CPU, where one token's layer is that of a Llama."""
+        if compiled and (device or model.tok_embeddings.weight.device).type == "cpu":
+            raise UserError("--compile is for Llama models on a CPU, and this is a GPT-2; leave it out")
+        super().__init__(model, dtype, quantize, compiled, device)
+
+    def _pack_weights(self, model: GPT2, pack: Callable[[Tensor], Product]) -> None:
+        def on(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, torch.float32)
+
+        def product(weight: Tensor, bias: Tensor, norm: nn.LayerNorm | None = None) -> Product:
+            weight, bias = on(weight), on(bias)
+            if norm:
+                weight, bias = weight * on(norm.weight), bias + weight @ on(norm.bias)
+            packed = pack(weight.contiguous())
+            return lambda x: packed(x) + bias
+
+        with torch.no_grad():
+            self.embeddings, self.positions = on(model.tok_embeddings.weight), on(model.positions.weight)
+            scale = torch.ones(3 * self.args.dim, device=model.tok_embeddings.weight.device)
+            scale[:self.args.dim] = self.args.head_dim ** -0.5              # of the queries
+            for layer in model.layers:
+                attention, feed_forward = layer.attention, layer.feed_forward
+                self.layers.append([
+                    product(attention.wqkv.weight * scale[:, None], attention.wqkv.bias * scale, layer.attention_norm),
+                    product(attention.wo.weight, attention.wo.bias),
+                    product(feed_forward.w1.weight, feed_forward.w1.bias, layer.ffn_norm),
+                    product(feed_forward.w2.weight, feed_forward.w2.bias)])
+            self.output = product(model.output.weight, torch.zeros(1), model.norm)
+
+    def _turns(self, at: slice | Tensor) -> Tensor:
+        return self.positions[at]                                                           # (..., dim)
+
+    def _layers(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """What the layers make of tokens (B, T): (B * T, dim), before the last norm."""
+        x = (F.embedding(tokens, self.embeddings) + positions).flatten(0, 1)
+        for number, (qkv, out, up, down) in enumerate(self.layers):
+            heads = qkv(self._norm(x)).unflatten(-1, (-1, self.args.head_dim)).to(self.cache_dtype)  # (B * T, 3 H, D)
+            x = x + out(attend(number, heads))
+            x = x + down(F.gelu(up(self._norm(x)), approximate="tanh"))
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.output(self._norm(x)).float()
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """LayerNorm (arXiv 1607.06450) but for gain and bias, which are inside the products."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.args.norm_eps)

@@ -1,1 +1,0 @@
-"""What the machine gives: devices, cores and memory, files."""

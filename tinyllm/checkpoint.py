@@ -1,0 +1,222 @@
+"""The whole state of a training in one file: plain tensors and plain values, never half-written.
+
+    state = load("output/ckpt.pt")
+    model = build_model(state)
+    vocabulary = build_tokenizer(state)
+    engine = build_engine(model)
+
+Keys that tools made for llama2.c know: model, optimizer, model_args, iter_num, best_val_loss, config.
+Beside them: tokenizer, the bytes of the vocabulary; architecture, llama when left out; chat, the form of messages that
+the model was taught, if any; and in last.pt what an exact continuation needs.
+"""
+import os
+import zipfile
+import zlib
+from dataclasses import asdict
+from difflib import get_close_matches
+from glob import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+import tokenizer
+from extras.gpt2 import GPT2, GPT2Args, GPT2Engine
+from model import ModelArgs, Transformer
+from tinyllm.cli import UserError, command
+from tinyllm.engine import Engine
+from tinyllm.files import whole_file
+from tinyllm.project import DATA, vocabularies
+from tokenizer import Vocabulary
+
+FORMAT = 1
+SUFFIXES = (".pt", ".gguf", ".bin")      # of files that may be models
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+KINDS = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict,
+         "state": dict, "tokenizer": bytes, "tokenizer_sha256": str, "data_sha256": str, "architecture": str,
+         "chat": str, "format": int}                # what there must be under a key, if it is there
+REQUIRED = ("model", "model_args", "iter_num", "config")
+TO_GO_ON = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokenizer", "tokenizer_sha256", "data_sha256")
+
+
+class Architecture(NamedTuple):
+    """The classes of a model: its shape, itself, and what writes with it."""
+    args: type[ModelArgs] | type[GPT2Args]
+    model: type[Transformer] | type[GPT2]
+    engine: type[Engine]
+
+
+ARCHITECTURES = {"llama": Architecture(ModelArgs, Transformer, Engine),
+                 "gpt2": Architecture(GPT2Args, GPT2, GPT2Engine)}
+
+
+def architecture_of(args: ModelArgs | GPT2Args) -> str:
+    """The name in ARCHITECTURES that belongs to a shape."""
+    return next(name for name, known in ARCHITECTURES.items() if type(args) is known.args)
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a state. Until it is all on disk, the old file stays."""
+    with whole_file(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:       # this is what it makes of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = False) -> dict[str, Any]:
+    """Read a state to the CPU. Nothing in the file can run code. TO_GO_ON is what resuming a run requires.
+
+    mapped: leave the tensors in the file until they are used; not on Windows, where it could not be replaced then.
+    Raises:
+        UserError: when the file is missing, damaged, of a newer format, or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise not_there(path)
+    state = read_tensors(path, mapped)
+    if not isinstance(state, dict) or (missing := [key for key in required if key not in state]):
+        lacks = f"it has no {', '.join(missing)}" if isinstance(state, dict) else f"it holds a {type(state).__name__}"
+        raise UserError(f"{path} is not a checkpoint of this project: {lacks}")
+    if wrong := [key for key, kind in KINDS.items() if key in state and not isinstance(state[key], kind)]:
+        raise UserError(f"{path} is not a checkpoint of this project: {wrong[0]} is no {KINDS[wrong[0]].__name__}")
+    if state.get("format", FORMAT) > FORMAT:
+        raise UserError(f"{path} is of format {state['format']}, this code reads {FORMAT}\n       use a newer tiny-llm")
+    state["model"] = {str(name).removeprefix("_orig_mod."): weight for name, weight in state["model"].items()}
+    state = state if "architecture" in state else _from_llama2c(state)
+    if strange := [name for name, weight in state["model"].items() if not _is_plain(weight)]:
+        raise UserError(f"{path} is not a checkpoint of this project: {strange[0]} is no array of numbers")
+    return state
+
+
+def not_there(path: Path) -> UserError:
+    """What to say of a checkpoint that is missing: those that there are, closest first, or what makes one."""
+    folder = path.parent if path.parent.is_dir() else Path("output")
+    found = [*folder.glob("*"), *folder.glob(f"*/{escape(path.name)}"), *folder.glob("*/ckpt.pt")]
+    others = [str(other) for other in found
+              if other.suffix in SUFFIXES and not other.name.endswith(".tokenizer.bin")]
+    closest = get_close_matches(str(path), sorted(set(others)), n=5, cutoff=0)
+    make = command("train", out_dir="" if path.parent == Path("output") else path.parent)
+    return UserError(f"no checkpoint at {path.resolve()}\n       " + (
+        f"there is {', '.join(closest)}" if closest else f"{make} makes one"))
+
+
+def read_tensors(path: Path, mapped: bool = False) -> Any:
+    """What torch.save wrote to a file, if it is tensors and plain values only, and if nothing of it has changed.
+
+    Raises UserError when it is damaged, or would run code.
+    """
+    try:
+        _compare_checksums(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and os.name == "posix")
+    except PermissionError:
+        raise
+    except Exception as error:      # a damaged file can fail in any way, and they all mean the same
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged, or not a checkpoint of plain tensors "
+                        f"({type(error).__name__})") from error
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raise ValueError when a part of the file is not as it was written. torch.load would not look."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return                          # an older form without checksums
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("torch.save packs nothing")        # and so does not grow in memory
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} is of other content")
+
+
+def _is_plain(weight: Any) -> bool:
+    """Whether it is a tensor of numbers that are all there. One number that poses as a large array is not."""
+    return (isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.layout == torch.strided
+            and weight.dtype in FLOATS and weight.nbytes <= weight.untyped_storage().nbytes())
+
+
+def checksum(state: Any) -> int:
+    """A number for all tensors of a state, to tell whether two are the same."""
+    if isinstance(state, torch.Tensor):
+        return zlib.crc32(state.detach().contiguous().flatten().view(torch.uint8).numpy())
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return zlib.crc32(repr([checksum(value) for value in values]).encode())
+
+
+def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:
+    """A state without the constants that llama2.c counted as weights, and with all of model_args; None is a default."""
+    weights = {name: weight for name, weight in state["model"].items()
+               if not name.endswith((".mask", "freqs_cos", "freqs_sin", "freqs_cis"))}
+    given = {name: value for name, value in state["model_args"].items() if value is not None}
+    args = {**asdict(ModelArgs()), "n_kv_heads": given.get("n_heads"), **given}
+    return {**state, "model": weights, "model_args": args}
+
+
+def model_state(model: Transformer | GPT2) -> dict[str, Any]:
+    """The part of a state that holds the model; give it the bare one, not what torch.compile made."""
+    return {"model": model.state_dict(), "model_args": asdict(model.args), "architecture": architecture_of(model.args),
+            "format": FORMAT}
+
+
+def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> ModelArgs | GPT2Args:
+    """The shape of a state's model. Raises UserError, about the file `name`, when no model has it."""
+    try:
+        args = ARCHITECTURES[state.get("architecture", "llama")].args(**state["model_args"])
+    except KeyError as error:
+        raise UserError(f"{name} has the architecture {error}; known are {', '.join(ARCHITECTURES)}") from error
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"{name}: its model_args do not fit together: {error}") from error
+    table = state["model"].get("tok_embeddings.weight")
+    if table is None or table.shape != (args.vocab_size, args.dim) or args.n_layers > len(state["model"]):
+        raise UserError(f"{name}: its weights do not fit its model_args: {args.n_layers} layers, embeddings of "
+                        f"{args.vocab_size} x {args.dim}")
+    return args
+
+
+def build_model(state: dict[str, Any], own: bool = True, name: str | Path = "the checkpoint") -> Transformer | GPT2:
+    """Make the model of a state.
+
+    own: with weights of its own, in float32, for training; else with those of the state, in their format, so that
+        they are not twice in memory.
+    Raises UserError, about the file `name`, when weights and shape do not belong together, or a weight is no number.
+    """
+    args = build_args(state, name)
+    try:
+        with torch.device("meta"), _Unfilled():         # takes no memory before the shapes are known to be right
+            model = ARCHITECTURES[architecture_of(args)].model(args)
+        weights = state["model"]
+        if own:
+            weights = {part: weight.to(torch.float32, copy=True) for part, weight in weights.items()}
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise UserError(f"{name}: its weights do not fit its model_args: {error}") from error
+    if broken := [part for part, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(f"{name} is damaged: {broken[0]} has values that are no numbers (NaN, inf)")
+    if model.args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """New modules are not filled with random numbers. On the device meta that would do nothing, in a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+                           ) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+def build_tokenizer(state: dict[str, Any]) -> Vocabulary:
+    """The vocabulary inside a state. Raises UserError when there is none, as in files of other projects."""
+    model = state.get("tokenizer")
+    if not model or not isinstance(model, bytes):
+        there = [*vocabularies(DATA), DATA / "tok4096.model"]
+        raise UserError(f"the checkpoint carries no vocabulary; name its own, such as --tokenizer {there[0]}")
+    return tokenizer.load(model)
+
+
+def build_engine(model: Transformer | GPT2, *options, **more) -> Engine:
+    """What writes with a model. Takes the further arguments of Engine."""
+    return ARCHITECTURES[architecture_of(model.args)].engine(model, *options, **more)
