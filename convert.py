@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from extras import formats
-from extras.formats.huggingface import WRITTEN
+from extras.formats.huggingface import OUTPUT_FILES
 from tinyllm import checkpoint, cli
 from tinyllm.cli import UserError
-from tinyllm.files import replace
+from tinyllm.files import atomic_replace
 
 # ---- settings -----------------------------------------------------------------------------------
 source = ""                     # a model that is there: a file or a folder
@@ -37,27 +37,27 @@ BY_NAME = {".pt": "pt", ".gguf": "gguf", ".bin": "llama2c", "": "hf"}
 # the largest difference of a logit, as a share of the largest logit
 TOLERANCE = {"gguf-f16": 0.02, "gguf-q8_0": 0.1, "llama2c-int8": 0.1}
 EXACT = 1e-4
-TEXT = "Once upon a time, there were 25 cats.\n  They didn't say: \u00fc \u732b \U0001f600"
+ROUND_TRIP_TEXT = "Once upon a time, there were 25 cats.\n  They didn't say: \u00fc \u732b \U0001f600"
 
 
 def main() -> None:
-    cfg, _ = cli.read(globals(), positional=("source", "target"))
+    cfg, _ = cli.parse_settings(globals(), positional=("source", "target"))
     targets, kind = check_settings(cfg)
     path = targets[0]
-    state = formats.read(cfg.source, cfg.tokenizer)
+    state = formats.read_model(cfg.source, cfg.tokenizer)
     if state.get("architecture", "llama") != "llama" and kind != "pt":
         raise UserError(f"{cfg.source} is a GPT-2, which can be written as .pt alone, not as {kind}")
-    expected = logits(state)
+    expected = reference_logits(state)
     print(f"{cfg.source}: {describe(state)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as unfinished:
-        write(state, Path(unfinished, path.name), kind)
+        write_model(state, Path(unfinished, path.name), kind)
         found, result = read_back(Path(unfinished, path.name))
-        compare(expected, result, kind)
-        compare_vocabularies(state, found)
+        compare_logits(expected, result, kind)
+        compare_tokenizers(state, found)
         for each in reversed(targets):
-            put(Path(unfinished, each.name), each)
-    print(f"wrote {' and '.join(map(str, targets))}\nnext: {cli.command('sample', checkpoint=targets[0])}")
+            install_target(Path(unfinished, each.name), each)
+    print(f"wrote {' and '.join(map(str, targets))}\nnext: {cli.format_command('sample', checkpoint=targets[0])}")
 
 
 def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
@@ -69,9 +69,9 @@ def check_settings(cfg: SimpleNamespace) -> tuple[list[Path], str]:
     if kind not in formats.WRITERS:
         unknown = f"--to {cfg.to} is no format" if cfg.to != "auto" else f"{cfg.target} names none by how it ends"
         raise UserError(f"{unknown}; name one: --to {', '.join(formats.WRITERS)}")
-    targets = formats.targets(path, kind)
+    targets = formats.output_files(path, kind)
     for each in targets:
-        others = [other for other in each.iterdir() if other.name not in WRITTEN] if each.is_dir() else []
+        others = [other for other in each.iterdir() if other.name not in OUTPUT_FILES] if each.is_dir() else []
         if others or each.exists() and each.is_dir() != (kind == "hf"):
             what = "a folder with other things in it" if each.is_dir() else "a file"
             raise UserError(f"{each} is {what}, which --force does not delete; another name")
@@ -87,17 +87,17 @@ def describe(state: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def logits(state: dict[str, Any]) -> Tensor:
+def reference_logits(state: dict[str, Any]) -> Tensor:
     """What the model makes of fixed ids, (1, T, vocab_size), computed in float32 whatever its weights are."""
-    model = checkpoint.build_model(state, own=False)
+    model = checkpoint.build_model(state, copy_weights=False)
     for part in model.modules():
         if list(part.parameters(recurse=False)):
-            lend_float32(part)
+            upcast_during_forward(part)
     ids = torch.arange(min(model.args.max_seq_len, 64)) * 7919 % model.args.vocab_size
     return model(ids[None])
 
 
-def lend_float32(part: nn.Module) -> None:
+def upcast_during_forward(part: nn.Module) -> None:
     """Have float32 weights while it runs, so that a large model is not all in float32 at once."""
     kept: dict[str, Tensor] = {}
 
@@ -113,7 +113,7 @@ def lend_float32(part: nn.Module) -> None:
     part.register_forward_hook(after)
 
 
-def write(state: dict[str, Any], path: Path, kind: str) -> None:
+def write_model(state: dict[str, Any], path: Path, kind: str) -> None:
     """Write a state in a format. Raises UserError when that fails half-way, as on a full disk."""
     try:
         formats.WRITERS[kind](state, path)
@@ -126,34 +126,34 @@ def read_back(path: Path) -> tuple[dict[str, Any], Tensor]:
 
     Nothing of the file stays mapped into memory: Windows would neither rename nor delete it.
     """
-    found = formats.read(path)
-    result = logits(found)
+    found = formats.read_model(path)
+    result = reference_logits(found)
     return {key: value for key, value in found.items() if key != "model"}, result
 
 
-def put(unfinished: Path, target: Path) -> None:
+def install_target(unfinished: Path, target: Path) -> None:
     """Give what is finished its name. A folder that is there goes aside first, for it cannot be renamed over."""
     if not target.is_dir():
-        replace(unfinished, target)
+        atomic_replace(unfinished, target)
         return
     aside = unfinished.with_name(f"{target.name}.old")
-    replace(target, aside)
+    atomic_replace(target, aside)
     try:
-        replace(unfinished, target)
+        atomic_replace(unfinished, target)
     except BaseException:
-        replace(aside, target)
+        atomic_replace(aside, target)
         raise
 
 
-def compare_vocabularies(source: dict[str, Any], found: dict[str, Any]) -> None:
+def compare_tokenizers(source: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises UserError when a text has other ids than before."""
     if source.get("tokenizer"):
         ours, theirs = checkpoint.build_tokenizer(source), checkpoint.build_tokenizer(found)
-        if ours.encode(TEXT, bos=True, eos=True) != theirs.encode(TEXT, bos=True, eos=True):
+        if ours.encode(ROUND_TRIP_TEXT, bos=True, eos=True) != theirs.encode(ROUND_TRIP_TEXT, bos=True, eos=True):
             raise UserError("the vocabulary gives other ids after writing; the target is not kept. Please report this")
 
 
-def compare(expected: Tensor, found: Tensor, kind: str) -> None:
+def compare_logits(expected: Tensor, found: Tensor, kind: str) -> None:
     """Print how far the logits are apart. Raises UserError when that is too far."""
     difference, largest = (expected - found).abs().max().item(), expected.abs().max().item()
     print(f"largest difference of a logit: {difference:.2g}, the largest logit being {largest:.3g}")
@@ -162,4 +162,4 @@ def compare(expected: Tensor, found: Tensor, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

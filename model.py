@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK, BLOCKED_UP_TO = 64, 1024         # queries at a time in attention on a CPU, and the longest sequence for it
+QUERY_BLOCK, MAX_BLOCKED_LEN = 64, 1024         # queries at a time in attention on a CPU, and the longest sequence for it
 LARGEST_ROPE = 1 << 27                  # window times dim of a head: a million tokens of 128
-LOGITS_AT_A_TIME = (1 << 20, 1 << 24)   # on a CPU: 4 MB in float32, about its cache; on a GPU: 64 MB
+MAX_LOGITS_PER_CHUNK = (1 << 20, 1 << 24)   # on a CPU: 4 MB in float32, about its cache; on a GPU: 64 MB
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ModelArgs:
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        problems = wrong_numbers(self, ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len",
+        problems = invalid_fields(self, ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len",
                                         "multiple_of"), ("norm_eps", "rope_theta", "ffn_dim_multiplier"))
         if type(self.hidden_dim) is not int or not 0 <= self.hidden_dim < 2**31:
             problems.append(f"hidden_dim must be a whole number from 0 on, not {self.hidden_dim!r}")
@@ -55,7 +55,7 @@ class ModelArgs:
             raise ValueError(f"dim / n_heads = {self.head_dim} is odd; rotary embedding turns pairs")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.rope_scaling is not None and not _has_frequencies(self):
+        if self.rope_scaling is not None and not _is_valid_rope_scaling(self):
             raise ValueError(f"rope_scaling cannot be {self.rope_scaling!r:.80}")
 
     @property
@@ -69,7 +69,7 @@ class ModelArgs:
         return self.hidden_dim or -(-width // self.multiple_of) * self.multiple_of
 
 
-def wrong_numbers(args: Any, whole: tuple[str, ...], real: tuple[str, ...]) -> list[str]:
+def invalid_fields(args: Any, whole: tuple[str, ...], real: tuple[str, ...]) -> list[str]:
     """What is wrong with the numbers of a shape: with whole ones, others above 0, and dropout; else with the heads."""
     wrong = [f"{name} must be a whole number from 1 on, not {value!r}" for name in whole
              if type(value := getattr(args, name)) is not int or not 0 < value < 2**31]
@@ -117,7 +117,7 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     return speed
 
 
-def _has_frequencies(args: ModelArgs) -> bool:
+def _is_valid_rope_scaling(args: ModelArgs) -> bool:
     """Whether there is a frequency for each pair."""
     if not isinstance(args.rope_scaling, dict):
         return False
@@ -157,15 +157,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scal
     if groups > 1 and q.device.type == "cuda" and q.dtype != torch.bfloat16:
         # the kernel of GPUs without bfloat16 that keeps no (T, T) scores knows no groups
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > BLOCKED_UP_TO:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > MAX_BLOCKED_LEN:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1, dropout_p=dropout,
                                               scale=scale)
     # PyTorch's fused kernel is slow in bfloat16 on a CPU. Plain products of a block of queries with the keys up to
     # its end are faster, and leave out most of what the mask would hide. Heads that share keys are one longer block.
     q = (q * (scale or q.shape[-1] ** -0.5)).unflatten(1, (-1, groups))             # (B, K, H / K, T, D)
     out = []
-    for begin in range(0, q.shape[3], BLOCK):
-        block = q[:, :, :, begin:begin + BLOCK]
+    for begin in range(0, q.shape[3], QUERY_BLOCK):
+        block = q[:, :, :, begin:begin + QUERY_BLOCK]
         end = begin + block.shape[3]
         hidden = torch.arange(end, device=q.device) > torch.arange(begin, end, device=q.device)[:, None]
         scores = block.flatten(2, 3) @ k[:, :, :end].mT                             # (B, K, H / K * block, end)
@@ -227,16 +227,16 @@ class LinearCrossEntropy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.part = PartOfCrossEntropy()        # a module by itself, to be compiled once for all parts
+        self.part = CrossEntropyChunk()        # a module by itself, to be compiled once for all parts
 
     def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), -1 is not scored."""
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-        return _LinearCrossEntropy.apply(h.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten(), self.part)
+        return _FusedLinearCrossEntropy.apply(h.flatten(0, 1).to(dtype), weight.to(dtype), targets.flatten(), self.part)
 
 
-class PartOfCrossEntropy(nn.Module):
+class CrossEntropyChunk(nn.Module):
     def forward(self, h: Tensor, weight: Tensor, targets: Tensor, grad_weight: Tensor | None
                 ) -> tuple[Tensor, Tensor | None]:
         """Sum of the losses of some rows, and its gradient for h; the one for weight is added to grad_weight.
@@ -259,10 +259,10 @@ class PartOfCrossEntropy(nn.Module):
         return loss, grad @ weight
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, part: PartOfCrossEntropy) -> Tensor:
-        rows = LOGITS_AT_A_TIME[h.device.type != "cpu"] // len(weight)
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, part: CrossEntropyChunk) -> Tensor:
+        rows = MAX_LOGITS_PER_CHUNK[h.device.type != "cpu"] // len(weight)
         rows = 1 << max(rows, 1).bit_length() - 1           # a power of two, so that parts are mostly of one size
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
         losses, grads = zip(*(part(few, weight, some, grad_weight)
@@ -279,7 +279,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h * scale, grad_weight * scale, None, None
 
 
-def fill(model: nn.Module, n_layers: int) -> None:
+def init_weights(model: nn.Module, n_layers: int) -> None:
     """Give a new model its weights: normal with std 0.02; `wo` and `w2`, which add to the residual stream of
     2 * n_layers terms, with std 0.02 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019). Biases are 0, norms stay 1."""
     for name, weight in model.named_parameters():
@@ -307,7 +307,7 @@ class Transformer(nn.Module):
         places = torch.arange(args.max_seq_len, dtype=torch.float64, device="cpu")
         angles = torch.outer(places, rope_frequencies(args))                        # (max_seq_len, D / 2)
         self.register_buffer("rope", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
-        fill(self, args.n_layers)
+        init_weights(self, args.n_layers)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute logits, or the loss if there are targets.

@@ -21,12 +21,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from tinyllm import cli, corpus, shards, workers
-from tinyllm.cli import UserError, shown
-from tinyllm.files import load_json, locked, replace, save_json, sha256, whole_file
-from tinyllm.project import DATA, find, settings_for
+from tinyllm.cli import UserError, escape_for_terminal
+from tinyllm.files import load_json, folder_lock, atomic_replace, save_json, sha256, atomic_write
+from tinyllm.project import DATA, find_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tinyllm.words import BATCH
-from tokenizer import Vocabulary, load
+from tokenizer import BaseTokenizer, load_tokenizer
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go
@@ -38,7 +38,7 @@ num_workers = 0         # processes, at most 60; 0: one per core, if there is me
 verify = False          # compare all shards with their text, encoded in the plain way, which is much slower
 # ---- end of settings ----------------------------------------------------------------------------
 
-UNFINISHED = "manifest.part.json"
+PARTIAL_MANIFEST = "manifest.part.json"
 
 
 @dataclass(frozen=True)
@@ -58,40 +58,40 @@ class Job:
 
 
 def main() -> None:
-    cfg, _ = cli.read(globals())
+    cfg, _ = cli.parse_settings(globals())
     start = time.perf_counter()
     if cfg.data:
-        corpus.check_apart(cfg.data, cfg.data_dir)
-    model_path = adopt(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find(cfg.data_dir, cfg.vocab_size)
-    vocabulary = load(model_path)
+        corpus.check_not_nested(cfg.data, cfg.data_dir)
+    model_path = import_tokenizer(Path(cfg.tokenizer), cfg.data_dir) if cfg.tokenizer else find_tokenizer(cfg.data_dir, cfg.vocab_size)
+    vocabulary = load_tokenizer(model_path)
     source, threshold, encoding = find_source(cfg, model_path, vocabulary)
     files = corpus.find_files(source)
-    note_source(model_path, vocabulary, source, threshold, encoding)
-    print(shown(f"text: {source}, {len(files)} file{'s' * (len(files) != 1)}; vocabulary: {model_path}, "
+    save_source_info(model_path, vocabulary, source, threshold, encoding)
+    print(escape_for_terminal(f"text: {source}, {len(files)} file{'s' * (len(files) != 1)}; vocabulary: {model_path}, "
                 f"{vocabulary.n_words} entries"))
-    if vocabulary.undivided:
-        print(f"encoding: whole texts, not word by word, which would be faster: {shown(vocabulary.undivided)}")
+    if vocabulary.why_not_wordwise:
+        print(f"encoding: whole texts, not word by word, which would be faster: {escape_for_terminal(vocabulary.why_not_wordwise)}")
 
     folder = model_path.with_suffix("")
     target = ShardSet(folder, vocabulary.sha256, vocabulary.n_words, threshold, [])
-    with locked(folder), corpus.naming_all(files, encoding):
+    with folder_lock(folder), corpus.report_all_bad_encodings(files, encoding):
         jobs = [Job(i, group, folder, model_path, vocabulary.sha256, threshold, encoding)
                 for i, group in enumerate(group_files(files, source, encoding))]
-        make(target, jobs, cfg.num_workers, vocabulary)
+        build_shards(target, jobs, cfg.num_workers, vocabulary)
         if cfg.verify:
             verify_all(jobs, cfg.num_workers)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
-    say_next(cfg, model_path)
+    print_next_step(cfg, model_path)
 
 
-def say_next(cfg: SimpleNamespace, model_path: Path) -> None:
+def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
     """Print the command that trains on the shards; with a model's vocabulary, one that goes on from the model."""
-    where = settings_for(model_path)
-    train = cli.command("train", **where)
+    where = path_flags(model_path)
+    train = cli.format_command("train", **where)
     if cfg.tokenizer and is_model(cfg.tokenizer):
         out = Path("output") / (Path(cfg.data_dir).name if Path(cfg.data_dir) != DATA else "tuned")
         out = Path(f"{out}-tuned") if out.exists() else out     # a run that is there stays
-        print("next:", cli.command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
+        print("next:", cli.format_command("train", **where, init_from=cfg.tokenizer, out_dir=out, batch_size=4,
                                         learning_rate="3e-4", max_iters=200))
         return
     print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
@@ -105,21 +105,21 @@ def is_model(path: str) -> bool:
     return formats.is_model(path)
 
 
-def adopt(path: Path, folder: str) -> Path:
+def import_tokenizer(path: Path, folder: str) -> Path:
     """Copy a vocabulary made elsewhere to <folder>/tok<size>.model, where all steps look for it."""
     from extras.formats import read_vocabulary  # here, because it brings torch, which the workers have no use for
     vocabulary = read_vocabulary(path)
     if min(vocabulary.bos_id, vocabulary.eos_id) < 0:
         raise UserError(f"{path} has no bos or no eos; documents could not be told apart")
     target = Path(folder) / f"tok{vocabulary.n_words}.model"
-    if target.exists() and load(target).sha256 != vocabulary.sha256:
+    if target.exists() and load_tokenizer(target).sha256 != vocabulary.sha256:
         raise UserError(f"{target} is another vocabulary of that size\n       name another --data_dir for {path}")
-    with locked(folder), whole_file(target) as file:
+    with folder_lock(folder), atomic_write(target) as file:
         file.write(vocabulary.model)
     return target
 
 
-def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) -> tuple[Path, int, str]:
+def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: BaseTokenizer) -> tuple[Path, int, str]:
     """The text to read, the rule of its validation split, and its encoding: those of step 1 unless told otherwise."""
     notes, known, threshold, encoding = model_path.with_suffix(".json"), None, 0, cfg.encoding
     if notes.exists():
@@ -137,11 +137,11 @@ def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: Vocabulary) 
     corpus.check_encoding(encoding)
     source = Path(cfg.data) if cfg.data else known or corpus.default_source(cfg.data_dir)
     if source != known:
-        threshold = corpus.validation_threshold(corpus.find_files(source), encoding)
+        threshold = corpus.val_hash_threshold(corpus.find_files(source), encoding)
     return source, threshold, encoding
 
 
-def note_source(model_path: Path, vocabulary: Vocabulary, source: Path, threshold: int, encoding: str) -> None:
+def save_source_info(model_path: Path, vocabulary: BaseTokenizer, source: Path, threshold: int, encoding: str) -> None:
     """Write beside a vocabulary, as step 1 does, what text it is used for, unless that is known."""
     notes = model_path.with_suffix(".json")
     if not notes.exists():
@@ -157,90 +157,90 @@ def group_files(files: list[Path], root: Path, encoding: str = "") -> list[dict[
         digests = [hashlib.sha256(f"{digest} {encoding}".encode()).hexdigest() for digest in digests]
     names = [path.relative_to(root).as_posix() if root.is_dir() else path.name for path in files]
     sources = {path: Source(name, path.stat().st_size, digest) for path, name, digest in zip(files, names, digests)}
-    return [{path: sources[path] for path in group} for group in corpus.groups(files)]
+    return [{path: sources[path] for path in group} for group in corpus.group_small_files(files)]
 
 
-def make(target: ShardSet, jobs: list[Job], num_workers: int, vocabulary: Vocabulary) -> None:
+def build_shards(target: ShardSet, jobs: list[Job], num_workers: int, vocabulary: BaseTokenizer) -> None:
     """Bring the shards up to date. Until all are whole, their list has another name than the manifest."""
-    done = reusable(target, jobs)
+    done = find_reusable_shards(target, jobs)
     todo = [job for job in jobs if job.index not in done]
     target.shards = [shard for index in sorted(done) for shard in done[index]]
     if done:
         print(f"{len(done)} of {len(jobs)} pairs of shards are up to date")
-    processes, why = workers.how_many(num_workers, len(todo))
+    processes, why = workers.choose_num_workers(num_workers, len(todo))
     if todo:
-        plan(target, todo, vocabulary, processes, why)
+        print_plan(target, todo, vocabulary, processes, why)
         if (target.folder / MANIFEST).exists():
-            replace(target.folder / MANIFEST, target.folder / UNFINISHED)
+            atomic_replace(target.folder / MANIFEST, target.folder / PARTIAL_MANIFEST)
     start, written, most = time.perf_counter(), 0, 0
-    for (index, pair), peak in workers.run(write_shards, todo, processes, size_of(todo), "tokenizing"):
+    for (index, pair), peak in workers.run_jobs(write_shards, todo, processes, total_bytes(todo), "tokenizing"):
         done[index], most, written = pair, max(most, peak), written + sum(shard.bytes for shard in pair)
         target.shards = [shard for index in sorted(done) for shard in done[index]]
-        target.save(UNFINISHED)
-    report(target)
+        target.save(PARTIAL_MANIFEST)
+    print_stats(target)
     if todo:
-        print(f"speed: {workers.cost(written, time.perf_counter() - start, most)}")
-    target.require_both()
+        print(f"speed: {workers.format_throughput(written, time.perf_counter() - start, most)}")
+    target.check_splits_not_empty()
     target.save()
-    (target.folder / UNFINISHED).unlink(missing_ok=True)
+    (target.folder / PARTIAL_MANIFEST).unlink(missing_ok=True)
     for path in [path for split in SPLITS for path in target.folder.glob(f"{split}_*.bin*")]:
         if path.name not in {shard.file for shard in target.shards}:
             path.unlink()
 
 
-def size_of(jobs: list[Job]) -> int:
+def total_bytes(jobs: list[Job]) -> int:
     return sum(source.size for job in jobs for source in job.sources.values())
 
 
-def plan(target: ShardSet, todo: list[Job], vocabulary: Vocabulary, processes: int, why: str) -> None:
+def print_plan(target: ShardSet, todo: list[Job], vocabulary: BaseTokenizer, processes: int, why: str) -> None:
     """Say what is to come, from a try with the first texts. Raises UserError when there is no room for it."""
-    size, tokens = size_of(todo), []
-    read, seconds = workers.pace((path for job in todo for path in job.sources),
+    size, tokens = total_bytes(todo), []
+    read, seconds = workers.measure_throughput((path for job in todo for path in job.sources),
                                  lambda texts: tokens.append(len(vocabulary.encode_documents(texts))), todo[0].encoding)
     if not tokens:
         return                          # the first text cannot be read, as will be told in its turn
     need, free = sum(tokens) * target.dtype.itemsize * size / read, shutil.disk_usage(target.folder).free
     old = sum(path.stat().st_size for job in todo for name in job.names.values()
               if (path := target.folder / name).exists())               # gives its room to what replaces it
-    print(f"plan: {workers.amount(size)} to read, about {workers.amount(need)} to write "
-          f"({free / 1e6:,.0f} MB are free), {why}, {workers.about(seconds * size / read, processes)}")
+    print(f"plan: {workers.format_bytes(size)} to read, about {workers.format_bytes(need)} to write "
+          f"({free / 1e6:,.0f} MB are free), {why}, {workers.format_eta(seconds * size / read, processes)}")
     if need > free + old:
-        raise UserError(f"no room: about {workers.amount(need)} are to be written, {workers.amount(free)} are free on "
+        raise UserError(f"no room: about {workers.format_bytes(need)} are to be written, {workers.format_bytes(free)} are free on "
                         f"the disk of {target.folder.resolve()}")
 
 
-def reusable(target: ShardSet, jobs: list[Job]) -> dict[int, list[Shard]]:
+def find_reusable_shards(target: ShardSet, jobs: list[Job]) -> dict[int, list[Shard]]:
     """The shards of an earlier run, by job, that this run would write just the same."""
     old = {}
-    for name in (UNFINISHED, MANIFEST):
+    for name in (PARTIAL_MANIFEST, MANIFEST):
         try:
-            found = shards.read(target.folder, name)
+            found = shards.read_manifest(target.folder, name)
         except UserError:
             continue
         if (found.tokenizer_sha256, found.val_threshold) == (target.tokenizer_sha256, target.val_threshold):
-            old |= {shard.file: shard for shard in found.shards if not found.damage(shard)}
+            old |= {shard.file: shard for shard in found.shards if not found.find_damage(shard)}
     pairs = {job.index: [old.get(name) for name in job.names.values()] for job in jobs}
     return {job.index: pairs[job.index] for job in jobs
             if all(shard and shard.sources == list(job.sources.values()) for shard in pairs[job.index])}
 
 
 @lru_cache(1)
-def shared_vocabulary(path: Path, sha256: str) -> Vocabulary:
+def shared_vocabulary(path: Path, sha256: str) -> BaseTokenizer:
     """One vocabulary, with the words that it knows, for all jobs of a process.
 
     sha256 is only a key of the cache: a file with other content, under the same name, is loaded anew.
     """
-    return load(path)
+    return load_tokenizer(path)
 
 
 def write_shards(job: Job, progress: Callable[[int], None]) -> tuple[int, list[Shard]]:
     """Tokenize the files of a job into its train and its val shard. May run in a worker process."""
     vocabulary = shared_vocabulary(job.model_path, job.model_sha256)
-    dtype = shards.dtype(vocabulary.n_words)
+    dtype = shards.token_dtype(vocabulary.n_words)
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}          # documents, tokens, bytes of text
     digests = {split: hashlib.sha256() for split in SPLITS}
     with ExitStack() as stack:
-        out = {split: stack.enter_context(whole_file(job.folder / name)) for split, name in job.names.items()}
+        out = {split: stack.enter_context(atomic_write(job.folder / name)) for split, name in job.names.items()}
         for split, texts in batches(job, progress):
             ids = vocabulary.encode_documents(texts).astype(dtype)
             out[split].write(ids)
@@ -255,8 +255,8 @@ def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, li
     """Yield (split, documents in UTF-8) in the order of the source, about BATCH bytes at a time."""
     pending, sizes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     for path in job.sources:
-        for text in map(str.encode, corpus.documents(path, progress, job.encoding)):
-            split = "val" if corpus.fingerprint(text) <= job.threshold else "train"
+        for text in map(str.encode, corpus.read_documents(path, progress, job.encoding)):
+            split = "val" if corpus.document_hash(text) <= job.threshold else "train"
             pending[split].append(text)
             sizes[split] += len(text)
             if sizes[split] >= BATCH:
@@ -265,16 +265,16 @@ def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, li
     yield from ((split, texts) for split, texts in pending.items() if texts)
 
 
-def report(found: ShardSet) -> None:
+def print_stats(found: ShardSet) -> None:
     for split in SPLITS:
-        documents, tokens, size = (found.count(split, what) for what in ("documents", "tokens", "bytes"))
+        documents, tokens, size = (found.total(split, what) for what in ("documents", "tokens", "bytes"))
         print(f"{split}: {documents:,} document{'s' * (documents != 1)}, {tokens:,} tokens, "
-              f"{workers.amount(size)} of text, {size / max(tokens, 1):.2f} bytes per token")
+              f"{workers.format_bytes(size)} of text, {size / max(tokens, 1):.2f} bytes per token")
 
 
 def verify_all(jobs: list[Job], num_workers: int) -> None:
-    processes, _ = workers.how_many(num_workers, len(jobs))
-    checked = sum(count for count, _ in workers.run(check_shards, jobs, processes, size_of(jobs), "verifying"))
+    processes, _ = workers.choose_num_workers(num_workers, len(jobs))
+    checked = sum(count for count, _ in workers.run_jobs(check_shards, jobs, processes, total_bytes(jobs), "verifying"))
     print(f"verified: {checked:,} documents have the ids of the plain way")
 
 
@@ -283,16 +283,16 @@ def check_shards(job: Job, progress: Callable[[int], None]) -> int:
 
     Returns how many. May run in a worker process.
     """
-    vocabulary = load(job.model_path)
-    found = shards.read(job.folder)
-    ids = {shard.split: found.open(shard) for shard in found.shards if shard.file in job.names.values()}
+    vocabulary = load_tokenizer(job.model_path)
+    found = shards.read_manifest(job.folder)
+    ids = {shard.split: found.memmap(shard) for shard in found.shards if shard.file in job.names.values()}
     place = dict.fromkeys(SPLITS, 0)
     checked = 0
     for split, texts in batches(job, progress):
         strings = [text.decode() for text in texts]
         for text, want in zip(strings, vocabulary.encode_batch(strings, bos=True, eos=True)):
             end = place[split] + len(want)
-            if ids[split][place[split]:end].tolist() != want or vocabulary.exact and vocabulary.decode(want) != text:
+            if ids[split][place[split]:end].tolist() != want or vocabulary.is_lossless and vocabulary.decode(want) != text:
                 raise UserError(f"{job.folder / job.names[split]}: the ids from {place[split]:,} on are not those of "
                                 f"{text[:60]!r}...\n       delete {job.folder} and run this again")
             place[split], checked = end, checked + 1
@@ -304,4 +304,4 @@ def check_shards(job: Job, progress: Callable[[int], None]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -31,19 +31,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from extras import formats
-from extras.chat import FORMATS, ChatFormat, Message, known_format
-from extras.token_probs import Token, check_page, described, print_score, print_tokens, write_page
+from extras.chat import FORMATS, ChatFormat, Message, detect_format
+from extras.token_probs import Token, check_html_path, describe_model, print_score, print_token_table, write_html_page
 from tinyllm import checkpoint as checkpoints
 from tinyllm import cli, distributed
 from tinyllm import device as devices
-from tinyllm.cli import UserError, did_you_mean, shown
+from tinyllm.cli import UserError, suggest_path, escape_for_terminal
 from tinyllm.engine import Step
-from tinyllm.files import json_line, locked_file
-from tinyllm.sampling import Sampling
-from tokenizer import Reader
+from tinyllm.files import json_line, file_lock
+from tinyllm.sampling import SamplingParams
+from tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from extras.tensor_parallel import Team
+    from extras.tensor_parallel import TensorParallelGroup
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
@@ -112,32 +112,32 @@ class TextGenerator:
 
     def __init__(self, checkpoint: str | Path = checkpoint, tokenizer_model_path: str | Path | None = None,
                  seed: int = seed, device: str = device, dtype: str = dtype, quantize: str = quantize,
-                 compile: bool = compile, chat: str = chat, team: "Team | None" = None):
+                 compile: bool = compile, chat: str = chat, team: "TensorParallelGroup | None" = None):
         """Load a checkpoint, or with a team this process's part. Raises UserError when something cannot be used."""
-        self.where = devices.choose(device, dtype, training=False)
-        if quantize not in ("", "int8") or quantize and self.where.device.type != "cpu":
-            raise UserError(f"--quantize {quantize} is not for {self.where.device}; there is int8, for a CPU")
-        if compile and self.where.device.type not in ("cpu", "cuda"):
-            raise UserError(f"--compile is not for {self.where.device}; leave it out")
+        self.backend = devices.choose_backend(device, dtype, training=False)
+        if quantize not in ("", "int8") or quantize and self.backend.device.type != "cpu":
+            raise UserError(f"--quantize {quantize} is not for {self.backend.device}; there is int8, for a CPU")
+        if compile and self.backend.device.type not in ("cpu", "cuda"):
+            raise UserError(f"--compile is not for {self.backend.device}; leave it out")
         if compile and team:
             raise UserError("--compile is for one process, without torchrun; leave it out")
-        state = formats.read(checkpoint, tokenizer_model_path or "")
+        state = formats.read_model(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(state)
-        model = checkpoints.build_model(state, own=False, name=checkpoint)
+        model = checkpoints.build_model(state, copy_weights=False, name=checkpoint)
         if self.tokenizer.n_words > model.args.vocab_size:
             raise UserError(f"the vocabulary has {self.tokenizer.n_words} entries, the model "
                             f"{model.args.vocab_size}; they do not belong together")
         self.chat = self._chat_format(chat, state.get("chat", ""))
-        self.seed, self.parameters, self.noted = seed, model.count_parameters(), False
-        self.engine = team.engine(model, self.where, quantize) if team else checkpoints.build_engine(
-            model, self.where.dtype, quantize, compile, self.where.device)
+        self.seed, self.parameters, self.window_warning_shown = seed, model.count_parameters(), False
+        self.engine = team.engine(model, self.backend, quantize) if team else checkpoints.build_engine(
+            model, self.backend.dtype, quantize, compile, self.backend.device)
 
     def _chat_format(self, asked: str, known: str) -> ChatFormat | None:
         if asked in FORMATS:
             return FORMATS[asked](self.tokenizer)
         if asked not in ("auto", "none"):
             raise UserError(f"--chat {asked} is unknown; use auto, none, {', '.join(FORMATS)}")
-        return known_format(known, self.tokenizer) if asked == "auto" else None
+        return detect_format(known, self.tokenizer) if asked == "auto" else None
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *rest, **options) -> list[str]:
         """Write num_samples texts and return them, `start` included. Takes the further arguments of `grow`."""
@@ -147,7 +147,7 @@ class TextGenerator:
 
     def stream(self, start: str = prompt, *rest, **options) -> Iterator[str]:
         """Yield a text as it grows, in whole characters; first, `start`. Takes the further arguments of `grow`."""
-        return chain([start], (piece for _, piece in self.grow([Completion(start)], *rest, **options)))
+        return chain([start], (piece for _, piece in self.generate([Completion(start)], *rest, **options)))
 
     def answer(self, dialog: list[Message], *rest, **options) -> Iterator[str]:
         """Yield the answer to a dialog as it grows. Takes the further arguments of `grow`.
@@ -163,18 +163,18 @@ class TextGenerator:
             dialog = dialog[:oldest] + dialog[oldest + 2:]              # the oldest question and its answer
             head = self.chat.encode_dialog_prompt(dialog)
         heads, ends = [head], [self.chat.end_id]
-        return (piece for _, piece in self.grow([Completion("")], *rest, **options, heads=heads, ends=ends))
+        return (piece for _, piece in self.generate([Completion("")], *rest, **options, heads=heads, ends=ends))
 
     def completions(self, prompts: list[str], *rest, **options) -> list[Completion]:
         """Continue each of the prompts, all at the same time. Takes the further arguments of `grow`."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts, not one text")
         done = [Completion(prompt) for prompt in prompts]
-        for _ in self.grow(done, *rest, **options):
+        for _ in self.generate(done, *rest, **options):
             pass
         return done
 
-    def grow(self, done: list[Completion], max_new_tokens: int = max_new_tokens, temperature: float = temperature,
+    def generate(self, done: list[Completion], max_new_tokens: int = max_new_tokens, temperature: float = temperature,
              top_k: int = top_k, top_p: float = top_p, min_p: float = min_p,
              repetition_penalty: float = repetition_penalty, stop: str | list[str] | tuple[str, ...] = (),
              seed: int | None = None, rows: list[int] | None = None, heads: list[list[int]] | None = None,
@@ -185,28 +185,28 @@ class TextGenerator:
             are ids to begin with instead of the prompts', and ends are ids that end a text as eos does.
         Raises: UserError for a setting that cannot be used.
         """
-        how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, self.seed if seed is None else seed)
-        check(max_new_tokens, how)
+        how = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, self.seed if seed is None else seed)
+        validate_sampling(max_new_tokens, how)
         if rows is not None and len(rows) != len(done):
             raise ValueError(f"{len(rows)} rows for {len(done)} texts")
         if not done:
             return iter(())
         stops = [stop] if isinstance(stop, str) else stop or ()
-        heads = heads or [self.tokenizer.begin(one.prompt) for one in done]
+        heads = heads or [self.tokenizer.encode_prompt(one.prompt) for one in done]
         steps = self.engine.generate(heads, max_new_tokens, how, {self.tokenizer.eos_id, *ends}, rows)
-        readers = [Reader(self.tokenizer, head, [text for text in stops if text]) for head in heads]
-        return self._noting(self._grow(done, steps, readers, max_new_tokens), readers)
+        readers = [StreamDecoder(self.tokenizer, head, [text for text in stops if text]) for head in heads]
+        return self._warn_about_window(self._generate(done, steps, readers, max_new_tokens), readers)
 
-    def _noting(self, pieces: Iterator[tuple[int, str]], readers: list[Reader]) -> Iterator[tuple[int, str]]:
+    def _warn_about_window(self, pieces: Iterator[tuple[int, str]], readers: list[StreamDecoder]) -> Iterator[tuple[int, str]]:
         """Say once, after what was written, that it was longer than the window."""
         yield from pieces
         longest, window = max(len(reader.ids) for reader in readers) - 1, self.engine.args.max_seq_len
-        if longest > window and not self.noted:             # the last token is not read any more
+        if longest > window and not self.window_warning_shown:             # the last token is not read any more
             print(f"\nnote: the model sees {window} tokens; a longer text goes on from its first one and newer half; "
                   "the rest is forgotten", file=sys.stderr)
-            self.noted = True
+            self.window_warning_shown = True
 
-    def _grow(self, done: list[Completion], steps: Iterator[Step], readers: list[Reader],
+    def _generate(self, done: list[Completion], steps: Iterator[Step], readers: list[StreamDecoder],
               max_new_tokens: int) -> Iterator[tuple[int, str]]:
         writing = set(range(len(done)))
         for step in steps:
@@ -215,7 +215,7 @@ class TextGenerator:
             for row in sorted(writing):
                 one, reader, token = done[row], readers[row], step.tokens[row]
                 if token is None:
-                    piece, one.stop_reason = reader.rest(), "eos"
+                    piece, one.stop_reason = reader.flush(), "eos"
                 else:
                     piece = reader.add(token)
                     one.tokens.append(token)
@@ -232,7 +232,7 @@ class TextGenerator:
         for row in sorted(writing):                         # they have ended together, or there is no more room
             if len(done[row].tokens) < max_new_tokens:
                 done[row].stop_reason = "eos"
-            if piece := readers[row].rest():
+            if piece := readers[row].flush():
                 done[row].text += piece
                 yield row, piece
 
@@ -247,12 +247,12 @@ class TextGenerator:
             of_chosen = logprobs.gather(1, torch.tensor(chosen, device=logprobs.device)[:, None]).flatten().tolist()
             best, best_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))
             for token, logprob, chances, others in zip(chosen, of_chosen, best.exp().tolist(), best_ids.tolist()):
-                likeliest = [(self.tokenizer.piece(other), chance) for other, chance in zip(others, chances)]
-                found.append(Token(self.tokenizer.piece(token), logprob, likeliest))
+                likeliest = [(self.tokenizer.id_to_piece(other), chance) for other, chance in zip(others, chances)]
+                found.append(Token(self.tokenizer.id_to_piece(token), logprob, likeliest))
         return found
 
 
-def check(max_new_tokens: int, how: Sampling) -> None:
+def validate_sampling(max_new_tokens: int, how: SamplingParams) -> None:
     """Raise UserError with every setting that cannot be used."""
     problems = [text for right, text in [
         (max_new_tokens >= 0, f"max_new_tokens must not be negative, not {max_new_tokens}"),
@@ -268,7 +268,7 @@ def check(max_new_tokens: int, how: Sampling) -> None:
 
 # ---- the command line ---------------------------------------------------------------------------
 
-class Given(NamedTuple):
+class Inputs(NamedTuple):
     """What there is to do: a beginning, a text to score, prompts of a file."""
     start: str
     text: str
@@ -276,33 +276,33 @@ class Given(NamedTuple):
 
 
 def main() -> None:
-    world = distributed.find_world()
-    cfg, _ = cli.read(globals(), out=sys.stderr if world.rank == 0 else io.StringIO())
-    with devices.advise_on_memory("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; what is "
+    dist = distributed.from_env()
+    cfg, _ = cli.parse_settings(globals(), out=sys.stderr if dist.rank == 0 else io.StringIO())
+    with devices.explain_oom("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; what is "
                                   "too much for a GPU may fit --device cpu"):
-        if world.size == 1:
-            answer(*prepare(cfg), cfg)
+        if dist.size == 1:
+            run_mode(*load_generator(cfg), cfg)
         else:
-            answer_together(cfg, world)
+            run_tensor_parallel(cfg, dist)
 
 
-def prepare(cfg: SimpleNamespace, team: "Team | None" = None) -> tuple[TextGenerator, Given | None]:
+def load_generator(cfg: SimpleNamespace, team: "TensorParallelGroup | None" = None) -> tuple[TextGenerator, Inputs | None]:
     """Load the model, and what it shall do; of a team, only the first process has something to do."""
-    given = read_given(cfg) if not team or team.first else None
+    given = read_inputs(cfg) if not team or team.is_main else None
     check_settings(cfg)
     return TextGenerator(cfg.checkpoint, cfg.tokenizer or None, cfg.seed, cfg.device, cfg.dtype, cfg.quantize,
                          cfg.compile, cfg.chat, team), given
 
 
-def read_given(cfg: SimpleNamespace) -> Given:
-    start = read_text(cfg.prompt.removeprefix("FILE:")) if cfg.prompt.startswith("FILE:") else cfg.prompt
-    text = read_text(cfg.score).strip() if cfg.score else ""       # as the texts of a training are
-    *prompts, last = read_text(cfg.input_file).split("\n") if cfg.input_file else [""]
-    return Given(start, text, prompts + [last] if last else prompts)
+def read_inputs(cfg: SimpleNamespace) -> Inputs:
+    start = read_text_file(cfg.prompt.removeprefix("FILE:")) if cfg.prompt.startswith("FILE:") else cfg.prompt
+    text = read_text_file(cfg.score).strip() if cfg.score else ""       # as the texts of a training are
+    *prompts, last = read_text_file(cfg.input_file).split("\n") if cfg.input_file else [""]
+    return Inputs(start, text, prompts + [last] if last else prompts)
 
 
-def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None:
-    print(described(generator, cfg), file=sys.stderr)
+def run_mode(generator: TextGenerator, given: Inputs, cfg: SimpleNamespace) -> None:
+    print(describe_model(generator, cfg), file=sys.stderr)
     if generator.chat and cfg.chat == "auto" and not cfg.interactive and not cfg.score:
         print("note: this model was taught to talk, and may have nothing to add to a text; ask it with --interactive",
               file=sys.stderr)
@@ -310,109 +310,109 @@ def answer(generator: TextGenerator, given: Given, cfg: SimpleNamespace) -> None
         print_score(generator, given.text)
     elif cfg.interactive:
         from extras import dialogue
-        dialogue.talk(generator, cfg, options)
+        dialogue.chat_loop(generator, cfg, sampling_kwargs)
     elif cfg.input_file:
-        with locked_file(Path(cfg.output_file)) if cfg.output_file else nullcontext():
-            write_all(generator, given.prompts, cfg)
+        with file_lock(Path(cfg.output_file)) if cfg.output_file else nullcontext():
+            run_input_file(generator, given.prompts, cfg)
     else:
-        write_stories(generator, given.start, cfg)
+        print_stories(generator, given.start, cfg)
 
 
-def answer_together(cfg: SimpleNamespace, world: distributed.World) -> None:
+def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedContext) -> None:
     """The same in several processes, each with a part of the model: the first one leads, the others compute along."""
-    from extras.tensor_parallel import Team
+    from extras.tensor_parallel import TensorParallelGroup
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all
-    cfg.device = world.device(cfg.device)
-    with distributed.joined():
-        team = Team(world)
-        generator, given = world.attempt(lambda: prepare(cfg, team), team.words)
-        generator.engine.work(lambda: answer(generator, given, cfg))
+    cfg.device = dist.device(cfg.device)
+    with distributed.distributed_context():
+        team = TensorParallelGroup(dist)
+        generator, given = dist.all_or_none(lambda: load_generator(cfg, team), team.control_group)
+        generator.engine.run(lambda: run_mode(generator, given, cfg))
 
 
 # settings that change nothing in a mode
-PLAIN = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
-IDLE = {"score": (*PLAIN, "echo", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop",
+GENERATION_ONLY = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
+IGNORED_WITH = {"score": (*GENERATION_ONLY, "echo", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop",
                   "repetition_penalty", "compile"),
-        "interactive": (*PLAIN, "echo"), "input_file": PLAIN}
+        "interactive": (*GENERATION_ONLY, "echo"), "input_file": GENERATION_ONLY}
 
 
 def check_settings(cfg: SimpleNamespace) -> None:
     """Raise UserError for values that cannot be, and for settings that nothing would come of."""
-    check(cfg.max_new_tokens, Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty))
+    validate_sampling(cfg.max_new_tokens, SamplingParams(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty))
     for name in ("num_samples", "batch_size"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(cfg, name)}")
     modes = [name for name in ("score", "interactive", "input_file") if getattr(cfg, name)]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} do not go together")
-    for name in IDLE[modes[0]] if modes else ():
+    for name in IGNORED_WITH[modes[0]] if modes else ():
         if getattr(cfg, name) != globals()[name]:
             raise UserError(f"--{name} has no effect with --{modes[0]}; leave it out")
     if cfg.system and not cfg.interactive:
         raise UserError("--system is for a chat: --interactive")
     if cfg.output_file and not cfg.input_file:
         raise UserError("--output_file needs the prompts of --input_file; one story can go there by > file")
-    check_page(cfg.show_probs)
+    check_html_path(cfg.show_probs)
 
 
-def options(cfg: SimpleNamespace) -> dict[str, Any]:
-    """The arguments of TextGenerator.grow."""
+def sampling_kwargs(cfg: SimpleNamespace) -> dict[str, Any]:
+    """The arguments of TextGenerator.generate."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     return {**{name: getattr(cfg, name) for name in names}, "stop": cfg.stop.split("|")}
 
 
-def write_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) -> None:
+def print_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) -> None:
     """Print the first story as it grows, and the others, which end at about the same time, after it."""
     done = [Completion(start) for _ in range(cfg.num_samples)]
     listed = cfg.logprobs or cfg.show_probs is True
     streams, head = cfg.stream and not listed, start if cfg.echo else ""
-    pieces = generator.grow(done, **options(cfg))       # may compile, which comes before the story
+    pieces = generator.generate(done, **sampling_kwargs(cfg))       # may compile, which comes before the story
     if streams:
-        print(shown(head), end="", flush=True)
+        print(escape_for_terminal(head), end="", flush=True)
     for row, piece in pieces:
         if streams and row == 0:
-            print(shown(piece), end="", flush=True)
+            print(escape_for_terminal(piece), end="", flush=True)
     for row, one in enumerate(done):
         if row:
             print("---")
         if listed:
-            print_tokens(generator, one, cfg)
+            print_token_table(generator, one, cfg)
         else:
-            print("" if streams and row == 0 else shown(head + one.text), flush=True)
+            print("" if streams and row == 0 else escape_for_terminal(head + one.text), flush=True)
     if isinstance(cfg.show_probs, str):
-        write_page(generator, done, cfg, options(cfg))
+        write_html_page(generator, done, cfg, sampling_kwargs(cfg))
 
 
-def write_all(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
+def run_input_file(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
     """Print the continuation of each prompt, or append it to an output file, unless it is in there already."""
     path, size = Path(cfg.output_file) if cfg.output_file else None, 4 * cfg.batch_size
-    done = whole_lines(path, prompts) if path else 0
+    done = count_finished(path, prompts) if path else 0
     if done:
         print(f"{done} of {len(prompts)} are in {path} already, with the settings of that time; another --output_file "
               "has all written anew", file=sys.stderr)
     if done == len(prompts):
         return
     for first in range(done - done % size, len(prompts), size):     # the same batches again
-        chunk = continued(generator, prompts, range(len(prompts))[first:first + size], cfg)
+        chunk = complete_batch(generator, prompts, range(len(prompts))[first:first + size], cfg)
         if path:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.writelines(json_line(asdict(one)) for one in chunk[max(done - first, 0):])
             print(f"{first + len(chunk)} of {len(prompts)}", file=sys.stderr)
         else:
-            print(*(shown((one.prompt if cfg.echo else "") + one.text) for one in chunk), sep="\n---\n",
+            print(*(escape_for_terminal((one.prompt if cfg.echo else "") + one.text) for one in chunk), sep="\n---\n",
                   end="\n---\n" if first + len(chunk) < len(prompts) else "\n", flush=True)
 
 
-def continued(generator: TextGenerator, prompts: list[str], numbers: range, cfg: SimpleNamespace) -> list[Completion]:
+def complete_batch(generator: TextGenerator, prompts: list[str], numbers: range, cfg: SimpleNamespace) -> list[Completion]:
     """Continue the prompts of these numbers, those of similar length together; returns them in order."""
     order, done = sorted(numbers, key=lambda number: len(prompts[number])), {}
     for begin in range(0, len(order), cfg.batch_size):
         rows = order[begin:begin + cfg.batch_size]
-        done |= zip(rows, generator.completions([prompts[row] for row in rows], **options(cfg), rows=rows))
+        done |= zip(rows, generator.completions([prompts[row] for row in rows], **sampling_kwargs(cfg), rows=rows))
     return [done[number] for number in numbers]
 
 
-def whole_lines(path: Path, prompts: list[str]) -> int:
+def count_finished(path: Path, prompts: list[str]) -> int:
     """How many of the prompts an output file has; a line that was cut off is removed from it."""
     if not path.is_file():
         raise UserError(f"{path} is not a file that can be gone on with; name another --output_file")
@@ -432,15 +432,15 @@ def whole_lines(path: Path, prompts: list[str]) -> int:
     return len(found)
 
 
-def read_text(name: str) -> str:
+def read_text_file(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
-        found = ", but a folder" if Path(name).is_dir() else did_you_mean(name)
+        found = ", but a folder" if Path(name).is_dir() else suggest_path(name)
         raise UserError(f"no file at {Path(name).resolve()}{found}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text; save it as such with an editor") from error
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -28,28 +28,28 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from tinyllm.cli import UserError
-from tinyllm.words import BYTE, CONTROL, NORMAL, SPACE, SPACE_MARK, UNKNOWN, UNUSED, WordEncoder, undivided
+from tinyllm.words import BYTE, CONTROL, NORMAL, SPACE, SPACE_MARK, UNKNOWN, UNUSED, WordEncoder, why_not_wordwise
 
-WALL = "\x1f"           # ends a word while training, and is dropped from the text
-RESERVED = 3 + 256      # unknown, bos, eos, and a piece for each byte
+WORD_END = "\x1f"           # ends a word while training, and is dropped from the text
+N_RESERVED_IDS = 3 + 256      # unknown, bos, eos, and a piece for each byte
 
 
-class Vocabulary:
+class BaseTokenizer:
     """What all kinds of tokenizer have in common.
 
     Attributes:
         n_words: size of the vocabulary; ids run from 0 to n_words - 1.
         bos_id, eos_id, pad_id: special ids, -1 where there are none.
-        adds_bos: whether the model expects bos before a text.
+        add_bos: whether the model expects bos before a text.
         exact: whether it was trained by `train`, so that no text is lost.
         undivided: why texts cannot be encoded word by word; empty when they can be.
         model: the bytes of the model file; sha256: their digest in hex.
     """
     n_words: int
     bos_id = eos_id = pad_id = -1
-    adds_bos = True
-    exact = False
-    undivided = "it is not of SentencePiece"
+    add_bos = True
+    is_lossless = False
+    why_not_wordwise = "it is not of SentencePiece"
 
     def __init__(self, model: bytes):
         self.model, self.sha256 = model, hashlib.sha256(model).hexdigest()
@@ -74,7 +74,7 @@ class Vocabulary:
         batch = self.encode_batch([text.decode() for text in texts], bos=True, eos=True)
         return np.fromiter(chain.from_iterable(batch), np.int32)
 
-    def begin(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
         """Ids of the beginning of a text, as the model knows beginnings: after bos, if it was trained with it.
 
         Raises UserError where that is no id at all, and there is nothing to go on from.
@@ -82,9 +82,9 @@ class Vocabulary:
         ids = self.encode(text)
         if self.bos_id < 0 and not ids:
             raise UserError("this vocabulary has no bos, with which a text would begin; give it a beginning")
-        return [self.bos_id] + ids if self.bos_id >= 0 and (self.adds_bos or not ids) else ids
+        return [self.bos_id] + ids if self.bos_id >= 0 and (self.add_bos or not ids) else ids
 
-    def id_of(self, special: str) -> int:
+    def special_token_id(self, special: str) -> int:
         """The id of a special token. Raises UserError when there is none of that name."""
         raise UserError(f"this vocabulary has no special token {special}")
 
@@ -95,12 +95,12 @@ class Vocabulary:
         """The text of the ids; special ids are left out, unfinished characters become U+FFFD."""
         raise NotImplementedError
 
-    def piece(self, token: int) -> str:
+    def id_to_piece(self, token: int) -> str:
         """The text of one entry of the vocabulary, a space shown as U+2581."""
         raise NotImplementedError
 
 
-class Tokenizer(Vocabulary):
+class Tokenizer(BaseTokenizer):
     """A SentencePiece model."""
 
     def __init__(self, model: str | Path | bytes):
@@ -118,13 +118,13 @@ class Tokenizer(Vocabulary):
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
 
     @cached_property
-    def exact(self) -> bool:
-        return self._sp.encode("\n", out_type=str) == [SPACE, "\n"] and not self.undivided
+    def is_lossless(self) -> bool:
+        return self._sp.encode("\n", out_type=str) == [SPACE, "\n"] and not self.why_not_wordwise
 
     @cached_property
-    def undivided(self) -> str:
+    def why_not_wordwise(self) -> str:
         try:
-            return undivided(self.model)
+            return why_not_wordwise(self.model)
         except (LookupError, TypeError):
             return "its file is of an unknown form"
 
@@ -137,14 +137,14 @@ class Tokenizer(Vocabulary):
         return WordEncoder(encode, [self.eos_id, self.bos_id])
 
     def encode_documents(self, texts: list[bytes]) -> np.ndarray:
-        if self.undivided or not all(texts) or any(SPACE_MARK in text for text in texts):
+        if self.why_not_wordwise or not all(texts) or any(SPACE_MARK in text for text in texts):
             return super().encode_documents(texts)
         return self._by_words.encode(texts)[1:-1]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         batch = self._sp.encode(texts)
         for i, text in enumerate(texts):
-            if SPACE in text and self.exact:
+            if SPACE in text and self.is_lossless:
                 batch[i] = self._encode_with_space_mark(text)
         return batch
 
@@ -167,12 +167,12 @@ class Tokenizer(Vocabulary):
         except IndexError:                  # a model may have more embeddings than there are entries
             return self._sp.decode([i for i in ids if 0 <= i < self.n_words])
 
-    def piece(self, token: int) -> str:
+    def id_to_piece(self, token: int) -> str:
         return self._sp.id_to_piece(token) if token < self.n_words else ""
 
-    def id_of(self, special: str) -> int:
+    def special_token_id(self, special: str) -> int:
         found = self._sp.piece_to_id(special)
-        return found if self._sp.id_to_piece(found) == special else super().id_of(special)
+        return found if self._sp.id_to_piece(found) == special else super().special_token_id(special)
 
     def pieces(self) -> list[tuple[str, float, int]]:
         """Text, score and kind of each entry; the kinds are those of SentencePiece's file."""
@@ -182,17 +182,17 @@ class Tokenizer(Vocabulary):
                 for i in range(self.n_words)]
 
 
-class JsonTokenizer(Vocabulary):
+class JsonTokenizer(BaseTokenizer):
     """A `tokenizer.json` of Hugging Face (package tokenizers).
 
-    What such a file leaves to others, it has under the key OWN: the special tokens bos and eos, and adds_bos.
+    What such a file leaves to others, it has under the key OWN: the special tokens bos and eos, and add_bos.
     """
     OWN = "tiny-llm"
 
     def __init__(self, model: bytes):
         """Raises UserError when the package is missing, or the bytes are no such file."""
         super().__init__(model)
-        tokenizers = extra("tokenizers", "this vocabulary, a tokenizer.json,")
+        tokenizers = require_package("tokenizers", "this vocabulary, a tokenizer.json,")
         try:
             content = json.loads(model)
             own = content.pop(self.OWN, {})
@@ -203,8 +203,8 @@ class JsonTokenizer(Vocabulary):
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True        # what looks like a special token in a text is text
         self.n_words = self._tokenizer.get_vocab_size()
-        self.bos_id, self.eos_id = (self.id_of(own[name]) if own.get(name) else -1 for name in ("bos", "eos"))
-        self.adds_bos = self.bos_id >= 0 and own.get("adds_bos", True)
+        self.bos_id, self.eos_id = (self.special_token_id(own[name]) if own.get(name) else -1 for name in ("bos", "eos"))
+        self.add_bos = self.bos_id >= 0 and own.get("add_bos", True)
         self._spells_bytes = b'"ByteLevel"' in model
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -213,16 +213,16 @@ class JsonTokenizer(Vocabulary):
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
-    def piece(self, token: int) -> str:
+    def id_to_piece(self, token: int) -> str:
         text = self.decode([token]).replace(" ", SPACE) if self._spells_bytes else ""
         return text or self._tokenizer.id_to_token(token) or ""
 
-    def id_of(self, special: str) -> int:
+    def special_token_id(self, special: str) -> int:
         found = self._tokenizer.token_to_id(special)
-        return super().id_of(special) if found is None else found
+        return super().special_token_id(special) if found is None else found
 
 
-class TiktokenTokenizer(Vocabulary):
+class TiktokenTokenizer(BaseTokenizer):
     """Llama 3's vocabulary: lines of a token in base64 and its rank, and 256 special tokens after them.
 
     Pattern, names and numbers are those of meta-llama/llama3 (package tiktoken).
@@ -233,25 +233,25 @@ class TiktokenTokenizer(Vocabulary):
                "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
                *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]
     # time and stack of the pattern grow by the square of a run of one kind, so that long texts and runs are cut
-    AT_A_TIME, LONG_RUN = 400_000, re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
+    MAX_CHUNK_CHARS, LONG_RUN = 400_000, re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
 
     def __init__(self, model: bytes):
         """Raises UserError when the package is missing, or the bytes are no such file."""
         super().__init__(model)
-        tiktoken = extra("tiktoken", "Llama 3's vocabulary")
+        tiktoken = require_package("tiktoken", "Llama 3's vocabulary")
         self.ranks = _ranks(model)
         self.special = {name: len(self.ranks) + i for i, name in enumerate(self.SPECIAL)}
         self._encoding = tiktoken.Encoding("llama3", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
                                            special_tokens=self.special)
         self.n_words = self._encoding.n_vocab
-        self.bos_id, self.eos_id = self.id_of("<|begin_of_text|>"), self.id_of("<|end_of_text|>")
+        self.bos_id, self.eos_id = self.special_token_id("<|begin_of_text|>"), self.special_token_id("<|end_of_text|>")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [[i for part in self._parts(text) for i in self._encoding.encode_ordinary(part)] for text in texts]
 
     def _parts(self, s: str) -> Iterator[str]:
-        for begin in range(0, len(s), self.AT_A_TIME):
-            text, place = s[begin:begin + self.AT_A_TIME], 0
+        for begin in range(0, len(s), self.MAX_CHUNK_CHARS):
+            text, place = s[begin:begin + self.MAX_CHUNK_CHARS], 0
             for cut in [*(run.end() for run in self.LONG_RUN.finditer(text)), len(text)]:
                 yield text[place:cut]
                 place = cut
@@ -261,20 +261,20 @@ class TiktokenTokenizer(Vocabulary):
         kept = ids if special else [i for i in ids if i < len(self.ranks)]
         return self._encoding.decode_bytes(kept).decode("utf-8", errors="replace")
 
-    def piece(self, token: int) -> str:
+    def id_to_piece(self, token: int) -> str:
         return self.decode([token], special=True).replace(" ", SPACE)
 
-    def id_of(self, special: str) -> int:
-        return self.special[special] if special in self.special else super().id_of(special)
+    def special_token_id(self, special: str) -> int:
+        return self.special[special] if special in self.special else super().special_token_id(special)
 
 
-class Reader:
+class StreamDecoder:
     """Turns the tokens of one text into whole characters, and ends it where one of the texts `stop` begins."""
 
-    def __init__(self, tokenizer: Vocabulary, ids: list[int], stop: list[str]):
+    def __init__(self, tokenizer: BaseTokenizer, ids: list[int], stop: list[str]):
         self.tokenizer, self.stop = tokenizer, stop
-        self.ids, self.begin, self.seen = list(ids), 0, len(ids)    # ids up to `seen` are text; `begin`: a bit before
-        self.held, self.stopped = "", False
+        self.ids, self.begin, self.n_decoded = list(ids), 0, len(ids)    # ids up to `seen` are text; `begin`: a bit before
+        self.pending, self.stopped = "", False
 
     def add(self, token: int) -> str:
         """What can be shown now: not the bytes of a character that has more, and not what may become a stop."""
@@ -282,30 +282,30 @@ class Reader:
         new = self._new()
         if new.endswith("\ufffd"):
             return ""
-        self.begin, self.seen = self.seen - 1, len(self.ids)
-        self.held += new
-        ends = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        self.begin, self.n_decoded = self.n_decoded - 1, len(self.ids)
+        self.pending += new
+        ends = [at for text in self.stop if (at := self.pending.find(text)) >= 0]
         self.stopped = bool(ends)
-        shown = min(ends) if ends else len(self.held) - self._may_become_stop()
-        piece, self.held = self.held[:shown], "" if ends else self.held[shown:]
+        shown = min(ends) if ends else len(self.pending) - self._partial_stop_length()
+        piece, self.pending = self.pending[:shown], "" if ends else self.pending[shown:]
         return piece
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, when no more comes."""
-        return self.held + self._new()
+        return self.pending + self._new()
 
     def _new(self) -> str:
         # one token that was shown before goes along, since the first one of a text loses its space
-        return self.tokenizer.decode(self.ids[self.begin:])[len(self.tokenizer.decode(self.ids[self.begin:self.seen])):]
+        return self.tokenizer.decode(self.ids[self.begin:])[len(self.tokenizer.decode(self.ids[self.begin:self.n_decoded])):]
 
-    def _may_become_stop(self) -> int:
+    def _partial_stop_length(self) -> int:
         """The length of the longest end of `held` with which one of the stops begins."""
         longest = max(map(len, self.stop), default=0)
-        return next((n for n in range(min(longest - 1, len(self.held)), 0, -1)
-                     if any(text.startswith(self.held[-n:]) for text in self.stop)), 0)
+        return next((n for n in range(min(longest - 1, len(self.pending)), 0, -1)
+                     if any(text.startswith(self.pending[-n:]) for text in self.stop)), 0)
 
 
-def load(source: str | Path | bytes) -> Vocabulary:
+def load_tokenizer(source: str | Path | bytes) -> BaseTokenizer:
     """A vocabulary of any kind, from its file or bytes. Which kind it is, the content says.
 
     Raises:
@@ -321,7 +321,7 @@ def load(source: str | Path | bytes) -> Vocabulary:
         raise error if isinstance(source, bytes) else UserError(f"{source}: {error}") from error
 
 
-def extra(package: str, what: str) -> Any:
+def require_package(package: str, what: str) -> Any:
     """Import a package that only some things need. Raises UserError, with what to type, when it is missing."""
     try:
         return importlib.import_module(package)
@@ -337,7 +337,7 @@ def _ranks(model: bytes) -> dict[bytes, int]:
         raise UserError(f"the vocabulary is no tiktoken file: {error}") from error
 
 
-def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
+def train_tokenizer(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     """Train byte-pair encoding on the words of a text.
 
     A space begins a word, a newline and a digit stand alone, a tab is always spelled as its byte, and
@@ -352,8 +352,8 @@ def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     Raises:
         UserError: when there is no text, or vocab_size has no room for characters.
     """
-    check_size(vocab_size)
-    walls = {ord("\t"): WALL}           # a tab ends a line's word below
+    check_vocab_size(vocab_size)
+    walls = {ord("\t"): WORD_END}           # a tab ends a line's word below
     try:
         return _train(counts, walls, vocab_size)
     except RuntimeError as error:
@@ -365,15 +365,15 @@ def train(counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     for word, count in counts.items():
         for character in word.decode():
             characters[character] += count
-    half = (vocab_size - RESERVED) // 2
+    half = (vocab_size - N_RESERVED_IDS) // 2
     rare = [character for character, _ in characters.most_common()[half:] if character != " "]
-    return _train(counts, walls | dict.fromkeys(map(ord, rare), WALL), vocab_size)
+    return _train(counts, walls | dict.fromkeys(map(ord, rare), WORD_END), vocab_size)
 
 
-def check_size(vocab_size: int) -> None:
+def check_vocab_size(vocab_size: int) -> None:
     """Raise UserError when a vocabulary of that size has no room for characters."""
-    if vocab_size < RESERVED + 4:
-        raise UserError(f"--vocab_size {vocab_size} is too small: {RESERVED} entries are taken by the bytes and "
+    if vocab_size < N_RESERVED_IDS + 4:
+        raise UserError(f"--vocab_size {vocab_size} is too small: {N_RESERVED_IDS} entries are taken by the bytes and "
                         "special ids; try 512 or more")
 
 
@@ -383,7 +383,7 @@ def _train(counts: dict[bytes, int], walls: dict[int, str], vocab_size: int) -> 
     def lines() -> Iterator[str]:
         try:
             for word, count in counts.items():
-                if shown := word.decode().translate(walls).strip(WALL):
+                if shown := word.decode().translate(walls).strip(WORD_END):
                     yield f"{shown}\t{count}"
         except (Exception, KeyboardInterrupt) as error:     # SentencePiece would turn it into one of its own
             failures.append(error)
@@ -393,7 +393,7 @@ def _train(counts: dict[bytes, int], walls: dict[int, str], vocab_size: int) -> 
         SentencePieceTrainer.train(
             sentence_iterator=lines(), input_format="tsv", model_writer=model, add_dummy_prefix=False,
             model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
-            byte_fallback=True, split_digits=True, required_chars="\n", pretokenization_delimiter=WALL,
+            byte_fallback=True, split_digits=True, required_chars="\n", pretokenization_delimiter=WORD_END,
             normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1 << 30, minloglevel=2)
     except RuntimeError:

@@ -35,20 +35,20 @@ import torch
 from torch import Tensor
 
 from extras import tensor_parallel
-from extras.fsdp import whole
+from extras.fsdp import full_tensor
 from tinyllm import checkpoint, cli, presets
 from tinyllm.cli import UserError
 from tinyllm.dataset import Task
-from tinyllm.distributed import World, joined
-from tinyllm.estimate import clock, print_plan
-from tinyllm.files import locked, replace
+from tinyllm.distributed import DistributedContext, distributed_context
+from tinyllm.estimate import format_hms, print_run_summary
+from tinyllm.files import folder_lock, atomic_replace
 from tinyllm.machine import peak_memory
 from tinyllm.presets import PRESETS
-from tinyllm.project import settings_for
-from tinyllm.resume import OWN, Plan, is_finished, lasting, prepare
-from tinyllm.run import Run
-from tinyllm.runlog import NEW, NoRecord, Record, put_back, set_aside
-from tinyllm.watch import enough_memory, look, require_finite
+from tinyllm.project import path_flags
+from tinyllm.resume import INIT_MODES, RunPlan, is_finished, run_settings, plan_run
+from tinyllm.run import TrainRun
+from tinyllm.runlog import NEW_CHECKPOINT, NullRunLog, RunLog, undo_partial_archive, archive_run
+from tinyllm.watch import explain_oom, check_pending_steps, require_finite
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # settings for a machine and a time, listed at the end of --help; the rest counts
@@ -112,73 +112,73 @@ compare = []                        # folders of runs: their settings and curves
 # ---- end of settings ----------------------------------------------------------------------------
 
 HANGUP = getattr(signal, "SIGHUP", None)        # Windows has none
-STOPS = (signal.SIGINT, signal.SIGTERM, *[HANGUP] * bool(HANGUP))
-OF_A_MACHINE = ("data_dir", "device", "num_workers")        # settings that may differ where several share a run
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *[HANGUP] * bool(HANGUP))
+PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # settings that may differ where several share a run
 
 
 def main() -> None:
-    with joined() as world:
-        cfg, given = world.attempt(lambda: cli.read(globals(), epilog=presets.table(), presets={
+    with distributed_context() as dist:
+        cfg, given = dist.all_or_none(lambda: cli.parse_settings(globals(), epilog=presets.presets_table(), presets={
             name: preset.settings for name, preset in PRESETS.items()}))
         if cfg.doctor or cfg.compare:
-            world.first_does(lambda: answer(cfg, given))
+            dist.on_main(lambda: run_query(cfg, given))
         elif cfg.eval_only:
-            plan = world.attempt(lambda: prepare(cfg, given, world))
-            world.attempt(lambda: require_same(plan))
-            with enough_memory(cfg):
-                print_scores(Run(plan).evaluate())
+            plan = dist.all_or_none(lambda: plan_run(cfg, given, dist))
+            dist.all_or_none(lambda: check_ranks_agree(plan))
+            with explain_oom(cfg):
+                print_scores(TrainRun(plan).evaluate())
         else:
-            with owned(cfg.out_dir, world):
-                go(cfg, given, world)
+            with lock_output_dir(cfg.out_dir, dist):
+                run_training(cfg, given, dist)
 
 
-def answer(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
+def run_query(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     """Answer a question; it needs no data, and a training has no use for these modules."""
     if cfg.doctor:
-        from tools.doctor import examine
-        examine(cfg, given)
+        from tools.doctor import diagnose
+        diagnose(cfg, given)
     else:
         from tools.compare import compare_runs
         compare_runs(cfg.compare, cfg.out_dir)
 
 
 @contextmanager
-def owned(out_dir: str, world: World) -> Iterator[None]:
+def lock_output_dir(out_dir: str, dist: DistributedContext) -> Iterator[None]:
     """Keep other runs from a folder, and make it tidy. The first process does that, and the others wait for it."""
     with ExitStack() as held:
-        world.first_does(lambda: held.enter_context(locked(out_dir)))
-        world.first_does(lambda: put_back(out_dir))
+        dist.on_main(lambda: held.enter_context(folder_lock(out_dir)))
+        dist.on_main(lambda: undo_partial_archive(out_dir))
         yield
 
 
-def go(cfg: SimpleNamespace, given: dict[str, Any], world: World) -> None:
+def run_training(cfg: SimpleNamespace, given: dict[str, Any], dist: DistributedContext) -> None:
     """Begin or go on with a run, and see it to its end."""
-    if cfg.init_from == "scratch" and world.begun_again:
+    if cfg.init_from == "scratch" and dist.was_restarted:
         cfg.init_from = "auto"          # scratch was for the first time
-    plan = world.attempt(lambda: prepare(cfg, given, world))
-    world.attempt(lambda: require_same(plan))
+    plan = dist.all_or_none(lambda: plan_run(cfg, given, dist))
+    dist.all_or_none(lambda: check_ranks_agree(plan))
     ended = not plan.resumed or is_finished(plan.saved)
-    with enough_memory(cfg):
-        run = Run(plan)
+    with explain_oom(cfg):
+        run = TrainRun(plan)
     if plan.resumed:
-        check_best(run)
-        run.state.best_val_loss = world.first_says(run.state.best_val_loss)
+        check_best_checkpoint(run)
+        run.state.best_val_loss = dist.broadcast_from_main(run.state.best_val_loss)
     if run.finished():
         if ended and run.state.best_val_loss == math.inf:       # its best was lost
-            score(run, open_record(run))
-        say_finished(run, ended)
+            evaluate_and_keep_best(run, open_record(run))
+        print_already_finished(run, ended)
     else:
-        with enough_memory(cfg, run):
-            print_plan(run)
-        run.meet()
+        with explain_oom(cfg, run):
+            print_run_summary(run)
+        run.sync_clock_and_stop()
         if not plan.resumed:
-            begin(run)
-        with listening(run), enough_memory(cfg, run):
+            start_new_run(run)
+        with save_on_signals(run), explain_oom(cfg, run):
             train(run)
-        say_goodbye(run)
+        print_summary(run)
 
 
-def say_finished(run: Run, ended: bool) -> None:
+def print_already_finished(run: TrainRun, ended: bool) -> None:
     """What a run did that has nothing left to do, and how to go on with it nevertheless, or to begin it anew.
 
     ended: whether it had come to its own end; else this command only asks for less than was done.
@@ -192,29 +192,29 @@ def say_finished(run: Run, ended: bool) -> None:
     more = more if ended else {}
     usual = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}
     own = {name: value for name, value in vars(cfg).items() if value != usual[name]}
-    text = settings_for(run.data.folder.with_suffix(".model"))
-    anew = {"init_from": "scratch"} if cfg.init_from in OWN else {"out_dir": f"{cfg.out_dir}-2"}
+    text = path_flags(run.data.folder.with_suffix(".model"))
+    anew = {"init_from": "scratch"} if cfg.init_from in INIT_MODES else {"out_dir": f"{cfg.out_dir}-2"}
     print(f"the run in {cfg.out_dir} {what} step {steps:,}{after}\ngo on with it: "
-          + cli.command("train", run.world.command, init_from="resume", out_dir=cfg.out_dir, **more)
-          + "\nbegin anew:    " + cli.command("train", run.world.command, **{**own, **text, **anew}))
+          + cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir, **more)
+          + "\nbegin anew:    " + cli.format_command("train", run.dist.launch_command, **{**own, **text, **anew}))
 
 
-def require_same(plan: Plan) -> None:
+def check_ranks_agree(plan: RunPlan) -> None:
     """Raise UserError when this process has other settings, text or weights than the first one."""
-    if plan.world.size == 1:
+    if plan.dist.size == 1:
         return
-    settings = {name: value for name, value in lasting(plan.cfg).items() if name not in OF_A_MACHINE}
+    settings = {name: value for name, value in run_settings(plan.cfg).items() if name not in PER_MACHINE_SETTINGS}
     own = {"other settings": zlib.crc32(repr(settings).encode()), "other text": zlib.crc32(plan.data.sha256.encode()),
-           "another dtype": zlib.crc32(repr(plan.where.dtype).encode()),        # auto, on unequal GPUs
-           "another checkpoint": checkpoint.checksum(plan.saved) if plan.saved else 0}
-    differ = [what for what, number in own.items() if number != plan.world.first_says(number)]
+           "another dtype": zlib.crc32(repr(plan.backend.dtype).encode()),        # auto, on unequal GPUs
+           "another checkpoint": checkpoint.state_checksum(plan.saved) if plan.saved else 0}
+    differ = [what for what, number in own.items() if number != plan.dist.broadcast_from_main(number)]
     if differ:
-        raise UserError(f"process {plan.world.rank} has {' and '.join(differ)} than process 0\n       the same command "
+        raise UserError(f"process {plan.dist.rank} has {' and '.join(differ)} than process 0\n       the same command "
                         "must be typed on all machines, with the same data and output folders, shared or copied, "
                         "and a --dtype that all can")
 
 
-def begin(run: Run) -> None:
+def start_new_run(run: TrainRun) -> None:
     """Write the first state of a new run. From here on there is one to go on with, and saving is known to work."""
     if run.cfg.init_from == "scratch":
         print("note:   with --init_from scratch, the same command begins anew each time; --init_from resume goes on")
@@ -223,17 +223,17 @@ def begin(run: Run) -> None:
         print(f"note:   {source}, with which this run begins, is put aside with the old run; "
               "another --out_dir leaves it where it is")
     run.state.setup = run.seconds()
-    run.save(NEW)
-    if run.world.first:
-        set_aside(run.cfg.out_dir)
-        replace(Path(run.cfg.out_dir, NEW), Path(run.cfg.out_dir, "last.pt"))
+    run.save(NEW_CHECKPOINT)
+    if run.dist.is_main:
+        archive_run(run.cfg.out_dir)
+        atomic_replace(Path(run.cfg.out_dir, NEW_CHECKPOINT), Path(run.cfg.out_dir, "last.pt"))
 
 
-def check_best(run: Run) -> None:
+def check_best_checkpoint(run: TrainRun) -> None:
     """Let the next evaluation write ckpt.pt when it is not there, damaged, or another's."""
     path = Path(run.cfg.out_dir) / "ckpt.pt"
     try:
-        if run.state.best_val_loss < math.inf and checkpoint.load(path).get("data_sha256") != run.data.sha256:
+        if run.state.best_val_loss < math.inf and checkpoint.load_checkpoint(path).get("data_sha256") != run.data.sha256:
             raise UserError(f"{path} is of another text than this run")
     except UserError as error:
         print(f"note: {error}\n      the next evaluation writes another")
@@ -242,42 +242,42 @@ def check_best(run: Run) -> None:
 
 # ---- the loop -----------------------------------------------------------------------------------
 
-def train(run: Run) -> None:
+def train(run: TrainRun) -> None:
     """Take steps until the run is finished, or a signal asks to stop."""
     cfg, state = run.cfg, run.state
     record = open_record(run)
     batches = Task.iter_batches(run.data, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
-                                position=state.position, device=run.where.device, num_workers=cfg.num_workers,
-                                rank=run.world.rank, world_size=run.world.size)
+                                position=state.position, device=run.backend.device, num_workers=cfg.num_workers,
+                                rank=run.dist.rank, world_size=run.dist.size)
     run.model.train()
     mark, marked, ends = time.perf_counter(), state.iter_num, False
     while not ends:
         # 1. one update of the weights
-        lr, *numbers = take_step(run, batches)
-        run.fresh.append(numbers)
+        lr, *numbers = train_step(run, batches)
+        run.pending_metrics.append(numbers)
 
         # 2. what is due now
-        run.meet()
+        run.sync_clock_and_stop()
         finished = run.finished()
-        ends = finished or bool(run.stop)
+        ends = finished or bool(run.stop_signal)
         logs = state.iter_num % cfg.log_interval == 0 or state.iter_num == 1
         evaluates = state.iter_num % cfg.eval_interval == 0
-        saves = evaluates or run.stop or run.seconds() - run.saved_at > 60 * cfg.checkpoint_minutes
+        saves = evaluates or run.stop_signal or run.seconds() - run.saved_at > 60 * cfg.checkpoint_minutes
         if not (logs or saves or ends):
             continue
-        loss, norm, jumps = run.world.attempt(lambda: look(run))        # stops when they are not finite
+        loss, norm, jumps = run.dist.all_or_none(lambda: check_pending_steps(run))        # stops when they are not finite
 
         # 3. log
-        log_jumps(run, record, jumps)
+        log_loss_spikes(run, record, jumps)
         if logs:
             log_step(run, record, loss, lr, norm, (time.perf_counter() - mark) / (state.iter_num - marked))
 
         # 4. evaluate; what only the end of the run brings is not part of its log
         if evaluates:
-            score(run, record)
+            evaluate_and_keep_best(run, record)
         state.log_lines, state.log_sha256 = len(record.entries), record.sha256
         if finished and not evaluates:
-            score(run, record)
+            evaluate_and_keep_best(run, record)
 
         # 5. save
         if finished and state.iter_num < cfg.max_iters:
@@ -288,51 +288,51 @@ def train(run: Run) -> None:
         mark, marked = time.perf_counter(), state.iter_num
 
 
-def open_record(run: Run) -> Record | NoRecord:
+def open_record(run: TrainRun) -> RunLog | NullRunLog:
     """The log, whose first line says what run it is."""
-    if not run.world.first:
-        return NoRecord()
-    facts = {"config": lasting(run.cfg), "model_args": asdict(run.model.args),
-             "parameters": run.model.count_parameters(), "device": str(run.where.device), "dtype": str(run.where.dtype)}
-    return Record(Path(run.cfg.out_dir), facts, run.state.log_lines, run.state.log_sha256)
+    if not run.dist.is_main:
+        return NullRunLog()
+    facts = {"config": run_settings(run.cfg), "model_args": asdict(run.model.args),
+             "parameters": run.model.count_parameters(), "device": str(run.backend.device), "dtype": str(run.backend.dtype)}
+    return RunLog(Path(run.cfg.out_dir), facts, run.state.log_lines, run.state.log_sha256)
 
 
-def log_jumps(run: Run, record: Record | NoRecord, jumps: list[dict[str, Any]]) -> None:
+def log_loss_spikes(run: TrainRun, record: RunLog | NullRunLog, jumps: list[dict[str, Any]]) -> None:
     for jump in jumps:
         record.write(jump, {"seconds": run.seconds()})
         print("step {iter:,}: the loss jumped to {jump:.4f} from about {usual:.4f}; windows {windows[0]:,} to "
               "{windows[1]:,} in training order; harmless if it falls again".format(**jump), flush=True)
 
 
-def log_step(run: Run, record: Record | NoRecord, loss: float, lr: float, norm: float, seconds: float) -> None:
+def log_step(run: TrainRun, record: RunLog | NullRunLog, loss: float, lr: float, norm: float, seconds: float) -> None:
     """Log a step; `seconds` is what it and those before it took, each."""
     speed = run.tokens_per_step / seconds
     record.write({"iter": run.state.iter_num, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": run.tokens},
                  {"seconds": run.seconds(), "tokens_per_second": speed})
-    mfu = run.where.mfu(speed / run.world.size * run.model.flops_per_token())
+    mfu = run.backend.mfu(speed / run.dist.size * run.model.flops_per_token())
     print(f"step {run.state.iter_num:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  {speed:,.0f} tokens/s  "
-          + (f"{mfu:.0%} MFU  " if mfu else "") + f"{clock(run.seconds_left(seconds))} left", flush=True)
+          + (f"{mfu:.0%} MFU  " if mfu else "") + f"{format_hms(run.seconds_left(seconds))} left", flush=True)
 
 
-def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
+def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
     """One optimizer step; returns its learning rate, its loss and the length of its gradient."""
-    cfg, device = run.cfg, run.where.device
+    cfg, device = run.cfg, run.backend.device
     lr = run.learning_rate()
     for group in [group for optimizer in run.optimizers for group in optimizer.param_groups]:
-        group["lr"] = lr * group["ratio"]
+        group["lr"] = lr * group["lr_scale"]
     total = torch.zeros((), device=device)
-    run.world.seed(cfg.seed, run.state.iter_num)
-    for following in reversed(range(run.own_parts)):
+    run.dist.seed(cfg.seed, run.state.iter_num)
+    for following in reversed(range(run.micro_steps_per_rank)):
         x, y = next(batches)                                    # (batch_size, max_seq_len) each
-        with run.world.keeping(run.wrapped, more=following > 0):
-            with run.where.autocast():
-                loss = run.wrapped(x, y)
-            loss = loss / run.own_parts                         # so that the sum is the mean
+        with run.dist.no_sync(run.ddp_model, more=following > 0):
+            with run.backend.autocast():
+                loss = run.ddp_model(x, y)
+            loss = loss / run.micro_steps_per_rank                         # so that the sum is the mean
             run.scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf))
     # A scaler skips the step of an optimizer whose gradients overflow; none shall go without the other.
     if not run.scaler.is_enabled() or norm.isfinite():
         for optimizer in run.optimizers:
@@ -344,50 +344,50 @@ def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float
     return lr, total, norm
 
 
-def score(run: Run, record: Record | NoRecord) -> None:
+def evaluate_and_keep_best(run: TrainRun, record: RunLog | NullRunLog) -> None:
     """Evaluate, write stories, and keep the model if it is the best so far."""
-    run.world.attempt(lambda: require_finite(run))
+    run.dist.all_or_none(lambda: require_finite(run))
     began = run.seconds()
-    scores, samples = run.evaluate(), run.write_samples()
-    run.meet()
+    scores, samples = run.evaluate(), run.generate_samples()
+    run.sync_clock_and_stop()
     record.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens, "samples": samples},
                  {"seconds": run.seconds()})
-    record.draw(presets.curve(run.cfg.preset))
+    record.write_reports(presets.expected_curve(run.cfg.preset))
     print_scores(scores)
-    if expected := presets.expected(run.cfg.preset, run.seconds() / 60):
+    if expected := presets.expected_bpb(run.cfg.preset, run.seconds() / 60):
         print(f"for comparison: {run.cfg.preset} was at {expected:.3f} bits per byte by now, with "
               f"{presets.MEASURED_ON}; other text has other figures")
     if scores["val_loss"] < run.state.best_val_loss:
         run.state.best_val_loss = scores["val_loss"]
         run.save("ckpt.pt")
-    run.meet()
-    run.reserve = run.seconds() - began
+    run.sync_clock_and_stop()
+    run.eval_seconds = run.seconds() - began
 
 
 @contextmanager
-def listening(run: Run) -> Iterator[None]:
+def save_on_signals(run: TrainRun) -> Iterator[None]:
     """Let Ctrl-C, a polite kill and a closed terminal end the run after its step; a second one ends it at once."""
     def stop(number: int, frame: Any) -> None:
-        run.asked = number
+        run.requested_signal = number
         # a terminal that closes sends it twice, itself and through the shell
         signal.signal(number, signal.SIG_IGN if number == HANGUP else before[number])
         if number == HANGUP:
-            print_nowhere(1, 2)
+            redirect_to_devnull(1, 2)
         print("\nstopping after this step; what is done will be saved", flush=True)
     # what is ignored stays so: a run under nohup shall go on
-    before = {number: signal.signal(number, stop) for number in STOPS if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        with redirect_stdout(Output(run)):
+        with redirect_stdout(StopOnClosedStdout(run)):
             yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class Output(io.TextIOBase):
+class StopOnClosedStdout(io.TextIOBase):
     """Standard output while a run is on. When its reader is gone, a terminal or `| head`, the run is asked to stop."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TrainRun):
         self.run, self.stream = run, sys.stdout
 
     def write(self, text: str) -> int:
@@ -403,39 +403,39 @@ class Output(io.TextIOBase):
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
-            print_nowhere(*(1, 2) if error.errno == errno.EIO else (1,))
-            self.run.asked = self.run.asked or signal.SIGTERM
+            redirect_to_devnull(*(1, 2) if error.errno == errno.EIO else (1,))
+            self.run.requested_signal = self.run.requested_signal or signal.SIGTERM
 
 
-def print_nowhere(*outputs: int) -> None:
+def redirect_to_devnull(*outputs: int) -> None:
     """Let what is printed from now on, also by libraries, go nowhere instead of failing. 1: output, 2: errors."""
     for number in outputs:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def say_goodbye(run: Run) -> None:
+def print_summary(run: TrainRun) -> None:
     out = run.cfg.out_dir
-    if run.where.device.type == "cuda":
-        print(f"peak of the GPU's memory: {torch.cuda.max_memory_reserved(run.where.device) / 1e6:,.0f} MB")
+    if run.backend.device.type == "cuda":
+        print(f"peak of the GPU's memory: {torch.cuda.max_memory_reserved(run.backend.device) / 1e6:,.0f} MB")
     elif peak := peak_memory():
         print(f"peak of memory: {peak / 1e6:,.0f} MB")
-    if run.stop and not run.finished():
+    if run.stop_signal and not run.finished():
         print(f"saved step {run.state.iter_num:,} in {out}/last.pt\ngo on: "
-              + cli.command("train", run.world.command, init_from="resume", out_dir=out))
-        sys.exit(128 + run.stop)
-    print(f"done: {run.state.iter_num:,} steps in {clock(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
-          + (f"stories on the way: {out}/samples.txt\n" if run.cfg.sample_tokens and not run.divided else "")
-          + "next: " + cli.command("sample", writer(run), checkpoint=f"{out}/ckpt.pt",
+              + cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=out))
+        sys.exit(128 + run.stop_signal)
+    print(f"done: {run.state.iter_num:,} steps in {format_hms(run.seconds())}, best val loss {run.state.best_val_loss:.4f}\n"
+          + (f"stories on the way: {out}/samples.txt\n" if run.cfg.sample_tokens and not run.is_sharded else "")
+          + "next: " + cli.format_command("sample", sample_launcher(run), checkpoint=f"{out}/ckpt.pt",
                                         interactive=bool(run.chat) or ""))
 
 
-def writer(run: Run) -> str:
+def sample_launcher(run: TrainRun) -> str:
     """What starts sample.py: several processes where the model was divided, and can be for writing."""
     try:
-        tensor_parallel.check(run.model.args, run.world)
+        tensor_parallel.check_divisible(run.model.args, run.dist)
     except UserError:
         return "python"
-    return run.world.command if run.divided else "python"
+    return run.dist.launch_command if run.is_sharded else "python"
 
 
 def print_scores(scores: dict[str, float]) -> None:
@@ -443,4 +443,4 @@ def print_scores(scores: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -7,7 +7,7 @@ A message is a dict with role (system, user or assistant) and content. What look
 text. An answer ends at `end_id`.
 """
 from tinyllm.cli import UserError
-from tokenizer import Vocabulary
+from tokenizer import BaseTokenizer
 
 Message = dict[str, str]
 
@@ -17,10 +17,10 @@ class ChatFormat:
     STARTS_WITH_BOS = True
     MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-    def __init__(self, tokenizer: Vocabulary):
+    def __init__(self, tokenizer: BaseTokenizer):
         """Raises UserError when the vocabulary has not the special tokens of the form."""
         self.tokenizer = tokenizer
-        self.marks = [tokenizer.id_of(mark) for mark in self.MARKS]
+        self.marks = [tokenizer.special_token_id(mark) for mark in self.MARKS]
         self.end_id = self.marks[-1]
 
     def encode_header(self, message: Message) -> list[int]:
@@ -61,7 +61,7 @@ TEMPLATES = {
 }
 
 
-def known_format(name: str, tokenizer: Vocabulary) -> ChatFormat | None:
+def detect_format(name: str, tokenizer: BaseTokenizer) -> ChatFormat | None:
     """The form of that name; None if there is none, or its marks are plain text to the vocabulary."""
     try:
         return FORMATS[name](tokenizer) if name in FORMATS else None

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from model import ModelArgs
 from tinyllm import device
 from tinyllm.cli import UserError
-from tinyllm.files import replace, sha256
-from tinyllm.weights import to_int8
+from tinyllm.files import atomic_replace, sha256
+from tinyllm.weights import quantize_int8
 
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
-ANY = torch.export.Dim.DYNAMIC
+DYNAMIC = torch.export.Dim.DYNAMIC
 COMPILER = {        # of PyTorch's compiler; each is worth a tenth of the time, or more
     "cpp.enable_floating_point_contract_flag": "fast",      # multiply and add are one instruction
     "aot_inductor.allow_stack_allocation": True,            # no allocation for small tensors on the way
@@ -44,7 +44,7 @@ class CompiledLayers:
     def __init__(self, args: ModelArgs, rope: Tensor, dtype: torch.dtype = torch.float32, quantize: str = ""):
         """Weights are kept in `dtype`, or with quantize "int8" in 8 bits. rope: (2, max_seq_len, D / 2)."""
         self.args, self.quantize, self.dtype = args, quantize, torch.float32 if quantize else dtype
-        self.turns = rope.movedim(1, 0).contiguous()                        # (max_seq_len, 2, D / 2)
+        self.rope = rope.movedim(1, 0).contiguous()                        # (max_seq_len, 2, D / 2)
         self.weights: list[list[Tensor]] = []
         self.run: Callable[[list[Tensor]], list[Tensor]] | None = None
 
@@ -60,8 +60,8 @@ class CompiledLayers:
         """Get ready. Raises UserError when compiling cannot be done here."""
         if self.run is None:
             x, past = torch.zeros(1, self.args.dim), torch.zeros(1, 2 * self.args.n_kv_heads, 16, self.args.head_dim)
-            self.run = _load(OneLayer(self.args), (x, self.turns[0], torch.tensor([1]), past, *self.weights[0]),
-                             (None, None, None, {2: ANY}, (None,) * 8))
+            self.run = _load(DecodeLayer(self.args), (x, self.rope[0], torch.tensor([1]), past, *self.weights[0]),
+                             (None, None, None, {2: DYNAMIC}, (None,) * 8))
 
     def __call__(self, x: Tensor, length: int, cache: Tensor) -> Tensor:
         """Run a token after `length` others.
@@ -72,7 +72,7 @@ class CompiledLayers:
         Returns:
             x, before the last norm.
         """
-        turns, at, stream = self.turns[length], torch.tensor([length]), x[:, :-1]
+        turns, at, stream = self.rope[length], torch.tensor([length]), x[:, :-1]
         for weights, past, place in zip(self.weights, cache.unbind(), cache[:, :, :, length].unbind()):
             stream, fresh = self.run([stream, turns, at, past, *weights])
             place.copy_(fresh)
@@ -91,15 +91,15 @@ class CompiledAttention:
         if self.run is None:
             both, size = 2 * self.args.n_kv_heads, self.args.head_dim
             heads, past = torch.zeros(2, self.args.n_heads + both, size), torch.zeros(2, both, 16, size)
-            self.run = _load(OneToken(self.args), (heads, torch.tensor([1, 2]), past),
-                             ({0: ANY}, {0: ANY}, {0: ANY, 2: ANY}))
+            self.run = _load(DecodeAttention(self.args), (heads, torch.tensor([1, 2]), past),
+                             ({0: DYNAMIC}, {0: DYNAMIC}, {0: DYNAMIC, 2: DYNAMIC}))
 
     def __call__(self, heads: Tensor, lengths: Tensor, past: Tensor) -> Tensor:
         """heads: (B, H + 2 K, D), turned; lengths: (B,), 1 or more; past: (B, 2 K, room, D). Returns (B, dim)."""
         return self.run([heads, lengths, past])[0]
 
 
-class RecordedStep:
+class CudaGraphStep:
     """A step of a batch on an NVIDIA GPU, as a CUDA graph: all its kernels are started at once, as one thing.
 
     Recording fixes the addresses, so the tokens and their places are copied to where they were the first time, and
@@ -133,7 +133,7 @@ class RecordedStep:
                 self.logits = self.extend(self.cache, self.tokens, self.places)
 
 
-class OneLayer(nn.Module):
+class DecodeLayer(nn.Module):
     """The arithmetic of a layer, in words that the compiler can join: no library calls, no views of complex numbers."""
 
     def __init__(self, args: ModelArgs):
@@ -162,7 +162,7 @@ class OneLayer(nn.Module):
         return torch.rsqrt((x * x).sum(-1, keepdim=True) + self.args.dim * self.args.norm_eps)
 
 
-class OneToken(nn.Module):
+class DecodeAttention(nn.Module):
     """The arithmetic of CompiledAttention."""
 
     def __init__(self, args: ModelArgs):
@@ -215,7 +215,7 @@ def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     ones would reach beyond the row they begin earlier, and hold zeros where another has been. The words go by as
     float32, a type that the compiler's C++ loads without detours; nothing computes with them as such.
     """
-    levels, scale = to_int8(weight)
+    levels, scale = quantize_int8(weight)
     size = -(-weight.shape[1] // 64) * 16
     words = torch.zeros(len(weight), size, 4, dtype=torch.int8)
     for i in range(4):
@@ -224,7 +224,7 @@ def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     return words.view(torch.float32).squeeze(-1), scale.float() / 2 ** 24
 
 
-def _load(work: OneLayer | OneToken, example: tuple[Tensor, ...], sizes: tuple
+def _load(work: DecodeLayer | DecodeAttention, example: tuple[Tensor, ...], sizes: tuple
           ) -> Callable[[list[Tensor]], list[Tensor]]:
     """The compiled function, from its file if there is one.
 
@@ -240,7 +240,7 @@ def _load(work: OneLayer | OneToken, example: tuple[Tensor, ...], sizes: tuple
     if not FOLDER.is_absolute():
         raise UserError("--compile keeps its code in your home directory, and there is none; leave it out")
     path = FOLDER / f"{type(work).__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
-    if not _is_sound(path):
+    if not _is_intact(path):
         _compile(work, example, sizes, path)
     try:
         # the class that torch._inductor.aoti_load_package wraps, without the two seconds of that import
@@ -249,14 +249,14 @@ def _load(work: OneLayer | OneToken, example: tuple[Tensor, ...], sizes: tuple
         raise UserError(f"--compile does not work here; leave it out: {str(error).splitlines()[0]}") from error
 
 
-def _is_sound(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     """Whether a file is there, and as it was written: damaged machine code may end the process."""
     digest = path.with_suffix(".sha256")
     return path.is_file() and digest.is_file() and digest.read_bytes() == sha256(path).encode()
 
 
 def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: Path) -> None:
-    if why := device.no_compiler():
+    if why := device.why_no_compiler():
         raise UserError(f"--compile cannot be had here: {why}; leave it out, or mend that")
     temporary = path.with_suffix(f".{os.getpid()}.pt2")
     try:
@@ -264,14 +264,14 @@ def _compile(work: nn.Module, example: tuple[Tensor, ...], sizes: tuple, path: P
         temporary.touch()
     except OSError as error:
         raise UserError(f"--compile keeps its code in {path.parent}, and cannot write there; leave it out") from error
-    texts = "single texts" if isinstance(work, OneLayer) else "several texts at a time"
+    texts = "single texts" if isinstance(work, DecodeLayer) else "several texts at a time"
     print(f"compiling for {texts}, once for models of this shape: about 15 seconds", file=sys.stderr, flush=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(work, example, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=COMPILER)
-        replace(temporary, path)
+        atomic_replace(temporary, path)
         path.with_suffix(".sha256").write_text(sha256(path), encoding="utf-8")
     except UnicodeError as error:           # Windows in Chinese, Japanese, Korean: another encoding than UTF-8
         raise UserError(f"--compile does not work here; leave it out: {device.NOT_UTF8}") from error

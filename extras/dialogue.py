@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from tinyllm.cli import UserError, printable, shown
+from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
 
 if TYPE_CHECKING:
     from sample import TextGenerator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Options = Callable[[SimpleNamespace], dict[str, Any]]
 
 
-def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> None:
+def chat_loop(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> None:
     """Read lines until /exit or the end of the input. `options` makes the generator's arguments of the settings."""
     try:
         import readline  # noqa: F401    gives input() line editing and history; Windows has its own
@@ -41,9 +41,9 @@ def talk(generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> 
         if command == "/clear":
             said = []
         elif command.startswith("/"):
-            obey(command, words, generator, cfg, options)
+            run_slash_command(command, words, generator, cfg, options)
         elif line or not generator.chat:
-            said = go_on(generator, [*said, line], cfg.system, options(cfg))
+            said = print_reply(generator, [*said, line], cfg.system, options(cfg))
             cfg.seed += 1                       # the same words shall not always get the same answer
 
 
@@ -59,12 +59,12 @@ def read_line() -> str | None:
             print()
 
 
-def obey(command: str, words: list[str], generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> None:
+def run_slash_command(command: str, words: list[str], generator: "TextGenerator", cfg: SimpleNamespace, options: Options) -> None:
     """Do a command that leaves what was said as it is: /set, or /help, which is also the answer to an unknown one."""
     if command == "/set":
-        return change(generator, cfg, options, words)
+        return set_option(generator, cfg, options, words)
     if command != "/help":
-        print(printable(f"there is no {command}"), file=sys.stderr)
+        print(escape_control_chars(f"there is no {command}"), file=sys.stderr)
     print(help_text(bool(generator.chat)), end="")
 
 
@@ -74,31 +74,31 @@ def help_text(chats: bool) -> str:
                         "What do dogs like to eat?       the model answers,") if chats else text
 
 
-def go_on(generator: "TextGenerator", said: list[str], system: str, options: dict[str, Any]) -> list[str]:
+def print_reply(generator: "TextGenerator", said: list[str], system: str, options: dict[str, Any]) -> list[str]:
     """Print the model's turn, and return all that was said. Ctrl-C ends the answer, not the program."""
     answer = ""
     try:
-        for piece in reply(generator, said, system, options):
-            print(shown(piece), end="", flush=True)
+        for piece in generate_reply(generator, said, system, options):
+            print(escape_for_terminal(piece), end="", flush=True)
             answer += piece
     except KeyboardInterrupt:
         pass
     except UserError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        print(escape_control_chars(f"error: {error}"), file=sys.stderr)
         return said[:-1]
     print()
     return [*said, answer]
 
 
-def reply(generator: "TextGenerator", said: list[str], system: str, options: dict[str, Any]) -> Iterator[str]:
+def generate_reply(generator: "TextGenerator", said: list[str], system: str, options: dict[str, Any]) -> Iterator[str]:
     """What the model says: in a chat to the messages, else it goes on with all of it as one text."""
     if not generator.chat:
-        return islice(generator.stream(joined(said), **options), 1, None)
+        return islice(generator.stream(as_single_text(said), **options), 1, None)
     dialog = [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), said)]
     return generator.answer([{"role": "system", "content": system}] * bool(system) + dialog, **options)
 
 
-def joined(said: list[str]) -> str:
+def as_single_text(said: list[str]) -> str:
     """One text; where a line of yours would stick to the text before it, a space comes between."""
     story = ""
     for number, text in enumerate(said):
@@ -107,11 +107,11 @@ def joined(said: list[str]) -> str:
     return story
 
 
-def change(generator: "TextGenerator", cfg: SimpleNamespace, options: Options, words: list[str]) -> None:
+def set_option(generator: "TextGenerator", cfg: SimpleNamespace, options: Options, words: list[str]) -> None:
     """/set NAME VALUE, with the value read as the type that the setting has, and taken if the generator takes it."""
     name, value = words[0] if words else "", " ".join(words[1:])
     if name and name not in options(cfg):
-        print(printable(f"there is no setting {name}"), file=sys.stderr)
+        print(escape_control_chars(f"there is no setting {name}"), file=sys.stderr)
     if name not in options(cfg) or not value and name != "stop":
         print(*(f"{known} = {getattr(cfg, known)!r}" for known in options(cfg)), sep="\n")
         return

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyllm.device import Device
-from tinyllm.distributed import World
+from tinyllm.device import Backend
+from tinyllm.distributed import DistributedContext
 
 
-def divide(model: nn.Module, where: Device, world: World) -> nn.Module:
+def shard_model(model: nn.Module, where: Backend, dist: DistributedContext) -> nn.Module:
     """Leave this process its part of a model, on its device. In bfloat16, so are the weights of layers on their way."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = init_device_mesh(where.device.type, (world.size,))
+    mesh = init_device_mesh(where.device.type, (dist.size,))
     sent = MixedPrecisionPolicy(torch.bfloat16 if where.dtype == torch.bfloat16 else None, torch.float32,
                                 cast_forward_inputs=False)
     for layer in model.layers:
@@ -27,31 +27,31 @@ def divide(model: nn.Module, where: Device, world: World) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def is_part(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Whether it is a DTensor. Its import takes half a second, so that those who divide nothing are spared it."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with the parts of all processes, which all have to ask for it."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that each has, if the one that it shall be like is divided."""
-    if not is_part(like):
+    if not is_dtensor(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def gathered(state: Any, world: World) -> Any:
+def full_state_dict(state: Any, dist: DistributedContext) -> Any:
     """A state with whole tensors on the CPU of the first process; in the others, None in place of them."""
     if isinstance(state, dict):
-        return {name: gathered(value, world) for name, value in state.items()}
+        return {name: full_state_dict(value, dist) for name, value in state.items()}
     if isinstance(state, list):
-        return [gathered(value, world) for value in state]
-    if not is_part(state):
+        return [full_state_dict(value, dist) for value in state]
+    if not is_dtensor(state):
         return state
-    found = whole(state)                    # one at a time, for all together do not fit the GPU
-    return found.cpu() if world.first else None
+    found = full_tensor(state)                    # one at a time, for all together do not fit the GPU
+    return found.cpu() if dist.is_main else None

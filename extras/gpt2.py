@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import LinearCrossEntropy, Transformer, causal_attention, fill, wrong_numbers
+from model import LinearCrossEntropy, Transformer, causal_attention, init_weights, invalid_fields
 from tinyllm.cli import UserError
-from tinyllm.engine import Attend, Engine
-from tinyllm.weights import Product
+from tinyllm.engine import AttentionFn, Engine
+from tinyllm.weights import LinearFn
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GPT2Args:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if problems := wrong_numbers(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",)):
+        if problems := invalid_fields(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",)):
             raise ValueError("; ".join(problems))
 
     @property
@@ -101,7 +101,7 @@ class GPT2(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.output.weight = self.tok_embeddings.weight
         self.loss = LinearCrossEntropy()
-        fill(self, args.n_layers)
+        init_weights(self, args.n_layers)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) of tokens (B, T), or the loss if there are targets: as Transformer.forward."""
@@ -133,11 +133,11 @@ class GPT2Engine(Engine):
             raise UserError("--compile is for Llama models on a CPU, and this is a GPT-2; leave it out")
         super().__init__(model, dtype, quantize, compiled, device)
 
-    def _pack_weights(self, model: GPT2, pack: Callable[[Tensor], Product]) -> None:
+    def _pack_weights(self, model: GPT2, pack: Callable[[Tensor], LinearFn]) -> None:
         def on(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, torch.float32)
 
-        def product(weight: Tensor, bias: Tensor, norm: nn.LayerNorm | None = None) -> Product:
+        def product(weight: Tensor, bias: Tensor, norm: nn.LayerNorm | None = None) -> LinearFn:
             weight, bias = on(weight), on(bias)
             if norm:
                 weight, bias = weight * on(norm.weight), bias + weight @ on(norm.bias)
@@ -157,10 +157,10 @@ class GPT2Engine(Engine):
                     product(feed_forward.w2.weight, feed_forward.w2.bias)])
             self.output = product(model.output.weight, torch.zeros(1), model.norm)
 
-    def _turns(self, at: slice | Tensor) -> Tensor:
+    def _rope_factors(self, at: slice | Tensor) -> Tensor:
         return self.positions[at]                                                           # (..., dim)
 
-    def _layers(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def _layers(self, tokens: Tensor, positions: Tensor, attend: AttentionFn) -> Tensor:
         """What the layers make of tokens (B, T): (B * T, dim), before the last norm."""
         x = (F.embedding(tokens, self.embeddings) + positions).flatten(0, 1)
         for number, (qkv, out, up, down) in enumerate(self.layers):

@@ -5,20 +5,20 @@ from typing import Any
 
 import numpy as np
 
-from tinyllm.files import whole_file
+from tinyllm.files import atomic_write
 
 Points = Sequence[tuple[float, float]]
 SHARE = 0.05        # of a noisy curve, so much of it to each side is averaged to smooth it
-LATER = 0.1         # the y axis shows what comes after this part of a run whole; losses before it may be cut off
+Y_ZOOM_AFTER = 0.1         # the y axis shows what comes after this part of a run whole; losses before it may be cut off
 
 
-def canvas(ylabel: str) -> tuple[Any, Any, Any]:
+def new_figure(ylabel: str) -> tuple[Any, Any, Any]:
     """A figure and its panels, for curves against tokens and against minutes. Raises ImportError."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.set(xlabel="tokens", ylabel=ylabel)
-    left.xaxis.set_major_formatter(lambda count, _: short(count))
+    left.xaxis.set_major_formatter(lambda count, _: format_si(count))
     right.set(xlabel="minutes")
     for panel in (left, right):
         panel.grid(color="0.9")
@@ -26,14 +26,14 @@ def canvas(ylabel: str) -> tuple[Any, Any, Any]:
     return figure, left, right
 
 
-def noisy(panel: Any, points: Points, label: str, color: str) -> None:
+def plot_smoothed(panel: Any, points: Points, label: str, color: str) -> None:
     """A curve in pale, and its average over it."""
     x, y = np.array(points, float).reshape(-1, 2).T
     panel.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
     panel.plot(x, smooth(y), color=color, label=label)
 
 
-def measured(panel: Any, points: Points, label: str, color: str, text: Callable[[float], str] | None = None) -> None:
+def plot_evals(panel: Any, points: Points, label: str, color: str, text: Callable[[float], str] | None = None) -> None:
     """A curve of evaluations, with a star at the lowest, and beside it what `text` says of it, if anything."""
     if not points:
         return
@@ -45,12 +45,12 @@ def measured(panel: Any, points: Points, label: str, color: str, text: Callable[
                        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
 
 
-def grey(panel: Any, points: Points, label: str) -> None:
+def plot_reference(panel: Any, points: Points, label: str) -> None:
     if points:
         panel.plot(*zip(*points), color="0.6", label=label)
 
 
-def second_scale(panel: Any, ratio: float, label: str) -> None:
+def add_right_axis(panel: Any, ratio: float, label: str) -> None:
     """A scale on the right side of a panel, of numbers that are `ratio` times those on the left."""
     panel.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio)).set_ylabel(label)
 
@@ -63,19 +63,19 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[ends] - sums[begins]) / (ends - begins)
 
 
-def show_later(panel: Any, curves: Sequence[Points]) -> None:
+def zoom_y_axis(panel: Any, curves: Sequence[Points]) -> None:
     """Give the y axis, which the panels share, to what comes after the first, steep part of the curves."""
-    seen = [y for points in curves for x, y in points if x >= LATER * points[-1][0]]
+    seen = [y for points in curves for x, y in points if x >= Y_ZOOM_AFTER * points[-1][0]]
     if seen and (room := 0.1 * (max(seen) - min(seen))):
         panel.set_ylim(min(seen) - room, max(seen) + room)
 
 
 def save(figure: Any, path: Path) -> None:
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
-def short(count: float) -> str:
+def format_si(count: float) -> str:
     """1,500,000 as 1.5M."""
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= unit:

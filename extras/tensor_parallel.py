@@ -22,78 +22,78 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ModelArgs, Transformer
 from tinyllm.cli import UserError
-from tinyllm.device import Device
-from tinyllm.distributed import World
+from tinyllm.device import Backend
+from tinyllm.distributed import DistributedContext
 from tinyllm.engine import Engine, Step
-from tinyllm.sampling import Sampling, choose
-from tinyllm.weights import Product
+from tinyllm.sampling import SamplingParams, sample_token
+from tinyllm.weights import LinearFn
 
-FOREVER = timedelta(days=1000)          # how long the others wait for the next prompt; a dead one is noticed at once
-GREEDY = Sampling(temperature=0)        # needs no random numbers
-OVER = -1                               # said in place of a token
+NO_TIMEOUT = timedelta(days=1000)          # how long the others wait for the next prompt; a dead one is noticed at once
+GREEDY = SamplingParams(temperature=0)        # needs no random numbers
+STOP_TOKEN = -1                               # said in place of a token
 
 
-class Team:
+class TensorParallelGroup:
     """The processes that answer together, and what they say to each other besides sums."""
 
-    def __init__(self, world: World):
-        self.world, self.first = world, world.first
-        self.words = dist.new_group(backend="gloo", timeout=FOREVER)
+    def __init__(self, dist: DistributedContext):
+        self.dist, self.is_main = dist, dist.is_main
+        self.control_group = torch_dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
 
-    def request(self, *request: Any) -> tuple[Any, ...]:
+    def broadcast_request(self, *request: Any) -> tuple[Any, ...]:
         """What the first process requests, in all of them; the others give nothing."""
         said = [request]
-        dist.broadcast_object_list(said, 0, self.words, torch.device("cpu"))
+        torch_dist.broadcast_object_list(said, 0, self.control_group, torch.device("cpu"))
         return said[0]
 
-    def engine(self, model: Transformer, where: Device, quantize: str) -> "DividedEngine":
-        return DividedEngine(model, self, where, quantize)
+    def engine(self, model: Transformer, where: Backend, quantize: str) -> "TensorParallelEngine":
+        return TensorParallelEngine(model, self, where, quantize)
 
     def tokens(self, tokens: list[int] | int) -> list[int]:
         """The tokens of the first process, in all of them; the others give how many there are."""
-        said = torch.tensor(tokens) if self.first else torch.empty(tokens, dtype=torch.int64)
-        dist.broadcast(said, 0, self.words)
+        said = torch.tensor(tokens) if self.is_main else torch.empty(tokens, dtype=torch.int64)
+        torch_dist.broadcast(said, 0, self.control_group)
         return said.tolist()
 
 
-class _Over(Exception):
+class _StopGeneration(Exception):
     """The first process wants no further tokens."""
 
 
-class DividedEngine(Engine):
+class TensorParallelEngine(Engine):
     """An engine with a part of the weights: the first process uses it as any other, all call `work`."""
 
-    def __init__(self, model: Transformer, team: Team, where: Device, quantize: str = ""):
+    def __init__(self, model: Transformer, team: TensorParallelGroup, where: Backend, quantize: str = ""):
         """Takes most of its weights away from the model. Raises UserError when the team cannot divide them."""
         self.team, self.writing = team, 0               # how many texts are being written
-        divide(model, team.world)
+        shard_weights(model, team.dist)
         super().__init__(model, where.dtype, quantize, device=where.device)
-        self.n_heads, self.n_kv_heads = (number // team.world.size for number in (self.n_heads, self.n_kv_heads))
+        self.n_heads, self.n_kv_heads = (number // team.dist.size for number in (self.n_heads, self.n_kv_heads))
 
-    def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], Product]) -> None:
+    def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], LinearFn]) -> None:
         super()._pack_weights(model, pack)
-        self.layers = [[qkv, _summed(out), up, _summed(down)] for qkv, out, up, down in self.layers]
+        self.layers = [[qkv, _all_reduced(out), up, _all_reduced(down)] for qkv, out, up, down in self.layers]
         self.output = self._gathered(self.output)
 
-    def _gathered(self, product: Product) -> Product:
+    def _gathered(self, product: LinearFn) -> LinearFn:
         """In the first process, all columns of what each has a part of; the others go on with their part."""
         def gathered(x: Tensor) -> Tensor:
             part = product(x).float()
-            parts = [torch.empty_like(part) for _ in range(self.team.world.size)] if self.team.first else None
-            dist.gather(part, parts)
+            parts = [torch.empty_like(part) for _ in range(self.team.dist.size)] if self.team.is_main else None
+            torch_dist.gather(part, parts)
             return torch.cat(parts, 1)[:, :self.args.vocab_size] if parts else part
         return gathered
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingParams = SamplingParams(),
                  ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:
         """As Engine.generate, for the first process."""
-        self.team.request(prompts, max_new_tokens)
+        self.team.broadcast_request(prompts, max_new_tokens)
         self.writing = len(prompts)
         try:
             for step in super().generate(prompts, max_new_tokens, sampling, ends, rows):
@@ -106,79 +106,79 @@ class DividedEngine(Engine):
         """End the texts that the others compute along with, if there are any."""
         if count := self.writing:
             self.writing = 0
-            self.team.tokens([OVER] * count)
+            self.team.tokens([STOP_TOKEN] * count)
 
     def read(self, ids: list[int]) -> Iterator[Tensor]:
         """As Engine.read, for the first process."""
-        self.team.request(ids)
+        self.team.broadcast_request(ids)
         yield from super().read(ids)
 
-    def work(self, lead: Callable[[], None]) -> None:
+    def run(self, lead: Callable[[], None]) -> None:
         """Call lead() in the first process; the others compute along until it has returned."""
-        if not self.team.first:
-            return self._follow()
+        if not self.team.is_main:
+            return self._worker_loop()
         try:
             lead()
         finally:
             self._say_over()                            # an error may keep what was being written from being closed
-            self.team.request()
+            self.team.broadcast_request()
 
-    def _follow(self) -> None:
-        while request := self.team.request():
+    def _worker_loop(self) -> None:
+        while request := self.team.broadcast_request():
             if len(request) == 1:                       # ids to read
                 deque(super().read(*request), 0)
                 continue
-            with suppress(_Over):
+            with suppress(_StopGeneration):
                 deque(super().generate(*request, GREEDY), 0)
                 self._choose(*request)                  # the last thing that is said is OVER
 
     def _choose(self, logits: Tensor, *how: Any) -> Tensor:
-        if self.team.first:
-            return choose(logits, *how)
+        if self.team.is_main:
+            return sample_token(logits, *how)
         tokens = self.team.tokens(len(logits))
-        if tokens[0] == OVER:
-            raise _Over
+        if tokens[0] == STOP_TOKEN:
+            raise _StopGeneration
         return torch.tensor(tokens, device=self.device)
 
 
-def divide(model: Transformer, world: World) -> None:
+def shard_weights(model: Transformer, dist: DistributedContext) -> None:
     """Leave a model the part of its weights that this process computes with."""
-    check(model.args, world)
+    check_divisible(model.args, dist)
     for layer in model.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
         for linear in (attention.wq, attention.wk, attention.wv, feed_forward.w1, feed_forward.w3):
-            linear.weight = _part(linear.weight, world, 0)
+            linear.weight = _shard(linear.weight, dist, 0)
         for linear in (attention.wo, feed_forward.w2):
-            linear.weight = _part(linear.weight, world, 1)
-    model.output.weight = _part(model.output.weight, world, 0)
+            linear.weight = _shard(linear.weight, dist, 1)
+    model.output.weight = _shard(model.output.weight, dist, 0)
 
 
-def check(args: ModelArgs, world: World) -> None:
+def check_divisible(args: ModelArgs, dist: DistributedContext) -> None:
     """Raise UserError when there is no equal part for each process."""
     if not isinstance(args, ModelArgs):
         raise UserError("a GPT-2 is not divided among processes; use python sample.py, without torchrun")
     parts = math.gcd(args.n_kv_heads, args.ffn_dim)         # n_heads is a multiple of n_kv_heads
-    if parts % world.size:
+    if parts % dist.size:
         fitting = [str(number) for number in range(1, parts + 1) if parts % number == 0]
-        raise UserError(f"{world.size} processes cannot share n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} and "
+        raise UserError(f"{dist.size} processes cannot share n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} and "
                         f"a feed-forward of {args.ffn_dim} evenly\n       use torchrun --nproc_per_node="
                         f"{' or '.join(fitting)}")
 
 
-def _part(weight: Tensor, world: World, dim: int) -> nn.Parameter:
+def _shard(weight: Tensor, dist: DistributedContext, dim: int) -> nn.Parameter:
     """This process's part of the rows (dim 0) or columns (1). A vocabulary may come out uneven: zeros fill it up."""
-    width = -(-weight.shape[dim] // world.size)
-    begin = min(width * world.rank, weight.shape[dim])
+    width = -(-weight.shape[dim] // dist.size)
+    begin = min(width * dist.rank, weight.shape[dim])
     part = weight.detach().narrow(dim, begin, min(width, weight.shape[dim] - begin))
     if missing := width - part.shape[dim]:
         part = F.pad(part, (0, 0, 0, missing))
     return nn.Parameter(part.contiguous(), requires_grad=False)
 
 
-def _summed(product: Product) -> Product:
+def _all_reduced(product: LinearFn) -> LinearFn:
     """The sum of what the processes make of their parts, in float32."""
     def summed(x: Tensor) -> Tensor:
         part = product(x).float()
-        dist.all_reduce(part)
+        torch_dist.all_reduce(part)
         return part
     return summed

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
-from tinyllm.cli import UserError, printable, shown
-from tinyllm.files import whole_file
-from tokenizer import SPACE, Reader, Vocabulary
+from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
+from tinyllm.files import atomic_write
+from tokenizer import SPACE, StreamDecoder, BaseTokenizer
 
 if TYPE_CHECKING:
     from sample import Completion, TextGenerator
@@ -30,34 +30,34 @@ class Token(NamedTuple):
     """A token of a text, its log-probability in nats, and the likeliest tokens in its place with probabilities."""
     piece: str
     logprob: float
-    likeliest: list[tuple[str, float]]
+    top_tokens: list[tuple[str, float]]
 
 
-def described(generator: "TextGenerator", cfg: SimpleNamespace) -> str:
+def describe_model(generator: "TextGenerator", cfg: SimpleNamespace) -> str:
     """A line about the model."""
-    where = f"{generator.where.device} with {cfg.quantize}" if cfg.quantize else generator.where
+    where = f"{generator.backend.device} with {cfg.quantize}" if cfg.quantize else generator.backend
     where = f"{where}, compiled" if cfg.compile else where
     return f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {where}"
 
 
-def looked_up(generator: "TextGenerator", one: "Completion", alternatives: int) -> tuple[list[int], list[Token]]:
+def tokens_with_alternatives(generator: "TextGenerator", one: "Completion", alternatives: int) -> tuple[list[int], list[Token]]:
     """The ids of the prompt, and all tokens of the text but the first, which nothing comes before."""
-    head = generator.tokenizer.begin(one.prompt)
+    head = generator.tokenizer.encode_prompt(one.prompt)
     tokens = generator.read(head + one.tokens, alternatives)
     for place, logprob in enumerate(one.logprobs, len(head) - 1):
         seen = place < generator.engine.args.max_seq_len    # beyond, it was written after another text than is read
-        tokens[place] = Token(tokens[place].piece, logprob, tokens[place].likeliest if seen else [])
+        tokens[place] = Token(tokens[place].piece, logprob, tokens[place].top_tokens if seen else [])
     return head, tokens
 
 
-def texts_of(tokenizer: Vocabulary, before: list[int], ids: list[int]) -> list[str]:
+def token_texts(tokenizer: BaseTokenizer, before: list[int], ids: list[int]) -> list[str]:
     """The text of each id. A character that is spread over several is with the last of them."""
-    reader = Reader(tokenizer, before, [])
+    reader = StreamDecoder(tokenizer, before, [])
     texts = [reader.add(i) for i in ids]
-    return [*texts[:-1], texts[-1] + reader.rest()] if texts else []
+    return [*texts[:-1], texts[-1] + reader.flush()] if texts else []
 
 
-def averages(tokens: list[Token]) -> tuple[float, float]:
+def loss_and_perplexity(tokens: list[Token]) -> tuple[float, float]:
     """Loss in nats for a token, and perplexity."""
     loss = -sum(token.logprob for token in tokens) / len(tokens)
     return loss, math.exp(loss) if loss < 700 else math.inf
@@ -65,25 +65,25 @@ def averages(tokens: list[Token]) -> tuple[float, float]:
 
 # ---- the terminal -------------------------------------------------------------------------------
 
-def print_tokens(generator: "TextGenerator", one: "Completion", cfg: SimpleNamespace) -> None:
+def print_token_table(generator: "TextGenerator", one: "Completion", cfg: SimpleNamespace) -> None:
     """A line for each token, in colours if asked for."""
     coloured = cfg.show_probs is True
-    head, tokens = looked_up(generator, one, alternatives=3)
+    head, tokens = tokens_with_alternatives(generator, one, alternatives=3)
     first = 1 if cfg.echo else len(head)
     if coloured:
-        texts = texts_of(generator.tokenizer, head[:first], (head + one.tokens)[first:])
-        print(shown(generator.tokenizer.decode(head[:1]) if cfg.echo else "")
-              + "".join(painted(text, token.logprob) for text, token in zip(texts, tokens[first - 1:])))
+        texts = token_texts(generator.tokenizer, head[:first], (head + one.tokens)[first:])
+        print(escape_for_terminal(generator.tokenizer.decode(head[:1]) if cfg.echo else "")
+              + "".join(colorize(text, token.logprob) for text, token in zip(texts, tokens[first - 1:])))
     for token in tokens[first - 1:]:
-        others = ", ".join(f"{piece!r} {chance:.0%}" for piece, chance in token.likeliest)
+        others = ", ".join(f"{piece!r} {chance:.0%}" for piece, chance in token.top_tokens)
         print(f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"
               + (f"   likeliest: {others}" if coloured else ""), flush=True)
 
 
-def painted(text: str, logprob: float) -> str:
+def colorize(text: str, logprob: float) -> str:
     """The text of a token, red where the model did not expect it, green where it did."""
     level = min(int(6 * math.exp(logprob)), 5)
-    return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{printable(text)}\033[0m" if sys.stdout.isatty() else text
+    return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{escape_control_chars(text)}\033[0m" if sys.stdout.isatty() else text
 
 
 def print_score(generator: "TextGenerator", text: str) -> None:
@@ -96,7 +96,7 @@ def print_score(generator: "TextGenerator", text: str) -> None:
     if len(ids) < 2 or size < 1:
         raise UserError("the text is one token, and this vocabulary has no bos to expect it after; score a longer one")
     tokens = generator.read(ids, alternatives=0)
-    loss, perplexity = averages(tokens)
+    loss, perplexity = loss_and_perplexity(tokens)
     print(f"{len(tokens)} tokens, {size} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
           f"bits per byte {loss * len(tokens) / math.log(2) / size:.4f}")
     print("least expected:")
@@ -155,7 +155,7 @@ Point at a token, tap it, or go from one to the next with Tab.</p>
 """
 
 
-def check_page(name: bool | str) -> None:
+def check_html_path(name: bool | str) -> None:
     """Raise UserError for the name of a page that cannot be written."""
     if isinstance(name, bool):
         return
@@ -168,71 +168,71 @@ def check_page(name: bool | str) -> None:
         raise UserError(f"{blocked} is a file, so that {path} cannot be in it; name another page for --show_probs")
 
 
-def write_page(generator: "TextGenerator", done: list["Completion"], cfg: SimpleNamespace,
+def write_html_page(generator: "TextGenerator", done: list["Completion"], cfg: SimpleNamespace,
                options: Iterable[str]) -> None:
     """Write the page that cfg.show_probs names. options: names of the settings that the stories depend on."""
-    stories = [story(generator, one, f"Story {number}" if len(done) > 1 else "", cfg.echo)
+    stories = [story_html(generator, one, f"Story {number}" if len(done) > 1 else "", cfg.echo)
                for number, one in enumerate(done, 1)]
     how = ", ".join(f"{name} {value}" for name in options if (value := getattr(cfg, name)) != "")
     legend = "\n".join(f'<span class="p{level}">{100 * low:g} to {100 * high:g}%</span>'
                        for level, (low, high) in enumerate(pairwise([0, *LEVELS, 1])))
     page = PAGE.format(title=TITLE, style=STYLE, legend=legend, stories="".join(stories),
-                       model=safe(described(generator, cfg)), how=safe(how))
-    with whole_file(cfg.show_probs) as file:
+                       model=escape_html(describe_model(generator, cfg)), how=escape_html(how))
+    with atomic_write(cfg.show_probs) as file:
         file.write(page.encode(errors="replace"))       # the name of a checkpoint may be no text
     print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)
 
 
-def story(generator: "TextGenerator", one: "Completion", title: str, echo: bool) -> str:
-    head, tokens = looked_up(generator, one, alternatives=5)
+def story_html(generator: "TextGenerator", one: "Completion", title: str, echo: bool) -> str:
+    head, tokens = tokens_with_alternatives(generator, one, alternatives=5)
     parts = {"Prompt": tokens[:len(head) - 1] if echo else [], "Written": tokens[len(head) - 1:]}
-    facts = "<br>".join(figures(what, part) for what, part in parts.items() if part)
-    given = prompt_of(generator.tokenizer, head, parts["Prompt"]) if echo else ""
-    texts = texts_of(generator.tokenizer, head, one.tokens)
+    facts = "<br>".join(summary_line(what, part) for what, part in parts.items() if part)
+    given = prompt_html(generator.tokenizer, head, parts["Prompt"]) if echo else ""
+    texts = token_texts(generator.tokenizer, head, one.tokens)
     begins = accumulate(map(len, texts), initial=0)
-    written = "".join(element(text[:max(len(one.text) - begin, 0)], token)      # without a text that ends the story
+    written = "".join(token_span(text[:max(len(one.text) - begin, 0)], token)      # without a text that ends the story
                       for text, token, begin in zip(texts, parts["Written"], begins))
     heading = f"<h2>{title}</h2>\n" if title else ""
     return f'<article>\n{heading}<p class="facts">{facts}</p>\n<p class="story">{given}{written}</p>\n</article>\n'
 
 
-def prompt_of(tokenizer: Vocabulary, head: list[int], tokens: list[Token]) -> str:
+def prompt_html(tokenizer: BaseTokenizer, head: list[int], tokens: list[Token]) -> str:
     """The elements of a prompt; its first token has no probability where no bos is before it."""
-    first, texts = tokenizer.decode(head[:1]), texts_of(tokenizer, head[:1], head[1:])
-    rest = "".join(element(text, token, " prompt") for text, token in zip(texts, tokens))
-    return f'<span class="prompt">{safe(first)}</span>{rest}' if first else rest
+    first, texts = tokenizer.decode(head[:1]), token_texts(tokenizer, head[:1], head[1:])
+    rest = "".join(token_span(text, token, " prompt") for text, token in zip(texts, tokens))
+    return f'<span class="prompt">{escape_html(first)}</span>{rest}' if first else rest
 
 
-def figures(what: str, tokens: list[Token]) -> str:
-    loss, perplexity = averages(tokens)
+def summary_line(what: str, tokens: list[Token]) -> str:
+    loss, perplexity = loss_and_perplexity(tokens)
     return f"{what}: {len(tokens)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}"
 
 
-def element(text: str, token: Token, kind: str = "") -> str:
+def token_span(text: str, token: Token, kind: str = "") -> str:
     """A token in its colour. Spaces in front of it stand before the element, where a line can end."""
     bare = text.lstrip(" ") or text
     level = bisect(LEVELS, math.exp(token.logprob))
     line = " line" if "\n" in bare else ""
     return (f'{text[:len(text) - len(bare)]}<span class="p{level}{kind}{line}" tabindex="0" '
-            f'data-tip="{escape(tip(token))}">{safe(bare)}</span>')
+            f'data-tip="{escape(tooltip(token))}">{escape_html(bare)}</span>')
 
 
-def tip(token: Token) -> str:
+def tooltip(token: Token) -> str:
     """What appears beside a token."""
-    lines = [quoted(token.piece), f"probability      {percent(math.exp(token.logprob)).strip()}",
+    lines = [quote_piece(token.piece), f"probability      {format_percent(math.exp(token.logprob)).strip()}",
              f"log-probability  {token.logprob:.3f} nats"]
-    if token.likeliest:
-        lines += ["likeliest here:"] + [f"{percent(chance)}  {quoted(piece)}" for piece, chance in token.likeliest]
+    if token.top_tokens:
+        lines += ["likeliest here:"] + [f"{format_percent(chance)}  {quote_piece(piece)}" for piece, chance in token.top_tokens]
     return "\n".join(lines)
 
 
-def percent(chance: float) -> str:
+def format_percent(chance: float) -> str:
     return f"{chance:7.2%}" if chance >= 1e-4 else f"{100 * chance:6.0e}%"
 
 
-def quoted(piece: str) -> str:
+def quote_piece(piece: str) -> str:
     return repr(piece.replace(SPACE, " "))
 
 
-def safe(text: str) -> str:
-    return escape(printable(text))
+def escape_html(text: str) -> str:
+    return escape(escape_control_chars(text))

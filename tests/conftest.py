@@ -27,7 +27,7 @@ from tinyllm import (  # noqa: E402
     demo_stories,
     words,
 )
-from tinyllm.files import whole_file  # noqa: E402
+from tinyllm.files import atomic_write  # noqa: E402
 
 torch.backends.mps.is_available = cache(lambda: False)      # nor Apple's; PyTorch's own is a cache too
 
@@ -49,7 +49,7 @@ SAVE_PICTURE = plots.save
 def pictures_without_ink(monkeypatch):
     """Drawing would take a third of the time of all tests; those of pictures put SAVE_PICTURE back."""
     def save(figure, path):
-        with whole_file(path):
+        with atomic_write(path):
             pass
     monkeypatch.setattr(plots, "save", save)
 
@@ -71,15 +71,15 @@ def call(monkeypatch):
 def count_words(texts) -> dict[bytes, int]:
     """The words of texts, with the space in front of them, and how often each comes."""
     found = words.WordCounts()
-    for batch in words.batches(texts):
+    for batch in words.text_batches(texts):
         found.add(batch)
-    found.settle()
+    found.flush()
     return found.counts
 
 
 def learn(texts, vocab_size: int) -> tokenizer.Tokenizer:
     """A vocabulary of texts, as step 1 makes it."""
-    return tokenizer.train(count_words(texts), vocab_size)
+    return tokenizer.train_tokenizer(count_words(texts), vocab_size)
 
 
 def script(name: str, *args, **options) -> subprocess.CompletedProcess:
@@ -96,7 +96,7 @@ def quickly(name: str, *args) -> subprocess.CompletedProcess:
         for kind, stream in zip(("stdout", "stderr"), streams):
             patch.setattr(sys, kind, stream)
         try:
-            cli.run(importlib.import_module(module_name(name)).main)
+            cli.run_script(importlib.import_module(module_name(name)).main)
             code = 0
         except SystemExit as end:
             code = 1
@@ -140,7 +140,7 @@ def project(tmp_path_factory) -> Path:
     """A data folder as steps 1 and 2 leave it: 300 stories, a vocabulary of 512, shards."""
     folder = tmp_path_factory.mktemp("project")
     with open(folder / "stories.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"story": story}) + "\n" for story in demo_stories.stories(300))
+        file.writelines(json.dumps({"story": story}) + "\n" for story in demo_stories.generate_stories(300))
     with pytest.MonkeyPatch.context() as patch:
         for name, args in [("train_vocab", ["--data", folder / "stories.jsonl", "--vocab_size", 512]),
                            ("preprocess", [])]:
@@ -156,7 +156,7 @@ def bytewise(tmp_path_factory) -> Path:
     vocabulary = learn(["abc"], 300)
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=vocabulary.n_words))
     path = tmp_path_factory.mktemp("bytes") / "ckpt.pt"
-    checkpoint.save(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {}, "tokenizer": vocabulary.model,
+    checkpoint.save_checkpoint(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {}, "tokenizer": vocabulary.model,
                            "tokenizer_sha256": vocabulary.sha256})
     return path
 

@@ -27,13 +27,13 @@ def batch():
 
 @pytest.fixture
 def where():
-    return devices.choose("cpu", "float32")
+    return devices.choose_backend("cpu", "float32")
 
 
 def test_a_step_of_each_contender_trains_its_model(batch, where):
     pytest.importorskip("transformers")
-    block, _ = cli.read(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
-    run = bench.own_run(block, where, ARGS, False)
+    block, _ = cli.parse_settings(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
+    run = bench.build_run(block, where, ARGS, False)
     losses = [bench.train.take_step(run, repeat(batch))[1].item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1
     Path("peer").mkdir()
@@ -61,7 +61,7 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where)
         calls.append(name)
         now[0] += seconds if len(calls) > 4 else 100.0
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = bench.take_turns({"a": lambda: step("a", 1.0), "b": lambda: step("b", 3.0)}, where, 3)
+    found = bench.time_interleaved({"a": lambda: step("a", 1.0), "b": lambda: step("b", 3.0)}, where, 3)
     assert calls == ["a", "b"] * 5 and found == {"a": 1.0, "b": 3.0}
 
 
@@ -74,7 +74,7 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where)
                                            (["train", "--preset", "cpu_4"], "no preset 'cpu_4'")])
 def test_mistakes_are_said(monkeypatch, argv, message):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
-    monkeypatch.setattr(bench, "own_run", lambda *args, **changes: None)
+    monkeypatch.setattr(bench, "build_run", lambda *args, **changes: None)
     with pytest.raises(UserError) as found:
         bench.main()
     assert message in str(found.value)
@@ -83,19 +83,19 @@ def test_mistakes_are_said(monkeypatch, argv, message):
 def test_text_is_measured_against_the_plain_way(call, capsys, monkeypatch):
     """Both run to their ends, on the same text, and give as many tokens."""
     monkeypatch.setattr(bench, "PROCESSES", 1)
-    Path("mine.json").write_text(json.dumps([{"story": story} for story in demo_stories.stories(50)]), encoding="utf-8")
+    Path("mine.json").write_text(json.dumps([{"story": story} for story in demo_stories.generate_stories(50)]), encoding="utf-8")
     tokens = []
-    took = bench.measured
+    took = bench.time_process
 
     def look(command):
         found = took(command)
         if "shards" in command:
             tokens.append(sum(path.stat().st_size for path in Path(command[-2]).iterdir()) / 2)
         elif "preprocess.py" in str(command[1]):
-            tokens.append(shards.read(Path(command[3], "tok4096")).count("train", "tokens")
-                          + shards.read(Path(command[3], "tok4096")).count("val", "tokens"))
+            tokens.append(shards.read_manifest(Path(command[3], "tok4096")).total("train", "tokens")
+                          + shards.read_manifest(Path(command[3], "tok4096")).total("val", "tokens"))
         return found
-    monkeypatch.setattr(bench, "measured", look)
+    monkeypatch.setattr(bench, "time_process", look)
     call("bench", "text", "--data", "mine.json", "--text_mb", 0.3, "--rounds", 1)
     assert tokens[0] == tokens[1] > 50_000
     assert capsys.readouterr().out.count("x the speed") == 2
@@ -103,4 +103,4 @@ def test_text_is_measured_against_the_plain_way(call, capsys, monkeypatch):
 
 def test_a_contender_that_fails_is_said():
     with pytest.raises(UserError, match="no text in|no file or folder"):
-        bench.measured([sys.executable, ROOT / "train_vocab.py", "--data", "nowhere"])
+        bench.time_process([sys.executable, ROOT / "train_vocab.py", "--data", "nowhere"])

@@ -35,14 +35,14 @@ class Scripted:
 def talker(byte_level):                         # noqa: F811
     generator = TextGenerator.__new__(TextGenerator)
     generator.tokenizer, generator.seed, generator.chat = byte_level, 1, ChatML(byte_level)
-    end, encode = byte_level.id_of("<|im_end|>"), byte_level.encode
+    end, encode = byte_level.special_token_id("<|im_end|>"), byte_level.encode
     generator.engine = Scripted(byte_level, [[*encode("a test"), end, *encode("more")], encode("the sentence")])
     return generator
 
 
 def ids(vocabulary, *texts: str) -> list[int]:
     """Texts and marks between them, as a template of ChatML would have them."""
-    marks = {name: vocabulary.id_of(name) for name in ("<|im_start|>", "<|im_end|>")}
+    marks = {name: vocabulary.special_token_id(name) for name in ("<|im_start|>", "<|im_end|>")}
     return [i for text in texts for i in ([marks[text]] if text in marks else vocabulary.encode(text))]
 
 
@@ -59,8 +59,8 @@ def test_an_answer_ends_at_its_mark(talker):
 
 def test_a_dialogue_gives_all_that_was_said(talker, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("this<|im_end|>\n\nand is?\n/exit\n"))
-    cfg, _ = cli.read(vars(sample), ["--system", "ing", "--max_new_tokens", "20"])
-    dialogue.talk(talker, cfg, sample.options)
+    cfg, _ = cli.parse_settings(vars(sample), ["--system", "ing", "--max_new_tokens", "20"])
+    dialogue.chat_loop(talker, cfg, sample.sampling_kwargs)
     assert capsys.readouterr().out.endswith(">>> a test\n>>> >>> the sentence\n>>> ")
     first = ("<|im_start|>", "system\ning", "<|im_end|>", "\n", "<|im_start|>")
     begin = ids(talker.tokenizer, *first) + talker.tokenizer.encode("user\nthis<|im_end|>")     # typed: text, no mark

@@ -22,8 +22,8 @@ def state():
 
 
 def test_what_is_saved_comes_back(state):
-    checkpoint.save("a.pt", state)
-    found = checkpoint.load("a.pt")
+    checkpoint.save_checkpoint("a.pt", state)
+    found = checkpoint.load_checkpoint("a.pt")
     assert found.keys() == state.keys() and found["iter_num"] == 3
     model = checkpoint.build_model(found)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state["model"].values(), strict=True))
@@ -32,13 +32,13 @@ def test_what_is_saved_comes_back(state):
 
 
 def test_the_same_state_gives_the_same_bytes(state):
-    checkpoint.save("a.pt", state)
-    checkpoint.save("b.pt", state)
+    checkpoint.save_checkpoint("a.pt", state)
+    checkpoint.save_checkpoint("b.pt", state)
     assert open("a.pt", "rb").read() == open("b.pt", "rb").read()
 
 
 def test_a_failed_save_keeps_the_old_file(state, monkeypatch):
-    checkpoint.save("a.pt", state)
+    checkpoint.save_checkpoint("a.pt", state)
     before = open("a.pt", "rb").read()
 
     def full(content, file):
@@ -46,7 +46,7 @@ def test_a_failed_save_keeps_the_old_file(state, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        checkpoint.save("a.pt", state)
+        checkpoint.save_checkpoint("a.pt", state)
     assert open("a.pt", "rb").read() == before and os.listdir() == ["a.pt"]
 
 
@@ -57,16 +57,16 @@ class Payload:
 
 def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path):
     with pytest.raises(UserError, match="python train.py makes one"):
-        checkpoint.load("output/ckpt.pt")
+        checkpoint.load_checkpoint("output/ckpt.pt")
     with pytest.raises(UserError, match="python train.py --out_dir .*output.mine makes one"):
-        checkpoint.load(Path("output/mine/ckpt.pt"))
+        checkpoint.load_checkpoint(Path("output/mine/ckpt.pt"))
     for name in ("output/last.pt", "output/mine/ckpt.pt", "output/Story-Q8.gguf", "output/notes.txt"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     for name, first in [("output/ckpt.pt", "mine.ckpt.pt"), ("outptu/last.pt", "last.pt"),
                         ("output/Story-Q4.gguf", "Story-Q8.gguf")]:
         with pytest.raises(UserError, match=f"no checkpoint at .*\n *there is output.{first}, ") as error:
-            checkpoint.load(name)
+            checkpoint.load_checkpoint(name)
         assert "notes.txt" not in str(error.value)
 
 
@@ -76,31 +76,31 @@ def test_code_in_a_checkpoint_does_not_run(state):
         pickle.dump(Payload(), file)
     for name in ("evil.pt", "evil.pickle"):
         with pytest.raises(UserError, match=name):
-            checkpoint.load(name)
+            checkpoint.load_checkpoint(name)
     assert not os.path.exists("it_ran")
 
 
 def test_cut_and_foreign_files_are_refused(state):
-    checkpoint.save("a.pt", state)
+    checkpoint.save_checkpoint("a.pt", state)
     whole = open("a.pt", "rb").read()
     for content in [b"", b"PK", b"hello" * 100, *(whole[:n] for n in (1, 100, len(whole) // 2, len(whole) - 1))]:
         with open("bad.pt", "wb") as file:
             file.write(content)
         with pytest.raises(UserError, match="bad.pt"):
-            checkpoint.load("bad.pt")
+            checkpoint.load_checkpoint("bad.pt")
     with pytest.raises(UserError, match="there is a.pt, bad.pt"):
-        checkpoint.load("missing.pt")
+        checkpoint.load_checkpoint("missing.pt")
     with zipfile.ZipFile("zip.pt", "w") as file:
         file.writestr("hello.txt", "x")
     with pytest.raises(UserError, match="zip.pt"):
-        checkpoint.load("zip.pt")
+        checkpoint.load_checkpoint("zip.pt")
 
 
 @pytest.mark.parametrize("content", [{}, [], torch.zeros(3), {"model": {}, "config": {}}])
 def test_other_contents_are_refused(content):
     torch.save(content, "other.pt")
     with pytest.raises(UserError, match="not a checkpoint"):
-        checkpoint.load("other.pt")
+        checkpoint.load_checkpoint("other.pt")
 
 
 @pytest.mark.parametrize("change", [{"dim": 32}, {"n_layers": 2}, {"vocab_size": 301}, {"dim": 15}, {"colour": 1}])

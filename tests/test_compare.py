@@ -96,7 +96,7 @@ def test_two_real_runs_and_the_one_that_was_put_aside(project):
     for args in (["1"], ["3", "--learning_rate", "0.1"]):
         assert quickly("train", "--data_dir", project, *SHORT, *args).returncode == 0
     rows = compare("output", "output/old-1")
-    want = {folder: checkpoint.load(f"{folder}/ckpt.pt")["best_val_loss"] for folder in ("output", "output/old-1")}
+    want = {folder: checkpoint.load_checkpoint(f"{folder}/ckpt.pt")["best_val_loss"] for folder in ("output", "output/old-1")}
     assert rows["learning_rate"] == ["0.1", "0.006"] and rows["max_iters"] == ["3", "1"] and "seed" not in rows
     logs = {folder: [json.loads(line) for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()]
             for folder in want}

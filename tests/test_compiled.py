@@ -11,9 +11,9 @@ from model import Transformer
 from tinyllm import device
 from tinyllm.cli import UserError
 from tinyllm.engine import Engine
-from tinyllm.sampling import Sampling
+from tinyllm.sampling import SamplingParams
 
-COMPILER = pytest.mark.skipif(bool(device.no_compiler()), reason=device.no_compiler())
+COMPILER = pytest.mark.skipif(bool(device.why_no_compiler()), reason=device.why_no_compiler())
 PROMPT, LENGTH = [1, 5, 9, 30], 40          # beyond the window of the model
 
 
@@ -22,7 +22,7 @@ def make(**shape) -> Transformer:
 
 
 def logits(engine: Engine, prompts=(PROMPT,), count=LENGTH) -> torch.Tensor:
-    return torch.cat([step.logits for step in engine.generate(prompts, count, Sampling(seed=2))])
+    return torch.cat([step.logits for step in engine.generate(prompts, count, SamplingParams(seed=2))])
 
 
 def spell_out(monkeypatch) -> None:
@@ -45,7 +45,7 @@ def test_a_layer_spelled_out_computes_what_the_engine_does(spelled_out, shape):
 @pytest.mark.parametrize("width", [16, 48, 64, 80, 288, 768])
 def test_four_weights_in_a_word_are_the_four_that_went_in(width):
     weight, x = torch.randn(9, width) * torch.rand(9, 1), torch.randn(1, width)
-    levels, scale = compiled.to_int8(weight)
+    levels, scale = compiled.quantize_int8(weight)
     want = x.double() @ (levels.double() * scale[:, None]).T
     words, scales = compiled._pack(weight)
     assert words.shape == (9, 16 * math.ceil(width / 64)) and levels.min() >= -127
@@ -75,13 +75,13 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
     for text, numbers in zip(texts, want):
         torch.testing.assert_close(logits(first, *text), numbers, atol=0.1, rtol=0)     # int8 products end in bfloat16
     assert "single texts, once" in (said := capsys.readouterr().err) and "several texts at a time, once" in said
-    path, = (tmp_path / "kept").glob("OneLayer*.pt2")
+    path, = (tmp_path / "kept").glob("DecodeLayer*.pt2")
     whole, again = path.read_bytes(), logits(first)
     asked = []
     monkeypatch.setattr(compiled, "_compile", lambda *args: args[-1].write_bytes(whole) and asked.append(args[-1]))
     torch.testing.assert_close(logits(engine(model)), again, atol=0, rtol=0)
     assert not asked
-    for begin, end in (10_000, len(whole)), (200_000, 204_096), (name := whole.index(b"OneLayer"), name + 1):
+    for begin, end in (10_000, len(whole)), (200_000, 204_096), (name := whole.index(b"DecodeLayer"), name + 1):
         path.write_bytes(whole[:begin] + b"\xff" * (end - begin) + whole[end:])     # is made again
         torch.testing.assert_close(logits(engine(model)), again, atol=0, rtol=0)
     assert asked == [path, path, path]
@@ -96,7 +96,7 @@ def test_a_compiler_that_cannot_read_its_files(monkeypatch, tmp_path):
     def fails(*args, **options):
         raise UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal")
     monkeypatch.setattr(compiled, "FOLDER", tmp_path)
-    monkeypatch.setattr(compiled.device, "no_compiler", lambda: "")
+    monkeypatch.setattr(compiled.device, "why_no_compiler", lambda: "")
     monkeypatch.setattr(torch.export, "export", fails)
     with pytest.raises(UserError, match="leave it out: .*PYTHONUTF8=1"):
         Engine(make(), compiled=True).generate([PROMPT], 1)
@@ -105,7 +105,7 @@ def test_a_compiler_that_cannot_read_its_files(monkeypatch, tmp_path):
 
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
-    monkeypatch.setattr(compiled.device, "no_compiler", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(compiled.device, "why_no_compiler", lambda: "there is no C++ compiler")
     for prompts in ([PROMPT], [PROMPT, PROMPT]):
         with pytest.raises(UserError, match="C\\+\\+ compiler"):
             Engine(make(), compiled=True).generate(prompts, 1)
@@ -130,10 +130,10 @@ def test_a_recorded_step_gives_what_a_step_does(monkeypatch):
         self.logits = self.graph.result = torch.full_like(self.graph.work(), torch.nan)
         graphs.append(self.graph)
 
-    monkeypatch.setattr(compiled.RecordedStep, "_record", record)
+    monkeypatch.setattr(compiled.CudaGraphStep, "_record", record)
     engine = Engine(make())
-    want = [step.logits for step in engine.generate(prompts, LENGTH, Sampling(seed=2))]
+    want = [step.logits for step in engine.generate(prompts, LENGTH, SamplingParams(seed=2))]
     engine.uses_cuda_graph = True
-    found = [step.logits for step in engine.generate(prompts, LENGTH, Sampling(seed=2))]
+    found = [step.logits for step in engine.generate(prompts, LENGTH, SamplingParams(seed=2))]
     assert len(graphs) == 1
     torch.testing.assert_close(torch.stack(found), torch.stack(want), atol=1e-4, rtol=1e-4)

@@ -21,7 +21,7 @@ def source():
     vocabulary = learn(["a few words of a story, and of another"], 300)
     model = Transformer(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocabulary.n_words,
                                   max_seq_len=48))
-    checkpoint.save("ckpt.pt", {**checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "chatml",
+    checkpoint.save_checkpoint("ckpt.pt", {**checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "chatml",
                                 "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256})
     return "ckpt.pt"
 
@@ -66,14 +66,14 @@ def test_no_force_deletes_a_folder_of_other_things(source):
 
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
 def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
-    read = formats.read
+    read = formats.read_model
 
     def worse(path, *rest):
         state = read(path, *rest)
         if str(path) != source:
             state["model"]["layers.1.feed_forward.w2.weight"] = state["model"]["layers.1.feed_forward.w2.weight"] + 0.01
         return state
-    monkeypatch.setattr(formats, "read", worse)
+    monkeypatch.setattr(formats, "read_model", worse)
     Path(f"{name}.tmp").write_text("mine", encoding="utf-8")        # is nobody's but the user's
     before = set(Path().iterdir())
     assert_user_error(quickly("convert", source, name), "more than", "not kept")
@@ -84,12 +84,12 @@ def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
 def test_nothing_of_the_target_is_mapped_when_it_gets_its_name(source, name, monkeypatch):
     """Windows would not rename it."""
-    real = convert.replace
+    real = convert.atomic_replace
 
     def looks(old, new):
         assert old.parent.name not in Path("/proc/self/maps").read_text(encoding="utf-8")
         real(old, new)
-    monkeypatch.setattr(convert, "replace", looks)
+    monkeypatch.setattr(convert, "atomic_replace", looks)
     assert quickly("convert", source, name).returncode == 0
 
 
@@ -97,14 +97,14 @@ def test_nothing_of_the_target_is_mapped_when_it_gets_its_name(source, name, mon
 def test_an_end_at_the_last_moment_leaves_the_old_target(source, name, monkeypatch):
     assert quickly("convert", source, name).returncode == 0
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    real = convert.replace
+    real = convert.atomic_replace
 
     def interrupted(old, new):
         if new == Path(name):
-            monkeypatch.setattr(convert, "replace", real)
+            monkeypatch.setattr(convert, "atomic_replace", real)
             raise KeyboardInterrupt
         real(old, new)
-    monkeypatch.setattr(convert, "replace", interrupted)
+    monkeypatch.setattr(convert, "atomic_replace", interrupted)
     assert quickly("convert", source, name, "--force").returncode == 1
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
@@ -121,19 +121,19 @@ def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
 
 
 def test_the_vocabulary_is_compared_too(source):
-    state = formats.read(source)
+    state = formats.read_model(source)
     other = learn(["other words, other ids"], 300)
     with pytest.raises(UserError, match="gives other ids"):
-        convert.compare_vocabularies(state, {**state, "tokenizer": other.model})
+        convert.compare_tokenizers(state, {**state, "tokenizer": other.model})
 
 
 def test_more_embeddings_than_entries(source):
-    state = checkpoint.load(source)
+    state = checkpoint.load_checkpoint(source)
     entries = state["model_args"]["vocab_size"]
     weight = torch.cat((state["model"]["tok_embeddings.weight"], torch.ones(20, 64)))
     state["model"] |= {"tok_embeddings.weight": weight, "output.weight": weight}
     state["model_args"]["vocab_size"] = entries + 20
-    checkpoint.save("padded.pt", state)
+    checkpoint.save_checkpoint("padded.pt", state)
     assert_user_error(quickly("convert", "padded.pt", "p.bin"), f"{entries + 20} embeddings, and there are {entries}")
     for name in ("p.gguf", "p"):
         assert quickly("convert", "padded.pt", name).returncode == 0
@@ -152,28 +152,28 @@ def test_a_damaged_config_is_one_clear_line(source, change):
     content = {**config, **change} if isinstance(change, dict) else change
     Path("a/config.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError):
-        formats.read("a")
+        formats.read_model("a")
 
 
 @pytest.mark.parametrize("change", [{"model": 5}, {"model": None}, {"model_args": None}, {"tokenizer": "/etc/passwd"}])
 def test_a_damaged_state_is_one_clear_line(source, change):
-    checkpoint.save("bad.pt", checkpoint.load(source) | change)
+    checkpoint.save_checkpoint("bad.pt", checkpoint.load_checkpoint(source) | change)
     with pytest.raises(UserError):
-        checkpoint.build_tokenizer(formats.read("bad.pt"))
+        checkpoint.build_tokenizer(formats.read_model("bad.pt"))
 
 
 def test_the_comparison_is_of_the_models_own_logits(source):
-    state = formats.read(source)
+    state = formats.read_model(source)
     ids = torch.arange(48) * 7919 % state["model_args"]["vocab_size"]
     with torch.no_grad():
         want = checkpoint.build_model(state)(ids[None])
-    torch.testing.assert_close(convert.logits(state), want)
+    torch.testing.assert_close(convert.reference_logits(state), want)
     half = {**state, "model": {name: weight.bfloat16() for name, weight in state["model"].items()}}
-    found = convert.logits(half)
+    found = convert.reference_logits(half)
     assert found.dtype == torch.float32 and 0 < (found - want).abs().max() < 0.1
     assert {weight.dtype for weight in half["model"].values()} == {torch.bfloat16}
     with pytest.raises(UserError):
-        convert.compare(want, want * float("nan"), "gguf")
+        convert.compare_logits(want, want * float("nan"), "gguf")
 
 
 def test_mistakes_are_one_clear_line(source):
@@ -204,6 +204,6 @@ def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, call, tmp_path
          "--compile", "False", "--max_seq_len", 32)
     with pytest.raises(UserError, match="has dim 64; leave"):
         call("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "new", "--dim", 32)
-    tuned = checkpoint.load("out/last.pt")
+    tuned = checkpoint.load_checkpoint("out/last.pt")
     assert tuned["iter_num"] == 3 and (tuned["model_args"]["dim"], tuned["model_args"]["max_seq_len"]) == (64, 32)
-    assert tuned["tokenizer_sha256"] == formats.read(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"
+    assert tuned["tokenizer_sha256"] == formats.read_model(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"

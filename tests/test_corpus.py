@@ -9,13 +9,13 @@ import pytest
 
 from tinyllm import corpus
 from tinyllm.cli import UserError
-from tinyllm.corpus import documents, find_files, fingerprint, passed_over, validation_threshold
+from tinyllm.corpus import read_documents, find_files, document_hash, summarize_skipped, val_hash_threshold
 
 
 def read(path, name, content):
     path = path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list(documents(path))
+    return list(read_documents(path))
 
 
 @pytest.mark.parametrize("name, content, expected", [
@@ -71,7 +71,7 @@ def test_long_documents_are_cut_where_it_hurts_least(tmp_path):
     words = " ".join(random.Random(0).choices(["alpha", "beta", "gamma"], k=60_000))
     for name, content in [("a.txt", words), ("a.json", json.dumps([words]))]:
         pieces = read(tmp_path, name, content)
-        assert len(pieces) > 3 and max(map(len, pieces)) <= corpus.LONGEST and " ".join(pieces) == words
+        assert len(pieces) > 3 and max(map(len, pieces)) <= corpus.MAX_DOCUMENT_CHARS and " ".join(pieces) == words
     paragraphs = "\n\n".join(["A paragraph of a few words.\nIn lines."] * 5000)
     assert all(piece.endswith("In lines.") for piece in read(tmp_path, "b.txt", paragraphs))
 
@@ -85,7 +85,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
                 file.write(unit(i))
             file.write(close)
         tracemalloc.start()
-        count = sum(1 for _ in documents(path))
+        count = sum(1 for _ in read_documents(path))
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return count, most
@@ -100,7 +100,7 @@ def test_progress_adds_up_to_the_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("word " * 1_000_000, encoding="utf-8")
     seen = []
-    list(documents(path, seen.append))
+    list(read_documents(path, seen.append))
     assert sum(seen) == path.stat().st_size and len(seen) > 2
 
 
@@ -115,7 +115,7 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "a.txt").write_text("x", encoding="utf-8")
     assert len(find_files(tmp_path)) == 3
-    assert passed_over(tmp_path) == "1 .bak, 1 .md" and passed_over(tmp_path / "b.txt") == ""
+    assert summarize_skipped(tmp_path) == "1 .bak, 1 .md" and summarize_skipped(tmp_path / "b.txt") == ""
     assert find_files(tmp_path / "b.txt") == [tmp_path / "b.txt"]
 
 
@@ -125,7 +125,7 @@ def test_a_named_encoding_counts_where_the_bytes_could_be_utf8_too(tmp_path, enc
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     (tmp_path / "b.txt").write_text(text, encoding="utf-8")
     (tmp_path / "c.txt").write_text(f"{text} \0\x1b[0m" if encoding == "cp437" else text, encoding="utf-8")
-    assert [next(documents(path, encoding=encoding))[:len(text)] for path in find_files(tmp_path)] == [text] * 3
+    assert [next(read_documents(path, encoding=encoding))[:len(text)] for path in find_files(tmp_path)] == [text] * 3
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -152,9 +152,9 @@ def test_nothing_to_read_is_said(tmp_path):
 
 
 def split(files):
-    threshold = validation_threshold(files)
-    texts = [text for file in files for text in documents(file)]
-    marks = [fingerprint(text.encode()) for text in texts]
+    threshold = val_hash_threshold(files)
+    texts = [text for file in files for text in read_documents(file)]
+    marks = [document_hash(text.encode()) for text in texts]
     return ([text for text, mark in zip(texts, marks) if mark > threshold],
             [text for text, mark in zip(texts, marks) if mark <= threshold])
 
@@ -196,25 +196,25 @@ def test_the_split_does_not_depend_on_files_or_order(tmp_path):
 def test_too_little_text_is_said(tmp_path, content, message):
     (tmp_path / "a.txt").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        validation_threshold([tmp_path / "a.txt"])
+        val_hash_threshold([tmp_path / "a.txt"])
 
 
 def test_the_built_in_stories_are_the_last_resort(tmp_path, capsys):
     source = corpus.default_source("data")
     assert source.as_posix() == "data/demo" and "synthetic" in capsys.readouterr().out
     files = find_files(source)
-    assert len(files) == 10 and sum(1 for file in files for _ in documents(file)) == 20_000
+    assert len(files) == 10 and sum(1 for file in files for _ in read_documents(file)) == 20_000
     corpus.default_source("data")
     assert capsys.readouterr().out == ""
-    (tmp_path / "data" / corpus.FOLDER).mkdir()
-    assert corpus.default_source("data").name == corpus.FOLDER
+    (tmp_path / "data" / corpus.TINYSTORIES_DIR).mkdir()
+    assert corpus.default_source("data").name == corpus.TINYSTORIES_DIR
 
 
 def test_a_separator_that_comes_in_two_pieces_is_seen(tmp_path, monkeypatch):
     """Text without a space is cut at LONGEST characters, which must not be in the middle of a separator."""
-    monkeypatch.setattr(corpus, "LONGEST", 64)
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT_CHARS", 64)
     monkeypatch.setattr(corpus, "_READ", 256)
     for length in range(230, 275):
         (tmp_path / "a.txt").write_text("h" * length + corpus.SEPARATOR + "b" * 10, encoding="utf-8")
-        *first, last = corpus.documents(tmp_path / "a.txt")
+        *first, last = corpus.read_documents(tmp_path / "a.txt")
         assert ("".join(first), last) == ("h" * length, "b" * 10)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyllm.dataset import IGNORE, PretokDataset, Task
+from tinyllm.dataset import IGNORE_INDEX, PretokDataset, Task
 from tinyllm.shards import Shard, ShardSet
 
 DOCUMENTS = {"train": [[23, 5, 75], [9], [2], [11, 12, 35]], "val": [[23, 2], [11], []]}    # tokens, by shard
@@ -18,13 +18,13 @@ BOS = 0
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody replace a file that is mapped")
 def test_who_has_begun_with_a_text_keeps_it(numbers):
-    before = [y for _, y in Task.iter_once(numbers, "val", 2, T)]
+    before = [y for _, y in Task.iter_split(numbers, "val", 2, T)]
     for shard in numbers.shards:
         np.zeros(3, "<u2").tofile(fresh := numbers.folder / "new")
         os.replace(fresh, numbers.folder / shard.file)
-    after = [y for _, y in Task.iter_once(numbers, "val", 2, T)]
+    after = [y for _, y in Task.iter_split(numbers, "val", 2, T)]
     assert len(before) == len(after) and all(map(torch.equal, before, after))
-    assert len(pickle.loads(pickle.dumps(numbers)).open(numbers.shards[0])) == 3
+    assert len(pickle.loads(pickle.dumps(numbers)).memmap(numbers.shards[0])) == 3
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_every_window_once_an_epoch(numbers):
     assert dataset.n_windows == (3 + 1 + 8) + 1 + 1 + (1 + 2 + 4)
     epochs = rows(dataset, 14).reshape(2, 21, T + 1)
     wanted = []
-    for shard in numbers.of("train"):
-        ids = [*numbers.open(shard).tolist(), *[IGNORE] * T]
+    for shard in numbers.shards_of("train"):
+        ids = [*numbers.memmap(shard).tolist(), *[IGNORE_INDEX] * T]
         begins = [at for at, id in enumerate(ids) if id == BOS]
         for begin, end in zip(begins, [*begins[1:], shard.tokens]):
             wanted += [ids[at:at + T + 1] for at in range(begin, end - 1, T)]
@@ -65,12 +65,12 @@ def test_every_window_once_an_epoch(numbers):
 def test_windows_cut_on_the_device_are_the_same(numbers, vocab_size):
     wide = ShardSet(numbers.folder, "", vocab_size, 0, numbers.shards)
     for shard in numbers.shards:
-        ids = numbers.open(shard) + 64_000          # the high bit of 16 is set
+        ids = numbers.memmap(shard) + 64_000          # the high bit of 16 is set
         ids.astype(wide.dtype).tofile(numbers.folder / shard.file)
     dataset = PretokDataset(wide, "train", 4, T, seed=1, position=10, rank=1, world_size=2)
     windows = torch.cat(list(islice(dataset.on_device(torch.device("cpu")), 30)))
     assert torch.equal(windows, rows(dataset, 30))
-    assert (windows == IGNORE).any() and windows.max() > 64_000
+    assert (windows == IGNORE_INDEX).any() and windows.max() > 64_000
 
 
 def test_order_depends_on_seed_and_epoch_alone(numbers):
@@ -113,11 +113,11 @@ def test_targets_are_the_next_tokens(numbers):
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_a_split_is_scored_whole_and_once(numbers, batch_size):
     scored = []
-    for x, y in Task.iter_once(numbers, "val", batch_size, T):
+    for x, y in Task.iter_split(numbers, "val", batch_size, T):
         assert x.shape == y.shape and x.shape[1] == T and x.min() >= 0
         for window, targets in zip(x, y):
-            count = (targets != IGNORE).sum()
-            assert torch.equal(window[1:count], targets[:count - 1]) and (targets[count:] == IGNORE).all()
+            count = (targets != IGNORE_INDEX).sum()
+            assert torch.equal(window[1:count], targets[:count - 1]) and (targets[count:] == IGNORE_INDEX).all()
             scored += targets[:count].tolist()
     at = 1 + sum(map(sum, DOCUMENTS["train"]))
     assert scored == [*range(at + 1, at + 23), at + 24, *range(at + 26, at + 36)]
@@ -125,7 +125,7 @@ def test_a_split_is_scored_whole_and_once(numbers, batch_size):
 
 def test_a_window_may_be_longer_than_the_text(numbers):
     x, y = next(Task.iter_batches(numbers, "train", 2, 500))
-    assert x.shape == (2, 500) and (y != IGNORE).any(1).all() and (y[:, -1] == IGNORE).all()
+    assert x.shape == (2, 500) and (y != IGNORE_INDEX).any(1).all() and (y[:, -1] == IGNORE_INDEX).all()
 
 
 def test_ids_above_16_bits(tmp_path):

@@ -38,17 +38,17 @@ def machine(monkeypatch):
     (dict(features=["avx512_bf16"]), ("cpu", torch.bfloat16)), (dict(features=["avx2"]), ("cpu", torch.float32))])
 def test_the_best_that_is_there(machine, hardware, expected):
     machine(**hardware)
-    chosen = device.choose()
+    chosen = device.choose_backend()
     assert (chosen.device.type, chosen.dtype) == expected and str(chosen).count("(") == 1 and chosen.reason
     assert chosen.scaler().is_enabled() == (chosen.dtype == torch.float16)
 
 
 def test_a_gpu_that_is_too_old_for_this_pytorch_is_not_used(machine):
     machine(cuda=True, capability=(6, 1), fails=RuntimeError("CUDA error: no kernel image is available\nand more"))
-    chosen = device.choose()
+    chosen = device.choose_backend()
     assert chosen.device.type == "cpu" and "(CUDA error: no kernel image is available)" in chosen.reason
     with pytest.raises(UserError, match="no kernel image is available.*\n.*--device cpu"):
-        device.choose("cuda")
+        device.choose_backend("cuda")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(
@@ -58,51 +58,51 @@ def test_a_gpu_that_is_too_old_for_this_pytorch_is_not_used(machine):
 def test_a_gpu_whose_memory_is_full_is_waited_for(machine, error):
     machine(cuda=True, fails=error)
     with pytest.raises(UserError, match="not enough memory\n.*close what else uses cuda"):
-        device.choose()
+        device.choose_backend()
 
 
 @pytest.mark.parametrize("built_for, says", [(None, "made for CPUs"), ("13.0", "CUDA 13.0; is NVIDIA's driver older")])
 def test_a_gpu_that_pytorch_does_not_see_is_mentioned(machine, monkeypatch, built_for, says):
     machine()
-    assert "no GPU, " in device.choose().reason
+    assert "no GPU, " in device.choose_backend().reason
     monkeypatch.setattr(device.shutil, "which", lambda name: name == "nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    assert says in device.choose().reason
+    assert says in device.choose_backend().reason
 
 
 def test_threads_are_as_many_as_a_container_has_cores(monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1] if threads else 64)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(device, "cores", lambda: 2)
+    monkeypatch.setattr(device, "available_cores", lambda: 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
-    device.choose("cpu")
+    device.choose_backend("cpu")
     assert threads == []
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert "2 threads" in device.choose().reason and threads == [2]
+    assert "2 threads" in device.choose_backend().reason and threads == [2]
 
 
 def test_apples_gpu_computes_in_float32(machine):
     machine(mps=True)
     for dtype in ("bfloat16", "float16"):
         with pytest.raises(UserError, match="must be float32"):
-            device.choose("auto", dtype)
+            device.choose_backend("auto", dtype)
 
 
 def test_sampling_on_a_cpu_rounds_the_weights_at_most(machine, monkeypatch):
     machine(features=["amx_bf16"])
     monkeypatch.setattr(device, "_has_fbgemm", lambda: False)
-    assert device.choose(training=False).dtype == torch.float32
+    assert device.choose_backend(training=False).dtype == torch.float32
     with pytest.raises(UserError, match="needs a GPU"):
-        device.choose("cpu", "float16", training=False)
+        device.choose_backend("cpu", "float16", training=False)
     monkeypatch.setattr(device, "_has_fbgemm", lambda: True)
-    assert device.choose(training=False).dtype == torch.float16
+    assert device.choose_backend(training=False).dtype == torch.float16
 
 
 def test_what_is_asked_for_counts(machine):
     machine(features=["amx_bf16"])
-    assert device.choose("cpu", "float32").dtype == torch.float32
-    assert device.choose("cpu", "bfloat16").dtype == torch.bfloat16
+    assert device.choose_backend("cpu", "float32").dtype == torch.float32
+    assert device.choose_backend("cpu", "bfloat16").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name, kind, message", [
@@ -111,7 +111,7 @@ def test_what_is_asked_for_counts(machine):
 def test_what_is_not_there_is_said(machine, name, kind, message):
     machine(cuda=name == "cuda:3", bf16=True)
     with pytest.raises(UserError, match=message):
-        device.choose(name, kind)
+        device.choose_backend(name, kind)
 
 
 @pytest.mark.parametrize("name, mfu", [("NVIDIA H200", 0.5), ("NVIDIA A100-SXM4-80GB", 494.5 / 312),
@@ -121,14 +121,14 @@ def test_what_is_not_there_is_said(machine, name, kind, message):
 def test_share_of_what_the_gpu_can_do(machine, monkeypatch, name, mfu):
     machine(cuda=True, bf16=True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: name)
-    assert device.choose().mfu(494.5e12) == (mfu and pytest.approx(mfu))
+    assert device.choose_backend().mfu(494.5e12) == (mfu and pytest.approx(mfu))
 
 
 def test_no_share_where_the_peak_is_not_known(machine, monkeypatch):
     machine(cuda=True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "NVIDIA H200")
-    assert device.choose("cuda", "float32").mfu(1e12) is None
-    assert device.choose("cpu").mfu(1e12) is None
+    assert device.choose_backend("cuda", "float32").mfu(1e12) is None
+    assert device.choose_backend("cpu").mfu(1e12) is None
 
 
 @pytest.mark.parametrize("system, name, place, problem", [
@@ -139,19 +139,19 @@ def test_the_compiler_is_one_that_pytorch_takes(monkeypatch, system, name, place
     monkeypatch.setattr(torch, "__file__", place)
     monkeypatch.setattr(device, "os", SimpleNamespace(name=system))
     monkeypatch.setattr(device.shutil, "which", lambda found: found if found == name else None)
-    found = device.no_compiler()
+    found = device.why_no_compiler()
     assert problem in found if problem else found == ""
 
 
 def test_an_old_pytorch_is_told(monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cu128"))
     with pytest.raises(UserError, match="2.8.0.*requirements.txt"):
-        device.choose()
+        device.choose_backend()
 
 
 def test_compiling_needs_the_headers_of_python(monkeypatch, tmp_path):
     monkeypatch.setattr(device.sysconfig, "get_path", lambda name: str(tmp_path / name))
-    assert "python3-dev" in device.no_headers()
+    assert "python3-dev" in device.why_no_headers()
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "Python.h").touch()
-    assert device.no_headers() == ""
+    assert device.why_no_headers() == ""

@@ -30,7 +30,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
 def test_every_command_has_settings_that_exist(page, name, args):
     known = {name: preset.settings for name, preset in presets.PRESETS.items()}
     if args != ["--help"]:
-        cli.read(vars(importlib.import_module(name)), args, presets=known)
+        cli.parse_settings(vars(importlib.import_module(name)), args, presets=known)
 
 
 def test_there_are_commands_for_every_step():
@@ -41,7 +41,7 @@ def test_there_are_commands_for_every_step():
 
 def test_the_settings_of_quickstart_exist():
     text = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
-    known = {name for step in STEPS for name in cli._comments((ROOT / f"{step}.py").read_text(encoding="utf-8"))}
+    known = {name for step in STEPS for name in cli._setting_comments((ROOT / f"{step}.py").read_text(encoding="utf-8"))}
     used = set(re.findall(r" --(\w+_\w+|preset|prompt|seed)", text)) - {"setup_only"}
     assert len(used) > 8 and used <= known
     assert set(re.findall(r"--preset (\w+)", text)) <= set(presets.PRESETS)

@@ -11,7 +11,7 @@ from conftest import TINY, quickly
 import tokenizer
 from tinyllm import checkpoint, demo_stories, shards
 from tinyllm.cli import UserError
-from tinyllm.files import load_json, locked, save_json
+from tinyllm.files import load_json, folder_lock, save_json
 
 SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 
@@ -49,7 +49,7 @@ def heal(*args) -> list[str]:
 def write_texts() -> None:
     Path("texts").mkdir()
     for i in range(2):
-        Path(f"texts/{i}.json").write_text(json.dumps(list(demo_stories.stories(300))[i::2]), encoding="utf-8")
+        Path(f"texts/{i}.json").write_text(json.dumps(list(demo_stories.generate_stories(300))[i::2]), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -88,23 +88,23 @@ def test_from_nothing_to_stories():
 def test_the_machine_and_the_facts_are_shown(here):
     printed = quickly("train", "--doctor").stdout
     for part in (f"torch {torch.__version__}", "sentencepiece ", "cpu", "GB for data", "512 entries", "tokens of train",
-                 "step 2 of a run of 2 steps", f"{checkpoint.load('output/ckpt.pt')['best_val_loss']:.4f}"):
+                 "step 2 of a run of 2 steps", f"{checkpoint.load_checkpoint('output/ckpt.pt')['best_val_loss']:.4f}"):
         assert part in printed, part
 
 
 def test_a_run_that_was_stopped_goes_on(here):
-    state = checkpoint.load("output/last.pt", checkpoint.TO_GO_ON)
-    checkpoint.save("output/last.pt", {**state, "config": {**state["config"], "max_iters": 3}})
+    state = checkpoint.load_checkpoint("output/last.pt", checkpoint.REQUIRED_TO_RESUME)
+    checkpoint.save_checkpoint("output/last.pt", {**state, "config": {**state["config"], "max_iters": 3}})
     assert doctor()[0] == ["done", "done", "unfinished", "ready"]
     assert heal()[0] == "python train.py --init_from resume"
-    assert checkpoint.load("output/last.pt")["iter_num"] == 3
+    assert checkpoint.load_checkpoint("output/last.pt")["iter_num"] == 3
 
 
 @pytest.mark.parametrize("seconds, state", [(59.0, "unfinished"), (60.0, "done")])
 def test_minutes_can_end_a_run_too(here, seconds, state):
-    last = checkpoint.load("output/last.pt", checkpoint.TO_GO_ON)
+    last = checkpoint.load_checkpoint("output/last.pt", checkpoint.REQUIRED_TO_RESUME)
     config = {**last["config"], "max_iters": 100, "max_minutes": 1.0}
-    checkpoint.save("output/last.pt", {**last, "config": config, "state": {**last["state"], "seconds": seconds}})
+    checkpoint.save_checkpoint("output/last.pt", {**last, "config": config, "state": {**last["state"], "seconds": seconds}})
     assert doctor()[0][2] == state
 
 
@@ -120,7 +120,7 @@ def test_a_run_on_another_text(here):
     quickly("preprocess")
     assert doctor() == (["done", "done", "stale", "ready"], "python train.py --preset cpu_3min")
     heal()
-    assert checkpoint.load("output/ckpt.pt")["data_sha256"] == shards.read(Path("data/tok512")).sha256
+    assert checkpoint.load_checkpoint("output/ckpt.pt")["data_sha256"] == shards.read_manifest(Path("data/tok512")).sha256
 
 
 def damage(name: str) -> None:
@@ -165,7 +165,7 @@ def test_a_package_that_is_missing_is_no_damage(here, monkeypatch):
     """Of a vocabulary that an extra package reads."""
     def load(source):
         raise UserError("this vocabulary needs the package tokenizers\n       pip install tokenizers")
-    monkeypatch.setattr(tokenizer, "load", load)
+    monkeypatch.setattr(tokenizer, "load_tokenizer", load)
     assert doctor() == (["missing", "done", "missing", "missing"], "pip install tokenizers")
     shutil.rmtree("data")
     assert doctor("--data_dir", "data")[0] == ["missing"] * 4
@@ -197,8 +197,8 @@ def test_the_text_of_a_run_is_found_by_its_folder(here):
     ({}, True), ({"max_minutes": "long", "max_iters": 5}, True), ({"data_dir": "a\0b"}, False),
     ({"data_dir": 5}, False)])
 def test_a_state_of_another_version_is_a_line(here, config, damaged):
-    state = checkpoint.load("output/last.pt")
-    checkpoint.save("output/last.pt", {**state, "config": {**state["config"], **config} if config else {}})
+    state = checkpoint.load_checkpoint("output/last.pt")
+    checkpoint.save_checkpoint("output/last.pt", {**state, "config": {**state["config"], **config} if config else {}})
     states, _ = doctor()
     assert len(states) == 4 and (states[2] == "damaged") == damaged
 
@@ -208,8 +208,8 @@ def test_what_is_in_other_folders_is_looked_at(here):
     Path("output/mine").mkdir()
     for path in [*Path("data").glob("tok*"), *Path("output").glob("*.*")]:
         path.rename(path.parent / "mine" / path.name)
-    state = checkpoint.load("output/mine/last.pt")
-    checkpoint.save("output/mine/last.pt", {**state, "config": {**state["config"], "data_dir": "data/mine"}})
+    state = checkpoint.load_checkpoint("output/mine/last.pt")
+    checkpoint.save_checkpoint("output/mine/last.pt", {**state, "config": {**state["config"], "data_dir": "data/mine"}})
     assert doctor() == (["missing"] * 4, f"python train.py --doctor --out_dir {Path('output/mine')}")
     assert doctor("--out_dir", "output/mine")[0] == ["done", "done", "done", "ready"]
     assert doctor("--data_dir", "data")[1] == "python train_vocab.py --data_dir data --data PATH"
@@ -222,9 +222,9 @@ def test_what_is_in_other_folders_is_looked_at(here):
 @pytest.mark.parametrize("step, todo", [
     (0, "python train.py --doctor"), (1, "python sample.py --checkpoint output/last.pt")])
 def test_a_run_that_is_on_is_left_alone(here, step, todo):
-    state = checkpoint.load("output/last.pt")
-    checkpoint.save("output/last.pt", {**state, "iter_num": step})
-    with locked("output"):
+    state = checkpoint.load_checkpoint("output/last.pt")
+    checkpoint.save_checkpoint("output/last.pt", {**state, "iter_num": step})
+    with folder_lock("output"):
         assert doctor() == (["done", "done", "busy", "ready"], todo)
 
 
@@ -250,4 +250,4 @@ def test_notes_that_name_no_path(here):
 
 
 def test_it_is_no_setting_of_a_run(here):
-    assert "doctor" not in checkpoint.load("output/last.pt")["config"]
+    assert "doctor" not in checkpoint.load_checkpoint("output/last.pt")["config"]

@@ -15,8 +15,8 @@ from conftest import assert_user_error, script
 
 from tinyllm import corpus, download
 from tinyllm.cli import UserError
-from tinyllm.corpus import FOLDER
-from tinyllm.download import ARCHIVE, tinystories
+from tinyllm.corpus import TINYSTORIES_DIR
+from tinyllm.download import ARCHIVE, download_tinystories
 
 NOISE = random.Random(0)        # so that the archive stays large
 STORIES = [[{"story": f"story {i} of {j}: {NOISE.randbytes(300).hex()}"} for i in range(300)] for j in range(3)]
@@ -90,7 +90,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(download, "PAUSES", (0, 0))
+    monkeypatch.setattr(download, "RETRY_DELAYS", (0, 0))
     server = Server()
     yield server
     server.http.shutdown()
@@ -98,27 +98,27 @@ def server(monkeypatch):
 
 
 def stories(folder: Path) -> list[str]:
-    return [text for file in corpus.find_files(folder) for text in corpus.documents(file)]
+    return [text for file in corpus.find_files(folder) for text in corpus.read_documents(file)]
 
 
 ALL = [entry["story"] for part in STORIES for entry in part]
 
 
 def nothing_is_taken_for_good(data: Path = Path("data")) -> bool:
-    return not (data / ARCHIVE).exists() and not (data / FOLDER).exists()
+    return not (data / ARCHIVE).exists() and not (data / TINYSTORIES_DIR).exists()
 
 
 @pytest.mark.parametrize("plan", [[], ["redirect"], ["cut"], ["cut"] * 5, [503], [503, 503], ["page"],
                                   ["page in disguise"], ["no ranges", "no ranges"], ["cut", 500, "redirect", "cut"]])
 def test_it_arrives_whole_in_the_end(server, plan):
     server.plan = list(plan)
-    assert stories(tinystories("data", server.url)) == ALL
-    assert sorted(path.name for path in Path("data").iterdir()) == [FOLDER, ARCHIVE]
+    assert stories(download_tinystories("data", server.url)) == ALL
+    assert sorted(path.name for path in Path("data").iterdir()) == [TINYSTORIES_DIR, ARCHIVE]
 
 
 def test_it_goes_on_where_the_connection_broke(server):
     server.plan = ["cut", "cut"]
-    tinystories("data", server.url)
+    download_tinystories("data", server.url)
     starts = [int((asked or "bytes=0-")[6:-1]) for asked in server.ranges]
     assert len(starts) == 3 and starts[0] == 0 and starts[1] > CUT - 2**16 and starts[2] > 2 * (CUT - 2**16)
 
@@ -126,17 +126,17 @@ def test_it_goes_on_where_the_connection_broke(server):
 def test_a_second_run_goes_on_too(server):
     server.plan = ["cut", 404, 404, 404]
     with pytest.raises(UserError):
-        tinystories("data", server.url)
+        download_tinystories("data", server.url)
     part = Path("data") / f"{ARCHIVE}.part"
     size = part.stat().st_size
     assert size > CUT - 2**16 and nothing_is_taken_for_good()
-    assert stories(tinystories("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
+    assert stories(download_tinystories("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
 
 
 def test_a_part_that_is_all_there_is_accepted(server):
     Path("data").mkdir()
     (Path("data") / f"{ARCHIVE}.part").write_bytes(server.content)
-    assert stories(tinystories("data", server.url)) == ALL
+    assert stories(download_tinystories("data", server.url)) == ALL
 
 
 @pytest.mark.parametrize("part", [b"\x1f\x8b of another file", b"x" * 10_000_000])
@@ -144,13 +144,13 @@ def test_a_part_of_another_file_is_found_out(server, part):
     server.headers["X-Linked-Etag"] = f'"{hashlib.sha256(server.content).hexdigest()}"'
     Path("data").mkdir()
     (Path("data") / f"{ARCHIVE}.part").write_bytes(part)
-    assert stories(tinystories("data", server.url)) == ALL
+    assert stories(download_tinystories("data", server.url)) == ALL
 
 
 def test_a_wrong_checksum_is_refused(server):
     server.headers["X-Linked-Etag"] = f'"{"0" * 64}"'
     with pytest.raises(UserError, match="SHA-256") as error:
-        tinystories("data", server.url)
+        download_tinystories("data", server.url)
     assert nothing_is_taken_for_good() and str((Path("data") / ARCHIVE).resolve()) in str(error.value)
 
 
@@ -158,14 +158,14 @@ def test_a_wrong_checksum_is_refused(server):
 def test_a_server_that_never_behaves(server, plan):
     server.plan = list(plan)
     with pytest.raises(UserError, match="could not be downloaded"):
-        tinystories("data", server.url)
+        download_tinystories("data", server.url)
     assert nothing_is_taken_for_good() and not list(Path("data").glob("*.part"))
 
 
 def test_the_next_mirror_takes_over(server):
     other = Server()
     server.plan = [404] * 3
-    assert stories(tinystories("data", f"{server.url},{other.url}")) == ALL
+    assert stories(download_tinystories("data", f"{server.url},{other.url}")) == ALL
     assert len(server.ranges) == 3 and len(other.ranges) == 1
     other.http.shutdown()
 
@@ -180,13 +180,13 @@ def test_mirrors_are_tried_in_the_order_asked_for():
 def test_what_was_put_there_by_hand_is_used(server):
     Path("data").mkdir()
     (Path("data") / ARCHIVE).write_bytes(server.content)
-    assert stories(tinystories("data", server.url)) == ALL and server.ranges == []
+    assert stories(download_tinystories("data", server.url)) == ALL and server.ranges == []
 
 
 def test_unpacked_stories_are_not_fetched_again(server):
-    tinystories("data", server.url)
+    download_tinystories("data", server.url)
     (Path("data") / ARCHIVE).unlink()
-    tinystories("data", server.url)
+    download_tinystories("data", server.url)
     assert len(server.ranges) == 1
 
 
@@ -211,11 +211,11 @@ POISON = {
 def test_a_bad_archive_leaves_nothing(server, kind, tmp_path):
     server.content = POISON[kind]
     if kind in ("absolute", "link"):    # lands inside, without the slash or the link, which is harmless
-        folder = tinystories("data", server.url)
+        folder = download_tinystories("data", server.url)
         assert not [path for path in folder.rglob("*") if path.is_symlink()]
     else:
         with pytest.raises(UserError, match="damaged"):
-            tinystories("data", server.url)
+            download_tinystories("data", server.url)
         assert nothing_is_taken_for_good() and (Path("data") / f"{ARCHIVE}.bad").exists()
     assert not Path("/tmp/tiny_llm_outside.json").exists() and not list(tmp_path.glob("*.json"))
     assert not list(Path("data").glob("*.tmp"))
@@ -231,24 +231,24 @@ def test_a_full_disk_keeps_what_is_there(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(download, "open", lambda path, mode: FullDisk(path, mode), raising=False)
         with pytest.raises(OSError, match="No space left"):
-            tinystories("data", server.url)
+            download_tinystories("data", server.url)
     size = (Path("data") / f"{ARCHIVE}.part").stat().st_size
     assert size > CUT - 2**16 and nothing_is_taken_for_good()
-    assert stories(tinystories("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
+    assert stories(download_tinystories("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
 
 
 def test_no_room_is_said_before_the_first_byte(server, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(UserError, match="no room"):
-        tinystories("data", server.url)
+        download_tinystories("data", server.url)
     assert nothing_is_taken_for_good()
 
 
 def test_from_the_command_line(server):
     result = script("train_vocab", "--download", "True", "--mirror", server.url, "--vocab_size", "300")
     assert result.returncode == 0, result.stderr
-    assert Path("data/tok300.model").exists() and (Path("data") / FOLDER / "data00.json").exists()
+    assert Path("data/tok300.model").exists() and (Path("data") / TINYSTORIES_DIR / "data00.json").exists()
     result = script("train_vocab", "--download", "--data_dir", "other", "--mirror", "nowhere")
     assert_user_error(result, "unknown mirror 'nowhere'")
-    result = script("train_vocab", "--download", "False", "--data", "data/" + FOLDER, "--vocab_size", "300")
+    result = script("train_vocab", "--download", "False", "--data", "data/" + TINYSTORIES_DIR, "--vocab_size", "300")
     assert result.returncode == 0 and len(server.ranges) == 1

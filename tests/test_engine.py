@@ -5,9 +5,9 @@ import torch
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint, device, weights
 from tinyllm.engine import Engine
-from tinyllm.sampling import Sampling
+from tinyllm.sampling import SamplingParams
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_engine_computes_what_the_model_does(tied, kv_heads, scaling):
         torch.nn.init.normal_(weight, std=0.2) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 2)
     prompts = [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
     texts = [list(prompt) for prompt in prompts]
-    for step in Engine(model).generate(prompts, 15, Sampling(seed=2)):
+    for step in Engine(model).generate(prompts, 15, SamplingParams(seed=2)):
         for text, token, logits in zip(texts, step.tokens, step.logits):
             torch.testing.assert_close(logits, model(torch.tensor([text]))[0, -1], atol=1e-4, rtol=1e-4)
             text.append(token)
@@ -73,13 +73,13 @@ def test_weights_in_half_precision_are_not_rounded_once_more(dtype):
     state = checkpoint.model_state(model)
     state["model"] = {name: (weight * 3).to(dtype) for name, weight in state["model"].items()}
     want = checkpoint.build_model(state)(torch.arange(20)[None])[0, :-1].log_softmax(-1)
-    found = torch.cat(list(Engine(checkpoint.build_model(state, own=False)).read(list(range(20)))))
+    found = torch.cat(list(Engine(checkpoint.build_model(state, copy_weights=False)).read(list(range(20)))))
     torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_ragged_prompts_give_what_each_gives_alone(engine, temperature):
-    prompts, how = [[1], [1, 4, 8, 15, 16, 23, 42], [1, 30, 31], [1, 2, 2]], Sampling(temperature, seed=4)
+    prompts, how = [[1], [1, 4, 8, 15, 16, 23, 42], [1, 30, 31], [1, 2, 2]], SamplingParams(temperature, seed=4)
     together = rows(engine.generate(prompts, 60, how, [7]), 4)
     for i, prompt in enumerate(prompts):
         assert rows(engine.generate([prompt], 60, how, [7], rows=[i]), 1)[0] == together[i]
@@ -87,7 +87,7 @@ def test_ragged_prompts_give_what_each_gives_alone(engine, temperature):
 
 
 def test_a_row_stops_at_eos_by_itself(engine):
-    prompts, how = [[1, i] for i in range(10, 30)], Sampling(seed=3)
+    prompts, how = [[1, i] for i in range(10, 30)], SamplingParams(seed=3)
     free = rows(engine.generate(prompts, 20, how), 20)
     eos = free[0][5]
     stopped = rows(engine.generate(prompts, 20, how, [eos]), 20)
@@ -117,12 +117,12 @@ def test_a_prompt_longer_than_the_window_is_shortened_the_same_way(model, engine
 
 def test_seeds(engine):
     prompts = [[1, 5]] * 3
-    first = rows(engine.generate(prompts, 20, Sampling(seed=1)), 3)
-    assert rows(engine.generate(prompts, 20, Sampling(seed=1)), 3) == first
-    assert rows(engine.generate(prompts, 20, Sampling(seed=2)), 3) != first and first[0] != first[1]
+    first = rows(engine.generate(prompts, 20, SamplingParams(seed=1)), 3)
+    assert rows(engine.generate(prompts, 20, SamplingParams(seed=1)), 3) == first
+    assert rows(engine.generate(prompts, 20, SamplingParams(seed=2)), 3) != first and first[0] != first[1]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert rows(engine.generate(prompts[:1], 20, Sampling(seed=1)), 1) == first[:1]
+    assert rows(engine.generate(prompts[:1], 20, SamplingParams(seed=1)), 1) == first[:1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -142,7 +142,7 @@ def test_integers_are_near_the_weights(width):
     """Rounding to 255 levels moves a product by well under a hundredth of its size; and alone is as in company."""
     torch.manual_seed(0)
     weight, x = torch.randn(96, width) * torch.rand(96, 1), torch.randn(200, width)
-    product, want = weights.int8(weight, torch.float32), x @ weight.T
+    product, want = weights.linear_int8(weight, torch.float32), x @ weight.T
     found = product(x)
     assert found.shape == want.shape and (found - want).norm() < 0.015 * want.norm()
     assert (product(x[:3]) - found[:3]).abs().max() < 1e-4
@@ -151,7 +151,7 @@ def test_integers_are_near_the_weights(width):
 def test_no_weight_is_further_from_its_integer_than_half_a_level():
     """Also the largest of each row: rounding the scale to bfloat16 moves it by 1/4 of a level, and not beyond 127."""
     weight = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
-    levels, scale = weights.to_int8(weight)
+    levels, scale = weights.quantize_int8(weight)
     moved = (weight / scale.float()[:, None] - levels).abs()
     assert moved.max() < 0.75 and moved.quantile(0.99) < 0.5
 

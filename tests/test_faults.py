@@ -17,8 +17,8 @@ from faults.inject import sitecustomize
 from faults.stages import Stages
 
 from tinyllm import checkpoint, shards
-from tinyllm.files import whole_file
-from tinyllm.runlog import Record
+from tinyllm.files import atomic_write
+from tinyllm.runlog import RunLog
 
 FIRST, ENTRIES = {"config": {}}, [{"iter": i, "loss": 1 / i} for i in range(1, 4)]
 DIGESTS = [hashlib.sha256("".join(f"{json.dumps(entry)}\n" for entry in ENTRIES[:n]).encode()).hexdigest()
@@ -62,7 +62,7 @@ def full_at_each(monkeypatch, tmp_path):
 
 def test_a_full_disk_keeps_the_old_file(full_at_each):
     def write(content: bytes) -> None:
-        with whole_file("a.bin") as file:
+        with atomic_write("a.bin") as file:
             file.write(content * 20_000)
             file.write(content)
 
@@ -80,18 +80,18 @@ def test_a_full_disk_keeps_the_old_checkpoint(full_at_each, lasts):
                 "model_args": {}, "iter_num": step, "config": {}}
 
     def check() -> None:
-        found = checkpoint.load("last.pt")
+        found = checkpoint.load_checkpoint("last.pt")
         assert found["iter_num"] in (1, 2)
         assert_same(found, state(found["iter_num"]))
-        checkpoint.save("last.pt", state(1))
-    full_at_each(lambda: checkpoint.save("last.pt", state(2)), check, lasts)
+        checkpoint.save_checkpoint("last.pt", state(1))
+    full_at_each(lambda: checkpoint.save_checkpoint("last.pt", state(2)), check, lasts)
 
 
 def test_a_full_disk_keeps_the_old_manifest(full_at_each, project, tmp_path):
-    old, new = (replace(shards.read(project / "tok512"), folder=tmp_path, val_threshold=mark) for mark in (1, 2))
+    old, new = (replace(shards.read_manifest(project / "tok512"), folder=tmp_path, val_threshold=mark) for mark in (1, 2))
 
     def check() -> None:
-        assert shards.read(tmp_path) in (old, new)
+        assert shards.read_manifest(tmp_path) in (old, new)
         old.save()
     full_at_each(new.save, check)
 
@@ -99,18 +99,18 @@ def test_a_full_disk_keeps_the_old_manifest(full_at_each, project, tmp_path):
 def test_a_full_disk_keeps_the_lines_that_a_checkpoint_counts(full_at_each, tmp_path):
     """Two entries are on the disk; going on from there never loses them, wherever the third stops."""
     def begin() -> None:
-        record = Record(tmp_path, FIRST)
+        record = RunLog(tmp_path, FIRST)
         for entry in ENTRIES[:2]:
             record.write(entry, {"seconds": 1.0})
         record.sync()
 
     def go_on() -> None:
-        record = Record(tmp_path, FIRST, 2, DIGESTS[2])
+        record = RunLog(tmp_path, FIRST, 2, DIGESTS[2])
         record.write(ENTRIES[2], {"seconds": 1.0})
         record.sync()
 
     def check() -> None:
-        assert Record(tmp_path, FIRST, 2, DIGESTS[2]).entries == ENTRIES[:2]
+        assert RunLog(tmp_path, FIRST, 2, DIGESTS[2]).entries == ENTRIES[:2]
     begin()
     full_at_each(go_on, check)
-    assert Record(tmp_path, FIRST, 3, DIGESTS[3]).entries == ENTRIES
+    assert RunLog(tmp_path, FIRST, 3, DIGESTS[3]).entries == ENTRIES

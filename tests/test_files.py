@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from tinyllm.cli import UserError
-from tinyllm.files import replace, sha256, whole_file
-from tinyllm.project import apart, find, settings_for, vocabularies
+from tinyllm.files import atomic_replace, sha256, atomic_write
+from tinyllm.project import separate_data_dir, find_tokenizer, path_flags, tokenizer_files
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), whole_file(path) as file:
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write(b"half of the new")
         raise RuntimeError
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
@@ -23,7 +23,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 
 def test_the_name_appears_only_at_the_end(tmp_path):
     path = tmp_path / "new" / "a.bin"
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(b"content")
         file.flush()
         assert not path.exists()
@@ -32,7 +32,7 @@ def test_the_name_appears_only_at_the_end(tmp_path):
 
 def test_what_a_kill_left_behind_is_overwritten(tmp_path):
     (tmp_path / "a.bin.tmp").write_bytes(b"a longer piece of an earlier try")
-    with whole_file(tmp_path / "a.bin") as file:
+    with atomic_write(tmp_path / "a.bin") as file:
         file.write(b"x")
     assert (tmp_path / "a.bin").read_bytes() == b"x"
 
@@ -40,7 +40,7 @@ def test_what_a_kill_left_behind_is_overwritten(tmp_path):
 def test_replace_takes_folders(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "f").write_bytes(b"1")
-    replace(tmp_path / "a", tmp_path / "b")
+    atomic_replace(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "f").exists() and not (tmp_path / "a").exists()
 
 
@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, number, works):
         real(handle)
     monkeypatch.setattr(os, "fsync", fsync)
     try:
-        with whole_file(tmp_path / "a.bin") as file:
+        with atomic_write(tmp_path / "a.bin") as file:
             file.write(b"content")
     except OSError as error:
         assert not works and error.errno == number
@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, number, works):
 @pytest.mark.parametrize("text, folder", [
     ("my_texts", "data/mine"), ("data", "data-data"), ("data/mine", "data/mine-data"), (".", "../{}-data")])
 def test_a_data_folder_is_apart_from_the_text(tmp_path, text, folder):
-    found = apart(Path(text))
+    found = separate_data_dir(Path(text))
     assert found.resolve() == Path(folder.format(tmp_path.name)).resolve()
     assert Path(text).resolve() not in (found.resolve(), *found.resolve().parents)
 
@@ -79,14 +79,14 @@ def test_sha256_equals_hashlib(tmp_path):
 def test_a_vocabulary_whose_name_tells_no_size_is_not_chosen_by_one(tmp_path):
     def say() -> str:
         with pytest.raises(UserError) as error:
-            find(tmp_path)
+            find_tokenizer(tmp_path)
         return str(error.value).partition("vocabularies ")[2]
     foo, other = tmp_path / "tokfoo.model", tmp_path / "tokenizer.model"
     foo.touch()
-    assert find(tmp_path) == foo and settings_for(foo)["vocab_size"] == ""
+    assert find_tokenizer(tmp_path) == foo and path_flags(foo)["vocab_size"] == ""
     other.touch()
     assert say() == "(tokenizer.model, tokfoo.model)\n       delete those that you do not need"
     (tmp_path / "tok512.model").touch()
     assert say().startswith("(tokenizer.model, tokfoo.model, 512)\n       say which: --vocab_size 512, or delete those")
-    assert vocabularies(tmp_path) == [other, foo, tmp_path / "tok512.model"] and find(tmp_path, 512).stem == "tok512"
-    assert settings_for(foo)["vocab_size"] == "" and settings_for(tmp_path / "tok512.model")["vocab_size"] == "512"
+    assert tokenizer_files(tmp_path) == [other, foo, tmp_path / "tok512.model"] and find_tokenizer(tmp_path, 512).stem == "tok512"
+    assert path_flags(foo)["vocab_size"] == "" and path_flags(tmp_path / "tok512.model")["vocab_size"] == "512"

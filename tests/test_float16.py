@@ -15,17 +15,17 @@ def test_an_overflow_that_one_optimizer_sees_holds_both_back(prepared, overflow,
     run = prepared("--dtype", "float32", "--grad_clip", clip)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     batches = train.Task.iter_batches(run.data, "train", run.cfg.batch_size, 32, seed=1)
-    train.take_step(run, batches)                                       # Muon has its momentum now
+    train.train_step(run, batches)                                       # Muon has its momentum now
     weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     run.model.tok_embeddings.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([5]), overflow))
-    train.take_step(run, batches)
+    train.train_step(run, batches)
     assert_same(weights, dict(run.model.state_dict()))
     assert run.scaler.get_scale() == 32.0
 
 
 def test_a_run_goes_on_in_float16_that_was_begun_without_a_scaler(prepared):  # noqa: F811
     run = prepared()
-    saved = run.content()
+    saved = run.checkpoint_dict()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    run.restore(saved)
+    run.load_checkpoint_dict(saved)
     assert run.scaler.get_scale() == 64.0

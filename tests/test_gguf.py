@@ -19,13 +19,13 @@ from tinyllm.cli import UserError
 gguf = pytest.importorskip("gguf")
 from extras.formats import gguf_file  # noqa: E402
 
-TEXTS = [*demo_stories.stories(20), "12345 and 67,\n\n  8", "It's DON'T  x\t\ty ", "中文, 🙂 é", "<s></s>"]
+TEXTS = [*demo_stories.generate_stories(20), "12345 and 67,\n\n  8", "It's DON'T  x\t\ty ", "中文, 🙂 é", "<s></s>"]
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
 @cache
 def sentencepiece():
-    return learn(demo_stories.stories(50), 400)
+    return learn(demo_stories.generate_stories(50), 400)
 
 
 def make_state(vocabulary=None, **args):
@@ -58,7 +58,7 @@ def write(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(gguf.GGUFWriter, "write_header_to_file", with_values)
             if as_type:
-                patch.setattr(gguf_file, "kind_of", lambda tensor, _: "F32" if tensor.dim() == 1 else as_type)
+                patch.setattr(gguf_file, "ggml_type_for", lambda tensor, _: "F32" if tensor.dim() == 1 else as_type)
             gguf_file.write(state, tmp_path / "a.gguf.tmp", kind)
         return tmp_path / "a.gguf.tmp"
     return run
@@ -78,16 +78,16 @@ def largest(found, expected):
 
 
 def test_float32_comes_back_as_it_was(state, write):
-    found = formats.read(write(state))
+    found = formats.read_model(write(state))
     assert found["model"].keys() == state["model"].keys() and largest(found, state) == 0
     assert found["chat"] == "chatml" and found["model_args"]["tie_embeddings"]
-    assert ids(found) == ids(state) and checkpoint.build_tokenizer(found).exact
+    assert ids(found) == ids(state) and checkpoint.build_tokenizer(found).is_lossless
     assert torch.equal(logits(found), logits(state))
 
 
 @pytest.mark.parametrize("kind, dtype, tolerance", [("F16", torch.float16, 3e-4), ("Q8_0", torch.float32, 3e-3)])
 def test_smaller_formats_come_back_nearly(state, write, kind, dtype, tolerance):
-    found = formats.read(write(state, kind))
+    found = formats.read_model(write(state, kind))
     assert 0 < largest(found, state) < tolerance
     assert found["model"]["layers.0.attention.wq.weight"].dtype == dtype
     assert torch.equal(found["model"]["norm.weight"], state["model"]["norm.weight"])
@@ -95,7 +95,7 @@ def test_smaller_formats_come_back_nearly(state, write, kind, dtype, tolerance):
 
 def test_rows_that_blocks_do_not_fit_stay_float16(write):
     state = make_state(dim=48, hidden_dim=64)
-    found = formats.read(write(state, "Q8_0"))["model"]
+    found = formats.read_model(write(state, "Q8_0"))["model"]
     assert found["layers.0.attention.wq.weight"].dtype == torch.float16
     assert found["layers.0.feed_forward.w2.weight"].dtype == torch.float32
 
@@ -105,7 +105,7 @@ def test_rows_that_blocks_do_not_fit_stay_float16(write):
                                   {"rope_scaling": {"factors": [1.0, 1.5] + [4.0] * 6}}], ids=str)
 def test_every_shape_computes_the_same(args, write):
     state = make_state(**args)
-    found = formats.read(write(state))
+    found = formats.read_model(write(state))
     torch.testing.assert_close(logits(found), logits(state), rtol=0, atol=2e-5)
     assert found["model_args"]["tie_embeddings"] == args.get("tie_embeddings", True)
 
@@ -127,7 +127,7 @@ def test_transformers_computes_the_same_from_the_file(args, write):
 @pytest.mark.parametrize("name, dtype, tolerance", [("BF16", torch.bfloat16, 0.003), ("Q4_0", torch.float32, 0.08),
                                                     ("Q4_1", torch.float32, 0.08)])
 def test_other_types_are_read(state, write, name, dtype, tolerance):
-    found = formats.read(write(state, as_type=name))
+    found = formats.read_model(write(state, as_type=name))
     assert 0 < largest(found, state) < tolerance
     assert found["model"]["tok_embeddings.weight"].dtype == dtype
 
@@ -138,60 +138,60 @@ def test_q6_k_is_read(write, monkeypatch):
     block = np.array([*low, *high, *[3] * 16, *np.float16([0.5]).tobytes()], np.uint8)
     monkeypatch.setattr(gguf.quants, "quantize", lambda array, kind: np.tile(block, (len(array), array.shape[1] // 256))
                         if kind == gguf.GGMLQuantizationType.Q6_K else quantize(array, kind))
-    found = formats.read(write(make_state(dim=256, hidden_dim=256), as_type="Q6_K"))["model"]["tok_embeddings.weight"]
+    found = formats.read_model(write(make_state(dim=256, hidden_dim=256), as_type="Q6_K"))["model"]["tok_embeddings.weight"]
     assert torch.equal(found[7], torch.tensor([(1 - 32) * 1.5] * 64 + [(2 - 32) * 1.5] * 64).repeat(2))
 
 
 def test_types_that_are_not_read_are_named(state, write):
     with pytest.raises(UserError, match="token_embd.weight is quantised as Q5_1"):
-        formats.read(write(state, as_type="Q5_1"))
+        formats.read_model(write(state, as_type="Q5_1"))
 
 
 # ---- vocabularies -------------------------------------------------------------------------------
 
-def byte_level(cut, bos="<|begin|>", adds_bos=True):
+def byte_level(cut, bos="<|begin|>", add_bos=True):
     """A small vocabulary like GPT-2's, with two special tokens, and one that is added and yet text."""
     tokenizers = pytest.importorskip("tokenizers")
     learned = tokenizers.Tokenizer(tokenizers.models.BPE())
     learned.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learned.train_from_iterator(demo_stories.stories(50), tokenizers.trainers.BpeTrainer(
+    learned.train_from_iterator(demo_stories.generate_stories(50), tokenizers.trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=common.byte_letters(), show_progress=False))
     entries = learned.get_vocab()
     merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
     special = {name: len(entries) + i for i, name in enumerate(("<|begin|>", "<|im_end|>", "<think>"))}
     content = common.byte_level_json({**entries, **special}, merges, special, bos=bos, **cut)
     content["added_tokens"][2]["special"] = False
-    return tokenizer.JsonTokenizer(common.own_json(content, bos, "<|im_end|>", adds_bos))
+    return tokenizer.JsonTokenizer(common.tokenizer_json_with_meta(content, bos, "<|im_end|>", add_bos))
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe"])
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_byte_level_vocabularies_come_back(name, adds_bos, write):
-    vocabulary = byte_level(gguf_file.CUTS[name], adds_bos=adds_bos)
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_byte_level_vocabularies_come_back(name, add_bos, write):
+    vocabulary = byte_level(gguf_file.PRETOKENIZERS[name], add_bos=add_bos)
     path = write(make_state(vocabulary))
-    found = checkpoint.build_tokenizer(formats.read(path))
+    found = checkpoint.build_tokenizer(formats.read_model(path))
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
     assert found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS)
-    assert (found.bos_id, found.eos_id, found.adds_bos) == (vocabulary.bos_id, vocabulary.eos_id, adds_bos)
+    assert (found.bos_id, found.eos_id, found.add_bos) == (vocabulary.bos_id, vocabulary.eos_id, add_bos)
     added = found.encode("a<think><|im_end|>")
-    assert found.id_of("<think>") in added and found.eos_id not in added
+    assert found.special_token_id("<think>") in added and found.eos_id not in added
     assert found.decode([found.bos_id, *added]) == "a<think><|im_end|>"
 
 
 def test_spellings_of_hugging_face_have_the_same_name(write):
-    vocabulary = byte_level(gguf_file.CUTS["smollm"])
+    vocabulary = byte_level(gguf_file.PRETOKENIZERS["smollm"])
     content = common.tokenizer_json(vocabulary)
     content["pre_tokenizer"]["pretokenizers"][1:] = [{"type": "ByteLevel", "add_prefix_space": False,
                                                       "trim_offsets": True, "use_regex": True}]
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
-    other = tokenizer.JsonTokenizer(common.own_json(content, "", "<|im_end|>", False))
-    found = checkpoint.build_tokenizer(formats.read(write(make_state(other))))
+    other = tokenizer.JsonTokenizer(common.tokenizer_json_with_meta(content, "", "<|im_end|>", False))
+    found = checkpoint.build_tokenizer(formats.read_model(write(make_state(other))))
     assert found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS) and found.bos_id == -1
 
 
 def test_entries_that_the_vocabulary_lacks_become_unused(write):
-    vocabulary = byte_level(gguf_file.CUTS["gpt-2"])
-    found = checkpoint.build_tokenizer(formats.read(write(make_state(vocabulary, vocab_size=vocabulary.n_words + 5))))
+    vocabulary = byte_level(gguf_file.PRETOKENIZERS["gpt-2"])
+    found = checkpoint.build_tokenizer(formats.read_model(write(make_state(vocabulary, vocab_size=vocabulary.n_words + 5))))
     assert found.n_words == vocabulary.n_words + 5 and found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS)
 
 
@@ -201,7 +201,7 @@ def test_llama_3_comes_back(write):
     tokens = [bytes([byte]) for byte in range(256)] + merged
     lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
     vocabulary = tokenizer.TiktokenTokenizer(b"".join(lines))
-    found = checkpoint.build_tokenizer(formats.read(write(make_state(vocabulary))))
+    found = checkpoint.build_tokenizer(formats.read_model(write(make_state(vocabulary))))
     assert found.encode_batch(TEXTS, bos=True) == vocabulary.encode_batch(TEXTS, bos=True)
     assert (found.n_words, found.eos_id) == (vocabulary.n_words, vocabulary.eos_id)
 
@@ -229,18 +229,18 @@ def test_a_state_without_a_vocabulary_says_what_to_do(state, write):
 ])
 def test_what_cannot_be_represented_is_named(state, write, key, value, message):
     with pytest.raises(UserError, match=f"a.gguf.*{message}"):
-        formats.read(write(state, values={key: value}))
+        formats.read_model(write(state, values={key: value}))
 
 
 def test_a_vocabulary_of_another_size_is_refused(write):
     size = sentencepiece().n_words
     with pytest.raises(UserError, match=f"{size} entries, and {size - 1} embeddings"):
-        formats.read(write(make_state(vocab_size=size - 1)))
+        formats.read_model(write(make_state(vocab_size=size - 1)))
 
 
 def test_a_cut_that_is_not_known_is_named(write):
     with pytest.raises(UserError, match="cuts text by 'default'"):
-        formats.read(write(make_state(byte_level(gguf_file.CUTS["gpt-2"])), values={"tokenizer.ggml.pre": "default"}))
+        formats.read_model(write(make_state(byte_level(gguf_file.PRETOKENIZERS["gpt-2"])), values={"tokenizer.ggml.pre": "default"}))
 
 
 def test_cut_and_foreign_files_are_refused(state, write, tmp_path):
@@ -250,7 +250,7 @@ def test_cut_and_foreign_files_are_refused(state, write, tmp_path):
                     whole[:4] + b"\1" + whole[5:]]:
         bad.write_bytes(content)
         with pytest.raises(UserError, match="bad.gguf"):
-            formats.read(bad)
+            formats.read_model(bad)
 
 
 def test_damaged_headers_are_read_or_refused(state, write, tmp_path):
@@ -259,7 +259,7 @@ def test_damaged_headers_are_read_or_refused(state, write, tmp_path):
     for place in random.Random(1).sample(range(4, end), 300):
         bad.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
         try:
-            formats.read(bad)
+            formats.read_model(bad)
         except UserError:
             pass
 
@@ -268,9 +268,9 @@ def test_damaged_headers_are_read_or_refused(state, write, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gguf", "gguf-f16", "gguf-q8_0"])
 def test_convert_writes_and_reads(state, call, capsys, kind):
-    checkpoint.save("a.pt", state)
+    checkpoint.save_checkpoint("a.pt", state)
     call("convert", "a.pt", "story.gguf", "--to", kind)
     call("convert", "story.gguf", "back.pt")
-    found = checkpoint.load("back.pt")
+    found = checkpoint.load_checkpoint("back.pt")
     assert largest(found, state) < 3e-3 and ids(found) == ids(state)
     assert "wrote story.gguf" in capsys.readouterr().out

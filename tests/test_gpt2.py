@@ -18,7 +18,7 @@ from sample import TextGenerator
 from tinyllm import checkpoint, dataset, demo_stories, device, download, shards
 from tinyllm.checkpoint import build_engine
 from tinyllm.cli import UserError
-from tinyllm.sampling import Sampling
+from tinyllm.sampling import SamplingParams
 from tools import bench
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -26,7 +26,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 ARGS = GPT2Args(dim=32, n_layers=2, n_heads=4, vocab_size=400, max_seq_len=24)
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 TEXTS = ["Once upon a time, there was a dog.", "  two  spaces\n\n\tand tabs ", "I'll say: it's 1234!",
          "naïve 猫 🙂\u00a0é", "<|endoftext|> is text here", ""]
@@ -50,7 +50,7 @@ def folder(theirs, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gpt2") / "model"
     theirs.save_pretrained(path)
     learner = tokenizers.ByteLevelBPETokenizer()
-    learner.train_from_iterator([*demo_stories.stories(50), *TEXTS], ARGS.vocab_size, 1, False, ["<|endoftext|>"])
+    learner.train_from_iterator([*demo_stories.generate_stories(50), *TEXTS], ARGS.vocab_size, 1, False, ["<|endoftext|>"])
     learner.save_model(str(path))
     transformers.GPT2Tokenizer(str(path / "vocab.json"), str(path / "merges.txt")).save_pretrained(path)
     return path
@@ -58,7 +58,7 @@ def folder(theirs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> GPT2:
-    return checkpoint.build_model(formats.read(folder), own=False).eval()
+    return checkpoint.build_model(formats.read_model(folder), copy_weights=False).eval()
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def changed(folder: Path, **config) -> Path:
 # ---- the model ----------------------------------------------------------------------------------
 
 def test_logits_loss_and_gradients_equal_transformers(theirs, folder, tokens):
-    model = checkpoint.build_model(formats.read(folder))
+    model = checkpoint.build_model(formats.read_model(folder))
     assert model.args == ARGS and model.count_parameters() == theirs.num_parameters()
     logits, loss = model(tokens[:, :-1]), model(tokens[:, :-1], tokens[:, 1:])
     other = theirs(tokens[:, :-1]).logits
@@ -122,7 +122,7 @@ def test_its_size_is_that_of_the_release():
 
 
 def test_bench_compares_it_with_one_of_its_size():
-    theirs = bench.transformers_model(ARGS, device.choose("cpu", "float32"))
+    theirs = bench.transformers_model(ARGS, device.choose_backend("cpu", "float32"))
     assert theirs.num_parameters() == GPT2(ARGS).count_parameters()
 
 
@@ -155,7 +155,7 @@ def test_more_tokens_than_positions_are_refused(model):
 def test_the_engine_computes_what_the_model_does(model):
     prompts = [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
     texts = [list(prompt) for prompt in prompts]
-    for step in build_engine(model).generate(prompts, 15, Sampling(seed=2)):
+    for step in build_engine(model).generate(prompts, 15, SamplingParams(seed=2)):
         for text, token, logits in zip(texts, step.tokens, step.logits):
             torch.testing.assert_close(logits, model(torch.tensor([text]))[0, -1], **CLOSE)
             text.append(token)
@@ -207,11 +207,11 @@ def test_ids_equal_transformers(folder, names):
         (copy / "tokenizer.json").unlink()
         for old, new in names.items():
             (copy / old).rename(copy / new)
-    vocabulary = checkpoint.build_tokenizer(formats.read(copy))
+    vocabulary = checkpoint.build_tokenizer(formats.read_model(copy))
     end = theirs.convert_tokens_to_ids("<|endoftext|>")
-    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.adds_bos) == (end, end, False)
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.add_bos) == (end, end, False)
     assert vocabulary.n_words == len(theirs) == ARGS.vocab_size
-    for text in [*TEXTS, *demo_stories.stories(5)]:
+    for text in [*TEXTS, *demo_stories.generate_stories(5)]:
         ids = vocabulary.encode(text)
         assert ids == theirs(text, split_special_tokens=True).input_ids and vocabulary.decode(ids) == text
 
@@ -221,7 +221,7 @@ def test_names_without_a_prefix_and_masks_are_read(theirs, folder, tokens):
     tensors = {name.removeprefix("transformer."): tensor.clone() for name, tensor in theirs.state_dict().items()}
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 24, 24), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     safetensors.save_file(tensors, copy / "model.safetensors")
-    model = checkpoint.build_model(formats.read(copy), own=False)
+    model = checkpoint.build_model(formats.read_model(copy), copy_weights=False)
     torch.testing.assert_close(model(tokens[:, :-1]), theirs(tokens[:, :-1]).logits, **CLOSE)
 
 
@@ -229,7 +229,7 @@ def test_names_without_a_prefix_and_masks_are_read(theirs, folder, tokens):
                                     {"n_inner": 50}, {"tie_word_embeddings": False}, {"scale_attn_weights": False}])
 def test_what_cannot_be_represented_is_refused_by_name(folder, config):
     with pytest.raises(UserError, match=" ".join(f"{name} {value!r}" for name, value in config.items())):
-        formats.read(changed(folder, **config))
+        formats.read_model(changed(folder, **config))
 
 
 def test_missing_tensors_are_listed(folder):
@@ -238,12 +238,12 @@ def test_missing_tensors_are_listed(folder):
     del tensors["transformer.h.1.mlp.c_fc.bias"], tensors["transformer.wpe.weight"]
     safetensors.save_file(tensors, copy / "model.safetensors")
     with pytest.raises(UserError, match="lacks 2 tensors: h.1.mlp.c_fc.bias, wpe.weight"):
-        formats.read(copy)
+        formats.read_model(copy)
 
 
 def test_it_is_converted_to_a_checkpoint_and_to_nothing_else(call, folder, tokens, model):
     call("convert", folder, "gpt2.pt")
-    again = checkpoint.build_model(formats.read("gpt2.pt"))
+    again = checkpoint.build_model(formats.read_model("gpt2.pt"))
     assert torch.equal(again(tokens[:, :-1]), model(tokens[:, :-1]))
     assert checkpoint.model_state(again)["architecture"] == "gpt2"
     with pytest.raises(UserError, match="is a GPT-2, which can be written as .pt alone, not as gguf"):
@@ -268,7 +268,7 @@ def released(folder, monkeypatch):
     threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}"
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"first": f"{url}/nowhere", "second": url})
-    monkeypatch.setattr(download, "PAUSES", ())
+    monkeypatch.setattr(download, "RETRY_DELAYS", ())
     yield asked
     http.shutdown()
     http.server_close()
@@ -281,21 +281,21 @@ def test_a_released_model_is_downloaded_once(released, capsys, call):
     assert "parameters" in capsys.readouterr().err
     before = len(released)
     Path("data/gpt2/config.json").unlink()
-    formats.read("gpt2")
+    formats.read_model("gpt2")
     assert [name for name, code in released[before:] if code == 200] == ["config.json"]
 
 
 def test_a_folder_of_that_name_goes_first(released, folder):
     shutil.copytree(folder, "gpt2")
-    formats.read("gpt2")
+    formats.read_model("gpt2")
     assert not released and not Path("data").exists()
 
 
 def test_offline_it_says_which_files_belong_where(monkeypatch):
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"gone": "http://127.0.0.1:9"})
-    monkeypatch.setattr(download, "PAUSES", ())
+    monkeypatch.setattr(download, "RETRY_DELAYS", ())
     with pytest.raises(UserError) as found:
-        formats.read("gpt2-medium")
+        formats.read_model("gpt2-medium")
     for part in (str(Path("data/gpt2-medium/config.json").resolve()), *gpt2_folder.FILES,
                  "http://127.0.0.1:9/openai-community/gpt2-medium/resolve/main/config.json"):
         assert part in str(found.value)
@@ -306,7 +306,7 @@ def test_offline_it_says_which_files_belong_where(monkeypatch):
 
 def test_it_learns_on_from_its_folder(call, folder, capsys):
     """Its vocabulary, whose bos is its eos, makes the shards; what train.py leaves is a GPT-2 again, and better."""
-    Path("texts.jsonl").write_text("\n".join(map(json.dumps, demo_stories.stories(100))), encoding="utf-8")
+    Path("texts.jsonl").write_text("\n".join(map(json.dumps, demo_stories.generate_stories(100))), encoding="utf-8")
     call("preprocess", "--tokenizer", folder, "--data", "texts.jsonl", "--num_workers", 1, "--verify")
     few = ("--device", "cpu", "--compile", "False", "--batch_size", 8, "--sample_tokens", 5)
     call("train", "--eval_only", "--init_from", folder, *few)

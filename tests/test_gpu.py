@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import train
 from model import ModelArgs, Transformer
 from tinyllm.engine import Engine
-from tinyllm.resume import ALONE
-from tinyllm.run import Run, State, make_optimizers
+from tinyllm.distributed import SINGLE_PROCESS
+from tinyllm.run import TrainRun, State, build_optimizers
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)
 GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix
@@ -18,14 +18,14 @@ def test_a_step_of_training_looks_at_no_number(prepared):  # noqa: F811
     """To look at one waits for all that the GPU was given to do; here it is an error, since there are no numbers."""
     plan = prepared("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
     with FakeTensorMode():
-        run = object.__new__(Run)
-        run.cfg, run.where, run.world, run.state = plan.cfg, plan.where, ALONE, State()
-        run.model = run.wrapped = Transformer(plan.model.args)
-        run.optimizers, run.scaler = make_optimizers(run), plan.where.scaler()
-        run.began, run.reserve = 0.0, 0.0
+        run = object.__new__(TrainRun)
+        run.cfg, run.backend, run.dist, run.state = plan.cfg, plan.backend, SINGLE_PROCESS, State()
+        run.model = run.ddp_model = Transformer(plan.model.args)
+        run.optimizers, run.scaler = build_optimizers(run), plan.backend.scaler()
+        run.start_time, run.eval_seconds = 0.0, 0.0
         x = torch.zeros(4, 32, dtype=torch.int64)
         for _ in range(2):                                  # the first one makes what optimizers remember
-            _, loss, norm = train.take_step(run, iter([(x, x)] * 2))
+            _, loss, norm = train.train_step(run, iter([(x, x)] * 2))
         with pytest.raises(DataDependentOutputException):
             (loss + norm).item()
 

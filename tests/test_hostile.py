@@ -91,7 +91,7 @@ def test_a_heading_that_is_a_bomb_is_not_read():
 
 
 def test_a_server_cannot_lead_to_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "PAUSES", ())
+    monkeypatch.setattr(download, "RETRY_DELAYS", ())
     secret = tmp_path / "secret"
     secret.write_bytes(b"\x1f\x8b")
 
@@ -107,7 +107,7 @@ def test_a_server_cannot_lead_to_files(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         for place in ("file", "ftp"):
             with pytest.raises(UserError, match="could not be downloaded"):
-                download.fetch({"mirror": f"http://127.0.0.1:{server.server_port}/{place}"}, Path("target"))
+                download.download_file({"mirror": f"http://127.0.0.1:{server.server_port}/{place}"}, Path("target"))
         server.shutdown()
     assert not Path("target").exists() and not Path("target.part").exists()
 
@@ -120,7 +120,7 @@ def test_json_bombs_end_in_an_error(content, monkeypatch):
     monkeypatch.setattr(corpus, "_RECORD", 1 << 22)
     Path("bomb.json.gz").write_bytes(gzip.compress(content, 1))
     with pytest.raises(UserError, match="bomb.json.gz: record 1"):
-        list(corpus.documents(Path("bomb.json.gz")))
+        list(corpus.read_documents(Path("bomb.json.gz")))
 
 
 def test_a_text_bomb_is_read_in_little_memory():
@@ -128,19 +128,19 @@ def test_a_text_bomb_is_read_in_little_memory():
         for _ in range(100):
             file.write(b"a" * 1_000_000)
     tracemalloc.start()
-    assert max(map(len, corpus.documents(Path("bomb.txt.gz")))) <= corpus.LONGEST
+    assert max(map(len, corpus.read_documents(Path("bomb.txt.gz")))) <= corpus.MAX_DOCUMENT_CHARS
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
 
 
 def test_a_packed_checkpoint_is_not_unpacked():
-    checkpoint.save("a.pt", {"model": {"w": torch.zeros(1_000_000)}, "model_args": {}, "iter_num": 0, "config": {}})
+    checkpoint.save_checkpoint("a.pt", {"model": {"w": torch.zeros(1_000_000)}, "model_args": {}, "iter_num": 0, "config": {}})
     with zipfile.ZipFile("a.pt") as plain, zipfile.ZipFile("b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
     assert Path("b.pt").stat().st_size < 100_000
     with pytest.raises(UserError, match="b.pt .* is damaged"):
-        checkpoint.load("b.pt")
+        checkpoint.load_checkpoint("b.pt")
 
 
 @pytest.mark.parametrize("change", [
@@ -157,9 +157,9 @@ def test_a_shape_takes_no_memory_before_it_is_known_to_fit(change):
 def test_one_number_cannot_pose_as_a_table():
     state = {"model": {"tok_embeddings.weight": torch.zeros(1).expand(10**9, 10**3)}, "model_args": {}, "iter_num": 0,
              "config": {}, "architecture": "llama"}
-    checkpoint.save("a.pt", state)
+    checkpoint.save_checkpoint("a.pt", state)
     with pytest.raises(UserError, match="tok_embeddings.weight is no array"):
-        checkpoint.load("a.pt")
+        checkpoint.load_checkpoint("a.pt")
 
 
 # ---- names --------------------------------------------------------------------------------------
@@ -173,14 +173,14 @@ def test_a_manifest_cannot_name_other_files(project, name):
     content["shards"][0]["file"] = name
     save_json(folder / "manifest.json", content)
     with pytest.raises(UserError, match="manifest.json is damaged.*\n.*preprocess.py"):
-        shards.read(folder)
+        shards.read_manifest(folder)
 
 
 # ---- the terminal -------------------------------------------------------------------------------
 
 def test_what_a_terminal_would_obey_is_escaped():
-    assert cli.printable(EVIL) == "\\x1b]0;owned\\x07\\x1b[2Jred\\x9b31m\\u202egnp"
-    assert cli.printable("tab\tline\nKätzchen \u732b \U0001f600") == "tab\tline\nKätzchen \u732b \U0001f600"
+    assert cli.escape_control_chars(EVIL) == "\\x1b]0;owned\\x07\\x1b[2Jred\\x9b31m\\u202egnp"
+    assert cli.escape_control_chars("tab\tline\nKätzchen \u732b \U0001f600") == "tab\tline\nKätzchen \u732b \U0001f600"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals in Python")
@@ -192,7 +192,7 @@ def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode, call, monk
              "tokenizer": learn(["a few words"], 300).model}
     with torch.no_grad():
         model.output.weight[3 + 0x1b] += model.norm.weight * 0 + 9      # it likes to write escapes
-    checkpoint.save("ckpt.pt", state)
+    checkpoint.save_checkpoint("ckpt.pt", state)
     Path("prompts.txt").write_text(EVIL, encoding="utf-8")
     command = ["sample", "--checkpoint", "ckpt.pt", "--max_new_tokens", "8", "--device", "cpu", *mode]
     ours, theirs = os.openpty()

@@ -245,7 +245,7 @@ def test_dropout_in_blocks_drops_weights_of_attention():
 
 @pytest.mark.parametrize("at_a_time", [1, 97 * 7, 1 << 20])
 def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
-    monkeypatch.setattr(model_module, "LOGITS_AT_A_TIME", (at_a_time, at_a_time))
+    monkeypatch.setattr(model_module, "MAX_LOGITS_PER_CHUNK", (at_a_time, at_a_time))
     torch.manual_seed(5)
     targets = torch.randint(-1, 97, (40,))
     one = [torch.randn(40, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from conftest import ROOT, TINY, assert_same
 from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
 
@@ -15,9 +15,9 @@ import train
 from model import ModelArgs
 from tinyllm import cli, distributed, resume
 from tinyllm.cli import UserError
-from tinyllm.dataset import IGNORE, Task
-from tinyllm.device import Device
-from tinyllm.distributed import World, check_restarts, joined
+from tinyllm.dataset import IGNORE_INDEX, Task
+from tinyllm.device import Backend
+from tinyllm.distributed import DistributedContext, check_restarts, distributed_context
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="PyTorch's torchrun does not start on Windows")
 
@@ -26,16 +26,17 @@ OPTIONS = [*TINY, "--gradient_accumulation_steps", "4", "--dtype", "float32", "-
 HIT = '''
 import os, sys
 sys.path.insert(0, {root!r})
-import settings, train
+import train
+from tinyllm import cli
 
-def hit(run, batches, step=train.take_step):
+def hit(run, batches, step=train.train_step):
     """Send process 1 a signal before its step, unless torchrun has started it again."""
-    if run.world.rank == 1 and run.state.iter_num == {at} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if run.dist.rank == 1 and run.state.iter_num == {at} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), {number})
     return step(run, batches)
 
-train.take_step = hit
-cli.run(train.main)
+train.train_step = hit
+cli.run_script(train.main)
 '''
 
 
@@ -101,10 +102,10 @@ def test_a_divided_model_takes_the_same_steps(go, project):  # noqa: F811
 
 
 def test_alone_there_is_no_group(go, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a group of one"))
-    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: pytest.fail("a message to nobody"))
+    monkeypatch.setattr(torch_dist, "init_process_group", lambda *_, **__: pytest.fail("a group of one"))
+    monkeypatch.setattr(torch_dist, "all_reduce", lambda *_, **__: pytest.fail("a message to nobody"))
     go("out", "--max_iters", 1)
-    assert not dist.is_initialized() and state("out")["iter_num"] == 1
+    assert not torch_dist.is_initialized() and state("out")["iter_num"] == 1
 
 
 @pytest.mark.parametrize("processes, batch_size, parts, use", [
@@ -114,8 +115,8 @@ def test_alone_there_is_no_group(go, monkeypatch):  # noqa: F811
     (6, 3, 4, "--gradient_accumulation_steps 6 --batch_size 2, which is the same step")])
 def test_a_step_that_cannot_be_divided_is_refused_with_one_that_can(project, processes, batch_size, parts, use):
     def prepare(*more):
-        cfg, given = cli.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, more)])
-        return resume.prepare(cfg, given, World(0, processes))
+        cfg, given = cli.parse_settings(vars(train), ["--data_dir", str(project), *TINY, *map(str, more)])
+        return resume.plan_run(cfg, given, DistributedContext(0, processes))
     refused = ["--batch_size", batch_size, "--gradient_accumulation_steps", parts]
     with pytest.raises(UserError, match=f"{parts} cannot be divided among {processes} processes\n.*{use}"):
         prepare(*refused)
@@ -123,35 +124,35 @@ def test_a_step_that_cannot_be_divided_is_refused_with_one_that_can(project, pro
 
 
 def test_processes_share_an_evaluation(project):
-    data = resume.find_data(SimpleNamespace(data_dir=str(project), vocab_size=0), None)[0]
-    whole = list(Task.iter_once(data, "val", 3, 32))
-    parts = [list(Task.iter_once(data, "val", 3, 32, rank=rank, world_size=4)) for rank in range(4)]
+    data = resume.load_data(SimpleNamespace(data_dir=str(project), vocab_size=0), None)[0]
+    whole = list(Task.iter_split(data, "val", 3, 32))
+    parts = [list(Task.iter_split(data, "val", 3, 32, rank=rank, world_size=4)) for rank in range(4)]
     for number, (x, y) in enumerate(whole):
         assert_same([x, y], list(parts[number % 4][number // 4]))
     assert {len(part) for part in parts} == {-(-len(whole) // 4)} and len(whole) % 4 == 2
     for x, y in [parts[2][-1], parts[3][-1]]:
-        assert x.shape == (1, 32) and (x >= 0).all() and (y == IGNORE).all()
+        assert x.shape == (1, 32) and (x >= 0).all() and (y == IGNORE_INDEX).all()
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda kind: 2)
-    assert [World(rank, 2, rank).device("auto") for rank in (0, 1)] == ["cuda:0", "cuda:1"]
-    assert World(5, 8, 1).device("cuda") == "cuda:1" and World().device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(distributed, "device_count", lambda kind: 2)
+    assert [DistributedContext(rank, 2, rank).device("auto") for rank in (0, 1)] == ["cuda:0", "cuda:1"]
+    assert DistributedContext(5, 8, 1).device("cuda") == "cuda:1" and DistributedContext().device("cuda:1") == "cuda:1"
     for name, rank in (("auto", 2), ("cuda:1", 1)):
         with pytest.raises(UserError, match="for 3 processes, this machine has 2 GPUs\n.*nproc_per_node=2"):
-            World(rank, 3, rank).device(name)
-    monkeypatch.setattr(distributed, "count", lambda kind: 0)
-    assert World(1, 2, 1).device("auto") == "auto"        # which then says why it is the CPU
+            DistributedContext(rank, 3, rank).device(name)
+    monkeypatch.setattr(distributed, "device_count", lambda kind: 0)
+    assert DistributedContext(1, 2, 1).device("auto") == "auto"        # which then says why it is the CPU
 
 
 def test_random_numbers_are_those_of_a_step_and_a_process():
     def numbers(seed, step, rank):
-        World(rank, 2).seed(seed, step)
+        DistributedContext(rank, 2).seed(seed, step)
         return torch.rand(4)
     assert torch.equal(numbers(1, 2, 0), numbers(1, 2, 0))
     others = [numbers(1, 2, 1), numbers(1, 3, 0), numbers(2, 2, 0)]
     assert not any(torch.equal(numbers(1, 2, 0), other) for other in others)
-    assert World().seed(1, 2) is None and not torch.equal(torch.rand(4), numbers(1, 2, 0))
+    assert DistributedContext().seed(1, 2) is None and not torch.equal(torch.rand(4), numbers(1, 2, 0))
 
 
 def test_restarts_on_several_machines_need_a_new_store(monkeypatch):
@@ -161,40 +162,40 @@ def test_restarts_on_several_machines_need_a_new_store(monkeypatch):
     for rank, error, says in ((0, UserError, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun"), (1, SystemExit, "^1$")):
         monkeypatch.setenv("RANK", str(rank))
         with pytest.raises(error, match=says):
-            with joined():
+            with distributed_context():
                 pass
     for name, value in [("GROUP_WORLD_SIZE", "1"), ("TORCHELASTIC_MAX_RESTARTS", "0"),
                         ("TORCHELASTIC_USE_AGENT_STORE", "False")]:
         with monkeypatch.context() as other:
             other.setenv(name, value)
-            check_restarts(World(0, 2))
+            check_restarts(DistributedContext(0, 2))
 
 
-class Second(World):
+class Second(DistributedContext):
     """Process 1 of two, that hears what the first one said."""
     said: list[float] = []
 
-    def first_says(self, value):
+    def broadcast_from_main(self, value):
         return self.said.pop(0)
 
 
 def test_processes_with_other_settings_or_files_are_refused():
-    def planned(world, rate=0.1, device="cpu", text="a", weight=1.0, dtype=torch.bfloat16):
+    def planned(dist, rate=0.1, device="cpu", text="a", weight=1.0, dtype=torch.bfloat16):
         cfg = SimpleNamespace(learning_rate=rate, device=device, out_dir="output")
         saved = {"model": {"w": torch.full((3,), weight, dtype=torch.bfloat16)}, "optimizer": [{"m": torch.ones(2)}]}
-        where = Device(torch.device(device), dtype, "for a test")
-        return resume.Plan(cfg, where, SimpleNamespace(sha256=text), None, None, saved, True, world)
-    first, said = SimpleNamespace(size=2, rank=0, first_says=lambda value: said.append(value) or value), []
-    train.require_same(planned(first))
+        where = Backend(torch.device(device), dtype, "for a test")
+        return resume.RunPlan(cfg, where, SimpleNamespace(sha256=text), None, None, saved, True, dist)
+    first, said = SimpleNamespace(size=2, rank=0, broadcast_from_main=lambda value: said.append(value) or value), []
+    train.check_ranks_agree(planned(first))
     for change, what in [({"device": "cuda"}, None), ({"rate": 0.2}, "other settings"), ({"text": "b"}, "other text"),
                          ({"weight": 1.5}, "another checkpoint"), ({"dtype": torch.float16}, "another dtype")]:
         second = Second(1, 2)
         second.said[:] = said
         if what is None:
-            train.require_same(planned(second, **change))
+            train.check_ranks_agree(planned(second, **change))
         else:
             with pytest.raises(UserError, match=f"^process 1 has {what} than process 0"):
-                train.require_same(planned(second, **change))
+                train.check_ranks_agree(planned(second, **change))
 
 
 def test_scratch_is_for_the_first_time_only(go, monkeypatch):  # noqa: F811
@@ -210,7 +211,7 @@ def test_scratch_is_for_the_first_time_only(go, monkeypatch):  # noqa: F811
 
 def test_what_writes_with_a_divided_model():
     def command(shard, **shape):
-        run = SimpleNamespace(divided=shard, world=World(0, 2), model=SimpleNamespace(args=ModelArgs(**shape)))
-        return train.writer(run)
+        run = SimpleNamespace(divided=shard, dist=DistributedContext(0, 2), model=SimpleNamespace(args=ModelArgs(**shape)))
+        return train.sample_launcher(run)
     assert command(True, n_kv_heads=2, n_heads=6) == "torchrun --nproc_per_node=2"
     assert command(True) == command(False, n_kv_heads=2, n_heads=6) == "python"      # 3 kv heads for two

@@ -16,15 +16,15 @@ from conftest import ROOT, learn, quickly, random_model
 import sample
 from extras import tensor_parallel
 from extras.gpt2 import GPT2Args
-from extras.tensor_parallel import Team
+from extras.tensor_parallel import TensorParallelGroup
 from model import Transformer
 from sample import TextGenerator
 from tinyllm import checkpoint, distributed
 from tinyllm.cli import UserError
-from tinyllm.device import Device, _has_fbgemm
-from tinyllm.distributed import World
+from tinyllm.device import Backend, _has_fbgemm
+from tinyllm.distributed import DistributedContext
 from tinyllm.engine import Engine
-from tinyllm.sampling import Sampling
+from tinyllm.sampling import SamplingParams
 
 PROMPTS = [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def make(**shape) -> Transformer:
 
 def save(path: Path, **shape) -> Path:
     vocabulary = learn(["One day, a dog met a cat."] * 3, 299)
-    checkpoint.save(path, {**checkpoint.model_state(make(**shape)), "iter_num": 0, "config": {},
+    checkpoint.save_checkpoint(path, {**checkpoint.model_state(make(**shape)), "iter_num": 0, "config": {},
                            "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256})
     return path
 
@@ -93,9 +93,9 @@ def test_what_cannot_be_divided_is_refused_once(tmp_path):
 
 def test_what_does_not_go_with_several_processes(trained):
     with pytest.raises(UserError, match="nproc_per_node=1 or 2 or 4$"):
-        tensor_parallel.check(make().args, World(0, 3))
+        tensor_parallel.check_divisible(make().args, DistributedContext(0, 3))
     with pytest.raises(UserError, match="GPT-2"):
-        tensor_parallel.check(GPT2Args(), World(0, 2))
+        tensor_parallel.check_divisible(GPT2Args(), DistributedContext(0, 2))
     with pytest.raises(UserError, match="--compile is for one process"):
         TextGenerator(trained, compile=True, device="cpu", team=object())
 
@@ -142,15 +142,15 @@ def _one_of_them(rank, count, port, pipe, work, *args):
 
 def logits_of(engine: Engine) -> list:
     """Of texts that are written, of a text that is read; as lists, since tensors in pipes need more."""
-    written = [step.logits for step in engine.generate(PROMPTS, LENGTH, Sampling(seed=2))]
-    next(engine.generate(PROMPTS, LENGTH, Sampling(seed=2)))            # given up after a token
+    written = [step.logits for step in engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2))]
+    next(engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2)))            # given up after a token
     return [torch.stack(written).tolist(), torch.cat(list(engine.read(list(range(1, 60))))).tolist()]
 
 
 def divided_logits(dtype: torch.dtype, quantize: str) -> list:
-    with distributed.joined() as world:
-        engine, found = Team(world).engine(make(), Device(CPU, dtype, ""), quantize), []
-        engine.work(lambda: found.extend(logits_of(engine)))
+    with distributed.distributed_context() as dist:
+        engine, found = TensorParallelGroup(dist).engine(make(), Backend(CPU, dtype, ""), quantize), []
+        engine.run(lambda: found.extend(logits_of(engine)))
     return found
 
 
@@ -196,13 +196,13 @@ def test_mistakes_are_said_by_the_first_process(trained):
 
 
 def fails_while_writing() -> str:
-    with distributed.joined() as world:
-        engine = Team(world).engine(make(), Device(CPU, torch.float32, ""), "")
+    with distributed.distributed_context() as dist:
+        engine = TensorParallelGroup(dist).engine(make(), Backend(CPU, torch.float32, ""), "")
 
         def lead():
             for step in (steps := engine.generate(PROMPTS, 1000)):
                 raise UserError(f"{steps.__name__} {len(step.tokens)}")
-        engine.work(lead)
+        engine.run(lead)
     return "fine"
 
 
@@ -211,11 +211,11 @@ def test_an_error_of_the_first_process_lets_the_others_end():
 
 
 def dies_while_writing() -> None:
-    with distributed.joined() as world:
-        engine = Team(world).engine(make(), Device(CPU, torch.float32, ""), "")
-        if world.rank == 1:
+    with distributed.distributed_context() as dist:
+        engine = TensorParallelGroup(dist).engine(make(), Backend(CPU, torch.float32, ""), "")
+        if dist.rank == 1:
             engine._choose = lambda *how: os._exit(1)
-        engine.work(lambda: list(engine.generate(PROMPTS, 1000)))
+        engine.run(lambda: list(engine.generate(PROMPTS, 1000)))
 
 
 def test_the_death_of_a_process_ends_the_others():

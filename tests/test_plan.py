@@ -14,7 +14,7 @@ from extras.gpt2 import GPT2, GPT2Args
 from model import ModelArgs, Transformer
 from tinyllm import estimate, resume
 from tinyllm.cli import UserError
-from tinyllm.run import Run, State
+from tinyllm.run import TrainRun, State
 
 
 def test_all_problems_are_reported_at_once(go):  # noqa: F811
@@ -42,7 +42,7 @@ def test_trying_out_leaves_no_trace(prepared):  # noqa: F811
     run = prepared("--dropout", 0.5)
     weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     random = torch.get_rng_state()
-    seconds, kept = estimate.try_out(run), estimate.count_activations(run)
+    seconds, kept = estimate.time_micro_batch(run), estimate.count_activations(run)
     assert seconds > 0 and 1e5 < kept < 1e8 and torch.equal(torch.get_rng_state(), random)
     assert all(weight.grad is None for weight in run.model.parameters())
     assert_same(weights, dict(run.model.state_dict()))
@@ -59,7 +59,7 @@ def test_what_was_counted_is_set_free(prepared):  # noqa: F811
 def test_windows_are_counted_without_computing_all_of_them(prepared):  # noqa: F811
     count = {size: estimate.count_activations(prepared("--batch_size", size)) for size in (1, 3, 10**6)}
     run = prepared("--batch_size", 3)
-    assert count[3] == pytest.approx(estimate._kept_by(run, 3)) and count[10**6] > 10**5 * count[1]
+    assert count[3] == pytest.approx(estimate._measure_activations(run, 3)) and count[10**6] > 10**5 * count[1]
 
 
 @pytest.mark.parametrize("done, max_minutes, seconds, steps", [
@@ -69,14 +69,14 @@ def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, st
     """A step takes 0.1 s, an evaluation 2 s; there are 1000 steps, with an evaluation each 300 and at the end."""
     run = SimpleNamespace(cfg=SimpleNamespace(max_iters=1000, eval_interval=300, max_minutes=max_minutes),
                           state=State(iter_num=done), reserve=2.0, seconds=lambda: 5.0)
-    assert Run.seconds_left(run, 0.1) == pytest.approx(seconds) and Run.steps_left(run, 0.1) == steps
+    assert TrainRun.seconds_left(run, 0.1) == pytest.approx(seconds) and TrainRun.steps_left(run, 0.1) == steps
 
 
 def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F811
     """Not as many windows: these begin at documents, and short ones are in several."""
     run = prepared("--max_iters", 500)
-    estimate.print_length(run, 0.1)
-    read = 500 * run.tokens_per_step / run.data.count("train", "tokens")
+    estimate.print_duration_estimate(run, 0.1)
+    read = 500 * run.tokens_per_step / run.data.total("train", "tokens")
     assert f" 500 steps, {read:.1f} epochs" in capsys.readouterr().out
 
 
@@ -86,11 +86,11 @@ def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F81
     (["--max_iters", 3, "--warmup_iters", 2], "--warmup_iters 0 would leave room")])
 def test_what_will_go_wrong_is_said(prepared, monkeypatch, capsys, args, note):  # noqa: F811
     """When a micro-batch takes 5 seconds."""
-    monkeypatch.setattr(estimate, "try_out", lambda run: 5.0)
-    estimate.print_plan(prepared("--eval_interval", 1000, *args))
+    monkeypatch.setattr(estimate, "time_micro_batch", lambda run: 5.0)
+    estimate.print_run_summary(prepared("--eval_interval", 1000, *args))
     notes = capsys.readouterr().out.split("\nnote: ")[1:]
     assert any(note in text for text in notes)
-    estimate.print_plan(prepared("--max_iters", 3, "--warmup_iters", 0))
+    estimate.print_run_summary(prepared("--max_iters", 3, "--warmup_iters", 0))
     assert "note: " not in capsys.readouterr().out
 
 
@@ -103,10 +103,10 @@ def test_a_compiler_that_fails_is_told_with_its_mending(go, monkeypatch, capsys,
     """The last one as in Windows in Chinese, where an import fails."""
     def fails(run):
         raise error
-    monkeypatch.setattr(Run, "compile", fails)
+    monkeypatch.setattr(TrainRun, "compile", fails)
     with pytest.raises(UserError, match=f"compiling failed: .*{says}.*\n.*{use}"):
         go("out", "--max_iters", 1, "--compile", "True")
-    monkeypatch.setattr(estimate, "choose_compile", lambda run, seconds: (True, "it pays"))
+    monkeypatch.setattr(estimate, "should_compile", lambda run, seconds: (True, "it pays"))
     try:
         go("auto", "--max_iters", 1, "--compile", "auto")
     finally:
@@ -121,8 +121,8 @@ def test_a_compiler_that_fails_is_told_with_its_mending(go, monkeypatch, capsys,
     ("cuda", False, True, (7, 0), ""), ("cuda", True, False, (9, 0), "triton"),
     ("cuda", True, True, (6, 1), "too old")])
 def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, capability, why):
-    monkeypatch.setattr(estimate.devices, "no_compiler", lambda: "" if compiler else "there is no C++ compiler")
-    monkeypatch.setattr(estimate.devices, "no_headers", lambda: "")
+    monkeypatch.setattr(estimate.devices, "why_no_compiler", lambda: "" if compiler else "there is no C++ compiler")
+    monkeypatch.setattr(estimate.devices, "why_no_headers", lambda: "")
     monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = estimate.cannot_compile(torch.device(device))

@@ -14,16 +14,16 @@ def test_an_average_over_neighbours():
 
 
 def test_counts_are_short():
-    assert [plots.short(count) for count in (0, 950, 1500, 2e6, 3.25e9)] == ["0", "950", "1.5k", "2M", "3.25G"]
+    assert [plots.format_si(count) for count in (0, 950, 1500, 2e6, 3.25e9)] == ["0", "950", "1.5k", "2M", "3.25G"]
 
 
 def test_the_picture_of_a_run(project, monkeypatch):
     """Train and val against tokens and against minutes, and a star where val is lowest."""
     pytest.importorskip("matplotlib")
-    from tinyllm.run import Run
+    from tinyllm.run import TrainRun
     drawn, losses = [], iter([3.0, 2.0, 2.5])
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
-    monkeypatch.setattr(Run, "evaluate", lambda _: dict(val_loss=(y := next(losses)), perplexity=1, bpb=y / 2))
+    monkeypatch.setattr(TrainRun, "evaluate", lambda _: dict(val_loss=(y := next(losses)), perplexity=1, bpb=y / 2))
     done = quickly("train", "--data_dir", project, "--preset", "cpu_3min", *TINY, "--eval_interval", 2,
                    "--max_iters", 6)
     assert done.returncode == 0 and [str(path) for _, path in drawn] == ["output/loss.png"] * 3

@@ -22,7 +22,7 @@ from tinyllm.cli import UserError
 from tinyllm.files import save_json, sha256
 from tokenizer import Tokenizer
 
-STORIES = list(demo_stories.stories(200))
+STORIES = list(demo_stories.generate_stories(200))
 
 
 @pytest.fixture
@@ -40,18 +40,18 @@ def texts(tmp_path, call, monkeypatch) -> Path:
             records = json.dumps([{"text": text} for text in part])
             (folder / f"{'ab'[i // 50]}.json").write_text(records, encoding="utf-8")
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
-    monkeypatch.setattr(workers, "cores", lambda: 1)    # processes take time; tests that need them ask for them
+    monkeypatch.setattr(workers, "available_cores", lambda: 1)    # processes take time; tests that need them ask for them
     call("train_vocab", "--data", folder, "--vocab_size", 400)
     return folder
 
 
 def load() -> tuple[shards.ShardSet, Tokenizer]:
     vocabulary = Tokenizer("data/tok400.model")
-    return shards.load(Path("data/tok400"), vocabulary.sha256), vocabulary
+    return shards.load_shards(Path("data/tok400"), vocabulary.sha256), vocabulary
 
 
 def decoded(found, vocabulary, split) -> list[str]:
-    ids = np.concatenate([found.open(shard) for shard in found.of(split)])
+    ids = np.concatenate([found.memmap(shard) for shard in found.shards_of(split)])
     starts = [*np.flatnonzero(ids == vocabulary.bos_id), len(ids)]
     documents = [ids[a:b] for a, b in zip(starts, starts[1:])]
     assert all(document[-1] == vocabulary.eos_id for document in documents)
@@ -66,22 +66,22 @@ def test_the_shards_hold_every_document_in_order(texts, call):
     call("preprocess")
     found, vocabulary = load()
     threshold = json.loads(Path("data/tok400.json").read_text(encoding="utf-8"))["val_threshold"]
-    want = {split: [t for t in STORIES if (corpus.fingerprint(t.encode()) <= threshold) == (split == "val")]
+    want = {split: [t for t in STORIES if (corpus.document_hash(t.encode()) <= threshold) == (split == "val")]
             for split in ("train", "val")}
     for split in ("train", "val"):
         assert decoded(found, vocabulary, split) == want[split] and want[split]
-        assert found.count(split, "documents") == len(want[split])
-        assert found.count(split, "bytes") == sum(len(text.encode()) for text in want[split])
-    assert [shard.file for shard in found.of("train")] == [f"train_{i:04d}.bin" for i in range(4)]
-    assert [source.name for shard in found.of("train") for source in shard.sources] == \
+        assert found.total(split, "documents") == len(want[split])
+        assert found.total(split, "bytes") == sum(len(text.encode()) for text in want[split])
+    assert [shard.file for shard in found.shards_of("train")] == [f"train_{i:04d}.bin" for i in range(4)]
+    assert [source.name for shard in found.shards_of("train") for source in shard.sources] == \
         ["a.json", "b.json", "c.txt", "d.jsonl.gz"]
 
 
 def test_validation_text_never_reaches_the_vocabulary(texts, call, monkeypatch):
     import tokenizer
     seen = {}
-    train = tokenizer.train
-    monkeypatch.setattr(tokenizer, "train", lambda counts, size: seen.update(counts) or train(counts, size))
+    train = tokenizer.train_tokenizer
+    monkeypatch.setattr(tokenizer, "train_tokenizer", lambda counts, size: seen.update(counts) or train(counts, size))
     call("train_vocab", "--data", texts, "--vocab_size", 400)
     call("preprocess")
     assert seen == count_words(decoded(*load(), "train")) != count_words(STORIES)
@@ -98,13 +98,13 @@ def test_the_number_of_workers_changes_nothing(texts, call):
 
 
 def test_the_words_that_are_left_out_do_not_depend_on_who_is_first(texts, monkeypatch):
-    monkeypatch.setattr(words, "MOST_MEMORY", 100_000)
+    monkeypatch.setattr(words, "MAX_COUNT_BYTES", 100_000)
     jobs = [train_vocab.Job(i, [path], 0) for i, path in enumerate(corpus.find_files(texts))]
     one, _ = train_vocab.count_words(jobs, 1, 0)
-    run = workers.run
-    monkeypatch.setattr(workers, "run", lambda *args: reversed(list(run(*args))))
+    run = workers.run_jobs
+    monkeypatch.setattr(workers, "run_jobs", lambda *args: reversed(list(run(*args))))
     other, _ = train_vocab.count_words(jobs, 1, 0)
-    assert one.words.counts == other.words.counts and one.words.left_out == other.words.left_out > 0
+    assert one.words.counts == other.words.counts and one.words.n_pruned == other.words.n_pruned > 0
     assert (one.documents, one.bytes) == (other.documents, other.bytes) == (200, sum(len(s.encode()) for s in STORIES))
 
 
@@ -127,8 +127,8 @@ def test_a_second_run_does_what_is_missing_or_changed(texts, call, monkeypatch, 
     else:
         Path("data/tok400/val_0001.bin").unlink()
     done = []
-    run = workers.run
-    monkeypatch.setattr(workers, "run", lambda function, jobs, *args: done.extend(
+    run = workers.run_jobs
+    monkeypatch.setattr(workers, "run_jobs", lambda function, jobs, *args: done.extend(
         jobs if function is preprocess.write_shards else []) or run(function, jobs, *args))
     call("preprocess", "--verify")
     assert [job.index for job in done] == [1]
@@ -209,11 +209,11 @@ def test_files_in_another_encoding_are_the_same_text(call, tmp_path, name):
         (folder / name).write_bytes(gzip.compress(written) if name.endswith("gz") else written)
         call("train_vocab", "--data", folder, "--vocab_size", 300, "--encoding", "gb18030")
         call("preprocess", "--verify")
-        shard_set = shards.read(Path("data/tok300"))
+        shard_set = shards.read_manifest(Path("data/tok300"))
         found.append((Path("data/tok300.model").read_bytes(), [shard.sha256 for shard in shard_set.shards]))
     assert found[0] == found[1]
     call("preprocess", "--encoding", "big5")
-    assert [shard.sha256 for shard in shards.read(Path("data/tok300")).shards] != found[0][1]
+    assert [shard.sha256 for shard in shards.read_manifest(Path("data/tok300")).shards] != found[0][1]
 
 
 def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, call):
@@ -239,7 +239,7 @@ def test_verify_finds_a_wrong_shard(texts, call, capsys):
     ids[-2] -= 1
     ids.tofile(path)
     manifest = Path("data/tok400/manifest.json")
-    found = shards.read(manifest.parent)
+    found = shards.read_manifest(manifest.parent)
     found.shards = [replace(shard, sha256=sha256(path)) if shard.file == path.name else shard for shard in found.shards]
     found.save()                    # else the shard would be made again
     with pytest.raises(UserError, match="train_0000.bin: the ids from [0-9,]+ on"):
@@ -249,7 +249,7 @@ def test_verify_finds_a_wrong_shard(texts, call, capsys):
 def test_verify_finds_ids_that_are_of_no_document(texts, call):
     call("preprocess")
     path, folder = Path("data/tok400/train_0000.bin"), Path("data/tok400")
-    found = shards.read(folder)
+    found = shards.read_manifest(folder)
     path.write_bytes(path.read_bytes() + bytes([5, 1] * 30))
     found.shards = [replace(shard, sha256=sha256(path), tokens=shard.tokens + 30) if shard.file == path.name else shard
                     for shard in found.shards]
@@ -261,11 +261,11 @@ def test_verify_finds_ids_that_are_of_no_document(texts, call):
 def test_what_is_held_out_of_step_1_is_bounded(call, capsys, monkeypatch):
     """When text repeats itself, nearly all of it may be for validation."""
     texts = ["the same story", "another one"]
-    often = min(texts, key=lambda text: corpus.fingerprint(text.encode()))
+    often = min(texts, key=lambda text: corpus.document_hash(text.encode()))
     Path("a.jsonl").write_text("".join(f'"{text}"\n' for text in texts + 500 * [often]), encoding="utf-8")
     monkeypatch.setattr(corpus, "VAL_BYTES", 1000)
     held = []
-    monkeypatch.setattr(train_vocab, "check_round_trip", lambda vocabulary, found: held.extend(found.held_out))
+    monkeypatch.setattr(train_vocab, "check_round_trip", lambda vocabulary, found: held.extend(found.val_sample))
     call("train_vocab", "--data", "a.jsonl", "--vocab_size", 300)
     assert set(held) == {often.encode()} and 1000 <= sum(map(len, held)) < 1000 + len(often)
     assert "note: 501 documents are for validation, and only 1 to learn from" in capsys.readouterr().out
@@ -325,7 +325,7 @@ def test_a_vocabulary_from_elsewhere(texts, call):
     Path("data/tok400.json").unlink()
     call("preprocess", "--tokenizer", "theirs.model", "--data", texts, "--verify")
     found, vocabulary = load()
-    assert vocabulary.sha256 == Tokenizer("theirs.model").sha256 and found.count("train", "documents") > 150
+    assert vocabulary.sha256 == Tokenizer("theirs.model").sha256 and found.total("train", "documents") > 150
     made = contents()
     shutil.rmtree("data/tok400")
     call("preprocess")                          # it knows its text by now
@@ -345,7 +345,7 @@ def test_what_is_next_depends_on_whether_there_were_weights_too(texts, bytewise,
 
 
 def test_large_vocabularies_get_32_bits(tmp_path):
-    assert shards.dtype(65_536) == np.dtype("<u2") and shards.dtype(65_537) == np.dtype("<u4")
+    assert shards.token_dtype(65_536) == np.dtype("<u2") and shards.token_dtype(65_537) == np.dtype("<u4")
 
 
 def unsealed(content: bytes) -> dict:
@@ -395,7 +395,7 @@ def test_damaged_notes_of_step_1_are_refused(texts, call):
 def test_a_split_without_documents_is_said(texts, call):
     (texts / "keep.json").write_text("[]", encoding="utf-8")
     threshold = json.loads(Path("data/tok400.json").read_text(encoding="utf-8"))["val_threshold"]
-    train_only = list(islice((t for t in STORIES if corpus.fingerprint(t.encode()) > threshold), 20))
+    train_only = list(islice((t for t in STORIES if corpus.document_hash(t.encode()) > threshold), 20))
     for path in texts.iterdir():
         path.unlink()
     (texts / "a.json").write_text(json.dumps(train_only), encoding="utf-8")
@@ -429,4 +429,4 @@ def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
     process.wait()
     result = script("preprocess", "--data", texts)
     assert result.returncode == 0, result.stderr
-    assert load()[0].count("train", "documents") + load()[0].count("val", "documents") == len(STORIES) * 100
+    assert load()[0].total("train", "documents") + load()[0].total("val", "documents") == len(STORIES) * 100

@@ -12,7 +12,7 @@ KNOWN = {name: preset.settings for name, preset in PRESETS.items()}
 
 
 def read(*argv):
-    return cli.read(vars(importlib.import_module("train")), argv, presets=KNOWN)
+    return cli.parse_settings(vars(importlib.import_module("train")), argv, presets=KNOWN)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -34,13 +34,13 @@ def test_an_unknown_preset_is_refused_with_the_list():
 
 def test_what_to_expect_is_read_off_the_curve(monkeypatch):
     monkeypatch.setitem(PRESETS, "mine", Preset("", 512, {}, ((1.0, 2.0, "a"), (3.0, 1.0, "b"))))
-    assert [presets.expected("mine", minutes) for minutes in (0.5, 1, 2, 3, 9)] == [None, 2.0, 1.5, 1.0, 1.0]
-    assert presets.expected("", 2) is None
+    assert [presets.expected_bpb("mine", minutes) for minutes in (0.5, 1, 2, 3, 9)] == [None, 2.0, 1.5, 1.0, 1.0]
+    assert presets.expected_bpb("", 2) is None
 
 
 def test_help_lists_them(capsys):
     with pytest.raises(SystemExit):
-        cli.read(vars(importlib.import_module("train")), ["--help"], presets=KNOWN, epilog=presets.table())
+        cli.parse_settings(vars(importlib.import_module("train")), ["--help"], presets=KNOWN, epilog=presets.presets_table())
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in PRESETS) and "--dim 128 --n_layers 4" in shown
 

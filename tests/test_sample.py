@@ -16,7 +16,7 @@ from sample import Completion, TextGenerator
 from tinyllm import checkpoint, shards
 from tinyllm.cli import UserError
 from tinyllm.engine import Step
-from tinyllm.files import locked_file
+from tinyllm.files import file_lock
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_stream_is_the_sample_in_whole_characters(bytewise):
     generator = TextGenerator(bytewise)
     want = generator.sample("你好", 3, 120, 1.5, top_k=0)
     done = [Completion("你好") for _ in range(3)]
-    pieces = list(generator.grow(done, 120, 1.5, top_k=0))
+    pieces = list(generator.generate(done, 120, 1.5, top_k=0))
     for row in range(3):
         mine = [piece for number, piece in pieces if number == row]
         assert "你好" + "".join(mine) == want[row] and all(mine) and "".join(mine) == done[row].text
@@ -105,7 +105,7 @@ def test_completions_tell_what_happened(trained):
     generator = TextGenerator(trained, dtype="float32")
     prompts = ["Once upon a time", "", "The dog and the cat went out to play. They"]
     done = generator.completions(prompts, 12, temperature=1.0)
-    model = checkpoint.build_model(checkpoint.load(trained))
+    model = checkpoint.build_model(checkpoint.load_checkpoint(trained))
     for one, prompt in zip(done, prompts, strict=True):
         head = generator.tokenizer.encode(prompt, bos=True)
         assert one.prompt == prompt and (one.stop_reason == "length") == (len(one.tokens) == 12)
@@ -119,12 +119,12 @@ def test_completions_tell_what_happened(trained):
 
 def test_a_text_is_scored_as_an_evaluation_scores_it(trained, project):
     """Over the whole val split, by documents."""
-    state = checkpoint.load(trained)
+    state = checkpoint.load_checkpoint(trained)
     vocabulary = checkpoint.build_tokenizer(state)
-    data = shards.load(project / "tok512", vocabulary.sha256)
+    data = shards.load_shards(project / "tok512", vocabulary.sha256)
     generator, nats, tokens = TextGenerator(trained, dtype="float32"), 0.0, 0
-    for shard in data.of("val"):
-        ids = data.open(shard).tolist()
+    for shard in data.shards_of("val"):
+        ids = data.memmap(shard).tolist()
         begins = [at for at, id in enumerate(ids) if id == vocabulary.bos_id]
         for begin, end in zip(begins, [*begins[1:], len(ids)]):
             found = generator.read(ids[begin:end])
@@ -200,7 +200,7 @@ def test_prompts_from_a_file(trained):
         assert quickly(*command).returncode == 0 and Path("out.jsonl").read_bytes() == whole
     shown = quickly(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
     assert shown == [record["prompt"] + record["text"] for record in records]
-    with locked_file(Path("out.jsonl")):
+    with file_lock(Path("out.jsonl")):
         assert_user_error(quickly(*command), "another process is writing to", "out.jsonl")
     Path("prompts.txt").write_text("Another\n", encoding="utf-8")
     assert_user_error(quickly(*command), "out.jsonl", "other prompts")

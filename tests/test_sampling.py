@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinyllm import sampling as sampling
-from tinyllm.sampling import Sampling, choose
+from tinyllm.sampling import SamplingParams, sample_token
 
 
 def draw(logits, count, seen=(), **options):
@@ -13,7 +13,7 @@ def draw(logits, count, seen=(), **options):
     noise = torch.empty(count, options.get("top_k") or len(logits)).exponential_(
         generator=torch.Generator().manual_seed(5))[:, :len(logits)]
     was = torch.tensor([token in seen for token in range(len(logits))]).expand(count, -1)
-    return choose(torch.tensor(logits).expand(count, -1), Sampling(**options), noise, was if seen else None).tolist()
+    return sample_token(torch.tensor(logits).expand(count, -1), SamplingParams(**options), noise, was if seen else None).tolist()
 
 
 def test_draws_follow_the_distribution():
@@ -62,13 +62,13 @@ def test_repetition_makes_old_tokens_less_likely():
 def test_filters_apply_to_each_row_by_itself():
     logits = torch.tensor([[5.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]).repeat(500, 1)
     noise = torch.empty(1000, 4).exponential_(generator=torch.Generator().manual_seed(5))
-    found = choose(logits, Sampling(top_p=0.9), noise)
+    found = sample_token(logits, SamplingParams(top_p=0.9), noise)
     assert set(found[::2].tolist()) == {0} and set(found[1::2].tolist()) == {0, 1, 2, 3}
 
 
 def test_noise_is_exponentially_distributed():
     """Kolmogorov-Smirnov over 16,000 numbers; the 99.99 % point is 2.23 / sqrt(n)."""
-    noise = torch.stack([row for row, _ in zip(sampling.draws(Sampling(), [0], 100, torch.device("cpu")), range(160))])
+    noise = torch.stack([row for row, _ in zip(sampling.exponential_noise(SamplingParams(), [0], 100, torch.device("cpu")), range(160))])
     found = noise.flatten().sort().values
     assert (found > 0).all()
     steps = torch.arange(1, len(found) + 1) / len(found)

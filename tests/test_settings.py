@@ -36,7 +36,7 @@ other = 1
 
 
 def read(block, *argv):
-    return vars(cli.read(block, list(argv))[0])
+    return vars(cli.parse_settings(block, list(argv))[0])
 
 
 def test_defaults_are_those_of_the_block(block):
@@ -101,9 +101,9 @@ def test_any_command_line_is_read_refused_or_helped(block, argv):
 
 
 def test_only_what_was_given_counts_as_given(block, capsys):
-    _, given = cli.read(block, ["--count", "16"])
+    _, given = cli.parse_settings(block, ["--count", "16"])
     assert given == {"count": 16} and capsys.readouterr().out == ""
-    cli.read(block, ["--count", "17"])
+    cli.parse_settings(block, ["--count", "17"])
     assert "count=17 (default 16)" in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_help_shows_comments_and_defaults(block, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_setting_of_a_script_is_explained_or_plain(name):
-    comments = cli._comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    comments = cli._setting_comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     plain = {"dim", "n_layers", "norm_eps", "weight_decay", "beta1", "beta2", "min_lr", "seed"}
     assert comments and {key for key, comment in comments.items() if not comment} <= plain
     assert all(hasattr(importlib.import_module(name), key) for key in comments)
@@ -127,7 +127,7 @@ def test_every_setting_of_a_script_is_explained_or_plain(name):
 def test_no_function_bypasses_the_command_line(name):
     """A function that read a constant of the block itself would not see an override."""
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    names = set(cli._comments(source))
+    names = set(cli._setting_comments(source))
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, ast.FunctionDef):
             bound = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
@@ -140,17 +140,17 @@ def test_no_function_bypasses_the_command_line(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_typo_ends_with_status_1_and_a_suggestion(name):
-    first = next(iter(cli._comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
+    first = next(iter(cli._setting_comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
     assert_user_error(script(name, f"--{first}x", "1"), f"did you mean --{first}?")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="quoting is that of a POSIX shell")
 @pytest.mark.parametrize("value", ["my run", 'He said "hi"|x', "$HOME", "a`b", "it's", "back\\slash", "plain/path.pt"])
 def test_a_command_to_type_means_what_it_says(value):
-    assert shlex.split(cli.command("sample", checkpoint=value)) == ["python", "sample.py", "--checkpoint", value]
+    assert shlex.split(cli.format_command("sample", checkpoint=value)) == ["python", "sample.py", "--checkpoint", value]
 
 
 def test_a_value_like_a_name_or_the_home_folder_is_typed_as_a_value(block):
-    words = shlex.split(cli.command("tool", name="-dash", rate=-1.5))
+    words = shlex.split(cli.format_command("tool", name="-dash", rate=-1.5))
     assert words == ["python", "tool.py", "--name=-dash", "--rate=-1.5"] and read(block, *words[2:])["name"] == "-dash"
-    assert cli.quoted("~/x") == '"~/x"' and cli.quoted("a~") == "a~"
+    assert cli.shell_quote("~/x") == '"~/x"' and cli.shell_quote("a~") == "a~"

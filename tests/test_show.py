@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import assert_user_error, quickly
 
-from extras.token_probs import Token, element, percent, print_tokens, quoted, story, texts_of
+from extras.token_probs import Token, token_span, format_percent, print_token_table, quote_piece, story_html, token_texts
 from sample import Completion, TextGenerator
-from tinyllm.cli import printable
+from tinyllm.cli import escape_control_chars
 
 EVIL = '<script>alert(1)</script> "two"  & \'one\'\n&lt; \u732b \U0001f600'
 
@@ -55,15 +55,15 @@ def page_of(path: Path, *args) -> Page:
 
 def test_the_page_has_the_stories_and_what_was_read_of_each_token(bytewise):
     page, generator = page_of(bytewise, "--prompt", EVIL, "--num_samples", 2), TextGenerator(bytewise)
-    done, head = generator.completions([EVIL] * 2, 30), generator.tokenizer.begin(EVIL)
-    assert page.stories == [printable(EVIL + one.text) for one in done] and done[0].text != done[1].text
+    done, head = generator.completions([EVIL] * 2, 30), generator.tokenizer.encode_prompt(EVIL)
+    assert page.stories == [escape_control_chars(EVIL + one.text) for one in done] and done[0].text != done[1].text
     for one, found in zip(done, page.tokens, strict=True):
         read = generator.read(head + one.tokens, 5)
         for (_, _, lines), token in zip(found, read, strict=True):
-            assert lines[0] == quoted(token.piece)
+            assert lines[0] == quote_piece(token.piece)
             assert float(lines[1].split()[1].rstrip("%")) == pytest.approx(100 * math.exp(token.logprob), abs=0.006)
             assert float(lines[2].split()[1]) == pytest.approx(token.logprob, abs=0.002)
-            assert lines[4:] == [f"{percent(chance)}  {quoted(piece)}" for piece, chance in token.likeliest]
+            assert lines[4:] == [f"{format_percent(chance)}  {quote_piece(piece)}" for piece, chance in token.top_tokens]
             assert len(lines) == 4 + 5
         given = ["prompt" in kinds for _, kinds, _ in found]
         assert given == [True] * (len(head) - 1) + [False] * len(one.tokens)
@@ -72,7 +72,7 @@ def test_the_page_has_the_stories_and_what_was_read_of_each_token(bytewise):
 
 def test_without_echo_the_page_has_no_prompt(bytewise):
     page = page_of(bytewise, "--prompt", EVIL, "--no_echo")
-    assert page.stories == [printable(TextGenerator(bytewise).completions([EVIL], 30)[0].text)]
+    assert page.stories == [escape_control_chars(TextGenerator(bytewise).completions([EVIL], 30)[0].text)]
     assert len(page.tokens[0]) == 30
 
 
@@ -87,7 +87,7 @@ def test_nothing_in_the_page_is_executed_or_fetched(bytewise):
 
 
 def test_what_appears_beside_a_token_cannot_leave_its_attribute():
-    source = '<p class="story">' + element("x", Token('">\u2581<b>', -1.0, [('" onfocus="a()', 0.5)])) + "</p>"
+    source = '<p class="story">' + token_span("x", Token('">\u2581<b>', -1.0, [('" onfocus="a()', 0.5)])) + "</p>"
     page = Page(source)
     assert page.tags == {"p", "span"} and {name for name, _ in page.attributes} == {"class", "tabindex", "data-tip"}
     assert page.tokens[0][0][2][::4] == ["'\"> <b>'", " 50.00%  '\" onfocus=\"a()'"]
@@ -98,7 +98,7 @@ def test_average_and_colours(bytewise):
     one.tokens = generator.tokenizer.encode("ab c")
     chances = [0.005, 0.03, 0.1, 0.3, 0.6, 0.9][:len(one.tokens)]
     one.logprobs = [math.log(chance) for chance in chances]
-    source = story(generator, one, "", echo=True)
+    source = story_html(generator, one, "", echo=True)
     loss = -sum(one.logprobs) / len(chances)
     assert f"Written: {len(chances)} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}<" in source
     assert "Prompt:" not in source and len(chances) > 2
@@ -109,7 +109,7 @@ def test_what_ends_a_story_has_a_place_but_no_text(bytewise):
     generator, one = TextGenerator(bytewise), Completion("", text="ab", stop_reason="stop")
     one.tokens = generator.tokenizer.encode("abc")
     one.logprobs = [-1.0] * len(one.tokens)
-    page = Page(story(generator, one, "", echo=True))
+    page = Page(story_html(generator, one, "", echo=True))
     assert page.stories == ["ab"] and len(page.tokens[0]) == len(one.tokens)
 
 
@@ -117,17 +117,17 @@ def test_the_first_token_has_no_probability_where_nothing_is_before_it(bytewise)
     generator, one = TextGenerator(bytewise), Completion("abc" + EVIL, text="\nab")
     generator.tokenizer.bos_id = -1
     one.tokens, one.logprobs = generator.tokenizer.encode("x\nab")[-2:], [-1.0] * 2
-    ids, page = generator.tokenizer.encode(one.prompt), Page(story(generator, one, "", echo=True))
+    ids, page = generator.tokenizer.encode(one.prompt), Page(story_html(generator, one, "", echo=True))
     assert page.stories == ["abc" + EVIL + "\nab"] and generator.tokenizer.decode(ids[:1])
     assert len(page.tokens[0]) == len(ids) - 1 + 2
 
 
 def test_a_character_of_several_tokens_is_with_the_last(bytewise):
     tokenizer = TextGenerator(bytewise).tokenizer
-    head = tokenizer.begin("a")
-    ids = tokenizer.begin("a\u732bb")[len(head):]
-    assert texts_of(tokenizer, head, ids) == ["", "", "\u732b", "b"]
-    assert texts_of(tokenizer, head, ids[:2]) == ["", "\ufffd" * 2] and texts_of(tokenizer, head, []) == []
+    head = tokenizer.encode_prompt("a")
+    ids = tokenizer.encode_prompt("a\u732bb")[len(head):]
+    assert token_texts(tokenizer, head, ids) == ["", "", "\u732b", "b"]
+    assert token_texts(tokenizer, head, ids[:2]) == ["", "\ufffd" * 2] and token_texts(tokenizer, head, []) == []
 
 
 @pytest.mark.parametrize("given, listed", [([], True), (["True"], True), (["False"], False), ([".html"], None)])
@@ -166,6 +166,6 @@ def test_beyond_the_window_no_alternatives_are_listed(bytewise, monkeypatch, cap
     generator, one = TextGenerator(bytewise), Completion("")
     one.tokens, one.logprobs = [97] * 264, [-1.0] * 264
     cfg = SimpleNamespace(echo=True, show_probs=True)
-    print_tokens(generator, one, cfg)
+    print_token_table(generator, one, cfg)
     lines = [line.split("likeliest: ")[1] for line in capsys.readouterr().out.splitlines() if "likeliest:" in line]
     assert len(lines) == 264 and all(lines[:256]) and not any(lines[256:])

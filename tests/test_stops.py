@@ -49,13 +49,13 @@ def test_ctrl_c_before_the_first_step(project):
 
 
 def test_a_signal_at_the_last_step_leaves_a_finished_run(go, monkeypatch, capsys):  # noqa: F811
-    step = train.take_step
+    step = train.train_step
 
     def asked(run, batches):
         result = step(run, batches)
-        run.asked = 2 * (run.state.iter_num == 3)
+        run.requested_signal = 2 * (run.state.iter_num == 3)
         return result
-    monkeypatch.setattr(train, "take_step", asked)
+    monkeypatch.setattr(train, "train_step", asked)
     go("out", "--max_iters", 3)
     assert state("out", "ckpt.pt")["iter_num"] == 3 and "done: 3 steps" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ from tinyllm import demo_stories, project
 from tinyllm.cli import UserError
 from tokenizer import SPACE, Tokenizer
 
-STORIES = list(demo_stories.stories(300))
+STORIES = list(demo_stories.generate_stories(300))
 HARD = ["", " ", "  ", "a", " a", "a ", "  lead", "end  ", "a  b", "\n", "\na", "a\n", " \n\n  x\t\ty\n ", "\r\n",
         "你好，世界", "😀👍🏽", "e\u0301 é", "ﬁ½", "\u00a0\u3000\u200b", "\ufeff", "\x00", "\x1f",
         "a\x1fb", "\ufffd", SPACE,
@@ -48,8 +48,8 @@ def test_every_text_comes_back(vocabulary, text):
 
 def test_ids_have_the_layout_of_llama_2(vocabulary):
     assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id) == (1, 2, -1)
-    assert [vocabulary.piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
-    assert [vocabulary.piece(3 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert [vocabulary.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert [vocabulary.id_to_piece(3 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def test_bos_and_eos_only_where_asked_for(vocabulary):
@@ -60,19 +60,19 @@ def test_bos_and_eos_only_where_asked_for(vocabulary):
 
 
 def test_newline_and_digits_stand_alone(vocabulary):
-    pieces = [vocabulary.piece(i) for i in range(259, vocabulary.n_words)]
+    pieces = [vocabulary.id_to_piece(i) for i in range(259, vocabulary.n_words)]
     assert "\n" in pieces and not [p for p in pieces if len(p) > 1 and ("\n" in p or any(c.isdigit() for c in p))]
-    assert [vocabulary.piece(i) for i in vocabulary.encode("a\n\nb")][-3:-1] == ["\n", "\n"]
+    assert [vocabulary.id_to_piece(i) for i in vocabulary.encode("a\n\nb")][-3:-1] == ["\n", "\n"]
 
 
 def test_no_piece_crosses_a_word_border(vocabulary):
-    pieces = [vocabulary.piece(i).lstrip(SPACE) for i in range(259, vocabulary.n_words)]
+    pieces = [vocabulary.id_to_piece(i).lstrip(SPACE) for i in range(259, vocabulary.n_words)]
     assert not [piece for piece in pieces if SPACE in piece]
 
 
 def test_newline_is_known_even_where_the_text_has_none():
     vocabulary = learn(["one two three"] * 3, 400)
-    assert vocabulary.exact and vocabulary.decode(vocabulary.encode("a\nb")) == "a\nb"
+    assert vocabulary.is_lossless and vocabulary.decode(vocabulary.encode("a\nb")) == "a\nb"
 
 
 def test_a_batch_equals_one_by_one(vocabulary):
@@ -88,7 +88,7 @@ def test_a_small_text_shrinks_the_vocabulary():
 def test_long_documents_are_not_skipped():
     """SentencePiece's own default leaves out what is longer than 4192 bytes."""
     vocabulary = learn(["a b c", "zebra " * 3000], 300)
-    assert "zebra" in {vocabulary.piece(i).lstrip(SPACE) for i in range(vocabulary.n_words)}
+    assert "zebra" in {vocabulary.id_to_piece(i).lstrip(SPACE) for i in range(vocabulary.n_words)}
 
 
 def test_more_characters_than_room_become_bytes():
@@ -114,7 +114,7 @@ def test_no_text_is_refused():
 
 
 def test_foreign_models_keep_their_behaviour(foreign):
-    assert not foreign.exact
+    assert not foreign.is_lossless
     plain = sentencepiece.SentencePieceProcessor(model_proto=foreign.model)
     for text in STORIES[:5] + HARD:
         ids = plain.encode(text)
@@ -143,24 +143,24 @@ def test_cut_models_are_refused(vocabulary):
 
 def test_finding_the_vocabulary(vocabulary, tmp_path):
     with pytest.raises(UserError, match="train_vocab.py"):
-        project.find(tmp_path)
+        project.find_tokenizer(tmp_path)
     (tmp_path / "tok600.model").write_bytes(vocabulary.model)
-    assert project.find(tmp_path) == tmp_path / "tok600.model"
+    assert project.find_tokenizer(tmp_path) == tmp_path / "tok600.model"
     (tmp_path / "tok4096.model").write_bytes(vocabulary.model)
     with pytest.raises(UserError, match=r"several vocabularies \(600, 4096\)\n.*--vocab_size 600"):
-        project.find(tmp_path)
+        project.find_tokenizer(tmp_path)
     (tmp_path / "tok4096").mkdir()
     (tmp_path / "tok4096" / "manifest.json").touch()
     with pytest.raises(UserError, match=r"\(4096, 600\)\n.*--vocab_size 4096"):
-        project.find(tmp_path)
+        project.find_tokenizer(tmp_path)
     with pytest.raises(UserError, match="of size 700 in .*, where there is 4096, 600\n *make one"):
-        project.find(tmp_path, 700)
+        project.find_tokenizer(tmp_path, 700)
     (tmp_path / "text.txt").touch()
     with pytest.raises(UserError, match="text.txt is a file; --data_dir names a folder"):
-        project.find(tmp_path / "text.txt")
-    assert project.find(tmp_path, 4096) == tmp_path / "tok4096.model"
+        project.find_tokenizer(tmp_path / "text.txt")
+    assert project.find_tokenizer(tmp_path, 4096) == tmp_path / "tok4096.model"
     with pytest.raises(UserError, match="512"):
-        project.find(tmp_path, 512)
+        project.find_tokenizer(tmp_path, 512)
 
 
 @pytest.mark.parametrize("error", [UserError("stories.txt is not UTF-8"), KeyboardInterrupt()])
@@ -171,5 +171,5 @@ def test_an_error_of_the_text_stays_what_it_is(error):
             yield b" word", 3
             raise error
     with pytest.raises(type(error)) as found:
-        tokenizer.train(Broken(), 512)
+        tokenizer.train_tokenizer(Broken(), 512)
     assert found.value is error

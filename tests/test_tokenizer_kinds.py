@@ -22,7 +22,7 @@ from extras.formats.common import (
     byte_level_json,
     llama3_json,
     merges_of,
-    own_json,
+    tokenizer_json_with_meta,
     sentencepiece_model,
 )
 from tinyllm.cli import UserError
@@ -57,7 +57,7 @@ def byte_level() -> JsonTokenizer:
     ids = {text: i for i, text in enumerate(entries)}
     special = {name: ids[name] for name in ("<|im_start|>", "<|im_end|>")}
     content = byte_level_json(ids, merges_of(entries[256:-2], ids), special, GPT2, single_digits=True)
-    return JsonTokenizer(own_json(content, "<|im_start|>", "<|im_end|>", adds_bos=False))
+    return JsonTokenizer(tokenizer_json_with_meta(content, "<|im_start|>", "<|im_end|>", add_bos=False))
 
 
 @hypothesis_settings(deadline=None)
@@ -70,8 +70,8 @@ def test_byte_vocabularies_lose_nothing(llama3, byte_level, text):
 def test_special_tokens_in_a_text_are_text(llama3, byte_level):
     text = "<|eot_id|>is<|im_end|>"
     assert max(llama3.encode(text)) < len(llama3.ranks) and llama3.decode(llama3.encode(text)) == text
-    assert byte_level.id_of("<|im_end|>") not in byte_level.encode(text)
-    one = [llama3.id_of("<|eot_id|>"), *llama3.encode("is<|im_end|>")]
+    assert byte_level.special_token_id("<|im_end|>") not in byte_level.encode(text)
+    one = [llama3.special_token_id("<|eot_id|>"), *llama3.encode("is<|im_end|>")]
     assert llama3.decode(one) == "is<|im_end|>" and llama3.decode(one, special=True) == text
 
 
@@ -86,17 +86,17 @@ def test_long_runs_are_cut_and_change_nothing(llama3):
 def test_llama3s_layout(llama3):
     n = len(llama3.ranks)
     assert llama3.n_words == n + 256 and (llama3.bos_id, llama3.eos_id) == (n, n + 1)
-    assert [llama3.id_of(f"<|{name}|>") - n for name in ("start_header_id", "end_header_id", "eot_id")] == [6, 7, 9]
-    assert llama3.id_of("<|reserved_special_token_250|>") == n + 255
-    assert llama3.piece(llama3.encode(" the")[0]) == "\u2581the"
+    assert [llama3.special_token_id(f"<|{name}|>") - n for name in ("start_header_id", "end_header_id", "eot_id")] == [6, 7, 9]
+    assert llama3.special_token_id("<|reserved_special_token_250|>") == n + 255
+    assert llama3.id_to_piece(llama3.encode(" the")[0]) == "\u2581the"
 
 
 @pytest.mark.skipif("TINY_LLM_LLAMA3" not in os.environ, reason="TINY_LLM_LLAMA3 names no tokenizer.model of Llama 3")
 def test_the_published_values_of_llama3():
-    real = tokenizer.load(os.environ["TINY_LLM_LLAMA3"])
+    real = tokenizer.load_tokenizer(os.environ["TINY_LLM_LLAMA3"])
     sentence = [2028, 374, 264, 1296, 11914, 13]
     ids = real.encode("This is a test sentence.", bos=True, eos=True)
-    assert ids == [128000, *sentence, 128001] and real.id_of("<|begin_of_text|>") == 128000
+    assert ids == [128000, *sentence, 128001] and real.special_token_id("<|begin_of_text|>") == 128000
     assert real.decode(ids, special=True) == "<|begin_of_text|>This is a test sentence.<|end_of_text|>"
     chat, user = ChatFormat(real), {"role": "user", "content": "This is a test sentence."}
     assert chat.encode_message(user) == [128006, 882, 128007, 271, *sentence, 128009]
@@ -119,7 +119,7 @@ def test_a_chat_of_llama3(llama3):
 def test_a_chat_in_chatml(byte_level):
     chat = ChatML(byte_level)
     dialog = [{"role": "system", "content": "is"}, {"role": "user", "content": "a<|im_end|>"}]
-    begin, end = byte_level.id_of("<|im_start|>"), byte_level.id_of("<|im_end|>")
+    begin, end = byte_level.special_token_id("<|im_start|>"), byte_level.special_token_id("<|im_end|>")
     encode = byte_level.encode
     assert chat.encode_dialog_prompt(dialog) == [
         begin, *encode("system\nis"), end, *encode("\n"), begin, *encode("user\na<|im_end|>"), end, *encode("\n"),
@@ -142,7 +142,7 @@ def test_llama3_as_a_tokenizer_json_gives_the_same_ids(llama3):
 def test_a_vocabulary_written_by_hand_is_the_same_vocabulary():
     own = learn(["one two three, 456. Yes\nno " * 3], 320)
     again = Tokenizer(sentencepiece_model(own.pieces(), own.bos_id, own.eos_id))
-    assert again.exact and again.pieces() == own.pieces()
+    assert again.is_lossless and again.pieces() == own.pieces()
     assert (again.bos_id, again.eos_id, again.pad_id) == (own.bos_id, own.eos_id, own.pad_id)
     for text in ("one two", " 4 56 \n three", "", "😀 中文 \u2581", "  x  "):
         assert again.encode(text) == own.encode(text) and again.decode(own.encode(text)) == text
@@ -152,7 +152,7 @@ def test_which_kind_it_is_the_content_says(llama3, byte_level):
     own = learn(["a few words"], 300)
     for number, vocabulary in enumerate((own, llama3, byte_level)):
         Path(f"{number}").write_bytes(vocabulary.model)
-        found = tokenizer.load(f"{number}")
+        found = tokenizer.load_tokenizer(f"{number}")
         assert type(found) is type(vocabulary) and found.sha256 == vocabulary.sha256
         assert found.encode("a test") == vocabulary.encode("a test")
 
@@ -160,8 +160,8 @@ def test_which_kind_it_is_the_content_says(llama3, byte_level):
 def test_the_beginning_is_what_the_model_knows(byte_level):
     content = json.loads(byte_level.model) | {JsonTokenizer.OWN: {"bos": "<|im_end|>", "eos": "<|im_end|>"}}
     found = JsonTokenizer(json.dumps(content).encode())
-    assert found.begin("a") == found.encode("a", bos=True) and byte_level.begin("a") == byte_level.encode("a")
-    assert byte_level.begin("") == [byte_level.bos_id]
+    assert found.encode_prompt("a") == found.encode("a", bos=True) and byte_level.encode_prompt("a") == byte_level.encode("a")
+    assert byte_level.encode_prompt("") == [byte_level.bos_id]
 
 
 @pytest.mark.parametrize("model, part", [(b"{}", "no tokenizer.json"), (b"{", "no tokenizer.json"),
@@ -169,11 +169,11 @@ def test_the_beginning_is_what_the_model_knows(byte_level):
                                          (b"", "empty"), (b"what", "not a SentencePiece model")])
 def test_damaged_vocabularies_are_one_clear_line(model, part):
     with pytest.raises(UserError, match=part):
-        tokenizer.load(model)
+        tokenizer.load_tokenizer(model)
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
     with pytest.raises(UserError, match="needs the package tiktoken\n       pip install tiktoken"):
-        tokenizer.load(ranks())
+        tokenizer.load_tokenizer(ranks())
     assert tiktoken

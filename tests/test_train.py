@@ -17,7 +17,7 @@ import train
 from extras import plots
 from tinyllm import checkpoint, cli, estimate, resume, run
 from tinyllm.cli import UserError
-from tinyllm.run import Run
+from tinyllm.run import TrainRun
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def go(call, project):
 @pytest.fixture
 def prepared(project, monkeypatch):
     """A Run as main() builds it, from command line settings."""
-    def build(*args) -> Run:
-        cfg, given = cli.read(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
-        return Run(resume.prepare(cfg, given))
+    def build(*args) -> TrainRun:
+        cfg, given = cli.parse_settings(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
+        return TrainRun(resume.plan_run(cfg, given))
     return build
 
 
 def state(out: str, name: str = "last.pt") -> dict:
-    return checkpoint.load(Path(out) / name)
+    return checkpoint.load_checkpoint(Path(out) / name)
 
 
 def log(out: str) -> list[dict]:
@@ -77,7 +77,7 @@ class Killed(BaseException):
 def test_a_kill_at_any_moment_costs_nothing(go, monkeypatch):
     """Die right after step 7, with checkpoints at steps 2, 4 and 6; the same command goes on."""
     go("whole", "--max_iters", 10, "--eval_interval", 2)
-    step, count = train.take_step, 0
+    step, count = train.train_step, 0
 
     def dies(*args):
         nonlocal count
@@ -85,11 +85,11 @@ def test_a_kill_at_any_moment_costs_nothing(go, monkeypatch):
         if count == 8:
             raise Killed
         return step(*args)
-    monkeypatch.setattr(train, "take_step", dies)
+    monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(Killed):
         go("parts", "--max_iters", 10, "--eval_interval", 2)
     assert log("parts")[-1]["iter"] == 7 and state("parts")["iter_num"] == 6
-    monkeypatch.setattr(train, "take_step", step)
+    monkeypatch.setattr(train, "train_step", step)
     go("parts", "--max_iters", 10, "--eval_interval", 2)
     assert_same_run("whole", "parts")
     assert_same(state("whole", "ckpt.pt"), state("parts", "ckpt.pt"))
@@ -105,12 +105,12 @@ def test_the_same_command_again_goes_on_or_says_it_is_finished(go, capsys):
     assert "finished" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
     last = state("out")             # as it was made longer, and stopped
-    checkpoint.save("out/last.pt", {**last, "config": {**last["config"], "max_iters": 9}})
+    checkpoint.save_checkpoint("out/last.pt", {**last, "config": {**last["config"], "max_iters": 9}})
     go("out", "--max_iters", 3)
     out = capsys.readouterr().out
     assert "is at step 3\ngo on with it: python train.py --init_from resume --out_dir out\n" in out
     for wrong in ({"max_iters": "many"}, {"max_minutes": None}):
-        checkpoint.save("out/last.pt", {**last, "config": {**last["config"], **wrong}})
+        checkpoint.save_checkpoint("out/last.pt", {**last, "config": {**last["config"], **wrong}})
         go("out", "--max_iters", 3)
         assert "finished" in capsys.readouterr().out
 
@@ -158,7 +158,7 @@ def test_resume_takes_the_settings_of_the_run(call, project, capsys):
     assert state("out")["iter_num"] == 4
     last = state("out")             # of an earlier version
     for compile in ("False", "auto"):
-        checkpoint.save("out/last.pt", {**last, "config": {**last["config"], "compile": compile}})
+        checkpoint.save_checkpoint("out/last.pt", {**last, "config": {**last["config"], "compile": compile}})
         call("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 5)
         assert state("out")["iter_num"] == 5
 
@@ -184,7 +184,7 @@ def test_checkpoints_hold_what_tools_expect(go):
 
 def test_the_best_model_is_kept(go, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.2])
-    monkeypatch.setattr(Run, "evaluate", lambda run: {"val_loss": next(losses), "perplexity": 1.0, "bpb": 1.0})
+    monkeypatch.setattr(TrainRun, "evaluate", lambda run: {"val_loss": next(losses), "perplexity": 1.0, "bpb": 1.0})
     go("out", "--max_iters", 4, "--eval_interval", 1)
     assert state("out", "ckpt.pt")["iter_num"] == 2 and state("out")["iter_num"] == 4
     assert state("out")["best_val_loss"] == 2.0
@@ -193,7 +193,7 @@ def test_the_best_model_is_kept(go, monkeypatch):
 def test_a_best_model_that_is_lost_or_of_another_run_is_written_again(go, capsys):
     go("out", "--max_iters", 4, "--eval_interval", 3)
     best, log_of_it = state("out", "ckpt.pt"), Path("out/log.jsonl").read_bytes()
-    for lost in (Path.unlink, lambda path: checkpoint.save(path, {**best, "data_sha256": "another", "iter_num": 99})):
+    for lost in (Path.unlink, lambda path: checkpoint.save_checkpoint(path, {**best, "data_sha256": "another", "iter_num": 99})):
         lost(Path("out/ckpt.pt"))
         go("out", "--max_iters", 4, "--eval_interval", 3)
         assert "the next evaluation writes another" in (said := capsys.readouterr().out) and "is finished" in said
@@ -223,7 +223,7 @@ def test_accumulation_changes_nothing_but_memory(prepared):
     def gradient(*args):
         run = prepared("--dtype", "float32", *args)
         batches = train.Task.iter_batches(run.data, "train", run.cfg.batch_size, 32, seed=1)
-        _, loss, norm = train.take_step(run, batches)
+        _, loss, norm = train.train_step(run, batches)
         assert run.state.position == 8
         return loss.item(), norm.item(), run.model.state_dict()
     one, two = gradient("--batch_size", 8, "--gradient_accumulation_steps", 1), gradient()
@@ -238,7 +238,7 @@ def test_a_step_is_adamw_on_the_mean_loss(prepared):
     twin = prepared("--dtype", "float32").model
     batches = list(zip(range(2), train.Task.iter_batches(run.data, "train", 4, 32, seed=run.cfg.seed)))
     (sum(twin(x, y) for _, (x, y) in batches) / 2).backward()
-    lr, loss, norm = train.take_step(run, iter([batch for _, batch in batches]))
+    lr, loss, norm = train.train_step(run, iter([batch for _, batch in batches]))
     total = math.sqrt(sum(weight.grad.square().sum().item() for weight in twin.parameters()))
     assert lr == run.cfg.learning_rate and norm.item() == pytest.approx(total, rel=1e-4)
     for (name, weight), after in zip(twin.named_parameters(), run.model.parameters(), strict=True):
@@ -303,18 +303,18 @@ def test_evaluation_scores_every_token_whatever_the_batch(prepared):
         assert other == pytest.approx(scores[0], rel=1e-5)
     run = prepared("--dtype", "float32")
     nats, count = 0.0, 0
-    for shard in run.data.of("val"):            # window by window, with nothing of dataset.py
-        ids = torch.from_numpy(run.data.open(shard).astype("int64"))
+    for shard in run.data.shards_of("val"):            # window by window, with nothing of dataset.py
+        ids = torch.from_numpy(run.data.memmap(shard).astype("int64"))
         for document in ids.tensor_split(torch.where(ids == run.vocabulary.bos_id)[0])[1:]:
             for start in range(0, len(document) - 1, 32):
                 window = document[start:start + 33]
                 logits = run.model(window[None, :-1])
                 nats -= logits[0].log_softmax(-1).gather(1, window[1:, None]).sum().item()
                 count += len(window) - 1
-    assert count == run.data.count("val", "tokens") - run.data.count("val", "documents")
+    assert count == run.data.total("val", "tokens") - run.data.total("val", "documents")
     assert scores[0]["val_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert scores[0]["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
-    assert scores[0]["bpb"] == pytest.approx(nats / math.log(2) / run.data.count("val", "bytes"), rel=1e-5)
+    assert scores[0]["bpb"] == pytest.approx(nats / math.log(2) / run.data.total("val", "bytes"), rel=1e-5)
 
 
 def test_eval_only_scores_a_checkpoint_and_writes_nothing(go, capsys):
@@ -332,14 +332,14 @@ def test_eval_only_scores_a_checkpoint_and_writes_nothing(go, capsys):
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_no_numbers_stop_the_run_before_they_are_saved(go, monkeypatch, bad):
-    step = train.take_step
+    step = train.train_step
 
     def poisoned(run, batches):
         lr, loss, norm = step(run, batches)
         if run.state.iter_num < 5:
             return lr, loss, norm
         return lr, loss * math.nan if bad == "loss" else loss, norm * math.inf if bad == "gradient" else norm
-    monkeypatch.setattr(train, "take_step", poisoned)
+    monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(UserError, match="step 5, windows 32 to 39: .*(nan|inf)") as error:
         go("out", "--max_iters", 20, "--eval_interval", 2, "--learning_rate", 0.001)
     assert "--learning_rate 0.0005" in str(error.value) and state("out")["iter_num"] == 4
@@ -435,7 +435,7 @@ def test_a_sound_checkpoint_helps_past_a_damaged_one(go):
 def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
     def too_much(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "take_step", too_much)
+    monkeypatch.setattr(train, "train_step", too_much)
     with pytest.raises(UserError, match="--batch_size 2 --gradient_accumulation_steps 4"):
         go("out", "--max_iters", 4)
 

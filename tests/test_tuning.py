@@ -43,6 +43,6 @@ def test_a_checkpoint_may_leave_out_what_has_a_default(go):  # noqa: F811
     go("base", "--max_iters", 1)
     saved = state("base", "ckpt.pt")
     few = {name: value for name, value in saved["model_args"].items() if name not in ("max_seq_len", "dropout")}
-    checkpoint.save("few.pt", {**saved, "model_args": few, "config": {}})
+    checkpoint.save_checkpoint("few.pt", {**saved, "model_args": few, "config": {}})
     go("out", "--init_from", "few.pt", "--max_iters", 1)
     assert state("out")["model_args"] == saved["model_args"]

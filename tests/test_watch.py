@@ -15,8 +15,8 @@ import train
 from model import Transformer
 from tinyllm import checkpoint, files, runlog, watch
 from tinyllm.cli import UserError
-from tinyllm.distributed import World
-from tinyllm.files import locked
+from tinyllm.distributed import DistributedContext
+from tinyllm.files import folder_lock
 from tinyllm.run import State
 
 
@@ -27,28 +27,28 @@ def a_run(losses: list[float], norms: list[float] | None = None, scale: float | 
     return SimpleNamespace(
         cfg=SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, out_dir="out", learning_rate=0.1),
         state=State(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, saved_step=0,
-        world=World(),
+        dist=DistributedContext(),
         fresh=[[torch.tensor(loss), torch.tensor(norm)] for loss, norm in pairs])
 
 
 @pytest.mark.parametrize("losses, norms", [([3.0, math.nan, 2.0, 2.0], None), ([3.0, 3.0, 2.0], [1, math.inf, 1])])
 def test_the_first_step_that_is_no_number_is_named(losses, norms):
     with pytest.raises(UserError, match="step 2, windows 8 to 15: .*\n.*last good state is step 0"):
-        watch.look(a_run(losses, norms))
+        watch.check_pending_steps(a_run(losses, norms))
 
 
 def test_a_scaler_has_its_chance_before_the_run_stops():
-    assert watch.look(a_run([3.0, 2.0], [math.inf, math.inf], scale=64.0))[:2] == (2.0, math.inf)
+    assert watch.check_pending_steps(a_run([3.0, 2.0], [math.inf, math.inf], scale=64.0))[:2] == (2.0, math.inf)
     with pytest.raises(UserError, match="step 1"):
-        watch.look(a_run([3.0, 2.0], [math.inf, math.inf], scale=0.5))
+        watch.check_pending_steps(a_run([3.0, 2.0], [math.inf, math.inf], scale=0.5))
 
 
 def test_a_jump_is_found_and_noise_is_not():
     noise = torch.Generator().manual_seed(0)
     losses = [6 * 0.99 ** i + 2 + 0.1 * torch.randn((), generator=noise).item() for i in range(400)]
-    assert watch.look(a_run(losses))[2] == []
+    assert watch.check_pending_steps(a_run(losses))[2] == []
     losses[300] += 2
-    [jump] = watch.look(a_run(losses))[2]
+    [jump] = watch.check_pending_steps(a_run(losses))[2]
     assert jump["iter"] == 301 and jump["jump"] == pytest.approx(losses[300]) and jump["windows"] == [2400, 2407]
     assert 2 < jump["usual"] < 3
 
@@ -61,19 +61,19 @@ def test_looking_seldom_finds_the_same():
         part.state.iter_num += begin
         part.state.position += 8 * begin
         part.state.usual_loss, part.state.usual_rise = parts.state.usual_loss, parts.state.usual_rise
-        found += watch.look(part)[2]
+        found += watch.check_pending_steps(part)[2]
         parts.state = part.state
-    assert found == watch.look(whole)[2] and len(found) == 1
+    assert found == watch.check_pending_steps(whole)[2] and len(found) == 1
     assert parts.state.usual_loss == whole.state.usual_loss
 
 
 def poison(monkeypatch, at: int, loss_times: float) -> None:
-    step = train.take_step
+    step = train.train_step
 
     def poisoned(run, batches):
         lr, loss, norm = step(run, batches)
         return lr, loss * loss_times if run.state.iter_num == at else loss, norm
-    monkeypatch.setattr(train, "take_step", poisoned)
+    monkeypatch.setattr(train, "train_step", poisoned)
 
 
 def test_a_step_between_two_lines_of_the_log_is_named(go, monkeypatch):  # noqa: F811
@@ -84,7 +84,7 @@ def test_a_step_between_two_lines_of_the_log_is_named(go, monkeypatch):  # noqa:
 
 
 def test_a_jump_is_in_the_log_and_a_continued_run_is_the_same(go, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(watch, "RECENT", 5)
+    monkeypatch.setattr(watch, "EMA_STEPS", 5)
     poison(monkeypatch, 12, 3)
     go("whole", "--max_iters", 20, "--lr_decay_iters", 20, "--log_interval", 10)
     assert "step 12: the loss jumped" in capsys.readouterr().out
@@ -97,14 +97,14 @@ def test_a_jump_is_in_the_log_and_a_continued_run_is_the_same(go, monkeypatch, c
 def test_weights_that_are_no_numbers_are_not_saved(go, monkeypatch):  # noqa: F811
     go("out", "--max_iters", 4, "--eval_interval", 2)
     before = {name: Path("out", name).read_bytes() for name in ("last.pt", "ckpt.pt")}
-    step = train.take_step
+    step = train.train_step
 
     def spoils(run, batches):
         numbers = step(run, batches)
         with torch.no_grad():
             run.model.norm.weight[0] = math.inf
         return numbers
-    monkeypatch.setattr(train, "take_step", spoils)
+    monkeypatch.setattr(train, "train_step", spoils)
     with pytest.raises(UserError, match="norm.weight has values.*not saved\n.*step 4, in out.last.pt"):
         go("out", "--max_iters", 5, "--eval_interval", 2)
     assert before == {name: Path("out", name).read_bytes() for name in before}
@@ -132,10 +132,10 @@ def test_nothing_fits(prepared, monkeypatch):  # noqa: F811
 
     def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-    monkeypatch.setattr(watch, "try_out", full)
-    with pytest.raises(UserError, match="smaller --batch_size, --max_seq_len"), watch.enough_memory(run.cfg, run):
+    monkeypatch.setattr(watch, "time_micro_batch", full)
+    with pytest.raises(UserError, match="smaller --batch_size, --max_seq_len"), watch.explain_oom(run.cfg, run):
         full()
-    with pytest.raises(RuntimeError, match="a bug"), watch.enough_memory(run.cfg, run):
+    with pytest.raises(RuntimeError, match="a bug"), watch.explain_oom(run.cfg, run):
         raise RuntimeError("a bug")
 
 
@@ -149,7 +149,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(project):
         assert_user_error(second, "another process is writing to", "out")
         first.kill()
         first.stdout.read()             # up to its end: on Windows, what was begun is the parent of the process itself
-    with locked("out"):
+    with folder_lock("out"):
         pass
 
 
@@ -165,8 +165,8 @@ def locks(request, monkeypatch):
 
 
 def test_locks_are_for_one_folder_each_and_leave_nothing_of_their_own(locks):
-    with locked("a/b"), locked("c"):
-        with pytest.raises(UserError, match="another process"), locked("c"):
+    with folder_lock("a/b"), folder_lock("c"):
+        with pytest.raises(UserError, match="another process"), folder_lock("c"):
             pass
         Path("c/file").touch()
     assert not Path("a/b").exists() and [path.name for path in Path("c").iterdir()] == ["file"]
@@ -183,10 +183,10 @@ def test_an_old_run_that_was_put_aside_half_is_put_back(go, monkeypatch):  # noq
         moved.append(source)
         source.rename(target)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runlog, "replace", dies)
+        patch.setattr(runlog, "atomic_replace", dies)
         go("out", "--max_iters", 2, "--seed", 5)
-    assert len(list(Path("out", runlog.HALF).iterdir())) == 2
-    runlog.put_back("out")
+    assert len(list(Path("out", runlog.ARCHIVE_TMP).iterdir())) == 2
+    runlog.undo_partial_archive("out")
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
@@ -201,7 +201,7 @@ def test_a_state_of_another_version_is_one_clear_line(go, change):  # noqa: F811
     saved = state("out")
     for key, value in change.items():
         saved[key] = {**saved[key], **value} if key in ("config", "model_args") else value
-    checkpoint.save("out/last.pt", saved)
+    checkpoint.save_checkpoint("out/last.pt", saved)
     before = Path("out/last.pt").read_bytes()
     with pytest.raises(UserError):
         go("out", "--max_iters", 4, "--init_from", "resume")
@@ -212,7 +212,7 @@ def test_moments_of_another_shape_are_refused(go):  # noqa: F811
     go("out", "--max_iters", 2)
     saved = state("out")
     saved["optimizer"][0]["state"][0]["exp_avg"] = torch.zeros(3, 3)
-    checkpoint.save("out/last.pt", saved)
+    checkpoint.save_checkpoint("out/last.pt", saved)
     with pytest.raises(UserError, match="last.pt is of another version, or damaged"):
         go("out", "--max_iters", 4)
 
@@ -224,7 +224,7 @@ def test_a_first_save_that_fails_leaves_the_old_run_where_it_is(go, monkeypatch)
     def full(*_):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(checkpoint, "save", full)
+        patch.setattr(checkpoint, "save_checkpoint", full)
         go("out", "--max_iters", 2, "--seed", 5)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
@@ -235,21 +235,21 @@ def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(go, monkeypat
     go("out", "--max_iters", 2)
     go("whole", "--max_iters", 2, "--init_from", "out/last.pt")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "replace", dies)
+        patch.setattr(train, "atomic_replace", dies)
         go(*command)
     assert not Path("out/last.pt").exists() and Path("out/old-1/last.pt").exists()
-    runlog.put_back("out")
+    runlog.undo_partial_archive("out")
     go("out", "--init_from", "resume")
     assert state("out")["iter_num"] == 2 and state("out")["config"]["init_from"] == "out/last.pt"
-    assert not Path("out", runlog.NEW).exists() and not Path("out/old-2").exists()
+    assert not Path("out", runlog.NEW_CHECKPOINT).exists() and not Path("out/old-2").exists()
     assert all(torch.equal(a, b) for a, b in zip(state("out")["model"].values(), state("whole")["model"].values()))
 
 
 def test_a_new_state_is_no_reason_to_lose_a_best_one():
     Path("out").mkdir()
-    for name in ("ckpt.pt", runlog.NEW):
+    for name in ("ckpt.pt", runlog.NEW_CHECKPOINT):
         Path("out", name).touch()
-    runlog.put_back("out")
+    runlog.undo_partial_archive("out")
     assert [path.name for path in Path("out").iterdir()] == ["ckpt.pt"]
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from test_tokenizer import HARD
 
 from tinyllm import demo_stories, words
-from tinyllm.words import WordCounts, Words
+from tinyllm.words import WordCounts, WordTable
 from tokenizer import Tokenizer
 
-STORIES = list(demo_stories.stories(300))
+STORIES = list(demo_stories.generate_stories(300))
 ODD = ["a  b   c d e \n\n x \x1f y z q\r\n", "  lead", "café 中文 字 中文 hello中文", "\n\nx\n  y \n",
        "tab\tand\t\ttab\n\tt", "0123 4567", "\x00 nul",
        "e\u0301 ﬁ½ \u00a0\u3000\u200b \ufeff", "😀👍🏽", "▁a ▁ b"] * 2
@@ -81,7 +81,7 @@ def test_words_are_counted(texts):
 
 def test_many_words_are_counted_in_parts(monkeypatch):
     """Also when the table is begun anew again and again, and has no place for many."""
-    monkeypatch.setattr(words, "MOST_WORDS", 50)
+    monkeypatch.setattr(words, "MAX_WORDS", 50)
     monkeypatch.setattr(words, "BATCH", 300)
     texts = STORIES + ["a word of more than fifteen bytes: " + "x" * n for n in range(40)]
     assert count_words(texts) == by_hand(texts)
@@ -91,19 +91,19 @@ def test_counts_add_up():
     one, two = WordCounts(), WordCounts()
     one.add([text.encode() for text in STORIES[:100]])
     two.add([text.encode() for text in STORIES[100:]])
-    one.settle()
-    two.settle()
+    one.flush()
+    two.flush()
     one.merge(two)
-    assert one.counts == by_hand(STORIES) and one.left_out == 0
+    assert one.counts == by_hand(STORIES) and one.n_pruned == 0
 
 
 def test_rare_words_are_left_out_for_want_of_memory(monkeypatch):
     every = by_hand(STORIES)
-    monkeypatch.setattr(words, "MOST_MEMORY", sum(150 + 8 * len(word) for word in every) - 1)
+    monkeypatch.setattr(words, "MAX_COUNT_BYTES", sum(150 + 8 * len(word) for word in every) - 1)
     found = WordCounts()
     found.add([text.encode() for text in STORIES])
-    found.settle()
-    assert len(found.counts) + found.left_out == len(every) and len(every) / 3 < len(found.counts) < 2 * len(every) / 3
+    found.flush()
+    assert len(found.counts) + found.n_pruned == len(every) and len(every) / 3 < len(found.counts) < 2 * len(every) / 3
     assert all(every[word] == count for word, count in found.counts.items())
     assert min(found.counts.values()) >= max(count for word, count in every.items() if word not in found.counts)
 
@@ -114,9 +114,9 @@ def test_equal_words_have_equal_numbers_and_others_not():
     """Words that differ in length, in their last byte, or in zeros at the end."""
     alike = ["a", "a\0", "a\0\0", "abcdefg", "abcdefgh", "abcdefghi", "abcdefghijklmn", "abcdefghijklmno", "abcdefg\0",
              "abcdefgh\0", "abcdefghijklmnop", "abcdefghijklmnoq", "", "\n", " ", "é", "ê"]
-    table, texts = Words(), [text.encode() for text in alike]
-    first, begins, new = table.number(texts)
-    again, _, newer = table.number(texts)
+    table, texts = WordTable(), [text.encode() for text in alike]
+    first, begins, new = table.assign_ids(texts)
+    again, _, newer = table.assign_ids(texts)
     short = [i for i, text in enumerate(texts) if len(text) < 15]
     assert [new[n - 1] for n in first] == [word for text in texts for word in words_of(text)]
     assert all((first[begins[i]] == again[begins[i]]) for i in short)
@@ -140,7 +140,7 @@ def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabular
 @given(texts=LISTS)
 def test_ids_are_those_of_whole_texts(vocabulary, texts):
     want = [i for ids in vocabulary.encode_batch(texts, bos=True, eos=True) for i in ids]
-    assert vocabulary.undivided == ""
+    assert vocabulary.why_not_wordwise == ""
     assert vocabulary.encode_documents([text.encode() for text in texts]).tolist() == want
     if "\u2581" not in "".join(texts):
         assert want == plain_ids(vocabulary, texts)
@@ -156,8 +156,8 @@ FOREIGN = foreign()             # as Llama 2's: a newline is spelled as a byte
 
 
 def test_hard_texts_and_a_table_that_is_begun_anew(monkeypatch, vocabulary):
-    assert FOREIGN.undivided == "" and not FOREIGN.exact
-    monkeypatch.setattr(words, "MOST_WORDS", 20)
+    assert FOREIGN.why_not_wordwise == "" and not FOREIGN.is_lossless
+    monkeypatch.setattr(words, "MAX_WORDS", 20)
     for own in (Tokenizer(vocabulary.model), Tokenizer(FOREIGN.model)):
         for texts in [STORIES, HARD, [*STORIES[:3], *HARD], [], [""], *([text] for text in HARD)]:
             want = [i for ids in own.encode_batch(texts, bos=True, eos=True) for i in ids]
@@ -173,7 +173,7 @@ def test_hard_texts_and_a_table_that_is_begun_anew(monkeypatch, vocabulary):
     ({"texts": ["x\n\ny"] * 50, "hard_vocab_limit": False}, "crosses the border")])
 def test_a_vocabulary_that_must_see_whole_texts_does(options, reason):
     vocabulary = foreign(**options)
-    assert reason in vocabulary.undivided
+    assert reason in vocabulary.why_not_wordwise
     texts = STORIES[:20] + HARD
     assert vocabulary.encode_documents([text.encode() for text in texts]).tolist() == plain_ids(vocabulary, texts)
 
@@ -182,4 +182,4 @@ def test_a_vocabulary_that_must_see_whole_texts_does(options, reason):
 def test_a_file_of_an_unknown_form_is_encoded_the_plain_way(number):
     """It has a number in place of a message, which SentencePiece passes over."""
     vocabulary = Tokenizer(learn(["a few words"], 300).model + bytes([number << 3, 5]))
-    assert vocabulary.undivided == "its file is of an unknown form" and not vocabulary.exact
+    assert vocabulary.why_not_wordwise == "its file is of an unknown form" and not vocabulary.is_lossless

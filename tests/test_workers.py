@@ -18,18 +18,18 @@ from tinyllm.cli import UserError
 
 
 def test_processes_follow_cores_parts_and_memory(monkeypatch):
-    monkeypatch.setattr(workers, "cores", lambda: 8)
+    monkeypatch.setattr(workers, "available_cores", lambda: 8)
     for free, jobs, asked, want in [(None, 99, 0, 8), (10**10, 99, 0, 8), (10**10, 3, 0, 3), (10**9, 99, 0, 2),
                                     (10**7, 99, 0, 1), (10**7, 99, 5, 5), (None, 0, 0, 1), (None, 3, 5, 3),
                                     (None, 1, 2, 1), (None, 99, 99, 60)]:
         monkeypatch.setattr(workers, "free_memory", lambda: free)
-        count, why = workers.how_many(asked, jobs)
+        count, why = workers.choose_num_workers(asked, jobs)
         assert count == want and str(count) in why
-    assert workers.how_many(99, 99)[1] == "60 processes (60 at most)"
+    assert workers.choose_num_workers(99, 99)[1] == "60 processes (60 at most)"
     monkeypatch.setattr(workers, "free_memory", lambda: 10**7)
-    assert "0.0 GB of free memory" in workers.how_many(0, 99)[1] and "as asked" in workers.how_many(5, 9)[1]
+    assert "0.0 GB of free memory" in workers.choose_num_workers(0, 99)[1] and "as asked" in workers.choose_num_workers(5, 9)[1]
     with pytest.raises(UserError, match="num_workers must be"):
-        workers.how_many(-1, 1)
+        workers.choose_num_workers(-1, 1)
 
 
 def test_memory_is_known_on_linux():
@@ -43,9 +43,9 @@ def test_memory_is_known_on_linux():
 def test_a_container_has_its_share_of_the_cores(monkeypatch, tmp_path, share, want):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    assert machine.cores() == 8
+    assert machine.available_cores() == 8
     (tmp_path / "cpu.max").write_text(share + "\n", encoding="utf-8")
-    assert machine.cores() == want
+    assert machine.available_cores() == want
 
 
 def double(job: int, progress) -> int:
@@ -58,17 +58,17 @@ def double(job: int, progress) -> int:
 @pytest.mark.parametrize("count", [1, 2])
 def test_every_job_is_done_once(count):
     jobs = list(range(80))          # more than may be begun at once
-    results = list(workers.run(double, jobs, count, len(jobs), "counting"))
+    results = list(workers.run_jobs(double, jobs, count, len(jobs), "counting"))
     assert sorted(result for result, _ in results) == [2 * job for job in jobs]
     assert all(peak > 10**7 for _, peak in results) or not Path("/proc").exists()
-    assert list(workers.run(double, [], count, 0, "nothing")) == []
+    assert list(workers.run_jobs(double, [], count, 0, "nothing")) == []
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_after_an_error_nothing_new_is_begun(count):
     found = []
     with pytest.raises(UserError, match="-1 is no job"):
-        for result, _ in workers.run(double, [-1, *range(1, 80)], count, 80, "counting", ahead=20):
+        for result, _ in workers.run_jobs(double, [-1, *range(1, 80)], count, 80, "counting", ahead=20):
             found.append(result)
     assert len(found) < 20          # a second worker may do those that had begun before the error was known
 
@@ -78,18 +78,18 @@ def test_the_pace_counts_bytes_of_the_file(tmp_path, name, monkeypatch):
     texts = "".join(f"story {i} of many<|endoftext|>" for i in range(20_000)).encode()
     path, seen = tmp_path / name, []
     path.write_bytes(gzip.compress(texts) if name.endswith("gz") else texts)
-    read, seconds = workers.pace([path], seen.extend)
+    read, seconds = workers.measure_throughput([path], seen.extend)
     assert read == path.stat().st_size and len(seen) == 20_000 and seconds > 0
-    monkeypatch.setattr(workers, "TRIED", len(texts) // 4)
-    assert workers.pace([path, path], seen.extend)[0] <= path.stat().st_size
-    monkeypatch.setattr(workers, "cores", lambda: 2)
-    assert workers.about(7199.5, 9) == "about 1:00:00"
+    monkeypatch.setattr(workers, "PROBE_BYTES", len(texts) // 4)
+    assert workers.measure_throughput([path, path], seen.extend)[0] <= path.stat().st_size
+    monkeypatch.setattr(workers, "available_cores", lambda: 2)
+    assert workers.format_eta(7199.5, 9) == "about 1:00:00"
 
 
 def test_a_broken_file_does_not_stop_the_try(tmp_path):
     """It is told by the process whose job it is."""
     (tmp_path / "b.txt").write_bytes(b"\xff")
-    assert workers.pace([tmp_path / "b.txt"], print)[0] >= 1
+    assert workers.measure_throughput([tmp_path / "b.txt"], print)[0] >= 1
 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path, call, monkeypatch):
@@ -131,7 +131,7 @@ def killed_at_5(job: int, progress) -> int:
 def test_a_killed_worker_is_told_and_what_was_done_is_kept():
     found = []
     with pytest.raises(UserError, match="a worker process was killed.*\n.*--num_workers 1"):
-        for result, _ in workers.run(killed_at_5, list(range(80)), 2, 80, "counting"):
+        for result, _ in workers.run_jobs(killed_at_5, list(range(80)), 2, 80, "counting"):
             found.append(result)
             time.sleep(0.05)            # so that the next one is submitted after the kill
     assert len({0, 1, 2, 3, 4} & set(found)) >= 4 and len(found) < 20       # the other process may be at one of them
@@ -139,13 +139,13 @@ def test_a_killed_worker_is_told_and_what_was_done_is_kept():
 
 TALKATIVE = """
 import sys
-from preprocessing import workers
+from tinyllm import workers
 
 def talk(job, progress):
     return bytes(30_000_000)
 
 if __name__ == "__main__":
-    for number, _ in enumerate(workers.run(talk, list(range(10_000)), 2, 10_000, "talking", 4)):
+    for number, _ in enumerate(workers.run_jobs(talk, list(range(10_000)), 2, 10_000, "talking", 4)):
         print(number, flush=True)
 """
 
@@ -175,7 +175,7 @@ def test_a_signal_waits_until_the_processes_have_begun(number):
         begun = threading.Event()
         thread = threading.Thread(target=lambda: begun.wait() and signal.raise_signal(number))
         thread.start()
-        with workers.deaf():
+        with workers.defer_signals():
             begun.set()
             thread.join()
             assert not heard

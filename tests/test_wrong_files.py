@@ -72,12 +72,12 @@ def accepts(load: Callable[[], Any]) -> bool:
 
 
 def load_shards() -> shards.ShardSet:
-    return shards.load(Path("data/tok300"), tokenizer.load(MODEL).sha256)
+    return shards.load_shards(Path("data/tok300"), tokenizer.load_tokenizer(MODEL).sha256)
 
 
 def load_notes() -> tuple[Path, int, str]:
     cfg = SimpleNamespace(data="", data_dir="data", tokenizer="", encoding="")
-    return preprocess.find_source(cfg, Path(MODEL), tokenizer.load(MODEL))
+    return preprocess.find_source(cfg, Path(MODEL), tokenizer.load_tokenizer(MODEL))
 
 
 def ids_of(order: tuple) -> str:
@@ -115,7 +115,7 @@ def test_a_file_that_may_not_be_read(files, name, order):
 
 
 @pytest.mark.parametrize("name, load", [(MANIFEST, load_shards), (NOTES, load_notes), (SHARD, load_shards),
-                                        (MODEL, load_notes), (CKPT, lambda: checkpoint.load(CKPT))])
+                                        (MODEL, load_notes), (CKPT, lambda: checkpoint.load_checkpoint(CKPT))])
 def test_a_file_cut_anywhere(files, name, load):
     """At every length where the file is small; large ones at every length of their beginning, and at some others."""
     whole = Path(name).read_bytes()
@@ -260,7 +260,7 @@ def test_a_shard_of_other_content(files, change):
 # ---- checkpoints --------------------------------------------------------------------------------
 
 def save(change: Callable[[dict], Any], name: str = CKPT) -> None:
-    state = checkpoint.load(name)
+    state = checkpoint.load_checkpoint(name)
     Path(name).unlink()
     torch.save(change(state) or state, name)
 
@@ -314,10 +314,10 @@ def test_what_is_wrong_inside_a_checkpoint_is_told_with_its_name(files, name, or
     refuses(order, name)
 
 
-@pytest.mark.parametrize("key", checkpoint.TO_GO_ON)
+@pytest.mark.parametrize("key", checkpoint.REQUIRED_TO_RESUME)
 def test_wrong_values_in_a_checkpoint(files, key):
     """Of each key a run needs to go on; a type that fits is not wrong."""
-    state = checkpoint.load(LAST)
+    state = checkpoint.load_checkpoint(LAST)
     good = Path(LAST).read_bytes()
     for value in [*VALUES[:1], 10**30, "1", [1], {"a": 1}, torch.zeros(3)]:
         if type(value) is not type(state[key]) or value == {"a": 1} and key not in ("config", "scaler"):
@@ -366,7 +366,7 @@ def test_records_that_are_no_text(files, name, record):
 
 def test_half_a_character_in_json_becomes_a_mark(files):
     Path("texts/a.json").write_text(json.dumps(["a \ud800 b", "c"]), encoding="utf-8")
-    assert list(corpus.documents(Path("texts/a.json"))) == ["a \ufffd b", "c"]
+    assert list(corpus.read_documents(Path("texts/a.json"))) == ["a \ufffd b", "c"]
 
 
 # ---- the log ------------------------------------------------------------------------------------

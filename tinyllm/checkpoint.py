@@ -24,20 +24,20 @@ from torch.overrides import TorchFunctionMode
 import tokenizer
 from extras.gpt2 import GPT2, GPT2Args, GPT2Engine
 from model import ModelArgs, Transformer
-from tinyllm.cli import UserError, command
+from tinyllm.cli import UserError, format_command
 from tinyllm.engine import Engine
-from tinyllm.files import whole_file
-from tinyllm.project import DATA, vocabularies
-from tokenizer import Vocabulary
+from tinyllm.files import atomic_write
+from tinyllm.project import DATA, tokenizer_files
+from tokenizer import BaseTokenizer
 
 FORMAT = 1
 SUFFIXES = (".pt", ".gguf", ".bin")      # of files that may be models
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-KINDS = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict,
+EXPECTED_TYPES = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict,
          "state": dict, "tokenizer": bytes, "tokenizer_sha256": str, "data_sha256": str, "architecture": str,
          "chat": str, "format": int}                # what there must be under a key, if it is there
 REQUIRED = ("model", "model_args", "iter_num", "config")
-TO_GO_ON = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokenizer", "tokenizer_sha256", "data_sha256")
+REQUIRED_TO_RESUME = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokenizer", "tokenizer_sha256", "data_sha256")
 
 
 class Architecture(NamedTuple):
@@ -56,60 +56,60 @@ def architecture_of(args: ModelArgs | GPT2Args) -> str:
     return next(name for name, known in ARCHITECTURES.items() if type(args) is known.args)
 
 
-def save(path: str | Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write a state. Until it is all on disk, the old file stays."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:       # this is what it makes of a full disk
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def load(path: str | Path, required: tuple[str, ...] = REQUIRED, mapped: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap: bool = False) -> dict[str, Any]:
     """Read a state to the CPU. Nothing in the file can run code. TO_GO_ON is what resuming a run requires.
 
-    mapped: leave the tensors in the file until they are used; not on Windows, where it could not be replaced then.
+    mmap: leave the tensors in the file until they are used; not on Windows, where it could not be replaced then.
     Raises:
         UserError: when the file is missing, damaged, of a newer format, or no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
-        raise not_there(path)
-    state = read_tensors(path, mapped)
+        raise missing_checkpoint_error(path)
+    state = read_tensors(path, mmap)
     if not isinstance(state, dict) or (missing := [key for key in required if key not in state]):
         lacks = f"it has no {', '.join(missing)}" if isinstance(state, dict) else f"it holds a {type(state).__name__}"
         raise UserError(f"{path} is not a checkpoint of this project: {lacks}")
-    if wrong := [key for key, kind in KINDS.items() if key in state and not isinstance(state[key], kind)]:
-        raise UserError(f"{path} is not a checkpoint of this project: {wrong[0]} is no {KINDS[wrong[0]].__name__}")
+    if wrong := [key for key, kind in EXPECTED_TYPES.items() if key in state and not isinstance(state[key], kind)]:
+        raise UserError(f"{path} is not a checkpoint of this project: {wrong[0]} is no {EXPECTED_TYPES[wrong[0]].__name__}")
     if state.get("format", FORMAT) > FORMAT:
         raise UserError(f"{path} is of format {state['format']}, this code reads {FORMAT}\n       use a newer tiny-llm")
     state["model"] = {str(name).removeprefix("_orig_mod."): weight for name, weight in state["model"].items()}
     state = state if "architecture" in state else _from_llama2c(state)
-    if strange := [name for name, weight in state["model"].items() if not _is_plain(weight)]:
+    if strange := [name for name, weight in state["model"].items() if not _is_dense_float_tensor(weight)]:
         raise UserError(f"{path} is not a checkpoint of this project: {strange[0]} is no array of numbers")
     return state
 
 
-def not_there(path: Path) -> UserError:
+def missing_checkpoint_error(path: Path) -> UserError:
     """What to say of a checkpoint that is missing: those that there are, closest first, or what makes one."""
     folder = path.parent if path.parent.is_dir() else Path("output")
     found = [*folder.glob("*"), *folder.glob(f"*/{escape(path.name)}"), *folder.glob("*/ckpt.pt")]
     others = [str(other) for other in found
               if other.suffix in SUFFIXES and not other.name.endswith(".tokenizer.bin")]
     closest = get_close_matches(str(path), sorted(set(others)), n=5, cutoff=0)
-    make = command("train", out_dir="" if path.parent == Path("output") else path.parent)
+    make = format_command("train", out_dir="" if path.parent == Path("output") else path.parent)
     return UserError(f"no checkpoint at {path.resolve()}\n       " + (
         f"there is {', '.join(closest)}" if closest else f"{make} makes one"))
 
 
-def read_tensors(path: Path, mapped: bool = False) -> Any:
+def read_tensors(path: Path, mmap: bool = False) -> Any:
     """What torch.save wrote to a file, if it is tensors and plain values only, and if nothing of it has changed.
 
     Raises UserError when it is damaged, or would run code.
     """
     try:
-        _compare_checksums(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and os.name == "posix")
+        _verify_zip_crc(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and os.name == "posix")
     except PermissionError:
         raise
     except Exception as error:      # a damaged file can fail in any way, and they all mean the same
@@ -117,7 +117,7 @@ def read_tensors(path: Path, mapped: bool = False) -> Any:
                         f"({type(error).__name__})") from error
 
 
-def _compare_checksums(path: Path) -> None:
+def _verify_zip_crc(path: Path) -> None:
     """Raise ValueError when a part of the file is not as it was written. torch.load would not look."""
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
@@ -130,18 +130,18 @@ def _compare_checksums(path: Path) -> None:
             raise ValueError(f"the checksum of {damaged} is of other content")
 
 
-def _is_plain(weight: Any) -> bool:
+def _is_dense_float_tensor(weight: Any) -> bool:
     """Whether it is a tensor of numbers that are all there. One number that poses as a large array is not."""
     return (isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.layout == torch.strided
             and weight.dtype in FLOATS and weight.nbytes <= weight.untyped_storage().nbytes())
 
 
-def checksum(state: Any) -> int:
+def state_checksum(state: Any) -> int:
     """A number for all tensors of a state, to tell whether two are the same."""
     if isinstance(state, torch.Tensor):
         return zlib.crc32(state.detach().contiguous().flatten().view(torch.uint8).numpy())
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
-    return zlib.crc32(repr([checksum(value) for value in values]).encode())
+    return zlib.crc32(repr([state_checksum(value) for value in values]).encode())
 
 
 def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:
@@ -174,19 +174,19 @@ def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> Mo
     return args
 
 
-def build_model(state: dict[str, Any], own: bool = True, name: str | Path = "the checkpoint") -> Transformer | GPT2:
+def build_model(state: dict[str, Any], copy_weights: bool = True, name: str | Path = "the checkpoint") -> Transformer | GPT2:
     """Make the model of a state.
 
-    own: with weights of its own, in float32, for training; else with those of the state, in their format, so that
+    copy_weights: with weights of its own, in float32, for training; else with those of the state, in their format, so that
         they are not twice in memory.
     Raises UserError, about the file `name`, when weights and shape do not belong together, or a weight is no number.
     """
     args = build_args(state, name)
     try:
-        with torch.device("meta"), _Unfilled():         # takes no memory before the shapes are known to be right
+        with torch.device("meta"), _SkipInit():         # takes no memory before the shapes are known to be right
             model = ARCHITECTURES[architecture_of(args)].model(args)
         weights = state["model"]
-        if own:
+        if copy_weights:
             weights = {part: weight.to(torch.float32, copy=True) for part, weight in weights.items()}
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -198,7 +198,7 @@ def build_model(state: dict[str, Any], own: bool = True, name: str | Path = "the
     return model
 
 
-class _Unfilled(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """New modules are not filled with random numbers. On the device meta that would do nothing, in a second."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -208,13 +208,13 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def build_tokenizer(state: dict[str, Any]) -> Vocabulary:
+def build_tokenizer(state: dict[str, Any]) -> BaseTokenizer:
     """The vocabulary inside a state. Raises UserError when there is none, as in files of other projects."""
     model = state.get("tokenizer")
     if not model or not isinstance(model, bytes):
-        there = [*vocabularies(DATA), DATA / "tok4096.model"]
+        there = [*tokenizer_files(DATA), DATA / "tok4096.model"]
         raise UserError(f"the checkpoint carries no vocabulary; name its own, such as --tokenizer {there[0]}")
-    return tokenizer.load(model)
+    return tokenizer.load_tokenizer(model)
 
 
 def build_engine(model: Transformer | GPT2, *options, **more) -> Engine:

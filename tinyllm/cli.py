@@ -28,26 +28,26 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
-USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,
+USER_FIXABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,
                 errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,          # a closed door, a broken one,
                 errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,    # something else than should be there,
                 errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,               # a name that cannot be one, or is in use,
                 errno.EMFILE, errno.ENFILE)                                 # too many open files
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
+CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
 
 class UserError(Exception):
     """Something that the user can mend. `run` shows its message, and no traceback."""
 
 
-def printable(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """A text without what a terminal would obey: control characters, and marks that turn the direction of writing."""
-    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return CONTROL_CHARS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def shown(text: str) -> str:
+def escape_for_terminal(text: str) -> str:
     """What stdout may have of a text that anybody may have written: a terminal not all, a file or program all of it."""
-    return printable(text) if sys.stdout.isatty() else text
+    return escape_control_chars(text) if sys.stdout.isatty() else text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}\n       python {self.prog} --help lists the settings")
 
 
-def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | None = None,
+def parse_settings(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | None = None,
          presets: dict[str, dict[str, Any]] | None = None, epilog: str = "", positional: tuple[str, ...] = ()
          ) -> tuple[SimpleNamespace, dict[str, Any]]:
     """Read a script's settings block and the command line.
@@ -75,13 +75,13 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
         UserError: for an unknown name, a missing value or a value of the wrong type.
     """
     source = Path(script["__file__"]).read_text(encoding="utf-8")
-    defaults = {name: script[name] for name in _comments(source)}
+    defaults = {name: script[name] for name in _setting_comments(source)}
     parser = _parser(script, source, epilog)
     for name in positional:
         parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"the same as --{name}")
-    known, unknown = parser.parse_known_args([_normal(a) for a in (sys.argv[1:] if argv is None else argv)])
+    known, unknown = parser.parse_known_args([_normalize_flag(a) for a in (sys.argv[1:] if argv is None else argv)])
     if unknown:
-        parser.error(_suggest(unknown[0], list(defaults)))
+        parser.error(_unknown_setting_message(unknown[0], list(defaults)))
     given = vars(known)
     if presets and (preset := given.get("preset", defaults.get("preset", ""))):
         if preset not in presets:
@@ -93,29 +93,29 @@ def read(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | No
     return SimpleNamespace(**{**defaults, **given}), given
 
 
-def run(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Call a script's main(). What the user can mend ends as a message and status 1."""
-    _open_streams()
+    _ensure_std_streams()
     try:
         main()
     except UserError as error:
-        sys.exit(printable(f"error: {error}"))
+        sys.exit(escape_control_chars(f"error: {error}"))
     except KeyboardInterrupt:
-        end_children()
+        kill_child_processes()
         print("\nstopped; no file is half-written: the same command goes on, or begins anew", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:             # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         odd_name = os.name == "nt" and error.errno == errno.EINVAL and error.filename       # such as a?.txt
-        if error.errno not in USERS_ERRNOS and not odd_name:
+        if error.errno not in USER_FIXABLE_ERRNOS and not odd_name:
             raise
-        sys.exit(printable(f"error: {error.strerror}: {error.filename or 'a file'}"))
+        sys.exit(escape_control_chars(f"error: {error.strerror}: {error.filename or 'a file'}"))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done, and Ctrl-C would only break into tidying up
 
 
-def _open_streams() -> None:
+def _ensure_std_streams() -> None:
     """Make output UTF-8, which a Windows pipe is not by itself; what is closed, as in some services, leads nowhere.
 
     Else the next file that is opened would take its number, and get what libraries print.
@@ -129,7 +129,7 @@ def _open_streams() -> None:
         stream.reconfigure(encoding="utf-8", errors="replace")
 
 
-def did_you_mean(path: str | Path) -> str:
+def suggest_path(path: str | Path) -> str:
     """'; did you mean X?' for a path that does not exist, or nothing: X is what lies beside it with a similar name."""
     path = Path(path)
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -137,29 +137,29 @@ def did_you_mean(path: str | Path) -> str:
     return f"; did you mean {path.with_name(close[0])}?" if close else ""
 
 
-def command(script: str, launcher: str = "python", **settings: Any) -> str:
+def format_command(script: str, launcher: str = "python", **settings: Any) -> str:
     """What to type, with those settings that say something."""
     texts = {name: str(value) for name, value in settings.items() if value not in ("", None)}
-    words = [f"--{name}" if settings[name] is True else f"--{name}{'=' if text.startswith('-') else ' '}{quoted(text)}"
+    words = [f"--{name}" if settings[name] is True else f"--{name}{'=' if text.startswith('-') else ' '}{shell_quote(text)}"
              for name, text in texts.items()]
     return " ".join([f"{launcher} {script}.py", *words])
 
 
-def quoted(text: str) -> str:
+def shell_quote(text: str) -> str:
     """A value as it is typed in a shell."""
     if os.name == "posix" and re.search(r'["$`!\\]', text):
         return shlex.quote(text)
     return f'"{text}"' if re.search(r"[^\w./\\:~+-]|^~", text) else text       # a first ~ is the home folder
 
 
-def end_children() -> None:
+def kill_child_processes() -> None:
     """End the processes that this one has begun, before what they would look for is gone."""
     for child in active_children():
         child.kill()
         child.join()
 
 
-def _comments(source: str) -> dict[str, str]:
+def _setting_comments(source: str) -> dict[str, str]:
     """Map each name of the settings block to its comment, with the indented lines that continue it, in order."""
     lines = source.splitlines()
     found = {}
@@ -185,11 +185,11 @@ def _parser(script: dict[str, Any], source: str, epilog: str) -> _Parser:
                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     annotated = {name for name, node in _assignments(source).items() if isinstance(node, ast.AnnAssign)}
-    for name, comment in _comments(source).items():
+    for name, comment in _setting_comments(source).items():
         default, kind = script[name], type(script[name])
         text = f"{comment} (default: {default!r})".replace("%", "%%")
         if kind is bool or name in annotated:
-            read_as, metavar = (boolean_or_text, "BOOL|STR") if name in annotated else (_boolean, "BOOL")
+            read_as, metavar = (parse_bool_or_str, "BOOL|STR") if name in annotated else (_parse_bool, "BOOL")
             parser.add_argument(f"--{name}", type=read_as, nargs="?", const=True, metavar=metavar, help=text)
             parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
         elif isinstance(default, list):
@@ -199,27 +199,27 @@ def _parser(script: dict[str, Any], source: str, epilog: str) -> _Parser:
     return parser
 
 
-def _normal(arg: str) -> str:
+def _normalize_flag(arg: str) -> str:
     """`--max-iters=5` becomes `--max_iters=5`; anything that is not a name stays as it is."""
     match = re.fullmatch(r"--([A-Za-z][\w-]*)(=.*)?", arg, flags=re.DOTALL)
     return f"--{match[1].replace('-', '_')}{match[2] or ''}" if match else arg
 
 
-def _boolean(text: str) -> bool:
+def _parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
     return text.lower() in ("true", "1", "yes")
 
 
-def boolean_or_text(text: str) -> bool | str:
+def parse_bool_or_str(text: str) -> bool | str:
     """The boolean that a text says, or else the text."""
     try:
-        return _boolean(text)
+        return _parse_bool(text)
     except argparse.ArgumentTypeError:
         return text
 
 
-def _suggest(arg: str, names: list[str]) -> str:
+def _unknown_setting_message(arg: str, names: list[str]) -> str:
     if not arg.startswith("-"):
         return f"{arg!r} stands alone; settings are given as --name value, and a text with spaces in quotes"
     name = arg.lstrip("-").split("=")[0]

@@ -20,25 +20,25 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from tinyllm import demo_stories
-from tinyllm.cli import UserError, did_you_mean, quoted
-from tinyllm.files import replace
-from tinyllm.project import apart, some
-from tinyllm.words import portions
+from tinyllm.cli import UserError, suggest_path, shell_quote
+from tinyllm.files import atomic_replace
+from tinyllm.project import separate_data_dir, shorten_list
+from tinyllm.words import chunks
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 SEPARATOR = "<|endoftext|>"     # between the documents of a .txt file
-KEYS = ("story", "text")        # where a JSON object keeps its text; the first one found counts
-LONGEST = 1 << 16               # characters; a longer document is cut at a blank line, line or space
+TEXT_KEYS = ("story", "text")        # where a JSON object keeps its text; the first one found counts
+MAX_DOCUMENT_CHARS = 1 << 16               # characters; a longer document is cut at a blank line, line or space
 VAL_FRACTION = 0.02             # of the documents are for validation, but at least one
 VAL_BYTES = 2_000_000           # and no more than about so much text: each evaluation reads it all
 GROUP_BYTES = 4 << 20           # small files share a part of the work, and a shard, until they are so large together
-SIGNS = {"utf-16": "\0", "utf-32": "\0", "iso2022": "\x1b", "hz": "~{", "utf-7": "+"}    # of what may pass for UTF-8
+NON_UTF8_MARKERS = {"utf-16": "\0", "utf-32": "\0", "iso2022": "\x1b", "hz": "~{", "utf-7": "+"}    # of what may pass for UTF-8
 DEMO = Path("data/demo")
 DEMO_FILES = 10
-NAMED = 5                       # keys of a JSON object without a text that a message names
-HOW_ENCODED = ("\n       say what such files are: --encoding gb18030 (Chinese Windows), cp1252 (western), utf-16, ...; "
+MAX_KEYS_SHOWN = 5                       # keys of a JSON object without a text that a message names
+ENCODING_HINT = ("\n       say what such files are: --encoding gb18030 (Chinese Windows), cp1252 (western), utf-16, ...; "
                "or save them as UTF-8")
-FOLDER = "TinyStories_all_data"                 # in the data folder, where the real stories are unpacked
+TINYSTORIES_DIR = "TinyStories_all_data"                 # in the data folder, where the real stories are unpacked
 
 _READ = 1 << 18                 # characters read at a time
 _RECORD = 1 << 24               # characters that one JSON record may have
@@ -57,23 +57,23 @@ def find_files(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no file or folder at {path.resolve()}{did_you_mean(path)}")
-    files = [path] if path.is_file() else inside(path)
+        raise UserError(f"no file or folder at {path.resolve()}{suggest_path(path)}")
+    files = [path] if path.is_file() else list_files(path)
     files = [file for file in files if file.name.lower().endswith(SUFFIXES)]
     if not files:
         raise UserError(f"no text in {path.resolve()}\n       files must end in {', '.join(SUFFIXES)}")
     return files
 
 
-def check_apart(source: str | Path, data_dir: str | Path) -> None:
+def check_not_nested(source: str | Path, data_dir: str | Path) -> None:
     """Raise UserError where what the steps write would be in the text, and be read as text the next time."""
     source, folder = Path(source).resolve(), Path(data_dir).resolve()
     if source in (folder, *folder.parents):
         raise UserError(f"--data_dir {data_dir} is in the text, and what is written there would be read too\n"
-                        f"       name another, such as --data_dir {quoted(str(apart(source)))}")
+                        f"       name another, such as --data_dir {shell_quote(str(separate_data_dir(source)))}")
 
 
-def inside(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """The files of a folder and its subfolders in order of name, but for hidden ones.
 
     Raises OSError for a subfolder that may not be read. Links to folders are not followed.
@@ -90,19 +90,19 @@ def inside(folder: Path) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def passed_over(path: str | Path) -> str:
+def summarize_skipped(path: str | Path) -> str:
     """How many files of a folder are of which kind that cannot be read, in words; empty when there are none."""
-    kinds = Counter(other.suffix or "without a kind" for other in inside(Path(path))
+    kinds = Counter(other.suffix or "without a kind" for other in list_files(Path(path))
                     if not other.name.lower().endswith(SUFFIXES))
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
-def groups(files: list[Path]) -> Iterator[list[Path]]:
+def group_small_files(files: list[Path]) -> Iterator[list[Path]]:
     """Arrange files into groups for one process to work on; small ones share a group."""
-    return portions(files, lambda path: path.stat().st_size, GROUP_BYTES)
+    return chunks(files, lambda path: path.stat().st_size, GROUP_BYTES)
 
 
-def documents(path: Path, progress: Callable[[int], None] = lambda count: None, encoding: str = "") -> Iterator[str]:
+def read_documents(path: Path, progress: Callable[[int], None] = lambda count: None, encoding: str = "") -> Iterator[str]:
     """Yield the documents of a file, without blank ones and without white space around them.
 
     `.txt` is split at `<|endoftext|>`, or is one document; `.json` is a list, `.jsonl` a line per
@@ -118,24 +118,24 @@ def documents(path: Path, progress: Callable[[int], None] = lambda count: None, 
     number = 0
     try:
         with open(path, "rb") as raw:
-            stream = _opened(path, raw, "" if not encoding or _is_utf8(path, encoding) else encoding)
+            stream = _open_text(path, raw, "" if not encoding or _is_utf8(path, encoding) else encoding)
             read = _txt_records if path.name.lower().removesuffix(".gz").endswith(".txt") else _json_records
             at = 0
             for number, record in enumerate(read(stream), 1):
-                yield from (piece for piece in map(str.strip, _pieces(record)) if piece)
+                yield from (piece for piece in map(str.strip, _split_long_document(record)) if piece)
                 if raw.tell() != at:
                     progress(raw.tell() - at)
                     at = raw.tell()
     except UnicodeError as error:
         place = f" after record {number}" if number else ""
         reason = getattr(error, "reason", error)
-        raise NotUTF8(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason}){HOW_ENCODED}") from error
+        raise NotUTF8(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason}){ENCODING_HINT}") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error
 
 
 @contextmanager
-def naming_all(files: list[Path], encoding: str) -> Iterator[None]:
+def report_all_bad_encodings(files: list[Path], encoding: str) -> Iterator[None]:
     """Where a file turns out not to be UTF-8, and no other encoding is given, name all that are not."""
     try:
         yield
@@ -143,15 +143,15 @@ def naming_all(files: list[Path], encoding: str) -> Iterator[None]:
         wrong = [path for path in files if not encoding and not _is_utf8(path)]
         if len(wrong) < 2:
             raise
-        raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {some(wrong)}{HOW_ENCODED}") from error
+        raise UserError(f"{len(wrong)} of {len(files)} files are not UTF-8 text: {shorten_list(wrong)}{ENCODING_HINT}") from error
 
 
 def _is_utf8(path: Path, encoding: str = "") -> bool:
     """Whether a file is UTF-8; of an encoding whose bytes pass for that, only where none of its signs is there."""
     known = codecs.lookup(encoding).name if encoding else ""
-    sign = next((sign for kind, sign in SIGNS.items() if known.startswith(kind)), None)
+    sign = next((sign for kind, sign in NON_UTF8_MARKERS.items() if known.startswith(kind)), None)
     try:
-        with open(path, "rb") as raw, _opened(path, raw) as stream:
+        with open(path, "rb") as raw, _open_text(path, raw) as stream:
             while text := stream.read(_READ):
                 if sign and sign in text:
                     return False
@@ -162,7 +162,7 @@ def _is_utf8(path: Path, encoding: str = "") -> bool:
     return True
 
 
-def _opened(path: Path, raw: BinaryIO, encoding: str = "") -> TextIO:
+def _open_text(path: Path, raw: BinaryIO, encoding: str = "") -> TextIO:
     return io.TextIOWrapper(gzip.open(raw) if path.suffix.lower() == ".gz" else raw, encoding=encoding or "utf-8-sig")
 
 
@@ -174,10 +174,10 @@ def check_encoding(name: str) -> None:
         raise UserError(f"--encoding {name} is not known; gb18030, big5, cp1252, utf-16 and others are") from error
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _split_long_document(text: str) -> Iterator[str]:
     """Cut a long text into pieces of at most LONGEST characters."""
-    while len(text) > LONGEST:
-        cut = next((at for mark in ("\n\n", "\n", " ") if (at := text.rfind(mark, LONGEST // 2, LONGEST)) > 0), LONGEST)
+    while len(text) > MAX_DOCUMENT_CHARS:
+        cut = next((at for mark in ("\n\n", "\n", " ") if (at := text.rfind(mark, MAX_DOCUMENT_CHARS // 2, MAX_DOCUMENT_CHARS)) > 0), MAX_DOCUMENT_CHARS)
         yield text[:cut]
         text = text[cut:]
     yield text
@@ -188,8 +188,8 @@ def _txt_records(stream: TextIO) -> Iterator[str]:
     while piece := stream.read(_READ):
         *whole, rest = (rest + piece).split(SEPARATOR)
         yield from whole
-        if len(rest) > 2 * LONGEST:         # hand out the beginning of a very long document early
-            *whole, left = _pieces(rest[:-len(SEPARATOR)])
+        if len(rest) > 2 * MAX_DOCUMENT_CHARS:         # hand out the beginning of a very long document early
+            *whole, left = _split_long_document(rest[:-len(SEPARATOR)])
             yield from whole
             rest = left + rest[-len(SEPARATOR):]        # a separator may have come half
     yield rest
@@ -198,10 +198,10 @@ def _txt_records(stream: TextIO) -> Iterator[str]:
 def _json_records(stream: TextIO) -> Iterator[str]:
     for value in _json_values(stream):
         if isinstance(value, dict):
-            key = next((key for key in KEYS if key in value), None)
+            key = next((key for key in TEXT_KEYS if key in value), None)
             if key is None:
-                found = ", ".join(list(value)[:NAMED]) or "(none)"
-                raise ValueError(f"has the keys {found}; expected {' or '.join(KEYS)}")
+                found = ", ".join(list(value)[:MAX_KEYS_SHOWN]) or "(none)"
+                raise ValueError(f"has the keys {found}; expected {' or '.join(TEXT_KEYS)}")
             value = value[key]
         if not isinstance(value, str):
             raise ValueError(f"expected a text, found {type(value).__name__}")
@@ -249,12 +249,12 @@ def _json_values(stream: TextIO) -> Iterator[object]:
             yield value
 
 
-def fingerprint(text: bytes) -> int:
+def document_hash(text: bytes) -> int:
     """64 bits of a document, in UTF-8, that decide its split: the same text never lands in both."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def validation_threshold(files: list[Path], encoding: str = "") -> int:
+def val_hash_threshold(files: list[Path], encoding: str = "") -> int:
     """The rule of the split: documents whose fingerprint is at most this are for validation.
 
     Because it looks at each text by itself, the rule needs no second pass, holds in any order and
@@ -268,8 +268,8 @@ def validation_threshold(files: list[Path], encoding: str = "") -> int:
     limit = int(min(VAL_FRACTION, VAL_BYTES / max(size, 1)) * 2**64)
     lowest, highest = 2**64, -1
     for file in files:
-        for text in documents(file, encoding=encoding):
-            mark = fingerprint(text.encode())
+        for text in read_documents(file, encoding=encoding):
+            mark = document_hash(text.encode())
             lowest, highest = min(lowest, mark), max(highest, mark)
             if lowest <= limit < highest:
                 return limit
@@ -282,7 +282,7 @@ def validation_threshold(files: list[Path], encoding: str = "") -> int:
 
 def default_source(data_dir: str | Path) -> Path:
     """The downloaded stories where there are some, else the built-in ones, written at first use."""
-    real = Path(data_dir) / FOLDER
+    real = Path(data_dir) / TINYSTORIES_DIR
     return real if real.is_dir() else _write_demo()
 
 
@@ -292,10 +292,10 @@ def _write_demo() -> Path:
         fresh = DEMO.with_name(DEMO.name + ".tmp")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        stories = [{"story": story} for story in demo_stories.stories()]
+        stories = [{"story": story} for story in demo_stories.generate_stories()]
         for i in range(DEMO_FILES):
             text = json.dumps(stories[i::DEMO_FILES], indent=0)
             (fresh / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
         (fresh / "README.md").write_text("Synthetic stories, by demo_stories.py.\n", encoding="utf-8")
-        replace(fresh, DEMO)
+        atomic_replace(fresh, DEMO)
     return DEMO

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyllm.shards import ShardSet, document_starts
 
-IGNORE = -1     # a target that is not scored
+IGNORE_INDEX = -1     # a target that is not scored
 
 
 class PretokDataset(IterableDataset):
@@ -35,19 +35,19 @@ class PretokDataset(IterableDataset):
     def __init__(self, shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *, seed: int = 0,
                  position: int = 0, rank: int = 0, world_size: int = 1):
         super().__init__()
-        self.shard_set, self.shards = shard_set, shard_set.of(split)
+        self.shard_set, self.shards = shard_set, shard_set.shards_of(split)
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.seed, self.position, self.rank, self.world_size = seed, position, rank, world_size
-        self.starts = [_windows(shard_set.open(shard), max_seq_len)[0] for shard in self.shards]
-        self.first_window = np.cumsum([0, *map(len, self.starts)])      # of each shard; the last entry is the sum
+        self.window_starts = [_windows(shard_set.memmap(shard), max_seq_len)[0] for shard in self.shards]
+        self.first_window = np.cumsum([0, *map(len, self.window_starts)])      # of each shard; the last entry is the sum
         self.n_windows = int(self.first_window[-1])                     # in an epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        ids = [self.shard_set.open(shard) for shard in self.shards]
-        for numbers in self.order():
+        ids = [self.shard_set.memmap(shard) for shard in self.shards]
+        for numbers in self.batch_indices():
             yield torch.from_numpy(np.stack([self._window(ids, number) for number in numbers]))
 
-    def order(self) -> Iterator[list[int]]:
+    def batch_indices(self) -> Iterator[list[int]]:
         """Yield the numbers of the windows of each batch, without end."""
         worker = get_worker_info()
         turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -60,25 +60,25 @@ class PretokDataset(IterableDataset):
 
     def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
         """The same batches, cut on the device out of ids that all lie there: a step waits for no copy."""
-        parts = [self.shard_set.open(shard) for shard in self.shards]
+        parts = [self.shard_set.memmap(shard) for shard in self.shards]
         offsets = np.cumsum([0, *map(len, parts)])
         signed = np.dtype(f"i{parts[0].itemsize}")              # indexing knows no unsigned integers
         ids = torch.empty(offsets[-1], dtype=getattr(torch, signed.name), device=device)
         for part, begin in zip(parts, offsets):
             ids[begin:begin + len(part)] = torch.from_numpy(np.array(part).view(signed))
-        starts = np.concatenate([start + offset for start, offset in zip(self.starts, offsets)])
-        stops = np.repeat(offsets[1:], [len(start) for start in self.starts])      # where the shard of each ends
+        starts = np.concatenate([start + offset for start, offset in zip(self.window_starts, offsets)])
+        stops = np.repeat(offsets[1:], [len(start) for start in self.window_starts])      # where the shard of each ends
         starts, stops = torch.from_numpy(starts).to(device), torch.from_numpy(stops).to(device)
         span = torch.arange(self.max_seq_len + 1, device=device)
-        for numbers in self.order():
-            numbers = _send(torch.tensor(numbers), device)
+        for numbers in self.batch_indices():
+            numbers = _to_device(torch.tensor(numbers), device)
             places = starts[numbers, None] + span                                   # (batch_size, max_seq_len + 1)
             windows = ids[places.clamp(max=len(ids) - 1)].long() & (256 ** parts[0].itemsize - 1)
-            yield windows.where(places < stops[numbers, None], IGNORE)
+            yield windows.where(places < stops[numbers, None], IGNORE_INDEX)
 
     def _window(self, ids: list[np.ndarray], index: int) -> np.ndarray:
         shard = int(np.searchsorted(self.first_window, index, side="right")) - 1
-        start = self.starts[shard][index - self.first_window[shard]]
+        start = self.window_starts[shard][index - self.first_window[shard]]
         return _padded(ids[shard][start:start + self.max_seq_len + 1], self.max_seq_len)
 
 
@@ -97,7 +97,7 @@ class Task:
         """
         dataset = PretokDataset(shard_set, split, batch_size, max_seq_len, **options)
         device = torch.device(device)
-        if num_workers == 0 and fits(shard_set, split, device):
+        if num_workers == 0 and fits_on_gpu(shard_set, split, device):
             batches = dataset.on_device(device)
         else:
             batches = DataLoader(dataset, batch_size=None, num_workers=num_workers,
@@ -105,11 +105,11 @@ class Task:
                                  worker_init_fn=_start_worker,
                                  generator=torch.Generator())   # else it would use up global random numbers
         for windows in batches:                                 # (batch_size, max_seq_len + 1)
-            windows = _send(windows, device)
+            windows = _to_device(windows, device)
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
 
     @staticmethod
-    def iter_once(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
+    def iter_split(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
                   device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield a whole split in order: every token of every document once, after what its window has of it.
@@ -120,20 +120,20 @@ class Task:
         rows = _rows(shard_set, split, max_seq_len)
         batches = iter(lambda: list(islice(rows, batch_size)), [])
         while turn := list(islice(batches, world_size)):
-            batch = turn[rank] if rank < len(turn) else [np.full(max_seq_len + 1, IGNORE)]
-            windows = _send(torch.from_numpy(np.stack(batch)), torch.device(device))
+            batch = turn[rank] if rank < len(turn) else [np.full(max_seq_len + 1, IGNORE_INDEX)]
+            windows = _to_device(torch.from_numpy(np.stack(batch)), torch.device(device))
             yield windows[:, :-1].clamp(min=0), windows[:, 1:]
 
 
-def fits(shard_set: ShardSet, split: str, device: torch.device) -> bool:
+def fits_on_gpu(shard_set: ShardSet, split: str, device: torch.device) -> bool:
     """Whether the ids of a split take less than a quarter of a GPU's free memory."""
     if device.type != "cuda":
         return False
-    size = sum(shard_set.open(shard).nbytes for shard in shard_set.of(split))
+    size = sum(shard_set.memmap(shard).nbytes for shard in shard_set.shards_of(split))
     return size < torch.cuda.mem_get_info(device)[0] / 4
 
 
-def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move a tensor to the device; to a GPU from pinned memory, so that nobody waits for the copy."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
@@ -147,8 +147,8 @@ def _start_worker(number: int) -> None:
 
 
 def _rows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndarray]:
-    for shard in shard_set.of(split):
-        ids = shard_set.open(shard)
+    for shard in shard_set.shards_of(split):
+        ids = shard_set.memmap(shard)
         for start, stop in zip(*_windows(ids, max_seq_len)):
             yield _padded(ids[start:min(stop, start + max_seq_len + 1)], max_seq_len)
 
@@ -164,4 +164,4 @@ def _windows(ids: np.ndarray, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]
 
 def _padded(window: np.ndarray, max_seq_len: int) -> np.ndarray:
     window = window.astype(np.int64)
-    return np.pad(window, (0, max_seq_len + 1 - len(window)), constant_values=IGNORE)
+    return np.pad(window, (0, max_seq_len + 1 - len(window)), constant_values=IGNORE_INDEX)

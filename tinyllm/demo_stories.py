@@ -376,7 +376,7 @@ ate hot [soup|bread|porridge] by the fire. "Next time we will [stay on the path|
 '''
 
 
-def stories(count: int = 20_000, seed: int = 0) -> Iterator[str]:
+def generate_stories(count: int = 20_000, seed: int = 0) -> Iterator[str]:
     """Yield `count` distinct stories, their paragraphs separated by an empty line."""
     (common, _), *plots = _parse(GRAMMAR)
     rng, seen = random.Random(seed), set()
@@ -448,4 +448,4 @@ def _pick(rng: random.Random, options: list[Any]) -> Any:
 
 
 if __name__ == "__main__":
-    print("\n\n---\n\n".join(stories(3)))
+    print("\n\n---\n\n".join(generate_stories(3)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tinyllm.cli import UserError
-from tinyllm.machine import cores
+from tinyllm.machine import available_cores
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive"
 INSTALL = "https://pytorch.org/get-started"
@@ -25,7 +25,7 @@ PEAK_TFLOPS = {r"\bB200\b": 2250, r"\bH200\b": 989, r"\bH100 PCIe": 756, r"\bH10
 
 
 @dataclass(frozen=True)
-class Device:
+class Backend:
     """A device, the format of its matrix products, and why these were chosen."""
     device: torch.device
     dtype: torch.dtype
@@ -55,7 +55,7 @@ class Device:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
-def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> Device:
+def choose_backend(device: str = "auto", dtype: str = "auto", training: bool = True) -> Backend:
     """Turn the settings `device` and `dtype` into a Device; "auto" picks the best that is there.
 
     Raises:
@@ -64,7 +64,7 @@ def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> 
     if torch.__version__ < (2, 13):
         raise UserError(f"PyTorch {torch.__version__} is too old for this; pip install -r requirements.txt")
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))        # PyTorch does not see a container's share
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))        # PyTorch does not see a container's share
     where, why = _device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where.index or 0)             # for NCCL, and for whatever names no device
@@ -81,13 +81,13 @@ def choose(device: str = "auto", dtype: str = "auto", training: bool = True) -> 
     if chosen != torch.float32 and where.type == "mps":
         raise UserError("--dtype must be float32 on Apple's GPU: in 16 bits its attention looks at later tokens too "
                         "(pytorch/pytorch, issue 195910)")
-    return Device(where, chosen, f"{why}; {format_why}")
+    return Backend(where, chosen, f"{why}; {format_why}")
 
 
 def _device(name: str) -> tuple[torch.device, str]:
     if name == "auto":
-        gpu = next((torch.device(kind) for kind in ("cuda", "mps") if count(kind)), None)
-        problem = _problem(gpu) if gpu else _no_gpu()
+        gpu = next((torch.device(kind) for kind in ("cuda", "mps") if device_count(kind)), None)
+        problem = _probe_device(gpu) if gpu else _no_gpu()
         if problem:
             threads = torch.get_num_threads()
             return torch.device("cpu"), f"{problem}, {threads} thread{'s' * (threads > 1)}"
@@ -96,27 +96,27 @@ def _device(name: str) -> tuple[torch.device, str]:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda, cuda:1 or mps") from error
-    if (device.index or 0) >= count(device.type):
-        raise UserError(f"--device {name} is not there: PyTorch {torch.__version__} sees {count(device.type)} "
+    if (device.index or 0) >= device_count(device.type):
+        raise UserError(f"--device {name} is not there: PyTorch {torch.__version__} sees {device_count(device.type)} "
                         f"of that kind\n       use --device auto, or install a PyTorch for your GPU: {INSTALL}")
-    if problem := _problem(device):
+    if problem := _probe_device(device):
         raise UserError(f"--device {name}: {problem}\n       use --device cpu, or {INSTALL}")
     return device, "as asked"
 
 
-def count(kind: str) -> int:
+def device_count(kind: str) -> int:
     """How many devices of a kind PyTorch can use."""
     return {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
             "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
 
 
-def _problem(device: torch.device) -> str:
+def _probe_device(device: torch.device) -> str:
     """Why nothing can be computed on a device; empty when it can. A GPU may be too old for this build of PyTorch.
 
     Raises UserError when its memory is full, since that passes.
     """
     try:
-        with advise_on_memory(f"close what else uses {device}, or use --device cpu"):
+        with explain_oom(f"close what else uses {device}, or use --device cpu"):
             torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
         first = str(error).splitlines()[0]
@@ -132,17 +132,17 @@ def _no_gpu() -> str:
 
 
 @contextmanager
-def advise_on_memory(advice: str) -> Iterator[None]:
+def explain_oom(advice: str) -> Iterator[None]:
     """Turn PyTorch's errors about memory into a UserError that says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_about_memory(error):
+        if not is_oom(error):
             raise
         raise UserError(f"there is not enough memory\n       {advice}") from error
 
 
-def is_about_memory(error: BaseException) -> bool:
+def is_oom(error: BaseException) -> bool:
     """Whether an error, also of the libraries that PyTorch calls, says that memory has run out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(OUT_OF_MEMORY, str(error)))
 
@@ -170,13 +170,13 @@ def _has_fbgemm() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def no_headers() -> str:
+def why_no_headers() -> str:
     """Why compiled kernels cannot be called from Python; empty when they can."""
     there = Path(sysconfig.get_path("include"), "Python.h").is_file()
     return "" if there else "Python's own headers are not there (Debian and Ubuntu: python3-dev)"
 
 
-def no_compiler() -> str:
+def why_no_compiler() -> str:
     """Why torch.compile cannot be had on a CPU; empty when it can. On Windows it takes Microsoft's C++ compiler."""
     if not any(map(shutil.which, ("cl",) if os.name == "nt" else ("c++", "g++", "clang++"))):
         return "there is no C++ compiler"

@@ -15,22 +15,22 @@ import requests
 from tqdm import tqdm
 
 from tinyllm.cli import UserError
-from tinyllm.corpus import FOLDER, find_files
-from tinyllm.files import replace, sha256
+from tinyllm.corpus import TINYSTORIES_DIR, find_files
+from tinyllm.files import atomic_replace, sha256
 
-ARCHIVE = f"{FOLDER}.tar.gz"
+ARCHIVE = f"{TINYSTORIES_DIR}.tar.gz"
 MIRRORS = {
     "huggingface": f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/{ARCHIVE}",
     "hf-mirror": f"https://hf-mirror.com/datasets/roneneldan/TinyStories/resolve/main/{ARCHIVE}",
     "modelscope": f"https://www.modelscope.cn/datasets/AI-ModelScope/TinyStories/resolve/master/{ARCHIVE}",
 }
-PAUSES = (1, 4, 15)             # seconds before each further try of a mirror
-HEADINGS = 1 << 20              # bytes that an archive may have between two files
+RETRY_DELAYS = (1, 4, 15)             # seconds before each further try of a mirror
+MAX_TAR_HEADER_BYTES = 1 << 20              # bytes that an archive may have between two files
 
-_PIECE = 1 << 16                # bytes written at a time, and at most lost when a connection breaks
+_CHUNK = 1 << 16                # bytes written at a time, and at most lost when a connection breaks
 
 
-def tinystories(data_dir: str | Path, mirror: str = "") -> Path:
+def download_tinystories(data_dir: str | Path, mirror: str = "") -> Path:
     """Fetch and unpack TinyStories (Eldan and Li 2023, arXiv 2305.07759) unless it is there.
 
     Args:
@@ -40,11 +40,11 @@ def tinystories(data_dir: str | Path, mirror: str = "") -> Path:
     Raises:
         UserError: when no mirror delivers, the archive is damaged, or the disk is full.
     """
-    folder, archive = Path(data_dir) / FOLDER, Path(data_dir) / ARCHIVE
+    folder, archive = Path(data_dir) / TINYSTORIES_DIR, Path(data_dir) / ARCHIVE
     if not folder.is_dir():
         archive.parent.mkdir(parents=True, exist_ok=True)
         if not archive.exists():
-            fetch(_mirrors(mirror), archive, begins=b"\x1f\x8b")
+            download_file(_mirrors(mirror), archive, begins=b"\x1f\x8b")
         _unpack(archive, folder)
     return folder
 
@@ -61,7 +61,7 @@ class _Damaged(Exception):
     """What arrived is not the file."""
 
 
-def fetch(mirrors: dict[str, str], target: Path, begins: bytes = b"") -> None:
+def download_file(mirrors: dict[str, str], target: Path, begins: bytes = b"") -> None:
     """Download a file; what an earlier try has brought is in `<name>.part`, and is not asked for again.
 
     Each mirror is tried until it brought nothing new len(PAUSES) + 1 times in a row.
@@ -75,17 +75,17 @@ def fetch(mirrors: dict[str, str], target: Path, begins: bytes = b"") -> None:
     part = target.with_name(target.name + ".part")
     failures = []
     for name, url in mirrors.items():
-        pauses, most = list(PAUSES), _size(part)
+        pauses, most = list(RETRY_DELAYS), _size(part)
         while True:
             try:
                 _check(part, begins, _receive(url, part))
-                return replace(part, target)
+                return atomic_replace(part, target)
             except (requests.RequestException, _Damaged) as error:
                 failure = f"       {name}: {error}"
                 if isinstance(error, _Damaged):
                     part.unlink(missing_ok=True)
             if _size(part) > most:
-                pauses, most = list(PAUSES), _size(part)
+                pauses, most = list(RETRY_DELAYS), _size(part)
             if not pauses:
                 break
             time.sleep(pauses.pop(0))
@@ -126,7 +126,7 @@ def _append(response: requests.Response, part: Path, have: int) -> None:
                         f"on the disk of {part.parent.resolve()}")
     with (open(part, "ab" if resumed else "wb") as file,
           tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar):
-        for piece in response.iter_content(_PIECE):
+        for piece in response.iter_content(_CHUNK):
             file.write(piece)
             bar.update(len(piece))
     if total is not None and _size(part) != total:
@@ -142,11 +142,11 @@ def _check(part: Path, begins: bytes, announced: str) -> None:
         raise _Damaged("sent a file whose SHA-256 is not the announced one")
 
 
-class _Metered:
+class _LimitedReader:
     """The unpacked archive, of which no more than `left` bytes can be read: a heading may claim to be of any size."""
 
     def __init__(self, plain: gzip.GzipFile):
-        self.plain, self.left = plain, HEADINGS
+        self.plain, self.left = plain, MAX_TAR_HEADER_BYTES
 
     def read(self, size: int) -> bytes:
         content = self.plain.read(size)
@@ -164,20 +164,20 @@ def _unpack(archive: Path, folder: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)        # what a kill has left
     fresh.mkdir()
     try:
-        with gzip.open(archive) as plain, tarfile.open(fileobj=(metered := _Metered(plain)), mode="r|") as tar:
+        with gzip.open(archive) as plain, tarfile.open(fileobj=(metered := _LimitedReader(plain)), mode="r|") as tar:
             for member in tqdm(tar, unit=" files", desc=f"unpacking {archive.name}", disable=None):
-                metered.left = member.size + HEADINGS
+                metered.left = member.size + MAX_TAR_HEADER_BYTES
                 if member.size > shutil.disk_usage(fresh).free:
                     raise OSError(errno.ENOSPC, "the disk is too small for what the archive holds", str(fresh))
                 if member.isfile() and member.name.endswith(".json"):
                     tar.extract(member, fresh, filter="data")    # refuses every path that leads elsewhere
-            while plain.read(_PIECE):                             # gzip compares its checksum at the very end
+            while plain.read(_CHUNK):                             # gzip compares its checksum at the very end
                 pass
         find_files(fresh)
-        replace(fresh, folder)
+        atomic_replace(fresh, folder)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, UserError) as error:
         bad = archive.with_name(archive.name + ".bad")
-        replace(archive, bad)
+        atomic_replace(archive, bad)
         raise UserError(f"{archive} is damaged ({error})\n       it is now {bad.name}; run this again to fetch "
                         "another, or put a sound one in its place") from error
     finally:

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from extras.compiled import CompiledAttention, CompiledLayers, RecordedStep
+from extras.compiled import CompiledAttention, CompiledLayers, CudaGraphStep
 from model import Transformer, causal_attention
-from tinyllm.sampling import Sampling, choose, draws, mark
-from tinyllm.weights import Product, arrange, gain, half, int8, on, plain
+from tinyllm.sampling import SamplingParams, sample_token, exponential_noise, seen_token_mask
+from tinyllm.weights import LinearFn, fuse_layer_weights, folded_norm_weight, linear_fp16, linear_int8, to_float32_on, linear
 
 # PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `half`, the answer
 # comes as a C++ exception, which takes longer than the product; so the engine asks nobody.
-_PLAIN_CALLS = torch._C.DisableTorchFunctionSubclass
+_NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 
-Attend = Callable[[int, Tensor], Tensor]            # layer, (B * T, H + 2 K, D) -> (B * T, dim)
+AttentionFn = Callable[[int, Tensor], Tensor]            # layer, (B * T, H + 2 K, D) -> (B * T, dim)
 
 
 class Step(NamedTuple):
@@ -51,31 +51,31 @@ class Engine:
         on_cpu = self.device.type == "cpu"
         self.uses_cuda_graph = compiled and not on_cpu
         self.cache_dtype = torch.float32 if on_cpu else dtype
-        pack = int8 if quantize == "int8" else half if on_cpu and dtype == torch.float16 else plain
-        self.layers: list[list[Product]] = []
+        pack = linear_int8 if quantize == "int8" else linear_fp16 if on_cpu and dtype == torch.float16 else linear
+        self.layers: list[list[LinearFn]] = []
         self.compiled_layers = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
         self.compiled_attention = CompiledAttention(self.args) if compiled and on_cpu else None
         self._pack_weights(model, partial(pack, dtype=dtype))
 
-    def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], Product]) -> None:
-        """Set embeddings, layers, output, and what `_turns` needs."""
+    def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], LinearFn]) -> None:
+        """Set embeddings, layers, output, and what `_rope_factors` needs."""
         with torch.no_grad():
             # one number more than dim, which makes the norm of such a row that of RMSNorm, with its eps
             floor = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5,
                                device=self.device)
             self.embeddings = torch.cat((model.tok_embeddings.weight.to(self.device), floor), 1)
             for layer in model.layers:
-                matrices = arrange(layer, self.device)
+                matrices = fuse_layer_weights(layer, self.device)
                 self.layers.append([pack(weight) for weight in matrices])
                 if self.compiled_layers:
                     self.compiled_layers.add(matrices)
-            self.output = pack(on(self.device, model.output) * gain(model.norm, self.device))
+            self.output = pack(to_float32_on(self.device, model.output) * folded_norm_weight(model.norm, self.device))
             # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
             self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
 
-    _choose = staticmethod(choose)          # extras/tensor_parallel.py has its own
+    _choose = staticmethod(sample_token)          # extras/tensor_parallel.py has its own
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling(),
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingParams = SamplingParams(),
                  ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:
         """Continue prompts that may differ in length.
 
@@ -93,24 +93,24 @@ class Engine:
         _check(prompts, self.args.vocab_size)
         if self.compiled_layers:
             (self.compiled_layers if len(prompts) == 1 else self.compiled_attention).load()
-        return self._write(prompts, max_new_tokens, sampling, ends, rows or range(len(prompts)))
+        return self._generate(prompts, max_new_tokens, sampling, ends, rows or range(len(prompts)))
 
     @torch.inference_mode()
-    def _write(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, ends: Collection[int],
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingParams, ends: Collection[int],
                rows: Sequence[int]) -> Iterator[Step]:
         texts = [list(prompt) for prompt in prompts]
-        noise = draws(sampling, rows, self.args.vocab_size, self.device)
-        seen = mark(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
+        noise = exponential_noise(sampling, rows, self.args.vocab_size, self.device)
+        seen = seen_token_mask(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
         room = min(self.args.max_seq_len, max(map(len, prompts)) + max_new_tokens)
         cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
                             device=self.device, dtype=self.cache_dtype)     # keys, and then values
-        step = RecordedStep(self._extend, cache) if self.uses_cuda_graph else partial(self._step, cache)
+        step = CudaGraphStep(self._extend, cache) if self.uses_cuda_graph else partial(self._step, cache)
         # how many tokens of each text the cache holds. A full cache is filled anew from the text, and so is one
         # that holds nothing yet, which therefore begins as full
         lengths = [self.args.max_seq_len] * len(prompts)
         tokens, ended = torch.empty(0), [False] * len(prompts)
         for _ in range(max_new_tokens):
-            with _PLAIN_CALLS():
+            with _NO_TORCH_FUNCTION():
                 logits = self._next_logits(texts, tokens, lengths, cache, step)
             tokens = self._choose(logits, sampling, next(noise), seen)      # (B,)
             found = tokens.tolist()
@@ -135,7 +135,7 @@ class Engine:
             logits = step(tokens, [min(length, window - 1) for length in lengths])
             lengths[:] = [length + 1 for length in lengths]
         if full:
-            contexts = [_shorten(texts[row], window) for row in full]
+            contexts = [_crop_to_window(texts[row], window) for row in full]
             fresh = self._prefill(contexts, full, cache)
             logits = fresh if len(full) == len(texts) else logits.index_copy(
                 0, torch.tensor(full, device=self.device), fresh)
@@ -149,8 +149,8 @@ class Engine:
         before = ids[:-1]
         for begin in range(0, len(before), self.args.max_seq_len):
             tokens = torch.tensor([before[begin:begin + self.args.max_seq_len]], device=self.device)
-            with _PLAIN_CALLS():
-                turns = self._turns(slice(tokens.shape[1]))
+            with _NO_TORCH_FUNCTION():
+                turns = self._rope_factors(slice(tokens.shape[1]))
                 x = self._layers(tokens, turns, lambda _, heads: self._causal(heads[None]))
                 logprobs = self._logits(x).log_softmax(-1)
             yield logprobs
@@ -166,7 +166,7 @@ class Engine:
             return self._causal(heads)
 
         tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in contexts], device=self.device)
-        x = self._layers(tokens, self._turns(slice(width)), attend)
+        x = self._layers(tokens, self._rope_factors(slice(width)), attend)
         last = torch.tensor([row * width + len(ids) - 1 for row, ids in enumerate(contexts)], device=self.device)
         return self._logits(x[last])
 
@@ -184,9 +184,9 @@ class Engine:
         batch, groups = len(tokens), self.n_heads // self.n_kv_heads
         keys, values = (part.unbind() for part in cache.chunk(2, 2))            # of each layer, (B, K, end, D)
         if isinstance(at, int):
-            turns, mask, fresh = self._turns(slice(at, at + 1)), None, cache[:, :, :, at].unbind()
+            turns, mask, fresh = self._rope_factors(slice(at, at + 1)), None, cache[:, :, :, at].unbind()
         else:
-            turns, mask = self._turns(at), (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
+            turns, mask = self._rope_factors(at), (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
             places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
         if self.compiled_attention:
             lengths = torch.full((batch,), at) if mask is None else at.flatten()
@@ -210,14 +210,14 @@ class Engine:
         q, k, v = heads.transpose(1, 2).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
         return causal_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def _turns(self, at: slice | Tensor) -> Tensor:
+    def _rope_factors(self, at: slice | Tensor) -> Tensor:
         """What heads at some places are multiplied with: (..., H + 2 K, D / 2). Values are not turned."""
         turns = self.rope[at]                                                               # (..., 1, D / 2)
         both = [turns.expand(*turns.shape[:-2], self.n_heads + self.n_kv_heads, -1),
                 torch.ones_like(turns).expand(*turns.shape[:-2], self.n_kv_heads, -1)]
         return torch.cat(both, -2)
 
-    def _layers(self, tokens: Tensor, turns: Tensor, attend: Attend) -> Tensor:
+    def _layers(self, tokens: Tensor, turns: Tensor, attend: AttentionFn) -> Tensor:
         """What the layers make of tokens (B, T): (B * T, dim + 1), before the last norm."""
         pairs_of = (*tokens.shape, -1, self.args.head_dim // 2, 2)
         x = F.embedding(tokens.flatten(), self.embeddings)                                  # (B * T, dim + 1)
@@ -249,5 +249,5 @@ def _check(prompts: list[list[int]], vocab_size: int) -> None:
             raise ValueError(f"a prompt needs ids from 0 to {vocab_size - 1}, not {prompt[:20]}")
 
 
-def _shorten(context: list[int], window: int) -> list[int]:
+def _crop_to_window(context: list[int], window: int) -> list[int]:
     return context if len(context) <= window else context[:1] + context[len(context) - window // 2:]

@@ -19,13 +19,13 @@ except ImportError:         # Windows
     import msvcrt
 
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")    # that JSON leaves as they are, and some readers take for a new line
-FAR = 1 << 30                                   # there, a byte is locked, beyond what anybody reads or writes
+LOCK_OFFSET = 1 << 30                                   # there, a byte is locked, beyond what anybody reads or writes
 LOCK = ".lock"                                  # on Windows, which cannot open a folder, a file in it is locked
-BUSY = (BlockingIOError, PermissionError)       # what a lock raises that another process holds
+LOCK_HELD_ERRORS = (BlockingIOError, PermissionError)       # what a lock raises that another process holds
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file for writing that takes the name `path` only if the block succeeds.
 
     A process that dies in between leaves the old file as it was, and beside it at most one
@@ -39,7 +39,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace(temporary, path)
+        atomic_replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and not error.filename:
             error.filename = str(path)
@@ -47,7 +47,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-def replace(source: Path, target: Path) -> None:
+def atomic_replace(source: Path, target: Path) -> None:
     """Rename a file or folder over `target`, and make the rename itself survive a power cut."""
     os.replace(source, target)
     if os.name == "posix":  # Windows cannot open a folder, and needs no flush of it
@@ -62,7 +62,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def folder_lock(folder: str | Path) -> Iterator[None]:
     """Keep other processes of this project from writing to a folder, which is made if it is not there.
 
     The lock is one of the operating system's: it ends with the process, however that ends. A file system that knows
@@ -89,7 +89,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_file(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """The same for a file, beside which other processes may write others; it is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -108,9 +108,9 @@ def _lock(path: Path) -> int:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            os.lseek(handle, FAR, os.SEEK_SET)
+            os.lseek(handle, LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-    except BUSY as error:
+    except LOCK_HELD_ERRORS as error:
         os.close(handle)
         raise UserError(f"another process is writing to {path.resolve()}\n       wait for its end, or name "
                         "another") from error
@@ -121,7 +121,7 @@ def _lock(path: Path) -> int:
 
 def save_json(path: str | Path, content: dict[str, Any]) -> None:
     """Write a JSON object, and with it a checksum."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 CGROUP = Path("/sys/fs/cgroup")         # where Linux writes a container's limits
 
 
-def cores() -> int:
+def available_cores() -> int:
     """The cores that this process may use: of the machine, or what a container has of them."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from extras.fsdp import is_part
+from extras.fsdp import is_dtensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
 def _orthogonal(steps: Tensor, dtype: torch.dtype) -> Tensor:
     """`orthogonal`, also where each process has some rows of all matrices: it gets some whole ones, works on them,
     and gives them back."""
-    if not is_part(steps):
+    if not is_dtensor(steps):
         return orthogonal(steps, dtype)
     from torch.distributed.tensor import DTensor, Shard
     own = orthogonal(steps.redistribute(placements=[Shard(0)]).to_local(), dtype)

@@ -60,20 +60,20 @@ PRESETS = {
 }
 
 
-def curve(name: str) -> list[tuple[float, float]]:
+def expected_curve(name: str) -> list[tuple[float, float]]:
     """Minutes and bits per byte of a preset; empty where there is no preset."""
     return [(minutes, bpb) for minutes, bpb, _ in PRESETS[name].curve] if name in PRESETS else []
 
 
-def expected(name: str, minutes: float) -> float | None:
+def expected_bpb(name: str, minutes: float) -> float | None:
     """Bits per byte that a preset had reached by then, read off its curve; None before its first point."""
-    points = curve(name)
+    points = expected_curve(name)
     if not points or minutes < points[0][0]:
         return None
     return float(np.interp(minutes, *zip(*points)))
 
 
-def table() -> str:
+def presets_table() -> str:
     """The list of presets for --help."""
     lines = [f"presets (measured with {MEASURED_ON}):"]
     for name, preset in PRESETS.items():

@@ -2,14 +2,14 @@
 from pathlib import Path
 from typing import Any
 
-from tinyllm.cli import UserError, command
+from tinyllm.cli import UserError, format_command
 from tinyllm.files import sha256
 
 MANIFEST = "manifest.json"                      # in a folder of shards, once they are complete
 DATA = Path("data")                             # where the scripts look unless told otherwise
 
 
-def near(folder: str | Path, name: str) -> list[Path]:
+def folders_with(folder: str | Path, name: str) -> list[Path]:
     """Folders beside a folder, and within it, that have a file of that name; the newest first, old runs left out."""
     folder = Path(folder)
     roots = [folder] if folder.parent == Path() else [folder, folder.parent]
@@ -17,7 +17,7 @@ def near(folder: str | Path, name: str) -> list[Path]:
     return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: -path.stat().st_mtime)
 
 
-def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
+def find_tokenizer(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
     """The vocabulary of a data folder: the one of that size, or the only one, or of several that with the SHA-256.
 
     Raises:
@@ -26,64 +26,64 @@ def find(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
     folder = Path(data_dir)
     if folder.is_file():
         raise UserError(f"{folder} is a file; --data_dir names a folder of steps 1 and 2, and --data of step 1 a text")
-    every = vocabularies(folder)
+    every = tokenizer_files(folder)
     found = [path for path in every if not vocab_size or path.stem == f"tok{vocab_size}"]
     if len(found) > 1 and digest:
         found = [path for path in found if sha256(path) == digest] or found
     if not found:
-        raise UserError(_none_is_there(folder, every, vocab_size))
+        raise UserError(_no_tokenizer_message(folder, every, vocab_size))
     if len(found) > 1:
-        size = next(filter(None, map(size_of, found)), "")
+        size = next(filter(None, map(vocab_size_in_name, found)), "")
         which = f"say which: --vocab_size {size}, or " if size else ""
         raise UserError(f"{folder} holds several vocabularies ({_names(every)})\n       "
                         f"{which}delete those that you do not need")
     return found[0]
 
 
-def _none_is_there(folder: Path, every: list[Path], vocab_size: int) -> str:
+def _no_tokenizer_message(folder: Path, every: list[Path], vocab_size: int) -> str:
     """The message that there is no vocabulary, or none of that size, and where one may come from."""
     of_size = f" of size {vocab_size}" if vocab_size > 0 else ""
     instead = f", where there is {_names(every)}" if every else ""
-    others = near(folder, f"tok{vocab_size or '*'}.model")
-    elsewhere = f"is it in another --data_dir: {some(others)}? else " if others else ""
+    others = folders_with(folder, f"tok{vocab_size or '*'}.model")
+    elsewhere = f"is it in another --data_dir: {shorten_list(others)}? else " if others else ""
     if not (folder / "last.pt").exists() and any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*")):
-        make = command("train_vocab", data=folder, data_dir=apart(folder))
+        make = format_command("train_vocab", data=folder, data_dir=separate_data_dir(folder))
     else:
-        make = command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+        make = format_command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
         make += ", with --data PATH for text of your own"
     return f"no vocabulary{of_size} in {folder.resolve()}{instead}\n       {elsewhere}make one: {make}"
 
 
 def _names(vocabularies: list[Path]) -> str:
-    return ", ".join(size_of(path) or path.name for path in vocabularies)
+    return ", ".join(vocab_size_in_name(path) or path.name for path in vocabularies)
 
 
-def apart(text: Path) -> Path:
+def separate_data_dir(text: Path) -> Path:
     """A data folder that is not in the text: data/mine, or one beside a text that holds that."""
     text, usual = text.resolve(), DATA / "mine"
     inside = text in (usual.resolve(), *usual.resolve().parents)
     return text.parent / f"{text.name}-data" if inside else usual
 
 
-def vocabularies(folder: Path) -> list[Path]:
+def tokenizer_files(folder: Path) -> list[Path]:
     """Those of a data folder by size, and first of all those whose text is tokenised."""
     return sorted(folder.glob("tok*.model"),
-                  key=lambda path: (not (path.with_suffix("") / MANIFEST).is_file(), int(size_of(path) or 0), path))
+                  key=lambda path: (not (path.with_suffix("") / MANIFEST).is_file(), int(vocab_size_in_name(path) or 0), path))
 
 
-def size_of(vocabulary: Path) -> str:
+def vocab_size_in_name(vocabulary: Path) -> str:
     """What --vocab_size calls a vocabulary; empty for one whose name tells no size."""
     size = vocabulary.stem.removeprefix("tok")
     return size if size.isdecimal() else ""
 
 
-def settings_for(vocabulary: Path) -> dict[str, str | Path]:
+def path_flags(vocabulary: Path) -> dict[str, str | Path]:
     """The settings by which the steps find a vocabulary: its folder, and its size if that has several."""
-    several = len(vocabularies(vocabulary.parent)) > 1
+    several = len(tokenizer_files(vocabulary.parent)) > 1
     return {"data_dir": "" if vocabulary.parent == DATA else vocabulary.parent,
-            "vocab_size": size_of(vocabulary) if several else ""}
+            "vocab_size": vocab_size_in_name(vocabulary) if several else ""}
 
 
-def some(things: list[Any], most: int = 5) -> str:
+def shorten_list(things: list[Any], most: int = 5) -> str:
     """The first of them, and how many more there are, in words."""
     return ", ".join(map(str, things[:most])) + (f" and {len(things) - most} more" if len(things) > most else "")

@@ -15,43 +15,43 @@ from extras.gpt2 import GPT2Args
 from model import ModelArgs
 from tinyllm import checkpoint, shards
 from tinyllm import device as devices
-from tinyllm.cli import UserError, boolean_or_text, command
-from tinyllm.distributed import ALONE, World
+from tinyllm.cli import UserError, parse_bool_or_str, format_command
+from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
 from tinyllm.files import sha256
-from tinyllm.project import find, near, some, vocabularies
-from tokenizer import Vocabulary, load
+from tinyllm.project import find_tokenizer, folders_with, shorten_list, tokenizer_files
+from tokenizer import BaseTokenizer, load_tokenizer
 
-HERE = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run
+COMMAND_ONLY = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run
 # settings that may change while a run goes on; the last two only if they lead to the same text and vocabulary
-FREE = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
+MAY_CHANGE_ON_RESUME = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
         "device", "dtype", "compile", "num_workers", "shard", "sample_prompts", "sample_tokens",
         "data_dir", "vocab_size")
-OWN = ("auto", "scratch", "resume")         # init_from without a checkpoint of another run
-CHECKPOINT_BYTES = 12                       # all of them but the gradient
+INIT_MODES = ("auto", "scratch", "resume")         # init_from without a checkpoint of another run
+CHECKPOINT_BYTES_PER_PARAM = 12                       # all of them but the gradient
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """What a run is built from. `saved` is a state to begin with; `resumed` says that its run goes on."""
     cfg: SimpleNamespace
-    where: devices.Device
+    backend: devices.Backend
     data: shards.ShardSet
-    vocabulary: Vocabulary
+    vocabulary: BaseTokenizer
     args: ModelArgs | GPT2Args
     saved: dict[str, Any] | None
     resumed: bool
-    world: World = ALONE
+    dist: DistributedContext = SINGLE_PROCESS
 
 
-def lasting(cfg: SimpleNamespace) -> dict[str, Any]:
+def run_settings(cfg: SimpleNamespace) -> dict[str, Any]:
     """The settings that make a run what it is."""
-    return {name: value for name, value in vars(cfg).items() if name not in HERE}
+    return {name: value for name, value in vars(cfg).items() if name not in COMMAND_ONLY}
 
 
-class Problems(list[str]):
+class ErrorList(list[str]):
     """What is wrong with a command, to be said all at once."""
 
-    def attempt(self, action: Callable[[], Any], otherwise: Any = None) -> Any:
+    def collect(self, action: Callable[[], Any], otherwise: Any = None) -> Any:
         """What action() returns; `otherwise` where it raises UserError, which is one problem more."""
         try:
             return action()
@@ -61,44 +61,44 @@ class Problems(list[str]):
             return otherwise
 
 
-def prepare(cfg: SimpleNamespace, given: dict[str, Any], world: World = ALONE) -> Plan:
+def plan_run(cfg: SimpleNamespace, given: dict[str, Any], dist: DistributedContext = SINGLE_PROCESS) -> RunPlan:
     """Check everything and report all problems at once.
 
     Args:
         cfg: the settings; with init_from "resume" they become those that the run was begun with.
         given: those that the command line names, which count in any case.
-        world: the processes that share the work.
+        dist: the processes that share the work.
     Raises:
         UserError: with every problem.
     """
-    problems, gone = Problems(), Problems()
+    problems, gone = ErrorList(), ErrorList()
     resumed = cfg.init_from == "resume" and not cfg.eval_only
-    saved = take_saved(cfg, given, resumed, problems, gone)
-    problems += check_values(cfg) or check_shares(cfg, world)
-    where = problems.attempt(lambda: devices.choose(world.device(cfg.device), cfg.dtype))
-    last = None if resumed else problems.attempt(lambda: find_last(cfg))
-    data, vocabulary = problems.attempt(lambda: find_data(cfg, saved or last), (None, None))
+    saved = load_init_checkpoint(cfg, given, resumed, problems, gone)
+    problems += invalid_settings(cfg) or check_accumulation_divides(cfg, dist)
+    where = problems.collect(lambda: devices.choose_backend(dist.device(cfg.device), cfg.dtype))
+    last = None if resumed else problems.collect(lambda: find_last(cfg))
+    data, vocabulary = problems.collect(lambda: load_data(cfg, saved or last), (None, None))
     if data and resumed:
-        problems.attempt(lambda: check_text(cfg, saved, data))
-    differ = differences(cfg, last, data) if data and last and not problems else None
+        problems.collect(lambda: check_same_data(cfg, saved, data))
+    differ = changed_settings(cfg, last, data) if data and last and not problems else None
     if differ == []:
         saved, resumed = last, True         # it needs no more what it began with
-        if cfg.init_from not in OWN:
-            problems.attempt(lambda: check_shape(given, checkpoint.build_args(last, cfg.out_dir)))
+        if cfg.init_from not in INIT_MODES:
+            problems.collect(lambda: check_shape(given, checkpoint.build_args(last, cfg.out_dir)))
     else:
         problems += gone
-    args = problems.attempt(lambda: find_shape(cfg, saved, vocabulary)) if vocabulary else None
+    args = problems.collect(lambda: build_model_args(cfg, saved, vocabulary)) if vocabulary else None
     if args and not problems:
-        problems.attempt(lambda: check_disk(cfg, args, resumed))
+        problems.collect(lambda: check_disk(cfg, args, resumed))
     if problems:
         raise UserError("\n       ".join(problems))
     if differ:
         print(f"a new run: the one in {cfg.out_dir}, at step {last['iter_num']:,}, has other settings: "
               + ", ".join(differ))
-    return Plan(cfg, where, data, vocabulary, args, saved, resumed, world)
+    return RunPlan(cfg, where, data, vocabulary, args, saved, resumed, dist)
 
 
-def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, problems: Problems, gone: Problems
+def load_init_checkpoint(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, problems: ErrorList, gone: ErrorList
                ) -> dict[str, Any] | None:
     """The state that init_from names, made to fit the settings; or, when its run is resumed, cfg made to fit it.
 
@@ -107,30 +107,30 @@ def take_saved(cfg: SimpleNamespace, given: dict[str, Any], resumed: bool, probl
     """
     if resumed:
         saved = load_last(cfg)
-        problems.attempt(lambda: take_over(cfg, given, saved))
+        problems.collect(lambda: restore_settings(cfg, given, saved))
         return saved
-    if cfg.init_from in OWN and not cfg.eval_only:
+    if cfg.init_from in INIT_MODES and not cfg.eval_only:
         return None
-    saved = gone.attempt(lambda: formats.read(saved_in(cfg)))
+    saved = gone.collect(lambda: formats.read_model(init_checkpoint_path(cfg)))
     if not saved or cfg.eval_only:
         return saved
-    return problems.attempt(lambda: for_this_run(cfg, given, saved), saved)
+    return problems.collect(lambda: adapt_checkpoint(cfg, given, saved), saved)
 
 
-def saved_in(cfg: SimpleNamespace) -> Path:
+def init_checkpoint_path(cfg: SimpleNamespace) -> Path:
     """The file that a saved state is from."""
-    if cfg.init_from not in OWN:
+    if cfg.init_from not in INIT_MODES:
         return Path(cfg.init_from)
     return Path(cfg.out_dir) / ("ckpt.pt" if cfg.eval_only else "last.pt")
 
 
-def for_this_run(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+def adapt_checkpoint(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A saved model with the dropout of the settings, and another window where one is asked for.
 
     A rotary embedding has no weights to change for that, GPT-2 has a row for each place.
     Raises UserError for settings that would be another model than the saved one, or none at all.
     """
-    own = checkpoint.build_args(saved, saved_in(cfg))
+    own = checkpoint.build_args(saved, init_checkpoint_path(cfg))
     window, places = own.max_seq_len, saved["model"].get("positions.weight")
     if "max_seq_len" in given:
         window = cfg.max_seq_len
@@ -172,27 +172,27 @@ def load_last(cfg: SimpleNamespace) -> dict[str, Any]:
     """The newest state in out_dir. Raises UserError, with what else there is, when it cannot be gone on with."""
     last = Path(cfg.out_dir) / "last.pt"
     if not last.is_file():
-        others = near(cfg.out_dir, "last.pt")
+        others = folders_with(cfg.out_dir, "last.pt")
         raise UserError(f"no {last}, so there is no run to go on with\n       " + (
-            f"there are runs in {some(others)}; name one: --out_dir" if others else "begin one, without --init_from"))
+            f"there are runs in {shorten_list(others)}; name one: --out_dir" if others else "begin one, without --init_from"))
     try:
-        return checkpoint.load(last, checkpoint.TO_GO_ON)
+        return checkpoint.load_checkpoint(last, checkpoint.REQUIRED_TO_RESUME)
     except UserError as error:
         best = last.with_name("ckpt.pt")
         how, start = (", with the best weights if they are sound", best) if best.is_file() else ("", "scratch")
-        anew = command("train", data_dir=cfg.data_dir, out_dir=cfg.out_dir, init_from=start)
+        anew = format_command("train", data_dir=cfg.data_dir, out_dir=cfg.out_dir, init_from=start)
         raise UserError(f"{error}\n       begin anew{how}: {anew}") from error
 
 
-def differences(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -> list[str]:
+def changed_settings(cfg: SimpleNamespace, last: dict[str, Any], data: shards.ShardSet) -> list[str]:
     """What of a state is not of the run that the settings describe; where nothing is, the same command goes on."""
     own = last["config"]
     same_step = own.get("batch_size", 0) * own.get("gradient_accumulation_steps", 0) == (
         cfg.batch_size * cfg.gradient_accumulation_steps)
     of_other = cfg.init_from not in ("auto", "scratch")     # a model that has a shape of its own, but for these two
     shape = tuple(last["model_args"].keys() - {"max_seq_len", "dropout"}) * of_other
-    free = FREE + ("batch_size", "gradient_accumulation_steps") * same_step + shape
-    differ = [f"{name} {own.get(name)!r} (now {value!r})" for name, value in lasting(cfg).items()
+    free = MAY_CHANGE_ON_RESUME + ("batch_size", "gradient_accumulation_steps") * same_step + shape
+    differ = [f"{name} {own.get(name)!r} (now {value!r})" for name, value in run_settings(cfg).items()
               if name not in free and value != own.get(name)]
     if cfg.init_from not in ("auto", own.get("init_from")):
         differ.append(f"init_from {own.get('init_from')!r} (now {cfg.init_from!r})")
@@ -210,12 +210,12 @@ def is_finished(saved: dict[str, Any]) -> bool:
         return True
 
 
-def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> None:
+def restore_settings(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]) -> None:
     """Give cfg the settings that a run was begun with, but for those that the command line names."""
-    own = {name: value for name, value in saved["config"].items() if name in lasting(cfg)}
-    own["compile"] = boolean_or_text(str(own.get("compile", "auto")))       # it was a text in earlier versions
+    own = {name: value for name, value in saved["config"].items() if name in run_settings(cfg)}
+    own["compile"] = parse_bool_or_str(str(own.get("compile", "auto")))       # it was a text in earlier versions
     fixed = [name for name in given
-             if name in (*saved["model_args"], "optimizer") and name not in FREE and given[name] != own.get(name)]
+             if name in (*saved["model_args"], "optimizer") and name not in MAY_CHANGE_ON_RESUME and given[name] != own.get(name)]
     if fixed:
         raise UserError(f"{', '.join(fixed)} cannot change while a run goes on; begin another: --init_from scratch")
     for name, value in own.items():
@@ -225,14 +225,14 @@ def take_over(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[str, Any]
             setattr(cfg, name, value)
 
 
-def check_text(cfg: SimpleNamespace, saved: dict[str, Any], data: shards.ShardSet) -> None:
+def check_same_data(cfg: SimpleNamespace, saved: dict[str, Any], data: shards.ShardSet) -> None:
     """Raise UserError when a run that is resumed was of another text, or another vocabulary."""
     if saved["data_sha256"] != data.sha256:
         raise UserError(f"the text or the vocabulary in {cfg.data_dir} is not that of the run any more\n       "
-                        "to train on it from here: " + command("train", init_from=Path(cfg.out_dir) / "last.pt"))
+                        "to train on it from here: " + format_command("train", init_from=Path(cfg.out_dir) / "last.pt"))
 
 
-def check_values(cfg: SimpleNamespace) -> list[str]:
+def invalid_settings(cfg: SimpleNamespace) -> list[str]:
     """A problem for each setting with a value that cannot be."""
     counts = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps")
     not_negative = ("max_minutes", "checkpoint_minutes", "weight_decay", "grad_clip", "min_lr", "embedding_lr_ratio")
@@ -247,49 +247,49 @@ def check_values(cfg: SimpleNamespace) -> list[str]:
     wrong += [f"{name} names no folder; . is this one" for name in ("out_dir", "data_dir") if not getattr(cfg, name)]
     wrong += [f"{name} {ascii(value)} has bytes that are not UTF-8, which no log can hold" for name, value in
               vars(cfg).items() if isinstance(value, str) and re.search("[\ud800-\udfff]", value)]
-    return wrong + [f"{name} must be {within(low, high, type(value))}, not {value}" for name, low, high in ranges
+    return wrong + [f"{name} must be {describe_range(low, high, type(value))}, not {value}" for name, low, high in ranges
                     if not low <= (value := getattr(cfg, name)) < high]
 
 
-def within(low: float, high: float, kind: type) -> str:
+def describe_range(low: float, high: float, kind: type) -> str:
     """In words: numbers of a kind from low on, and below high."""
     if kind is int:
         return f"a whole number from {low} to {high - 1}"
     return f"{low:g} or more and " + (f"below {high}" if high < math.inf else "finite")
 
 
-def check_shares(cfg: SimpleNamespace, world: World) -> list[str]:
+def check_accumulation_divides(cfg: SimpleNamespace, dist: DistributedContext) -> list[str]:
     """A problem, if the micro-batches of a step cannot be divided among the processes."""
     parts, size = cfg.gradient_accumulation_steps, cfg.batch_size
-    if cfg.eval_only or parts % world.size == 0:
+    if cfg.eval_only or parts % dist.size == 0:
         return []
-    more = -(-parts // world.size) * world.size
-    same = next((n for n in range(more, parts * size + 1, world.size) if parts * size % n == 0), 0)
+    more = -(-parts // dist.size) * dist.size
+    same = next((n for n in range(more, parts * size + 1, dist.size) if parts * size % n == 0), 0)
     use = (f"--gradient_accumulation_steps {same} --batch_size {parts * size // same}, which is the same step" if same
            else f"--gradient_accumulation_steps {more}, which is a larger step")
-    return [f"gradient_accumulation_steps {parts} cannot be divided among {world.size} processes\n       use {use}"]
+    return [f"gradient_accumulation_steps {parts} cannot be divided among {dist.size} processes\n       use {use}"]
 
 
-def find_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, Vocabulary]:
+def load_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shards.ShardSet, BaseTokenizer]:
     """The shards, and their vocabulary; of several in data_dir that of the saved state."""
-    path = find(cfg.data_dir, cfg.vocab_size, (saved or {}).get("tokenizer_sha256", ""))
-    vocabulary = load(path)
-    return shards.load(path.with_suffix(""), vocabulary.sha256), vocabulary
+    path = find_tokenizer(cfg.data_dir, cfg.vocab_size, (saved or {}).get("tokenizer_sha256", ""))
+    vocabulary = load_tokenizer(path)
+    return shards.load_shards(path.with_suffix(""), vocabulary.sha256), vocabulary
 
 
-def find_shape(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: Vocabulary
+def build_model_args(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: BaseTokenizer
                ) -> ModelArgs | GPT2Args:
     """The shape of the saved model, else that of the settings."""
     chosen = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}
     if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
-        of_it = [folder for folder in near(cfg.data_dir, "tok*.model")
-                 if saved["tokenizer_sha256"] in map(sha256, vocabularies(folder))]
-        perhaps = f"is it that of --data_dir {some(of_it)}? else " if of_it else ""
+        of_it = [folder for folder in folders_with(cfg.data_dir, "tok*.model")
+                 if saved["tokenizer_sha256"] in map(sha256, tokenizer_files(folder))]
+        perhaps = f"is it that of --data_dir {shorten_list(of_it)}? else " if of_it else ""
         raise UserError(f"the checkpoint was trained with another vocabulary than that of {cfg.data_dir}\n       "
                         f"{perhaps}give the text its vocabulary: "
-                        + command("preprocess", tokenizer=saved_in(cfg), data="PATH", data_dir="data/tuned"))
+                        + format_command("preprocess", tokenizer=init_checkpoint_path(cfg), data="PATH", data_dir="data/tuned"))
     try:
-        args = (checkpoint.build_args(saved, saved_in(cfg)) if saved else
+        args = (checkpoint.build_args(saved, init_checkpoint_path(cfg)) if saved else
                 ModelArgs(**{**chosen, "vocab_size": vocabulary.n_words}))
     except (TypeError, ValueError) as error:
         raise UserError(f"model: {error}") from error
@@ -305,7 +305,7 @@ def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args, resumed: bool) 
         return
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    need = 3 * CHECKPOINT_BYTES * count_parameters(args)
+    need = 3 * CHECKPOINT_BYTES_PER_PARAM * count_parameters(args)
     need -= sum(path.stat().st_size for path in folder.glob("*.pt")) if resumed else 0
     free = shutil.disk_usage(folder).free
     if free < need:

@@ -13,34 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from extras import plots
-from tinyllm.files import json_line, replace, whole_file
+from tinyllm.files import json_line, atomic_replace, atomic_write
 
-OF_A_RUN = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")       # files in its folder
-HALF = "old.part"                           # the folder of an old run while its files are moved to it
-NEW = "new.pt"                              # the first state of a run, until the old run is out of its way
+RUN_FILES = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")       # files in its folder
+ARCHIVE_TMP = "old.part"                           # the folder of an old run while its files are moved to it
+NEW_CHECKPOINT = "new.pt"                              # the first state of a run, until the old run is out of its way
 
 
-class Record:
+class RunLog:
     """The log of a run in a folder: `entries` are those after the first line."""
 
     def __init__(self, folder: Path, first: dict[str, Any], lines: int = 0, sha256: str = ""):
         """Begin the log with its first line, and keep `lines` entries of an earlier part of the run, whose digest
         is known; if they have another now, they are put aside."""
         self.folder, log = folder, folder / "log.jsonl"
-        self.entries = read(log)[1:lines + 1]
+        self.entries = read_log(log)[1:lines + 1]
         self.digest = hashlib.sha256("".join(map(json_line, self.entries)).encode())
         if lines and self.sha256 != sha256:
             self.entries, self.digest = [], hashlib.sha256()
             print(f"note: {log} is damaged or gone, and begins anew")
             if log.exists():
                 aside = next(path for i in range(1, 10_000) if not (path := folder / f"log.damaged-{i}.jsonl").exists())
-                replace(log, aside)
+                atomic_replace(log, aside)
                 print(f"      what was left of it is {aside}")
-        with whole_file(folder / "log.jsonl") as file:
+        with atomic_write(folder / "log.jsonl") as file:
             file.write("".join(map(json_line, [first, *self.entries])).encode())
         step = self.entries[-1]["iter"] if self.entries else 0
-        self.clock = [entry for entry in read(folder / "clock.jsonl") if _is_time(entry) and entry["iter"] <= step]
-        with whole_file(folder / "clock.jsonl") as file:
+        self.clock = [entry for entry in read_log(folder / "clock.jsonl") if _is_clock_entry(entry) and entry["iter"] <= step]
+        with atomic_write(folder / "clock.jsonl") as file:
             file.write("".join(map(json_line, self.clock)).encode())
 
     @property
@@ -62,13 +62,13 @@ class Record:
         with open(self.folder / "log.jsonl", "ab") as file:
             os.fsync(file.fileno())
 
-    def draw(self, expected: Sequence[tuple[float, float]] = ()) -> None:
+    def write_reports(self, expected: Sequence[tuple[float, float]] = ()) -> None:
         """Write samples.txt, and loss.png where matplotlib is installed, anew from the log.
 
         Args:
             expected: (minutes, bits per byte) of the run to compare with, drawn in grey.
         """
-        with whole_file(self.folder / "samples.txt") as file:
+        with atomic_write(self.folder / "samples.txt") as file:
             for entry in filter(lambda entry: "val_loss" in entry, self.entries):
                 file.write(f"=== step {entry['iter']}, val loss {entry['val_loss']:.4f}\n\n".encode())
                 file.writelines(f"{text}\n---\n".encode() for text in entry["samples"])
@@ -76,18 +76,18 @@ class Record:
             self.draw_losses(expected)
 
     def draw_losses(self, expected: Sequence[tuple[float, float]]) -> None:
-        figure, *panels = plots.canvas("loss (nats per token)")
+        figure, *panels = plots.new_figure("loss (nats per token)")
         ratio = next((entry["bpb"] / entry["val_loss"] for entry in self.entries if entry.get("val_loss")), 1.0)
         expected = [(x, bpb / ratio) for x, bpb in expected]
         minutes = {entry["iter"]: entry["seconds"] / 60 for entry in self.clock}
         tokens = {entry["iter"]: entry["tokens"] for entry in self.entries if "tokens" in entry}
         for panel, places in zip(panels, (tokens, minutes)):
-            plots.noisy(panel, self.curve("loss", places), "train", "C1")
-            plots.measured(panel, self.curve("val_loss", places), "val", "C0",
+            plots.plot_smoothed(panel, self.curve("loss", places), "train", "C1")
+            plots.plot_evals(panel, self.curve("val_loss", places), "val", "C0",
                            lambda loss: f"{loss:.3f}\n{ratio * loss:.3f} bpb")
-        plots.show_later(panels[0], [self.curve("loss", tokens), self.curve("val_loss", tokens), expected])
-        plots.second_scale(panels[1], ratio, "bits per byte (bpb) of val")
-        plots.grey(panels[1], expected, "val of the preset, where it was measured")
+        plots.zoom_y_axis(panels[0], [self.curve("loss", tokens), self.curve("val_loss", tokens), expected])
+        plots.add_right_axis(panels[1], ratio, "bits per byte (bpb) of val")
+        plots.plot_reference(panels[1], expected, "val of the preset, where it was measured")
         for panel in panels:
             panel.legend()
         plots.save(figure, self.folder / "loss.png")
@@ -98,21 +98,21 @@ class Record:
                 if name in entry and entry["iter"] in places]
 
 
-class NoRecord:
+class NullRunLog:
     """Stands in for a Record where another process writes it."""
     entries, sha256 = (), ""
 
     def write(self, *args: Any) -> None:
         """Write nothing."""
 
-    sync = draw = write
+    sync = write_reports = write
 
 
-def _is_time(entry: dict[str, Any]) -> bool:
+def _is_clock_entry(entry: dict[str, Any]) -> bool:
     return isinstance(entry.get("iter"), int) and isinstance(entry.get("seconds"), float)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Entries of a file, up to the first line that is not whole, as a kill may leave one."""
     entries = []
     if path.exists():
@@ -128,26 +128,26 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def set_aside(out_dir: str) -> None:
+def archive_run(out_dir: str) -> None:
     """Move the files of an old run to a folder old-1, old-2, ... so that nothing is lost."""
     folder = Path(out_dir)
-    files = [path for name in OF_A_RUN for path in folder.glob(name)]
+    files = [path for name in RUN_FILES for path in folder.glob(name)]
     if any(path.suffix == ".pt" for path in files):
         old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
-        (half := folder / HALF).mkdir()
+        (half := folder / ARCHIVE_TMP).mkdir()
         for path in files:
-            replace(path, half / path.name)
-        replace(half, old)
+            atomic_replace(path, half / path.name)
+        atomic_replace(half, old)
         print(f"the old run is in {old}")
 
 
-def put_back(out_dir: str) -> None:
+def undo_partial_archive(out_dir: str) -> None:
     """Undo a set_aside that was killed half-way; after a whole one, finish what was to follow it."""
-    folder, half, new = Path(out_dir), Path(out_dir, HALF), Path(out_dir, NEW)
+    folder, half, new = Path(out_dir), Path(out_dir, ARCHIVE_TMP), Path(out_dir, NEW_CHECKPOINT)
     if half.is_dir():
         for path in half.iterdir():
-            replace(path, folder / path.name)
+            atomic_replace(path, folder / path.name)
         half.rmdir()
     if new.exists() and not any(Path(folder, name).exists() for name in ("last.pt", "ckpt.pt")):
-        replace(new, folder / "last.pt")
+        atomic_replace(new, folder / "last.pt")
     new.unlink(missing_ok=True)

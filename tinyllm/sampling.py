@@ -12,11 +12,11 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-DRAWS_AT_A_TIME = 16        # tokens for which the random numbers are drawn together
+NOISE_CHUNK = 16        # tokens for which the random numbers are drawn together
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How a token is chosen.
 
     Attributes:
@@ -35,7 +35,7 @@ class Sampling:
     seed: int = 0
 
 
-def choose(logits: Tensor, how: Sampling, noise: Tensor, seen: Tensor | None = None) -> Tensor:
+def sample_token(logits: Tensor, how: SamplingParams, noise: Tensor, seen: Tensor | None = None) -> Tensor:
     """Choose a token for each row: (B,) of logits (B, vocab_size), noise (B, k), and seen (B, vocab_size), boolean.
 
     The largest of p / e with e exponentially distributed is a draw from p (Gumbel-max trick, arXiv 1611.01144);
@@ -55,7 +55,7 @@ def choose(logits: Tensor, how: Sampling, noise: Tensor, seen: Tensor | None = N
     return ids.gather(1, (p / noise).argmax(-1, keepdim=True)).flatten()
 
 
-def draws(how: Sampling, rows: Iterable[int], vocab_size: int, device: torch.device) -> Iterator[Tensor]:
+def exponential_noise(how: SamplingParams, rows: Iterable[int], vocab_size: int, device: torch.device) -> Iterator[Tensor]:
     """Exponentially distributed numbers (B, k) for each token; each row has a generator of its own."""
     k = min(how.top_k or vocab_size, vocab_size)
     if how.temperature == 0:
@@ -63,11 +63,11 @@ def draws(how: Sampling, rows: Iterable[int], vocab_size: int, device: torch.dev
     seeds = [hashlib.sha256(f"{how.seed} {row}".encode()).digest()[:8] for row in rows]
     generators = [torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1) for seed in seeds]
     while True:
-        drawn = [torch.rand(DRAWS_AT_A_TIME, k, generator=generator) for generator in generators]
+        drawn = [torch.rand(NOISE_CHUNK, k, generator=generator) for generator in generators]
         yield from torch.stack(drawn, 1).log_().neg_().to(device)
 
 
-def mark(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
+def seen_token_mask(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
     """Which ids each prompt has, (B, vocab_size)."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, ids in zip(seen, prompts):

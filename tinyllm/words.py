@@ -2,7 +2,7 @@
 
     counts = WordCounts()
     counts.add([b"a cat saw a dog"])
-    counts.settle()                                 # counts.counts is {b" a": 2, b" cat": 1, ...}
+    counts.flush()                                 # counts.counts is {b" a": 2, b" cat": 1, ...}
 
 A word begins where a space follows something else, and holds all spaces up to its letters; a newline is a word by
 itself. Every text gets a space in front, as SentencePiece puts one there. No piece of a vocabulary of step 1 crosses
@@ -24,11 +24,11 @@ SPACE = "\u2581"                        # SentencePiece writes a space as this c
 SPACE_MARK = SPACE.encode()
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6          # kinds of pieces in its files
 BATCH = 1 << 17                         # bytes of text that fit the caches of a processor with all that is made of them
-MOST_WORDS = 1 << 17                    # numbers that are given before all is forgotten,
-MOST_BYTES = 1 << 23                    # and the length of the words that had them, so that long ones take no more
-MOST_MEMORY = 100 << 20                 # bytes that the counted words may take, about
+MAX_WORDS = 1 << 17                    # numbers that are given before all is forgotten,
+MAX_WORD_BYTES = 1 << 23                    # and the length of the words that had them, so that long ones take no more
+MAX_COUNT_BYTES = 100 << 20                 # bytes that the counted words may take, about
 
-_SLOTS = 2 * MOST_WORDS
+_SLOTS = 2 * MAX_WORDS
 _PROBES = 3                             # places where a word may be kept
 _LONGEST = 15                           # bytes of a word that is kept; its length takes the 16th
 _LOW_BYTES = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_LONGEST + 1)], np.uint64)
@@ -36,12 +36,12 @@ _HIGH_BYTES = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_LONGEST + 1
 _ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)       # any two will do that are odd and mixed
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
+def text_batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
     """The texts in UTF-8, about BATCH bytes at a time."""
-    return portions((text.encode() for text in texts), len, BATCH)
+    return chunks((text.encode() for text in texts), len, BATCH)
 
 
-def portions(items: Iterable[Any], size_of: Callable[[Any], int], enough: int) -> Iterator[list[Any]]:
+def chunks(items: Iterable[Any], size_of: Callable[[Any], int], enough: int) -> Iterator[list[Any]]:
     """The items in lists, each ended by the one with which it is large enough; the last one is what is left."""
     portion, size = [], 0
     for item in items:
@@ -54,7 +54,7 @@ def portions(items: Iterable[Any], size_of: Callable[[Any], int], enough: int) -
         yield portion
 
 
-def split(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
+def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
     """The texts in one buffer with a space in front of each, and where its words and its texts begin.
 
     Returns:
@@ -73,7 +73,7 @@ def split(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
     return buffer, places, np.searchsorted(places, firsts)
 
 
-class Words:
+class WordTable:
     """Gives the distinct words of texts numbers: 1, 2, 3 and so on, as they come.
 
     A hash table with open addressing, worked on by numpy for all words of a batch at once. A word is its own key, as
@@ -89,19 +89,19 @@ class Words:
     @property
     def full(self) -> bool:
         """Whether it is time to begin anew with another one."""
-        return self.known >= MOST_WORDS or self.size >= MOST_BYTES
+        return self.known >= MAX_WORDS or self.size >= MAX_WORD_BYTES
 
-    def number(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    def assign_ids(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
         """Number the words of texts.
 
         Returns:
             the number of each word (words,), int32; for each text its first word (texts,); the words that had none
             before, in the order of their numbers.
         """
-        buffer, places, firsts = split(texts)
+        buffer, places, firsts = split_words(texts)
         sizes = np.diff(places)
         keys = _keys(buffer, places[:-1], sizes)
-        numbers = self._find(*keys)
+        numbers = self._lookup(*keys)
         unknown = np.flatnonzero(numbers == 0)
         new: dict[bytes, int] = {}
         to_keep = []
@@ -114,20 +114,20 @@ class Words:
             numbers[at] = new[word]
         self.known += len(new)
         self.size += sum(map(len, new))
-        self._keep(*(key[to_keep] for key in keys), numbers[to_keep])
+        self._insert(*(key[to_keep] for key in keys), numbers[to_keep])
         return numbers, firsts, list(new)
 
-    def _find(self, low: np.ndarray, high: np.ndarray, mixed: np.ndarray, probe: int = 0) -> np.ndarray:
+    def _lookup(self, low: np.ndarray, high: np.ndarray, mixed: np.ndarray, probe: int = 0) -> np.ndarray:
         """The numbers of words; 0 for those that are not kept."""
         slots = _slots(mixed, probe)
         same = (self.low.take(slots) == low) & (self.high.take(slots) == high)      # take is twice as fast as [slots]
         numbers = self.numbers.take(slots) * same
         rest = np.flatnonzero(~same)
         if probe + 1 < _PROBES and len(rest):
-            numbers[rest] = self._find(low[rest], high[rest], mixed[rest], probe + 1)
+            numbers[rest] = self._lookup(low[rest], high[rest], mixed[rest], probe + 1)
         return numbers
 
-    def _keep(self, low: np.ndarray, high: np.ndarray, mixed: np.ndarray, numbers: np.ndarray, probe: int = 0) -> None:
+    def _insert(self, low: np.ndarray, high: np.ndarray, mixed: np.ndarray, numbers: np.ndarray, probe: int = 0) -> None:
         """Put words where there is room; where several want one slot, one of them gets it."""
         slots = _slots(mixed, probe)
         free = self.high[slots] == 0
@@ -135,7 +135,7 @@ class Words:
         won = free & (self.numbers[slots] == numbers)
         self.low[slots[won]], self.high[slots[won]] = low[won], high[won]
         if probe + 1 < _PROBES and not won.all():
-            self._keep(low[~won], high[~won], mixed[~won], numbers[~won], probe + 1)
+            self._insert(low[~won], high[~won], mixed[~won], numbers[~won], probe + 1)
 
 
 def _keys(buffer: bytes, places: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -157,19 +157,19 @@ class WordEncoder:
 
     def __init__(self, encode: Callable[[list[bytes]], Iterable[list[int]]], between: list[int]):
         """encode: gives the ids of words. between: the ids that stand between texts."""
-        self.encode_words, self.between = encode, between
+        self.encode_words, self.separator_ids = encode, between
         self._forget()
 
     def _forget(self) -> None:
         """Number 0 is what stands between texts; then come the words."""
-        self.words = Words()
-        self.ids, self.begins, self.sizes = array("i", self.between), array("i", [0]), array("i", [len(self.between)])
+        self.words = WordTable()
+        self.ids, self.begins, self.sizes = array("i", self.separator_ids), array("i", [0]), array("i", [len(self.separator_ids)])
 
     def encode(self, texts: list[bytes]) -> np.ndarray:
         """The ids of the texts one after another, int32, with `between` in front of each and at the end."""
         if self.words.full:
             self._forget()
-        numbers, firsts, new = self.words.number(texts)
+        numbers, firsts, new = self.words.assign_ids(texts)
         for ids in self.encode_words(new):
             self.begins.append(len(self.ids))
             self.sizes.append(len(ids))
@@ -187,58 +187,58 @@ class WordCounts:
 
     def __init__(self):
         self.counts: dict[bytes, int] = {}
-        self.left_out = self._size = 0
-        self._numbered: tuple[Words, list[bytes], np.ndarray] | None = None
+        self.n_pruned = self._size = 0
+        self._numbered: tuple[WordTable, list[bytes], np.ndarray] | None = None
 
     def add(self, texts: list[bytes]) -> None:
         """Count the words of texts. A character that SentencePiece takes for a space is one."""
-        words, names, seen = self._numbered or (Words(), [b""], np.zeros(0, np.int64))
-        numbers, _, new = words.number([text.replace(SPACE_MARK, b" ") for text in texts])
+        words, names, seen = self._numbered or (WordTable(), [b""], np.zeros(0, np.int64))
+        numbers, _, new = words.assign_ids([text.replace(SPACE_MARK, b" ") for text in texts])
         names += new
         now = np.bincount(numbers, minlength=len(seen))
         now[:len(seen)] += seen
         self._numbered = words, names, now
         if words.full:
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Bring what was counted by number into `counts`."""
         if self._numbered:
             _, names, seen = self._numbered
             self._numbered = None
-            self._take_in(zip(names[1:], seen[1:].tolist()))
+            self._add_counts(zip(names[1:], seen[1:].tolist()))
 
     def merge(self, other: "WordCounts") -> None:
         """Take in what another one has settled."""
-        self.left_out += other.left_out
-        self._take_in(other.counts.items())
+        self.n_pruned += other.n_pruned
+        self._add_counts(other.counts.items())
 
-    def _take_in(self, counts: Iterable[tuple[bytes, int]]) -> None:
+    def _add_counts(self, counts: Iterable[tuple[bytes, int]]) -> None:
         for word, count in counts:
             if word not in self.counts:
-                self._size += _memory(word)
+                self._size += _entry_bytes(word)
             self.counts[word] = self.counts.get(word, 0) + count
-        if self._size > MOST_MEMORY:
-            self._leave_out()
+        if self._size > MAX_COUNT_BYTES:
+            self._prune()
 
-    def _leave_out(self) -> None:
+    def _prune(self) -> None:
         """Keep the commonest, in half of the memory. Among equally common ones chance decides, the same each time."""
         every = sorted(self.counts.items(), key=lambda item: (-item[1], crc32(item[0])))
         self.counts, self._size = {}, 0
         for word, count in every:
-            if self._size + _memory(word) > MOST_MEMORY // 2:
+            if self._size + _entry_bytes(word) > MAX_COUNT_BYTES // 2:
                 break
             self.counts[word] = count
-            self._size += _memory(word)
-        self.left_out += len(every) - len(self.counts)
+            self._size += _entry_bytes(word)
+        self.n_pruned += len(every) - len(self.counts)
 
 
-def _memory(word: bytes) -> int:
+def _entry_bytes(word: bytes) -> int:
     """Bytes that a word and its count take, about; long ones count more, for what training makes of each character."""
     return max(150, 16 * len(word) * word.isascii()) + 8 * len(word)
 
 
-def undivided(model: bytes) -> str:
+def why_not_wordwise(model: bytes) -> str:
     """Why the words of a text cannot be encoded one by one with a SentencePiece model; empty when they can.
 
     They can when nothing but byte-pair encoding is done, and no piece crosses the border of a word. Fields and numbers

@@ -20,59 +20,59 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyllm import corpus, words
-from tinyllm.cli import UserError, end_children
-from tinyllm.machine import cores, free_memory, peak_memory
+from tinyllm.cli import UserError, kill_child_processes
+from tinyllm.machine import available_cores, free_memory, peak_memory
 
-MEMORY = 400_000_000    # bytes that a worker takes at most, with its imports
-MOST = 60               # processes; Windows cannot wait for more
+BYTES_PER_WORKER = 400_000_000    # bytes that a worker takes at most, with its imports
+MAX_WORKERS = 60               # processes; Windows cannot wait for more
 STOPS = (signal.SIGINT, signal.SIGTERM)
-TRIED = 2_000_000       # bytes of text that are tried, to tell how long all of it takes
+PROBE_BYTES = 2_000_000       # bytes of text that are tried, to tell how long all of it takes
 
 
-def how_many(asked: int, jobs: int) -> tuple[int, str]:
+def choose_num_workers(asked: int, jobs: int) -> tuple[int, str]:
     """The number of processes, and why: what was asked for, else one per core, job and MEMORY that is free."""
     if asked < 0:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {asked}")
-    limits = {"as asked": asked} if asked else {f"{cores()} core{'s' * (cores() > 1)}": cores()}
-    limits |= {f"{jobs} part{'s' * (jobs > 1)} of text": jobs, f"{MOST} at most": MOST}
+    limits = {"as asked": asked} if asked else {f"{available_cores()} core{'s' * (available_cores() > 1)}": available_cores()}
+    limits |= {f"{jobs} part{'s' * (jobs > 1)} of text": jobs, f"{MAX_WORKERS} at most": MAX_WORKERS}
     if not asked and (free := free_memory()) is not None:
-        limits[f"{free / 1e9:.1f} GB of free memory"] = free // MEMORY
+        limits[f"{free / 1e9:.1f} GB of free memory"] = free // BYTES_PER_WORKER
     reason = min(limits, key=limits.get)
     count = max(limits[reason], 1)
     return count, f"{count} process{'es' * (count > 1)} ({reason})"
 
 
-def pace(files: Iterable[Path], work: Callable[[list[bytes]], None], encoding: str = "") -> tuple[int, float]:
+def measure_throughput(files: Iterable[Path], work: Callable[[list[bytes]], None], encoding: str = "") -> tuple[int, float]:
     """Try `work` on the first texts of files; returns the bytes of the files that were read, and the seconds."""
     read, tried, began = [], 0, time.perf_counter()
     try:
-        for batch in words.batches(text for path in files for text in corpus.documents(path, read.append, encoding)):
+        for batch in words.text_batches(text for path in files for text in corpus.read_documents(path, read.append, encoding)):
             work(batch)
             tried += sum(map(len, batch))
-            if tried > TRIED:
+            if tried > PROBE_BYTES:
                 break
     except UserError:           # the process whose job it is will tell
         pass
     return max(sum(read), 1), time.perf_counter() - began
 
 
-def about(seconds: float, processes: int) -> str:
+def format_eta(seconds: float, processes: int) -> str:
     """The time that work of so many seconds takes with so many processes, in words."""
-    return f"about {timedelta(seconds=math.ceil(seconds / min(processes, cores())))}"
+    return f"about {timedelta(seconds=math.ceil(seconds / min(processes, available_cores())))}"
 
 
-def amount(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes, in words."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
-def cost(text_bytes: int, seconds: float, peak: int) -> str:
+def format_throughput(text_bytes: int, seconds: float, peak: int) -> str:
     """How fast it went and what it took, in words."""
     memory = f", {peak / 1e6:,.0f} MB of memory per process" if peak else ""
     return f"{text_bytes / 1e6 / seconds:,.1f} MB/s{memory}"
 
 
-def run(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], workers: int, total: int, label: str,
+def run_jobs(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], workers: int, total: int, label: str,
         ahead: int = sys.maxsize) -> Iterator[tuple[Any, int]]:
     """Do function(job, progress) for all jobs, here or in worker processes; progress takes the bytes that were read.
 
@@ -117,9 +117,9 @@ def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, a
                         for other in running:
                             other.cancel()
                     else:
-                        yield _take(future)
+                        yield _load_result(future)
         except BaseException:               # Ctrl-C, or no room for what was yielded: nothing more is wanted
-            end_children()
+            kill_child_processes()
             raise
     if isinstance(failure, BrokenProcessPool):
         raise UserError("a worker process was killed, most likely for want of memory\n       run this again with "
@@ -132,7 +132,7 @@ def _hand_out(submit: Callable[[int], Future], left: deque[int], running: dict[F
               ) -> BrokenProcessPool | None:
     """Begin jobs until `most` are running, or one is `ahead` of the oldest; an error when no more can be begun."""
     try:
-        with deaf():
+        with defer_signals():
             while left and len(running) < most and left[0] < min(running.values(), default=left[0]) + ahead:
                 number = left.popleft()
                 running[submit(number)] = number
@@ -141,7 +141,7 @@ def _hand_out(submit: Callable[[int], Future], left: deque[int], running: dict[F
     return None
 
 
-def _take(future: Future) -> tuple[Any, int]:
+def _load_result(future: Future) -> tuple[Any, int]:
     """The result that `_work` left in a file, which goes away, and the peak memory."""
     path, peak = future.result()
     result = pickle.loads(path.read_bytes())
@@ -150,7 +150,7 @@ def _take(future: Future) -> tuple[Any, int]:
 
 
 @contextmanager
-def deaf() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Ctrl-C and a polite kill have to wait, also in processes that begin here: else these end in tracebacks."""
     came: list[int] = []
     before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOPS}

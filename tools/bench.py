@@ -44,15 +44,15 @@ from tinyllm import checkpoint as checkpoints
 from tinyllm import cli, corpus, shards
 from tinyllm import device as devices
 from tinyllm.cli import UserError
-from tinyllm.dataset import IGNORE, Task
-from tinyllm.distributed import ALONE, World
+from tinyllm.dataset import IGNORE_INDEX, Task
+from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
 from tinyllm.engine import Engine
-from tinyllm.estimate import count_activations, memory
+from tinyllm.estimate import count_activations, describe_memory
 from tinyllm.presets import PRESETS
-from tinyllm.project import find
-from tinyllm.resume import Plan
-from tinyllm.run import Run
-from tinyllm.sampling import Sampling
+from tinyllm.project import find_tokenizer
+from tinyllm.resume import RunPlan
+from tinyllm.run import TrainRun
+from tinyllm.sampling import SamplingParams
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""             # train, scale: the model and batch of a preset; empty: the defaults of train.py
@@ -74,18 +74,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     commands = {"train": bench_train, "quality": bench_quality, "sample": bench_sample, "text": bench_text,
-                "scale": bench_scale}
+                "scale": run_bench_scale}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
-        cfg, _ = cli.read(globals(), sys.argv[2:])
+        cfg, _ = cli.parse_settings(globals(), sys.argv[2:])
         if cfg.rounds < 1:
             raise UserError(f"rounds must be at least 1, not {cfg.rounds}")
         commands[sys.argv[1]](cfg)
     else:
-        cli.read(globals(), [arg for arg in sys.argv[1:] if arg in ("-h", "--help")])
+        cli.parse_settings(globals(), [arg for arg in sys.argv[1:] if arg in ("-h", "--help")])
         raise UserError(f"what is to be measured? python -m tools.bench {' | '.join(commands)}")
 
 
-def bench_scale(cfg: SimpleNamespace) -> None:
+def run_bench_scale(cfg: SimpleNamespace) -> None:
     from tools import bench_scale
     bench_scale.bench_scale(cfg)
 
@@ -93,24 +93,24 @@ def bench_scale(cfg: SimpleNamespace) -> None:
 # ---- a training step ----------------------------------------------------------------------------
 
 def bench_train(cfg: SimpleNamespace) -> None:
-    where = devices.choose(cfg.device, cfg.dtype)
+    where = devices.choose_backend(cfg.device, cfg.dtype)
     block, args = default_shape(cfg)
     tokens = torch.randint(0, args.vocab_size, (block.batch_size, args.max_seq_len + 1), device=where.device)
     batch = (tokens[:, :-1], tokens[:, 1:])
-    runs = {name: own_run(block, where, args, name == "compiled", gradient_accumulation_steps=1)
+    runs = {name: build_run(block, where, args, name == "compiled", gradient_accumulation_steps=1)
             for name in ("compiled", "eager")}
-    steps = {name: partial(train.take_step, run, repeat(batch)) for name, run in runs.items()}
+    steps = {name: partial(train.train_step, run, repeat(batch)) for name, run in runs.items()}
     steps["transformers, float32"] = transformers_step(where, args, batch)
     if cfg.peer:
         steps[f"{cfg.peer}, float32"] = peer_step(Path(cfg.peer), where, args, batch)
-    times = take_turns(steps, where, cfg.rounds)
+    times = time_interleaved(steps, where, cfg.rounds)
     limit, rows = matrix_seconds(args, where, batch[0].numel()), batch[0].numel()
     print(f"{where}: dim {args.dim}, {args.n_layers} layers, {rows:,} tokens, one micro-batch a step")
     for name, seconds in times.items():
         print(f"{name:24} {rows / seconds:10,.0f} tokens/s "
               f"{times['transformers, float32'] / seconds:6.2f} x transformers "
               f"{limit / seconds:6.0%} of what the matrix products allow")
-    print(f"memory: {memory(runs['eager'], count_activations(runs['eager']))}")
+    print(f"memory: {describe_memory(runs['eager'], count_activations(runs['eager']))}")
     if where.device.type == "cuda":
         print(f"peak of all of them: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 
@@ -118,28 +118,28 @@ def bench_train(cfg: SimpleNamespace) -> None:
 def default_shape(cfg: SimpleNamespace) -> tuple[SimpleNamespace, ModelArgs]:
     """The settings of train.py, or of a preset, and the model that they make."""
     chosen = ["--preset", cfg.preset] if cfg.preset else []
-    block, _ = cli.read(vars(train), chosen, sys.stderr, {name: p.settings for name, p in PRESETS.items()})
+    block, _ = cli.parse_settings(vars(train), chosen, sys.stderr, {name: p.settings for name, p in PRESETS.items()})
     vocab_size = PRESETS[cfg.preset].vocab_size if cfg.preset else ModelArgs.vocab_size
     shape = {name: getattr(block, name) for name in ModelArgs.__dataclass_fields__ if hasattr(block, name)}
     return block, ModelArgs(**{**shape, "vocab_size": vocab_size})
 
 
-def own_run(block: SimpleNamespace, where: devices.Device, args: ModelArgs, compiled: bool, world: World = ALONE,
-            **changes: Any) -> Run:
+def build_run(block: SimpleNamespace, where: devices.Backend, args: ModelArgs, compiled: bool, dist: DistributedContext = SINGLE_PROCESS,
+            **changes: Any) -> TrainRun:
     """What train.py trains, with some settings changed."""
-    run = Run(Plan(SimpleNamespace(**{**vars(block), **changes}), where, None, None, args, None, False, world))
+    run = TrainRun(RunPlan(SimpleNamespace(**{**vars(block), **changes}), where, None, None, args, None, False, dist))
     if compiled:
         run.compile()
     return run
 
 
-def transformers_step(where: devices.Device, args: ModelArgs, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
+def transformers_step(where: devices.Backend, args: ModelArgs, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
     model = transformers_model(args, where)
     return adamw_step(model, lambda: torch.nn.functional.cross_entropy(
         model(input_ids=batch[0]).logits.flatten(0, 1), batch[1].flatten()))
 
 
-def transformers_model(args: ModelArgs | GPT2Args, where: devices.Device) -> torch.nn.Module:
+def transformers_model(args: ModelArgs | GPT2Args, where: devices.Backend) -> torch.nn.Module:
     try:
         from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
     except ImportError as error:
@@ -154,7 +154,7 @@ def transformers_model(args: ModelArgs | GPT2Args, where: devices.Device) -> tor
         max_position_embeddings=args.max_seq_len, tie_word_embeddings=args.tie_embeddings)).to(where.device)
 
 
-def peer_step(folder: Path, where: devices.Device, args: ModelArgs,
+def peer_step(folder: Path, where: devices.Backend, args: ModelArgs,
               batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
     """A step of the Transformer in another folder's model.py, with the interface of llama2.c."""
     if not (folder / "model.py").is_file():
@@ -183,7 +183,7 @@ def adamw_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[
     return step
 
 
-def matrix_seconds(args: ModelArgs, where: devices.Device, rows: int) -> float:
+def matrix_seconds(args: ModelArgs, where: devices.Backend, rows: int) -> float:
     """What the matrix products of a step take by themselves: no attention, nothing between them."""
     kv = args.n_kv_heads * args.head_dim
     shapes = [(args.dim, args.dim), (args.dim, kv), (args.dim, kv), (args.dim, args.dim),
@@ -195,12 +195,12 @@ def matrix_seconds(args: ModelArgs, where: devices.Device, rows: int) -> float:
             x, w, y = (torch.randn(s, device=where.device, dtype=where.dtype)
                        for s in ((rows, shape[0]), shape[::-1], (rows, shape[1])))
             products = {"forward": lambda: x @ w.T, "to x": lambda: y @ w, "to w": lambda: y.T @ x}
-            known[shape] = sum(take_turns(products, where, 10).values())
+            known[shape] = sum(time_interleaved(products, where, 10).values())
         total += known[shape]
     return total
 
 
-def take_turns(steps: dict[str, Callable[[], object]], where: devices.Device, rounds: int) -> dict[str, float]:
+def time_interleaved(steps: dict[str, Callable[[], object]], where: devices.Backend, rounds: int) -> dict[str, float]:
     """Median seconds of each, after two turns that do not count. A step that returns a float has measured itself."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
@@ -216,13 +216,13 @@ def take_turns(steps: dict[str, Callable[[], object]], where: devices.Device, ro
 
 # ---- writing ------------------------------------------------------------------------------------
 
-PROMPT, LENGTH, HOW = [1, 10, 20, 30, 40], 256, Sampling(temperature=0.8, top_k=300)
+PROMPT, LENGTH, SAMPLING = [1, 10, 20, 30, 40], 256, SamplingParams(temperature=0.8, top_k=300)
 
 
 def bench_sample(cfg: SimpleNamespace) -> None:
     """Tokens per second from a prompt of 5 tokens to 256, the prompt's time included; a batch counts all its tokens."""
-    where = devices.choose(cfg.device, cfg.dtype, training=False)
-    state = formats.read(cfg.checkpoint) if cfg.checkpoint else None
+    where = devices.choose_backend(cfg.device, cfg.dtype, training=False)
+    state = formats.read_model(cfg.checkpoint) if cfg.checkpoint else None
     model = (checkpoints.build_model(state) if state else Transformer(ModelArgs())).to(where.device)
     name = str(where.dtype).removeprefix("torch.")
     build, on_cpu = partial(checkpoints.build_engine, model), where.device.type == "cpu"
@@ -236,12 +236,12 @@ def bench_sample(cfg: SimpleNamespace) -> None:
         compiled["int8, compiled"] = build(where.dtype, "int8", compiled=True)
     theirs = transformers_model(model.args, where).eval()
     for batch in (1, 32) if on_cpu else (1, 32, 256):
-        steps = {name: partial(write, engine, batch) for name, engine in {**engines, **compiled}.items()}
+        steps = {name: partial(generate, engine, batch) for name, engine in {**engines, **compiled}.items()}
         steps["transformers, float32"] = partial(write_with_transformers, theirs, batch)
         with tempfile.TemporaryDirectory() as home:
             if cfg.peer and batch == 1:
                 steps["run.c, float32"] = run_c(Path(cfg.peer), model, Path(home))
-            times = take_turns(steps, where, cfg.rounds)
+            times = time_interleaved(steps, where, cfg.rounds)
         print(f"{where}: dim {model.args.dim}, {model.args.n_layers} layers, {batch} at a time")
         for name, seconds in times.items():
             print(f"{name:24} {batch * (LENGTH - len(PROMPT)) / seconds:10,.0f} tokens/s "
@@ -251,8 +251,8 @@ def bench_sample(cfg: SimpleNamespace) -> None:
             print(f"{name:24} val loss {val_loss(engine, state, cfg.data_dir):.4f}")
 
 
-def write(engine: Engine, batch: int) -> None:
-    for _ in engine.generate([PROMPT] * batch, LENGTH - len(PROMPT), HOW):
+def generate(engine: Engine, batch: int) -> None:
+    for _ in engine.generate([PROMPT] * batch, LENGTH - len(PROMPT), SAMPLING):
         pass
 
 
@@ -260,7 +260,7 @@ def write(engine: Engine, batch: int) -> None:
 def write_with_transformers(model: torch.nn.Module, batch: int) -> None:
     new = LENGTH - len(PROMPT)
     model.generate(torch.tensor([PROMPT] * batch, device=model.device), max_new_tokens=new, min_new_tokens=new,
-                   do_sample=True, temperature=HOW.temperature, top_k=HOW.top_k, pad_token_id=0)
+                   do_sample=True, temperature=SAMPLING.temperature, top_k=SAMPLING.top_k, pad_token_id=0)
 
 
 def run_c(folder: Path, model: Transformer, home: Path) -> Callable[[], float]:
@@ -282,7 +282,7 @@ def run_c(folder: Path, model: Transformer, home: Path) -> Callable[[], float]:
     def step() -> float:
         while True:         # a text that ends early is too short to time
             done = subprocess.run([home / "run", home / "model.bin", "-z", home / "tokenizer.bin", "-n", str(LENGTH),
-                                   "-t", str(HOW.temperature), "-p", "1", "-s", str(next(seeds))], capture_output=True,
+                                   "-t", str(SAMPLING.temperature), "-p", "1", "-s", str(next(seeds))], capture_output=True,
                                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, check=True)
             if len(done.stdout) > min(LENGTH, model.args.max_seq_len):          # two letters for each token
                 return (LENGTH - len(PROMPT)) / float(done.stderr.split()[-1])
@@ -292,10 +292,10 @@ def run_c(folder: Path, model: Transformer, home: Path) -> Callable[[], float]:
 def val_loss(engine: Engine, state: dict[str, Any], data_dir: str) -> float:
     """Nats per token over the val split, as train.py scores it."""
     vocabulary = checkpoints.build_tokenizer(state)
-    data = shards.load(find(data_dir, digest=vocabulary.sha256).with_suffix(""), vocabulary.sha256)
+    data = shards.load_shards(find_tokenizer(data_dir, digest=vocabulary.sha256).with_suffix(""), vocabulary.sha256)
     nats = scored = 0.0
-    for x, y in Task.iter_once(data, "val", 1, engine.args.max_seq_len):
-        targets = y[0][y[0] != IGNORE]
+    for x, y in Task.iter_split(data, "val", 1, engine.args.max_seq_len):
+        targets = y[0][y[0] != IGNORE_INDEX]
         logprobs = next(engine.read([*x[0].tolist(), 0]))[:len(targets)]
         nats, scored = nats - logprobs.gather(1, targets.to(engine.device)[:, None]).sum().item(), scored + len(targets)
     return nats / scored
@@ -325,7 +325,7 @@ def bench_text(cfg: SimpleNamespace) -> None:
         for _ in range(min(cfg.rounds, 3)):
             for name, command in commands.items():
                 shutil.rmtree(model.with_suffix(""), ignore_errors=True)
-                taken[name].append(measured(command))
+                taken[name].append(time_process(command))
     print(f"{size / 1e6:,.0f} MB of stories, {PROCESSES} processes")
     for own, other in (("train_vocab.py", "plain vocabulary"), ("preprocess.py", "plain shards")):
         (seconds, memory), (their_seconds, their_memory) = (map(statistics.median, zip(*taken[name]))
@@ -339,7 +339,7 @@ def bench_text(cfg: SimpleNamespace) -> None:
 def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
     """Write the stories again and again, in files of 1/10 of text_mb; returns their size in bytes."""
     source = Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
-    texts = [text for path in corpus.find_files(source) for text in corpus.documents(path)]
+    texts = [text for path in corpus.find_files(source) for text in corpus.read_documents(path)]
     folder.mkdir()
     for number in range(10):
         chosen, size = [], 0
@@ -352,7 +352,7 @@ def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def measured(command: list[Any]) -> tuple[float, float]:
+def time_process(command: list[Any]) -> tuple[float, float]:
     """Seconds, and on Linux the peak of the memory that the processes of a command take together, in bytes."""
     began = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -423,4 +423,4 @@ def run_step(script: str, *args) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

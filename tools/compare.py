@@ -14,14 +14,14 @@ import numpy as np
 from extras import plots
 from extras.plots import Points
 from tinyllm import checkpoint, runlog, shards
-from tinyllm.cli import UserError, command, printable
+from tinyllm.cli import UserError, format_command, escape_control_chars
 
-PLACES = 4      # where curves are compared: at both ends of what they share, and between
+N_POINTS = 4      # where curves are compared: at both ends of what they share, and between
 WIDTH = 28      # characters of a value that are shown
 
 
 @dataclass
-class Trained:
+class RunHistory:
     """What a folder tells about its run: the first line of its log, and val bpb by tokens and by minutes."""
     name: str
     first: dict[str, Any]
@@ -45,15 +45,15 @@ def compare_runs(folders: list[str], out_dir: str) -> None:
     """Print the table, and draw the picture where matplotlib is installed."""
     if len(folders) < 2:
         raise UserError("--compare needs two or more folders, as in --compare output output/old-1")
-    runs = [read(folder) for folder in folders]
+    runs = [read_run(folder) for folder in folders]
     print_table([["settings that differ", *folders], *differences(runs)])
     if not same_text(runs):
         print("\nwarning: nothing in their checkpoints says that these runs were validated on the same text;\n"
               "         bits per byte of different texts say little about the models")
-    print_table([["", *folders], *facts(runs)])
+    print_table([["", *folders], *summary_rows(runs)])
     missing = []
     for unit, curves in ("tokens", [run.by_tokens for run in runs]), ("minutes", [run.by_minutes for run in runs]):
-        if rows := lowest_marked(unit, curves):
+        if rows := bpb_rows(unit, curves):
             print_table([[f"val bpb at {unit} (* lowest)", *folders], *rows])
         else:
             missing.append(unit)
@@ -70,12 +70,12 @@ def compare_runs(folders: list[str], out_dir: str) -> None:
 
 # ---- the logs -----------------------------------------------------------------------------------
 
-def read(folder: str) -> Trained:
+def read_run(folder: str) -> RunHistory:
     """Raises UserError when the folder has no log with an evaluation."""
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         raise UserError(f"no {path}; --compare takes the folders of runs, as in --compare output output/old-1")
-    first, *entries = runlog.read(path) or [{}]
+    first, *entries = runlog.read_log(path) or [{}]
     if not all(isinstance(first.get(name, {}), dict) for name in ("config", "model_args")) or "config" not in first:
         raise UserError(f"{path} is no log of a training, or its first line is damaged")
     if path.read_bytes().count(b"\n") > len(entries) + 1:
@@ -84,10 +84,10 @@ def read(folder: str) -> Trained:
     if not evaluations:
         raise UserError(f"{path} has no evaluation; they come every {first['config'].get('eval_interval', '')} steps, "
                         "and at the end\n       go on with it: "
-                        + command("train", out_dir=path.parent, init_from="resume"))
-    clock = [entry for entry in runlog.read(path.with_name("clock.jsonl")) if numbers(entry, "iter", "seconds")]
+                        + format_command("train", out_dir=path.parent, init_from="resume"))
+    clock = [entry for entry in runlog.read_log(path.with_name("clock.jsonl")) if numbers(entry, "iter", "seconds")]
     minutes = {entry["iter"]: entry["seconds"] / 60 for entry in clock}
-    return Trained(folder, first, [(entry["tokens"], entry["bpb"]) for entry in evaluations],
+    return RunHistory(folder, first, [(entry["tokens"], entry["bpb"]) for entry in evaluations],
                    [(minutes[entry["iter"]], entry["bpb"]) for entry in evaluations if entry["iter"] in minutes],
                    [entry["tokens_per_second"] for entry in clock if numbers(entry, "tokens_per_second")],
                    evaluations[-1]["iter"])
@@ -97,7 +97,7 @@ def numbers(entry: dict[str, Any], *names: str) -> bool:
     return all(isinstance(entry.get(name), (int, float)) and abs(entry[name]) < 1e300 for name in names)
 
 
-def same_text(runs: list[Trained]) -> bool:
+def same_text(runs: list[RunHistory]) -> bool:
     """Whether the checkpoints are known to have one text, if not by one digest, then by one list of sources."""
     digests = [data_sha256(Path(run.name)) for run in runs]
     texts = [sources(str(run.settings.get("data_dir")), digest) for run, digest in zip(runs, digests)]
@@ -108,7 +108,7 @@ def data_sha256(folder: Path) -> str:
     """The digest of text, split and vocabulary in a checkpoint of the run; empty when there is none."""
     for name in ("last.pt", "ckpt.pt"):
         try:
-            return checkpoint.load(folder / name, mapped=True).get("data_sha256", "")
+            return checkpoint.load_checkpoint(folder / name, mmap=True).get("data_sha256", "")
         except UserError:
             pass
     return ""
@@ -118,7 +118,7 @@ def sources(data_dir: str, digest: str) -> list[Any]:
     """The text of shards with that digest, whatever their vocabulary: rule of the split and digests of the files."""
     for path in sorted(Path(data_dir).glob("tok*/manifest.json")):
         try:
-            found = shards.read(path.parent)
+            found = shards.read_manifest(path.parent)
         except UserError:
             continue
         if found.sha256 == digest:
@@ -128,14 +128,14 @@ def sources(data_dir: str, digest: str) -> list[Any]:
 
 # ---- the table ----------------------------------------------------------------------------------
 
-def differences(runs: list[Trained]) -> list[list[str]]:
+def differences(runs: list[RunHistory]) -> list[list[str]]:
     """A row for each setting that not all runs have, or not with the same value."""
     names = {name: None for run in runs for name in run.settings}
     rows = [[name, *(repr(run.settings[name]) if name in run.settings else "-" for run in runs)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1] or [["none"]]
 
 
-def facts(runs: list[Trained]) -> list[list[str]]:
+def summary_rows(runs: list[RunHistory]) -> list[list[str]]:
     parameters = [run.first["parameters"] if numbers(run.first, "parameters") else math.nan for run in runs]
     return [["best val bpb", *(f"{run.best[1]:.4f}" for run in runs)],
             ["  at tokens", *(f"{run.best[0]:,}" for run in runs)],
@@ -143,29 +143,29 @@ def facts(runs: list[Trained]) -> list[list[str]]:
             ["tokens/s, median", *(f"{median(run.speeds):,.0f}" if run.speeds else "-" for run in runs)]]
 
 
-def lowest_marked(unit: str, curves: list[Points]) -> list[list[str]]:
+def bpb_rows(unit: str, curves: list[Points]) -> list[list[str]]:
     """A row for each place that all curves reach, with a star at the lowest."""
     rows = []
-    for place in places(curves):
-        bpb = [f"{at(points, place):.4f}" for points in curves]
+    for place in shared_x(curves):
+        bpb = [f"{interpolate(points, place):.4f}" for points in curves]
         rows.append([f"  {place:,.0f}" if unit == "tokens" else f"  {place:.2f}",
                      *(f"{'*' if text == min(bpb, key=float) else ''}{text}" for text in bpb)])
     return rows
 
 
-def places(curves: list[Points]) -> list[float]:
+def shared_x(curves: list[Points]) -> list[float]:
     if not all(curves):
         return []
     begin, end = max(points[0][0] for points in curves), min(points[-1][0] for points in curves)
-    return sorted(set(np.linspace(begin, end, PLACES).tolist())) if begin <= end else []
+    return sorted(set(np.linspace(begin, end, N_POINTS).tolist())) if begin <= end else []
 
 
-def at(points: Points, place: float) -> float:
+def interpolate(points: Points, place: float) -> float:
     return float(np.interp(place, *zip(*points)))
 
 
 def print_table(rows: list[list[str]]) -> None:
-    rows = [[printable(text if len(text) <= WIDTH else text[:WIDTH - 3] + "...") if i else text
+    rows = [[escape_control_chars(text if len(text) <= WIDTH else text[:WIDTH - 3] + "...") if i else text
              for i, text in enumerate(row)] for row in rows]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     print()
@@ -173,11 +173,11 @@ def print_table(rows: list[list[str]]) -> None:
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip())
 
 
-def draw(runs: list[Trained], path: Path) -> None:
-    figure, *panels = plots.canvas("val, bits per byte")
+def draw(runs: list[RunHistory], path: Path) -> None:
+    figure, *panels = plots.new_figure("val, bits per byte")
     for panel, name in zip(panels, ("by_tokens", "by_minutes")):
         for i, run in enumerate(runs):
-            plots.measured(panel, getattr(run, name), f"{run.name}, best {run.best[1]:.3f}", f"C{i}")
+            plots.plot_evals(panel, getattr(run, name), f"{run.name}, best {run.best[1]:.3f}", f"C{i}")
         panel.legend()
-    plots.show_later(panels[0], [run.by_tokens for run in runs])
+    plots.zoom_y_axis(panels[0], [run.by_tokens for run in runs])
     plots.save(figure, path)

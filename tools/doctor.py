@@ -20,10 +20,10 @@ import preprocess
 import tokenizer
 from tinyllm import checkpoint, corpus, shards
 from tinyllm import device as devices
-from tinyllm.cli import UserError, command, printable
-from tinyllm.files import load_json, locked
-from tinyllm.machine import cores, free_memory
-from tinyllm.project import find, near, size_of, some, vocabularies
+from tinyllm.cli import UserError, format_command, escape_control_chars
+from tinyllm.files import load_json, folder_lock
+from tinyllm.machine import available_cores, free_memory
+from tinyllm.project import find_tokenizer, folders_with, vocab_size_in_name, shorten_list, tokenizer_files
 from tinyllm.resume import is_finished
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
@@ -33,27 +33,27 @@ class Finding(NamedTuple):
     """The state of a thing, facts about it, the command that brings it further, and what other checks need of it."""
     state: str
     facts: str
-    mend: str = ""
-    what: Any = None
+    fix_command: str = ""
+    value: Any = None
 
 
-def examine(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
+def diagnose(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
     """Print everything. `given`: the settings that the command line names."""
-    for name, look in machine(cfg).items():
-        show(name, attempt(lambda: Finding("", look()))._replace(state=""))
+    for name, look in machine_probes(cfg).items():
+        print_finding(name, run_check(lambda: Finding("", look()))._replace(state=""))
     project = Project(cfg, given)
     steps = project.text_steps()
     for vocabulary, data in steps.values():
-        show("train_vocab.py", vocabulary)
-        show("preprocess.py", data)
+        print_finding("train_vocab.py", vocabulary)
+        print_finding("preprocess.py", data)
     found = [*steps[project.path], project.training(*steps[project.path])]
-    show("train.py", found[2])
-    show("sample.py", project.best._replace(state="ready" if project.best.what else project.best.state))
-    others, look = value(lambda: elsewhere(cfg.out_dir, project.data)) or ("", "")
+    print_finding("train.py", found[2])
+    print_finding("sample.py", project.best._replace(state="ready" if project.best.value else project.best.state))
+    others, look = try_value(lambda: other_runs(cfg.out_dir, project.data)) or ("", "")
     if others:
-        show("elsewhere", Finding("", others))
+        print_finding("elsewhere", Finding("", others))
     named = "data_dir" in given or "out_dir" in given       # then it is these folders that are meant
-    print("next:", printable(next_command(project, found, "" if named else look)))
+    print("next:", escape_control_chars(next_command(project, found, "" if named else look)))
 
 
 def next_command(project: "Project", found: list[Finding], look: str) -> str:
@@ -63,55 +63,55 @@ def next_command(project: "Project", found: list[Finding], look: str) -> str:
     todo = [finding for finding in found if finding.state != DONE]
     has_model = found[2].state == DONE and all(finding.state == MISSING for finding in todo)    # which needs no text
     if todo and not has_model:
-        return todo[0].mend
-    chats = bool(project.best.what and project.best.what.get("chat"))
-    return command("sample", checkpoint=project.out / "ckpt.pt", interactive=chats or "")
+        return todo[0].fix_command
+    chats = bool(project.best.value and project.best.value.get("chat"))
+    return format_command("sample", checkpoint=project.out / "ckpt.pt", interactive=chats or "")
 
 
-def show(name: str, finding: Finding) -> None:
-    print(printable(f"{name:15} {finding.state:11}{finding.facts}" if finding.state else f"{name:15} {finding.facts}"))
+def print_finding(name: str, finding: Finding) -> None:
+    print(escape_control_chars(f"{name:15} {finding.state:11}{finding.facts}" if finding.state else f"{name:15} {finding.facts}"))
 
 
-def attempt(check: Callable[[], Finding], mend: str = "") -> Finding:
+def run_check(check: Callable[[], Finding], fix_command: str = "") -> Finding:
     """What a check finds; one that fails has found damage, or that a package is missing."""
     try:
         return check()
     except Exception as error:              # of any kind: the other checks go on
         install = re.search(r"pip install \S+", str(error))
-        return Finding(MISSING if install else DAMAGED, said(error), install[0] if install else mend)
+        return Finding(MISSING if install else DAMAGED, first_line(error), install[0] if install else fix_command)
 
 
-def value(look: Callable[[], Any]) -> Any:
+def try_value(look: Callable[[], Any]) -> Any:
     """What a look gives, None where it fails."""
-    return attempt(lambda: Finding("", "", what=look())).what
+    return run_check(lambda: Finding("", "", value=look())).value
 
 
-def said(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error; further ones of a UserError are what to type."""
     line = str(error).split("\n")[0]
     return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
 
 
-def elsewhere(out_dir: str, data_dir: Path) -> tuple[str, str]:
+def other_runs(out_dir: str, data_dir: Path) -> tuple[str, str]:
     """Runs and vocabularies in other folders, in words, and the command that looks at the newest."""
-    runs, texts = near(out_dir, "last.pt"), near(data_dir, "tok*.model")
-    parts = [f"{what} in {some(found)} (look with --{name})"
+    runs, texts = folders_with(out_dir, "last.pt"), folders_with(data_dir, "tok*.model")
+    parts = [f"{what} in {shorten_list(found)} (look with --{name})"
              for what, found, name in (("runs", runs, "out_dir"), ("vocabularies", texts, "data_dir")) if found]
     newest = {"out_dir": runs[0]} if runs else {"data_dir": texts[0]} if texts else {}
-    return "; ".join(parts), command("train", doctor=True, **newest) if newest else ""
+    return "; ".join(parts), format_command("train", doctor=True, **newest) if newest else ""
 
 
 # ---- the machine --------------------------------------------------------------------------------
 
-def machine(cfg: SimpleNamespace) -> dict[str, Callable[[], str]]:
+def machine_probes(cfg: SimpleNamespace) -> dict[str, Callable[[], str]]:
     return {"python": lambda: f"{platform.python_version()} on {platform.platform()}, {platform.machine()}",
             "packages": lambda: packages("requirements.txt"),
             "extras": lambda: packages("requirements-extra.txt"),
-            "device": lambda: str(devices.choose(cfg.device, cfg.dtype)),
+            "device": lambda: str(devices.choose_backend(cfg.device, cfg.dtype)),
             "gpus": gpus,
-            "threads": lambda: f"{torch.get_num_threads()}, of {cores()} cores; OMP_NUM_THREADS is "
+            "threads": lambda: f"{torch.get_num_threads()}, of {available_cores()} cores; OMP_NUM_THREADS is "
                                f"{os.environ.get('OMP_NUM_THREADS', 'not set')}",
-            "to compile": lambda: f"for a CPU: {devices.no_compiler() or devices.no_headers() or 'yes'}, "
+            "to compile": lambda: f"for a CPU: {devices.why_no_compiler() or devices.why_no_headers() or 'yes'}, "
                                   f"triton: {'yes' if find_spec('triton') else 'no'}",
             "free memory": memory,
             "free disk": lambda: ", ".join(free_disk(folder) for folder in (cfg.data_dir, cfg.out_dir))}
@@ -151,113 +151,113 @@ class Project:
 
     def __init__(self, cfg: SimpleNamespace, given: dict[str, Any]):
         self.out, self.size = Path(cfg.out_dir), cfg.vocab_size
-        self.last, self.best = attempt(self.read_last), attempt(self.read_best)
-        known = self.last.what or {"config": {}, "tokenizer_sha256": ""}
+        self.last, self.best = run_check(self.read_last), run_check(self.read_best)
+        known = self.last.value or {"config": {}, "tokenizer_sha256": ""}
         own = known["config"].get("data_dir")
         self.given = {name: given.get(name) for name in ("data_dir", "vocab_size")}
         if "data_dir" not in given and isinstance(own, str) and own != cfg.data_dir:
             self.given["data_dir"] = own                # as train.py --init_from resume takes it
         self.data = Path(self.given["data_dir"] or cfg.data_dir)
-        self.paths = value(lambda: vocabularies(self.data)) or []
-        found = value(lambda: find(self.data, self.size, known["tokenizer_sha256"]))
+        self.paths = try_value(lambda: tokenizer_files(self.data)) or []
+        found = try_value(lambda: find_tokenizer(self.data, self.size, known["tokenizer_sha256"]))
         self.path = found or (self.paths[0] if self.paths and not self.size else None)
         self.run = {"out_dir": given.get("out_dir"), "preset": given.get("preset") or self.suggested(cfg, given)}
 
     @staticmethod
     def suggested(cfg: SimpleNamespace, given: dict[str, Any]) -> str:
         """The preset to begin with, unless a length is given: the settings of the block take days on a CPU."""
-        where = value(lambda: devices.choose(cfg.device, cfg.dtype))
+        where = try_value(lambda: devices.choose_backend(cfg.device, cfg.dtype))
         long = where and where.device.type == "cpu" and not {"max_iters", "max_minutes"} & set(given)
         return "cpu_3min" if long else ""
 
     def text(self, path: Path | None) -> dict[str, Any]:
         """The settings, to be typed, that lead to a vocabulary and its text."""
-        return {**self.given, "vocab_size": size_of(path)} if path and len(self.paths) > 1 else self.given
+        return {**self.given, "vocab_size": vocab_size_in_name(path)} if path and len(self.paths) > 1 else self.given
 
     def text_steps(self) -> dict[Path | None, tuple[Finding, Finding]]:
         """Steps 1 and 2 of each vocabulary, and under the key None of one that is not there."""
         found = {}
         for path in [*self.paths, *[None] * (self.path is None)]:
-            first = attempt(lambda: self.vocabulary(path), self.learn(path))
-            again = command("preprocess", **self.text(path))
-            second = attempt(lambda: self.shards(path, first.what), again)._replace(mend=again)
+            first = run_check(lambda: self.vocabulary(path), self.train_vocab_command(path))
+            again = format_command("preprocess", **self.text(path))
+            second = run_check(lambda: self.shards(path, first.value), again)._replace(fix_command=again)
             found[path] = first, self.with_text(path, first, second)
         return found
 
     def vocabulary(self, path: Path | None) -> Finding:
         if path is None:
             name = f"tok{self.size}.model" if self.size else "vocabulary"
-            return Finding(MISSING, f"no {name} in {self.data}", self.learn(None))
-        found = tokenizer.load(path)
-        return Finding(DONE, f"{path}: {found.n_words:,} entries", what=found)
+            return Finding(MISSING, f"no {name} in {self.data}", self.train_vocab_command(None))
+        found = tokenizer.load_tokenizer(path)
+        return Finding(DONE, f"{path}: {found.n_words:,} entries", value=found)
 
-    def learn(self, path: Path | None) -> str:
+    def train_vocab_command(self, path: Path | None) -> str:
         """Step 1; to be repeated, it needs the text that it had."""
         if path is None:                    # another folder is for a text of one's own
-            return command("train_vocab", **self.given, data="PATH" if self.given["data_dir"] else "")
+            return format_command("train_vocab", **self.given, data="PATH" if self.given["data_dir"] else "")
 
         def text() -> dict[str, str]:
             notes = load_json(path.with_suffix(".json"))
             known = {"data": notes["source"], "encoding": notes.get("encoding", "")}
             return known if Path(notes["source"]).exists() else {}
 
-        return command("train_vocab", **{**self.given, "vocab_size": size_of(path)}, **(value(text) or {}))
+        return format_command("train_vocab", **{**self.given, "vocab_size": vocab_size_in_name(path)}, **(try_value(text) or {}))
 
-    def shards(self, path: Path | None, vocabulary: tokenizer.Vocabulary | None) -> Finding:
+    def shards(self, path: Path | None, vocabulary: tokenizer.BaseTokenizer | None) -> Finding:
         folder = path.with_suffix("") if path else self.data
         if not (folder / shards.MANIFEST).is_file():
-            part = (folder / preprocess.UNFINISHED).is_file()
+            part = (folder / preprocess.PARTIAL_MANIFEST).is_file()
             return Finding(UNFINISHED if part else MISSING, f"no {shards.MANIFEST} in {folder}")
-        own = shards.read(folder).tokenizer_sha256
+        own = shards.read_manifest(folder).tokenizer_sha256
         if vocabulary and own != vocabulary.sha256:
             return Finding(STALE, f"{folder} was made with another vocabulary than {path}")
-        found = shards.load(folder, own)
-        counts = ", ".join(f"{found.count(split, 'documents'):,} documents and {found.count(split, 'tokens'):,} tokens "
+        found = shards.load_shards(folder, own)
+        counts = ", ".join(f"{found.total(split, 'documents'):,} documents and {found.total(split, 'tokens'):,} tokens "
                            f"of {split}" for split in shards.SPLITS)
-        return Finding(DONE, f"{folder}: {counts}", what=found)
+        return Finding(DONE, f"{folder}: {counts}", value=found)
 
     def with_text(self, path: Path | None, first: Finding, second: Finding) -> Finding:
         """Step 2, and where it is to be done and its text is not known or not there, how to name one."""
-        if second.state == DONE or not first.what:
+        if second.state == DONE or not first.value:
             return second
         source = None
         try:
             own = SimpleNamespace(data="", tokenizer="", encoding="")
-            source = preprocess.find_source(own, path, first.what)[0]
+            source = preprocess.find_source(own, path, first.value)[0]
             corpus.find_files(source)
             return second
         except Exception as error:          # of any kind, as in attempt
             anew = path.with_suffix(".json").exists() and not source
-            return second._replace(facts=f"{second.facts}; {said(error)}",
-                                   mend=self.learn(path) if anew else f"{second.mend} --data PATH")
+            return second._replace(facts=f"{second.facts}; {first_line(error)}",
+                                   fix_command=self.train_vocab_command(path) if anew else f"{second.fix_command} --data PATH")
 
     def read_last(self) -> Finding:
         path = self.out / "last.pt"
         if not path.is_file():
             return Finding(MISSING, f"no {path}")
-        state = checkpoint.load(path, checkpoint.TO_GO_ON, mapped=True)
-        checkpoint.build_model(state, own=False, name=path)
+        state = checkpoint.load_checkpoint(path, checkpoint.REQUIRED_TO_RESUME, mmap=True)
+        checkpoint.build_model(state, copy_weights=False, name=path)
         config, step = state["config"], state["iter_num"]
         minutes, steps = config["max_minutes"], config["max_iters"]
         length = f"{minutes:g} minutes" if minutes else f"{steps:,} steps"
         best = state["best_val_loss"]
         score = f"best val loss {best:.4f}" if best < float("inf") else "not evaluated yet"
         facts = f"{path}: step {step:,} of a run of {length}, {score}"
-        return Finding(DONE if is_finished(state) else UNFINISHED, facts, what=state)
+        return Finding(DONE if is_finished(state) else UNFINISHED, facts, value=state)
 
     def read_best(self) -> Finding:
         path = self.out / "ckpt.pt"
         if not path.is_file():
             return Finding(MISSING, f"no {path}")
-        state = checkpoint.load(path, mapped=True)
-        count = checkpoint.build_model(state, own=False, name=path).count_parameters()
+        state = checkpoint.load_checkpoint(path, mmap=True)
+        count = checkpoint.build_model(state, copy_weights=False, name=path).count_parameters()
         entries = checkpoint.build_tokenizer(state).n_words
         return Finding(DONE, f"{path}: step {state['iter_num']:,}, {count:,} parameters, with its vocabulary of "
-                             f"{entries:,} entries", what=state)
+                             f"{entries:,} entries", value=state)
 
     def is_locked(self) -> bool:
         try:
-            with locked(self.out) if self.out.is_dir() else nullcontext():
+            with folder_lock(self.out) if self.out.is_dir() else nullcontext():
                 return False
         except UserError:
             return True
@@ -266,36 +266,36 @@ class Project:
 
     def training(self, vocabulary: Finding, data: Finding) -> Finding:
         """Step 3: is there a run, is it of this text, and how far is it?"""
-        last, best = (belonging(finding, vocabulary.what, data.what) for finding in (self.last, self.best))
+        last, best = (check_matches(finding, vocabulary.value, data.value) for finding in (self.last, self.best))
         begin = {**self.text(self.path), **self.run}
         resume = {**begin, "preset": "", "init_from": "resume"}
         if self.is_locked():
             return last._replace(state=BUSY, facts=f"a process is training in {self.out} now; saved last: {last.facts}",
-                                 mend=self.watch())
+                                 fix_command=self.watch())
         if last.state == STALE:
-            return last._replace(mend=command("train", **begin))
+            return last._replace(fix_command=format_command("train", **begin))
         if last.state == MISSING:
-            return best._replace(facts=f"{last.facts}; {best.facts}", mend=command("train", **begin))
+            return best._replace(facts=f"{last.facts}; {best.facts}", fix_command=format_command("train", **begin))
         if last.state == DAMAGED or best.state == STALE:
-            anew = command("train", **begin, init_from="scratch")
-            weights = command("train", **{**begin, "preset": "", "init_from": self.out / "ckpt.pt"})
-            return (last if last.state == DAMAGED else best)._replace(mend=weights if best.state == DONE else anew)
+            anew = format_command("train", **begin, init_from="scratch")
+            weights = format_command("train", **{**begin, "preset": "", "init_from": self.out / "ckpt.pt"})
+            return (last if last.state == DAMAGED else best)._replace(fix_command=weights if best.state == DONE else anew)
         if last.state == UNFINISHED:
-            return last._replace(mend=command("train", **resume))
+            return last._replace(fix_command=format_command("train", **resume))
         # where ckpt.pt is not there or damaged, one more step ends with an evaluation, which writes it
-        more = command("train", **resume, max_iters=last.what["iter_num"] + 1, max_minutes="0")
-        return last if best.state == DONE else best._replace(mend=best.mend or more)
+        more = format_command("train", **resume, max_iters=last.value["iter_num"] + 1, max_minutes="0")
+        return last if best.state == DONE else best._replace(fix_command=best.fix_command or more)
 
     def watch(self) -> str:
         """A look at a run that is on: a story, or another look when nothing is saved that has learned."""
-        if self.last.what and self.last.what["iter_num"]:
-            return command("sample", checkpoint=self.out / "last.pt")
-        return command("train", doctor=True, **self.given, out_dir=self.run["out_dir"])
+        if self.last.value and self.last.value["iter_num"]:
+            return format_command("sample", checkpoint=self.out / "last.pt")
+        return format_command("train", doctor=True, **self.given, out_dir=self.run["out_dir"])
 
 
-def belonging(finding: Finding, vocabulary: tokenizer.Vocabulary | None, data: shards.ShardSet | None) -> Finding:
+def check_matches(finding: Finding, vocabulary: tokenizer.BaseTokenizer | None, data: shards.ShardSet | None) -> Finding:
     """The finding of a checkpoint; a sound one is stale when it is of another vocabulary or text, if they are known."""
-    own = finding.what or {}
+    own = finding.value or {}
     if own and vocabulary and own.get("tokenizer_sha256") != vocabulary.sha256:
         return finding._replace(state=STALE, facts=f"{finding.facts}; not of the vocabulary above")
     if own and vocabulary and data and own.get("data_sha256") != data.sha256:

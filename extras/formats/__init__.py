@@ -17,14 +17,14 @@ import tokenizer as tokenizers
 from extras.formats import gguf_file, gpt2_folder, huggingface, llama2c, meta
 from tinyllm import checkpoint
 from tinyllm.cli import UserError
-from tokenizer import Tokenizer, Vocabulary
+from tokenizer import Tokenizer, BaseTokenizer
 
 State = dict[str, Any]
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
             struct.error)               # of a reader, whose file is damaged: it can be in any way
 
 WRITERS: dict[str, Callable[[State, Path], None]] = {
-    "pt": lambda state, path: checkpoint.save(path, state),
+    "pt": lambda state, path: checkpoint.save_checkpoint(path, state),
     "hf": huggingface.write,
     "llama2c": partial(llama2c.write, version=0),
     "llama2c-v1": partial(llama2c.write, version=1),
@@ -35,7 +35,7 @@ WRITERS: dict[str, Callable[[State, Path], None]] = {
 }
 
 
-def read(source: str | Path, tokenizer: str | Path = "") -> State:
+def read_model(source: str | Path, tokenizer: str | Path = "") -> State:
     """Read a model of any format; which one it is, the content says.
 
     Args:
@@ -53,14 +53,14 @@ def read(source: str | Path, tokenizer: str | Path = "") -> State:
         reader = _reader(path)
         if not reader and path.suffix == ".model":
             raise UserError(f"{path} is a vocabulary, which step 1 writes; a model is the ckpt.pt that step 3 writes")
-        state = (reader or checkpoint.load)(path)
+        state = (reader or checkpoint.load_checkpoint)(path)
         checkpoint.build_args(state, path)
     except FAILURES as error:
         raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error
     return with_vocabulary(state, source, tokenizer) if tokenizer else state
 
 
-def targets(path: Path, kind: str) -> list[Path]:
+def output_files(path: Path, kind: str) -> list[Path]:
     """What the writer of a format leaves: its path, and what it puts beside it."""
     return [path, llama2c.vocabulary_path(path)] if kind.startswith("llama2c") else [path]
 
@@ -71,13 +71,13 @@ def is_model(path: str | Path) -> bool:
     return bool(path.exists() and _reader(path)) or str(path) in gpt2_folder.RELEASED
 
 
-def read_vocabulary(path: str | Path) -> Vocabulary:
+def read_vocabulary(path: str | Path) -> BaseTokenizer:
     """A vocabulary from its file, or from a model that has it inside. Raises UserError when there is none."""
     path = Path(path)
     if is_model(path):
-        return checkpoint.build_tokenizer(read(path))
+        return checkpoint.build_tokenizer(read_model(path))
     model = llama2c.read_vocabulary(path)
-    return Tokenizer(model) if model else tokenizers.load(path)
+    return Tokenizer(model) if model else tokenizers.load_tokenizer(path)
 
 
 def with_vocabulary(state: State, source: str | Path, tokenizer: str | Path) -> State:
@@ -97,10 +97,10 @@ def _reader(path: Path) -> Callable[[Path], State] | None:
     if path.is_dir():
         return _folder_reader(path)
     if not path.is_file():
-        raise checkpoint.not_there(path)
+        raise checkpoint.missing_checkpoint_error(path)
     with open(path, "rb") as file:
         begin = file.read(4)
-    known = {b"GGUF": gguf_file.read, llama2c.MAGIC: llama2c.read, b"PK\3\4": partial(checkpoint.load, mapped=True)}
+    known = {b"GGUF": gguf_file.read, llama2c.MAGIC: llama2c.read, b"PK\3\4": partial(checkpoint.load_checkpoint, mmap=True)}
     return known.get(begin) or (llama2c.read if llama2c.is_legacy(path) else None)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from tinyllm.cli import UserError
-from tinyllm.project import some
-from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, JsonTokenizer, TiktokenTokenizer, Tokenizer, Vocabulary
+from tinyllm.project import shorten_list
+from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, JsonTokenizer, TiktokenTokenizer, Tokenizer, BaseTokenizer
 
 LLAMA3 = TiktokenTokenizer.PATTERN
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def make_state(model: dict[str, Tensor], model_args: dict[str, Any], vocabulary: Vocabulary | None = None,
+def make_state(model: dict[str, Tensor], model_args: dict[str, Any], vocabulary: BaseTokenizer | None = None,
                chat: str = "", architecture: str = "llama") -> dict[str, Any]:
     """A state as checkpoint.py has it, of a model that has not been trained here. Without an output, it is tied."""
     model.setdefault("output.weight", model["tok_embeddings.weight"])
@@ -38,10 +38,10 @@ def check_names(found: Iterable[str], expected: Iterable[str], source: Path) -> 
     found, expected = set(found), set(expected)
     for names, problem in ((expected - found, "lacks"), (found - expected, "has, and nothing here knows,")):
         if names:
-            raise UserError(f"{source} {problem} {len(names)} tensors: {some(sorted(names), 8)}")
+            raise UserError(f"{source} {problem} {len(names)} tensors: {shorten_list(sorted(names), 8)}")
 
 
-def require(values: dict[str, Any], known: dict[str, Collection[Any]], source: Path, model: str) -> None:
+def check_supported(values: dict[str, Any], known: dict[str, Collection[Any]], source: Path, model: str) -> None:
     """Raise UserError with all values that a model cannot represent; those that are left out are as it has them."""
     problems = [f"{name} {values[name]!r}" for name, possible in known.items()
                 if name in values and values[name] not in possible]
@@ -103,7 +103,7 @@ def _varint(value: int) -> bytes:
 
 # ---- tokenizer.json -----------------------------------------------------------------------------
 
-def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
+def tokenizer_json(vocabulary: BaseTokenizer) -> dict[str, Any]:
     """The vocabulary as the content of a tokenizer.json."""
     if isinstance(vocabulary, JsonTokenizer):
         return {key: value for key, value in json.loads(vocabulary.model).items() if key != JsonTokenizer.OWN}
@@ -155,9 +155,9 @@ def byte_level_json(ids: dict[str, int], merges: list[tuple[str, str]], special:
     }
 
 
-def own_json(content: dict[str, Any], bos: str, eos: str, adds_bos: bool) -> bytes:
+def tokenizer_json_with_meta(content: dict[str, Any], bos: str, eos: str, add_bos: bool) -> bytes:
     """A tokenizer.json with what JsonTokenizer wants to know beside it."""
-    own = {"bos": bos, "eos": eos, "adds_bos": adds_bos}
+    own = {"bos": bos, "eos": eos, "add_bos": add_bos}
     return json.dumps({**content, JsonTokenizer.OWN: own}, ensure_ascii=False).encode()
 
 

@@ -23,15 +23,15 @@ from extras.formats.common import (
     check_names,
     layer_names,
     make_state,
-    own_json,
-    require,
+    tokenizer_json_with_meta,
+    check_supported,
     sentencepiece_model,
     tokenizer_json,
 )
 from model import ModelArgs, rope_frequencies
 from tinyllm.checkpoint import build_tokenizer
 from tinyllm.cli import UserError
-from tokenizer import CONTROL, NORMAL, UNUSED, JsonTokenizer, Tokenizer, Vocabulary, extra
+from tokenizer import CONTROL, NORMAL, UNUSED, JsonTokenizer, Tokenizer, BaseTokenizer, require_package
 
 OF_MODEL = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
             "output.weight": "output.weight"}
@@ -39,10 +39,10 @@ OF_LAYER = {f"layers.{{}}.{ours}.weight": f"blk.{{}}.{theirs}.weight" for ours, 
     "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
     "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down",
     "attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}.items()}
-WHOLE = {"n_layers": "block_count", "max_seq_len": "context_length", "dim": "embedding_length",
+INT_FIELDS = {"n_layers": "block_count", "max_seq_len": "context_length", "dim": "embedding_length",
          "hidden_dim": "feed_forward_length", "n_heads": "attention.head_count",
          "n_kv_heads": "attention.head_count_kv"}
-REAL = {"norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
+FLOAT_FIELDS = {"norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
 FACTORS = "rope_freqs.weight"           # by which each pair of dimensions turns slower
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,7 +52,7 @@ TEXT, ARRAY = 8, 9                      # the other types of values
 USER_DEFINED = 4                        # kind of tokens that are added, and yet text; the others as in tokenizer.py
 # tokenizer.ggml.pre: how text is cut before the merges
 LLAMA_BPE = {"pattern": LLAMA3, "whole_words": True}
-CUTS = {"llama-bpe": LLAMA_BPE, "llama3": LLAMA_BPE, "llama-v3": LLAMA_BPE, "gpt-2": {"pattern": GPT2},
+PRETOKENIZERS = {"llama-bpe": LLAMA_BPE, "llama3": LLAMA_BPE, "llama-v3": LLAMA_BPE, "gpt-2": {"pattern": GPT2},
         "smollm": {"pattern": GPT2, "single_digits": True}}
 
 
@@ -104,7 +104,7 @@ class Header:
 
 def read(path: Path) -> dict[str, Any]:
     """Read a file. Raises UserError for what model.py cannot represent, by name; as Header when it is damaged."""
-    extra("gguf", f"{path}")
+    require_package("gguf", f"{path}")
     data = np.asarray(np.memmap(path, mode="c"))
     header = Header(data)
     architecture = header.meta["general.architecture"]
@@ -141,12 +141,12 @@ def read_args(meta: dict[str, Any], factors: Tensor | None, path: Path) -> dict[
     """model_args of the metadata. factors: (D / 2,), by which the rotary embedding is slowed down."""
     llama = {key.removeprefix("llama."): value for key, value in meta.items()}
     llama = {"attention.head_count_kv": llama["attention.head_count"], "rope.freq_base": 10000.0, **llama}
-    args = {ours: llama[theirs] for ours, theirs in (WHOLE | REAL).items()}
-    known = {**dict.fromkeys(WHOLE.values(), range(1, 1 << 24)), "expert_count": (0,),
+    args = {ours: llama[theirs] for ours, theirs in (INT_FIELDS | FLOAT_FIELDS).items()}
+    known = {**dict.fromkeys(INT_FIELDS.values(), range(1, 1 << 24)), "expert_count": (0,),
              "rope.scaling.type": ("none", "linear"), "rope.scale_linear": (1,)}
     for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         known[name] = (llama["embedding_length"] // llama["attention.head_count"],)
-    require(llama, known, path, "model.py")
+    check_supported(llama, known, path, "model.py")
     factor = llama.get("rope.scaling.factor", 0) if llama.get("rope.scaling.type") != "none" else 0
     scaling = {"factor": factor} if factor else None
     if factors is not None:
@@ -154,7 +154,7 @@ def read_args(meta: dict[str, Any], factors: Tensor | None, path: Path) -> dict[
     return {**args, "rope_scaling": scaling}
 
 
-def read_vocabulary(meta: dict[str, Any], vocab_size: int, path: Path) -> Vocabulary | None:
+def read_vocabulary(meta: dict[str, Any], vocab_size: int, path: Path) -> BaseTokenizer | None:
     """The vocabulary inside the file, None if it has none."""
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in meta.items()}
     kind = values.get("model", "none")
@@ -179,19 +179,19 @@ def read_sentencepiece(values: dict[str, Any], path: Path) -> Tokenizer:
 
 def read_byte_level(values: dict[str, Any], path: Path) -> JsonTokenizer:
     cut = values.get("pre", "default")
-    if cut not in CUTS:
-        raise UserError(f"{path} cuts text by {cut!r} (tokenizer.ggml.pre); what can be read: {', '.join(CUTS)}")
+    if cut not in PRETOKENIZERS:
+        raise UserError(f"{path} cuts text by {cut!r} (tokenizer.ggml.pre); what can be read: {', '.join(PRETOKENIZERS)}")
     tokens, kinds = values["tokens"], values["token_type"]
     bos, eos = (tokens[values[name]] if name in values else "" for name in ("bos_token_id", "eos_token_id"))
     special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds))
                if kind in (CONTROL, USER_DEFINED) or token in (bos, eos)}
-    adds_bos = bool(bos) and values.get("add_bos_token", CUTS[cut] is LLAMA_BPE)
+    add_bos = bool(bos) and values.get("add_bos_token", PRETOKENIZERS[cut] is LLAMA_BPE)
     content = byte_level_json({token: i for i, token in enumerate(tokens)},
                               [tuple(pair.split(" ")) for pair in values["merges"]], special,
-                              bos=bos if adds_bos else "", **CUTS[cut])
+                              bos=bos if add_bos else "", **PRETOKENIZERS[cut])
     for token in content["added_tokens"]:
         token["special"] = kinds[token["id"]] != USER_DEFINED
-    return JsonTokenizer(own_json(content, bos, eos, adds_bos))
+    return JsonTokenizer(tokenizer_json_with_meta(content, bos, eos, add_bos))
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def write(state: dict[str, Any], path: Path, kind: str) -> None:
     kind: F32, F16 or Q8_0 for matrices; vectors are always in F32, and F16 is for rows that Q8_0 has no blocks for.
     Raises UserError when the state has no vocabulary, or one that GGUF has no name for.
     """
-    gguf = extra("gguf", "a file for llama.cpp")
+    gguf = require_package("gguf", "a file for llama.cpp")
     args, vocabulary = ModelArgs(**state["model_args"]), build_tokenizer(state)
     tensors = {theirs: state["model"][ours] for ours, theirs in layer_names(args.n_layers, OF_LAYER, OF_MODEL).items()
                if ours != "output.weight" or not args.tie_embeddings}
@@ -213,7 +213,7 @@ def write(state: dict[str, Any], path: Path, kind: str) -> None:
         tensors |= add_args(writer, args)
         add_vocabulary(writer, vocabulary, args.vocab_size)
         writer.add_string("tokenizer.chat_template", TEMPLATES.get(state.get("chat"), ""))
-        kinds = {name: gguf.GGMLQuantizationType[kind_of(tensor, kind)] for name, tensor in tensors.items()}
+        kinds = {name: gguf.GGMLQuantizationType[ggml_type_for(tensor, kind)] for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             size = math.prod(gguf.quants.quant_shape_to_byte_shape(tensor.shape, kinds[name]))
             writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, kinds[name])
@@ -224,7 +224,7 @@ def write(state: dict[str, Any], path: Path, kind: str) -> None:
             writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), kinds[name]))
 
 
-def kind_of(tensor: Tensor, kind: str) -> str:
+def ggml_type_for(tensor: Tensor, kind: str) -> str:
     if tensor.dim() == 1:
         return "F32"
     return "F16" if kind == "Q8_0" and tensor.shape[1] % 32 else kind
@@ -233,7 +233,7 @@ def kind_of(tensor: Tensor, kind: str) -> str:
 def add_args(writer: Any, args: ModelArgs) -> dict[str, Tensor]:
     """Write the metadata of a shape. Gives the tensor of the rotary embedding if that needs one."""
     values = {**vars(args), "hidden_dim": args.ffn_dim}
-    for names, add in ((WHOLE, writer.add_uint32), (REAL, writer.add_float32)):
+    for names, add in ((INT_FIELDS, writer.add_uint32), (FLOAT_FIELDS, writer.add_float32)):
         for ours, theirs in names.items():
             add(f"llama.{theirs}", values[ours])
     writer.add_vocab_size(args.vocab_size)
@@ -248,7 +248,7 @@ def add_args(writer: Any, args: ModelArgs) -> dict[str, Tensor]:
     return {}
 
 
-def add_vocabulary(writer: Any, vocabulary: Vocabulary, vocab_size: int) -> None:
+def add_vocabulary(writer: Any, vocabulary: BaseTokenizer, vocab_size: int) -> None:
     if isinstance(vocabulary, Tokenizer):
         unused = [(f"[PAD{i}]", 0.0, UNUSED) for i in range(vocabulary.n_words, vocab_size)]
         tokens, scores, kinds = zip(*vocabulary.pieces(), *unused)
@@ -259,12 +259,12 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, vocab_size: int) -> None
         content = tokenizer_json(vocabulary)
         tokens, kinds = zip(*tokens_of(content, vocab_size))
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(name_of_cut(content))
+        writer.add_tokenizer_pre(pretokenizer_name(content))
         merges = content["model"]["merges"]
         writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(isinstance(vocabulary, Tokenizer))
     for i, add in ((vocabulary.bos_id, writer.add_bos_token_id), (vocabulary.eos_id, writer.add_eos_token_id)):
@@ -280,16 +280,16 @@ def tokens_of(content: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]
     return [entries.get(i, (f"[PAD{i}]", UNUSED)) for i in range(vocab_size)]
 
 
-def name_of_cut(content: dict[str, Any]) -> str:
+def pretokenizer_name(content: dict[str, Any]) -> str:
     """The name that GGUF has for how a tokenizer.json cuts text. Raises UserError when there is none."""
-    for name, how in CUTS.items():
-        if steps(content) == steps(byte_level_json({}, [], {}, **how)):
+    for name, how in PRETOKENIZERS.items():
+        if pretokenizer_steps(content) == pretokenizer_steps(byte_level_json({}, [], {}, **how)):
             return name
-    raise UserError(f"this vocabulary cuts text in another way than those that can be written: {', '.join(CUTS)}\n"
+    raise UserError(f"this vocabulary cuts text in another way than those that can be written: {', '.join(PRETOKENIZERS)}\n"
                     "       --to hf writes a folder for transformers")
 
 
-def steps(content: dict[str, Any]) -> list[Any]:
+def pretokenizer_steps(content: dict[str, Any]) -> list[Any]:
     """What a tokenizer.json does to text before it merges. A pattern inside ByteLevel is written as one before it."""
     first, found = content.get("pre_tokenizer") or {}, []
     for step in first.get("pretokenizers", [first]):

@@ -14,14 +14,14 @@ from extras.formats.common import (
     check_names,
     layer_names,
     make_state,
-    own_json,
+    tokenizer_json_with_meta,
     read_json,
-    require,
+    check_supported,
 )
 from extras.formats.huggingface import read_tensors
 from extras.formats.huggingface import read_vocabulary as read_tokenizer_json
 from tinyllm.cli import UserError
-from tokenizer import JsonTokenizer, Vocabulary
+from tokenizer import JsonTokenizer, BaseTokenizer
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -49,7 +49,7 @@ def download(name: str, data_dir: str | Path) -> Path:
         urls = {mirror: f"{url}/openai-community/{name}/resolve/main/{file}" for mirror, url in MIRRORS.items()}
         if not (folder / file).exists():
             try:
-                download.fetch(urls, folder / file)
+                download.download_file(urls, folder / file)
             except UserError as error:
                 raise UserError(f"{error}\n       all that {name} needs there: {', '.join(FILES)}") from error
     return folder
@@ -72,13 +72,13 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     known = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "n_inner": (None, 4 * config["n_embd"]),
              "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
              "add_cross_attention": (False,), "tie_word_embeddings": (True,), "quantization_config": (None,)}
-    require(config, known, folder, "gpt2.py")
+    check_supported(config, known, folder, "gpt2.py")
     return {"dim": config["n_embd"], "n_layers": config["n_layer"], "n_heads": config["n_head"],
             "vocab_size": config["vocab_size"], "max_seq_len": config.get("n_positions") or config.get("n_ctx", 1024),
             "norm_eps": config.get("layer_norm_epsilon", 1e-5)}
 
 
-def read_vocabulary(folder: Path, vocab_size: int) -> tuple[Vocabulary | None, str]:
+def read_vocabulary(folder: Path, vocab_size: int) -> tuple[BaseTokenizer | None, str]:
     """The vocabulary and the chat format of a folder, from tokenizer.json, or from OpenAI's files by either name."""
     for ids, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if not (folder / "tokenizer.json").is_file() and (folder / ids).is_file() and (folder / merges).is_file():
@@ -86,11 +86,11 @@ def read_vocabulary(folder: Path, vocab_size: int) -> tuple[Vocabulary | None, s
     return read_tokenizer_json(folder, vocab_size, END)
 
 
-def read_openai(ids_path: Path, merges_path: Path) -> Vocabulary:
+def read_openai(ids_path: Path, merges_path: Path) -> BaseTokenizer:
     """A vocabulary from its entries, and the merges in the order of their learning, one a line."""
     ids = read_json(ids_path)
     if END not in ids:
         raise UserError(f"{ids_path} has no {END}, so it is not the vocabulary of a GPT-2")
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    return JsonTokenizer(own_json(byte_level_json(ids, merges, {END: ids[END]}, GPT2), END, END, adds_bos=False))
+    return JsonTokenizer(tokenizer_json_with_meta(byte_level_json(ids, merges, {END: ids[END]}, GPT2), END, END, add_bos=False))

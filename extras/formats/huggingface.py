@@ -9,31 +9,31 @@ from typing import Any
 
 from torch import Tensor
 
-from extras.chat import TEMPLATES, known_format
+from extras.chat import TEMPLATES, detect_format
 from extras.formats.common import (
     chat_of_template,
     check_names,
     layer_names,
     make_state,
-    own_json,
+    tokenizer_json_with_meta,
     read_json,
-    require,
+    check_supported,
     tokenizer_json,
 )
 from model import ModelArgs
 from tinyllm.checkpoint import build_tokenizer
 from tinyllm.cli import UserError
 from tinyllm.device import DTYPES
-from tokenizer import JsonTokenizer, Tokenizer, Vocabulary, extra, load
+from tokenizer import JsonTokenizer, Tokenizer, BaseTokenizer, require_package, load_tokenizer
 
-OF_MODEL = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+MODEL_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
             "output.weight": "lm_head.weight"}
-OF_LAYER = {f"layers.{{}}.{ours}.weight": f"model.layers.{{}}.{theirs}.weight" for ours, theirs in {
+LAYER_NAMES = {f"layers.{{}}.{ours}.weight": f"model.layers.{{}}.{theirs}.weight" for ours, theirs in {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
     "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }.items()}
-WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
+OUTPUT_FILES = ("config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
            "tokenizer.model", "tokenizer_config.json")
 
 
@@ -46,11 +46,11 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds a {architecture}; LlamaForCausalLM and GPT2LMHeadModel are what can be read")
     args = read_config(config, folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
-    names = layer_names(args["n_layers"], OF_LAYER, OF_MODEL)
+    names = layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
     if args["tie_embeddings"] and "lm_head.weight" not in tensors:
         del names["output.weight"]
     check_names(tensors, names.values(), folder)
-    model = {ours: to_pairs(tensors[theirs], args) if turned(ours) else tensors[theirs]
+    model = {ours: hf_to_meta_rope(tensors[theirs], args) if has_rope_order(ours) else tensors[theirs]
              for ours, theirs in names.items()}
     return make_state(model, args, *read_vocabulary(folder, args["vocab_size"]))
 
@@ -68,7 +68,7 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     possible = {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",),
                 "head_dim": (None, dim // heads), "quantization_config": (None,),
                 "rope_type": ("default", "linear", "llama3")}
-    require({**config, "rope_type": kind}, possible, folder, "model.py")
+    check_supported({**config, "rope_type": kind}, possible, folder, "model.py")
     scaling = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                  "original_max_position_embeddings")}.get(kind, ())
     return {"dim": dim, "n_layers": config["num_hidden_layers"], "n_heads": heads,
@@ -81,7 +81,7 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, mapped from their files."""
-    safetensors = extra("safetensors", f"{folder}")
+    safetensors = require_package("safetensors", f"{folder}")
     index = folder / "model.safetensors.index.json"
     files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     found = {}
@@ -99,7 +99,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_vocabulary(folder: Path, vocab_size: int, special: str = "") -> tuple[Vocabulary | None, str]:
+def read_vocabulary(folder: Path, vocab_size: int, special: str = "") -> tuple[BaseTokenizer | None, str]:
     """The vocabulary and the chat format of a folder: tokenizer.model if it has all entries, else tokenizer.json.
 
     special: the token that is bos and eos where the folder does not say which are.
@@ -109,7 +109,7 @@ def read_vocabulary(folder: Path, vocab_size: int, special: str = "") -> tuple[V
     template = folder / "chat_template.jinja"
     chat = chat_of_template(template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template"))
     if (folder / "tokenizer.model").is_file():
-        vocabulary = load(folder / "tokenizer.model")
+        vocabulary = load_tokenizer(folder / "tokenizer.model")
         if vocabulary.n_words == vocab_size:
             return vocabulary, chat
     if not (folder / "tokenizer.json").is_file():
@@ -117,32 +117,32 @@ def read_vocabulary(folder: Path, vocab_size: int, special: str = "") -> tuple[V
     content = read_json(folder / "tokenizer.json")
     bos, eos = (name["content"] if isinstance(name, dict) else name or ""
                 for name in (config.get("bos_token", special), config.get("eos_token", special)))
-    adds_bos = config.get("add_bos_token")
-    if adds_bos is None:
-        adds_bos = bool(bos) and json.dumps(bos) in json.dumps(content.get("post_processor"))
-    return JsonTokenizer(own_json(content, bos, eos, adds_bos)), chat
+    add_bos = config.get("add_bos_token")
+    if add_bos is None:
+        add_bos = bool(bos) and json.dumps(bos) in json.dumps(content.get("post_processor"))
+    return JsonTokenizer(tokenizer_json_with_meta(content, bos, eos, add_bos)), chat
 
 
 # ---- out ----------------------------------------------------------------------------------------
 
 def write(state: dict[str, Any], folder: Path) -> None:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load, with no code but theirs."""
-    safetensors = extra("safetensors", "a folder of Hugging Face")
+    safetensors = require_package("safetensors", "a folder of Hugging Face")
     from safetensors.torch import save_file
     args, vocabulary = state["model_args"], build_tokenizer(state)
     chat = state.get("chat", "")
     folder.mkdir(parents=True)
-    names = layer_names(args["n_layers"], OF_LAYER, OF_MODEL)
+    names = layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
     if args["tie_embeddings"]:
         del names["output.weight"]
-    tensors = {theirs: (to_halves(state["model"][ours], args) if turned(ours) else state["model"][ours]).contiguous()
+    tensors = {theirs: (meta_to_hf_rope(state["model"][ours], args) if has_rope_order(ours) else state["model"][ours]).contiguous()
                for ours, theirs in names.items()}
     try:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
     ids = {name: i for name, i in (("bos_token_id", vocabulary.bos_id), ("eos_token_id", vocabulary.eos_id)) if i >= 0}
-    form = known_format(chat, vocabulary)
+    form = detect_format(chat, vocabulary)
     ends = {"eos_token_id": [vocabulary.eos_id, form.end_id]} if form else {}
     dtype = str(state["model"]["norm.weight"].dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**make_config(args), **ids, "dtype": dtype, "torch_dtype": dtype})
@@ -166,14 +166,14 @@ def make_config(args: dict[str, Any]) -> dict[str, Any]:
             "mlp_bias": False, "initializer_range": 0.02}
 
 
-def write_vocabulary(vocabulary: Vocabulary, chat: str, max_seq_len: int, folder: Path) -> None:
+def write_vocabulary(vocabulary: BaseTokenizer, chat: str, max_seq_len: int, folder: Path) -> None:
     content = tokenizer_json(vocabulary)
     write_json(folder / "tokenizer.json", content)
     if isinstance(vocabulary, Tokenizer):
         (folder / "tokenizer.model").write_bytes(vocabulary.model)
     names = {token["id"]: token["content"] for token in content["added_tokens"]}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len,
-              "clean_up_tokenization_spaces": False, "add_bos_token": vocabulary.adds_bos}
+              "clean_up_tokenization_spaces": False, "add_bos_token": vocabulary.add_bos}
     config |= {name: names[i] for name, i in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id))
                if i in names}
     if chat in TEMPLATES:
@@ -201,15 +201,15 @@ def write_json(path: Path, content: Any) -> None:
 
 # ---- the order of rows --------------------------------------------------------------------------
 
-def turned(name: str) -> bool:
+def has_rope_order(name: str) -> bool:
     return name.endswith((".wq.weight", ".wk.weight"))
 
 
-def to_pairs(weight: Tensor, args: dict[str, Any]) -> Tensor:
+def hf_to_meta_rope(weight: Tensor, args: dict[str, Any]) -> Tensor:
     """Rows of each head in Meta's order, from Hugging Face's."""
     return weight.unflatten(0, (-1, 2, args["dim"] // args["n_heads"] // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def to_halves(weight: Tensor, args: dict[str, Any]) -> Tensor:
+def meta_to_hf_rope(weight: Tensor, args: dict[str, Any]) -> Tensor:
     """Rows of each head in Hugging Face's order, from Meta's."""
     return weight.unflatten(0, (-1, args["dim"] // args["n_heads"] // 2, 2)).transpose(1, 2).flatten(0, 2)

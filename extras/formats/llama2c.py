@@ -20,15 +20,15 @@ from extras.formats.common import make_state, sentencepiece_model
 from model import ModelArgs
 from tinyllm.checkpoint import build_model, build_tokenizer
 from tinyllm.cli import UserError
-from tinyllm.files import whole_file
-from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer, Vocabulary
+from tinyllm.files import atomic_write
+from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer, BaseTokenizer
 
 MAGIC = b"24ka"                         # 0x616b3432
 HEADER, LEGACY_HEADER = 256, 28         # bytes, of versions 1 and 2, and of version 0
 NUMBERS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")      # in a header
 GROUP = 64                              # weights that share a scale; halved until it divides all rows
-FIRST_KINDS = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]    # of a vocabulary; run.c takes them for granted
-ORDINARY = "Once upon a time, there was a girl."
+LLAMA2_TOKEN_TYPES = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]    # of a vocabulary; run.c takes them for granted
+PROBE_SENTENCE = "Once upon a time, there was a girl."
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def parse_header(begin: bytes) -> tuple[int, list[int], bool, int]:
 
 def decode(data: np.ndarray, shape: tuple[int, ...], group: int) -> Tensor:
     """A tensor of float32 from its bytes: mapped as they are, or computed from levels and scales."""
-    if not in_groups(shape, group):
+    if not is_quantized(shape, group):
         return torch.from_numpy(data.view("<f4").reshape(shape))
     count = math.prod(shape)
     levels, scales = data[:count].view(np.int8), data[count:].view("<f4")
@@ -123,7 +123,7 @@ def read_pieces(path: Path) -> list[tuple[str, float, int]]:
 
 def as_piece(i: int, text: str, score: float) -> tuple[str, float, int]:
     if i < 3:
-        return text.strip("\n"), score, FIRST_KINDS[i]
+        return text.strip("\n"), score, LLAMA2_TOKEN_TYPES[i]
     return text.replace(" ", SPACE), score, BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
 
 
@@ -140,11 +140,11 @@ def write(state: dict[str, Any], path: Path, version: int) -> None:
 
 
 def write_weights(state: dict[str, Any], path: Path, version: int) -> None:
-    model = build_model(state, own=False)
+    model = build_model(state, copy_weights=False)
     args, weights = replace(model.args, hidden_dim=model.args.ffn_dim), {**model.state_dict(), "rope": model.rope}
     check(args)
     group = math.gcd(GROUP, args.dim, args.hidden_dim) if version == 2 else 0
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(make_header(args, version, group))
         for name, _ in tensors(args, version):
             file.writelines(encode(weights[name].cpu().float(), group))
@@ -171,7 +171,7 @@ def check(args: ModelArgs) -> None:
 
 def encode(weight: Tensor, group: int) -> list[bytes]:
     """The bytes of a float32 tensor; a matrix in groups as levels from -127 to 127, then the scale of each group."""
-    if not in_groups(weight.shape, group):
+    if not is_quantized(weight.shape, group):
         return [weight.numpy().tobytes()]
     rows = weight.reshape(-1, group)
     scales = rows.abs().amax(1, keepdim=True) / 127
@@ -179,17 +179,17 @@ def encode(weight: Tensor, group: int) -> list[bytes]:
     return [levels.numpy().tobytes(), scales.numpy().tobytes()]
 
 
-def write_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
+def write_vocabulary(vocabulary: BaseTokenizer, path: Path) -> None:
     """Write a tokenizer.bin. Raises UserError for a vocabulary that is not like Llama 2's."""
     pieces = vocabulary.pieces() if isinstance(vocabulary, Tokenizer) else []
-    usual = [kind for *_, kind in pieces[:len(FIRST_KINDS)]] == FIRST_KINDS
+    usual = [kind for *_, kind in pieces[:len(LLAMA2_TOKEN_TYPES)]] == LLAMA2_TOKEN_TYPES
     usual = usual and (vocabulary.bos_id, vocabulary.eos_id) == (1, 2)
-    if not usual or Tokenizer(sentencepiece_model(pieces)).encode(ORDINARY) != vocabulary.encode(ORDINARY):
+    if not usual or Tokenizer(sentencepiece_model(pieces)).encode(PROBE_SENTENCE) != vocabulary.encode(PROBE_SENTENCE):
         raise UserError("llama2.c needs a vocabulary like Llama 2's: byte pairs of SentencePiece, and first unknown, "
                         "bos, eos and the 256 bytes\n       write a .gguf or a folder instead")
     texts = [text.replace(SPACE, " ").encode() for text, *_ in pieces]
     texts[1:3] = [b"\n" + text + b"\n" for text in texts[1:3]]
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(struct.pack("<i", max(map(len, texts))))
         file.writelines(struct.pack("<fi", score, len(text)) + text for text, (_, score, _) in zip(texts, pieces))
 
@@ -222,7 +222,7 @@ def layout(args: ModelArgs, version: int) -> list[tuple[str, tuple[int, ...], in
     return [attention_norm, ffn_norm, norm, embeddings, *attention, *feed_forward, *output]
 
 
-def in_groups(shape: tuple[int, ...], group: int) -> bool:
+def is_quantized(shape: tuple[int, ...], group: int) -> bool:
     """Whether a tensor is in groups: the norms are not."""
     return group > 0 and len(shape) > 1
 
@@ -230,4 +230,4 @@ def in_groups(shape: tuple[int, ...], group: int) -> bool:
 def size_of(shape: tuple[int, ...], group: int) -> int:
     """Bytes of a tensor."""
     count = math.prod(shape)
-    return count + count // group * 4 if in_groups(shape, group) else count * 4
+    return count + count // group * 4 if is_quantized(shape, group) else count * 4

@@ -22,7 +22,7 @@ def read(folder: Path) -> dict[str, Any]:
     params = read_json(folder / "params.json")
     parts = read_parts(folder)
     path = folder / "tokenizer.model"
-    vocabulary = tokenizer.load(path) if path.is_file() else None
+    vocabulary = tokenizer.load_tokenizer(path) if path.is_file() else None
     args = read_params(params, parts, vocabulary.n_words if vocabulary else 0)
     shapes = shapes_of({**args, "n_layers": min(args["n_layers"], len(parts[0]))})      # the file cannot have more
     for part in parts:
@@ -37,7 +37,7 @@ def read_parts(folder: Path) -> list[dict[str, Tensor]]:
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise UserError(f"{folder} has no consolidated.00.pth")
-    return [checkpoint.read_tensors(file, mapped=True) for file in files]
+    return [checkpoint.read_tensors(file, mmap=True) for file in files]
 
 
 def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from tinyllm import (  # noqa: E402
     runlog,
     shards,
 )
-from tinyllm.run import Run  # noqa: E402
+from tinyllm.run import TrainRun  # noqa: E402
 
 SECONDS, MEMORY, BATCH = 10, 1 << 30, 1000      # what an input may take, and how many a child process reads
 DEEP, DEPTH = "@deep@", 100_000                 # a text that becomes a list in a list in a list ...
@@ -65,7 +65,7 @@ def call(script: Any, *args: Any) -> None:
 
 def make_files() -> None:
     """In the current folder, one file of each kind, as the scripts leave them."""
-    stories = list(demo_stories.stories(40))
+    stories = list(demo_stories.generate_stories(40))
     Path("texts").mkdir()
     Path("texts/a.json").write_text(json.dumps([{"story": story} for story in stories[:10]]), encoding="utf-8")
     Path("texts/b.jsonl").write_text("\n".join(map(json.dumps, stories[10:20])), encoding="utf-8")
@@ -76,11 +76,11 @@ def make_files() -> None:
     call(train, "--dim", 16, "--n_layers", 1, "--n_heads", 2, "--n_kv_heads", 1, "--max_seq_len", 32, "--max_iters", 2,
          "--eval_interval", 1, "--batch_size", 2, "--sample_tokens", 4, "--device", "cpu", "--compile", "false")
     for name in ("ckpt.pt", "last.pt"):             # without the time they took they are the same at each making
-        state = checkpoint.load(f"output/{name}")
+        state = checkpoint.load_checkpoint(f"output/{name}")
         state["state"] |= {"seconds": 1.0, "setup": 1.0}
-        checkpoint.save(f"output/{name}", state)
+        checkpoint.save_checkpoint(f"output/{name}", state)
     for kind, path in (("gguf", "story.gguf"), ("llama2c-int8", "story.bin"), ("hf", "hf")):
-        formats.WRITERS[kind](checkpoint.load("output/ckpt.pt"), Path(path))
+        formats.WRITERS[kind](checkpoint.load_checkpoint("output/ckpt.pt"), Path(path))
     call(sample, "--input_file", "texts/c.txt", "--output_file", "out.jsonl", "--max_new_tokens", 2)
 
 
@@ -94,18 +94,18 @@ def weights(model: torch.nn.Module) -> dict[str, list]:
 
 
 def read_shards() -> Any:
-    found = shards.load(SHARDS, tokenizer.load(MODEL).sha256)
-    return repr(found), [found.open(shard).tobytes() for shard in found.shards]
+    found = shards.load_shards(SHARDS, tokenizer.load_tokenizer(MODEL).sha256)
+    return repr(found), [found.memmap(shard).tobytes() for shard in found.shards]
 
 
 def read_checkpoint() -> Any:
-    state = checkpoint.load("output/ckpt.pt")
+    state = checkpoint.load_checkpoint("output/ckpt.pt")
     return weights(checkpoint.build_model(state)), checkpoint.build_tokenizer(state).model
 
 
 def read_last() -> Any:
-    cfg, _ = cli.read(vars(train), ["--init_from", "resume"])
-    run = Run(resume.prepare(cfg, {}))
+    cfg, _ = cli.parse_settings(vars(train), ["--init_from", "resume"])
+    run = TrainRun(resume.plan_run(cfg, {}))
     return weights(run.model), repr([run.state, run.cfg, [one.state_dict() for one in run.optimizers]])
 
 
@@ -115,19 +115,19 @@ def read_model(path: str) -> None:
 
 
 def read_vocabulary() -> None:
-    vocabulary = tokenizer.load(MODEL)
+    vocabulary = tokenizer.load_tokenizer(MODEL)
     vocabulary.decode(vocabulary.encode("Once upon\u2581a\n time, é 😀", bos=True, eos=True))
-    "".join(vocabulary.piece(token) for token in range(min(vocabulary.n_words, 1000)))
+    "".join(vocabulary.id_to_piece(token) for token in range(min(vocabulary.n_words, 1000)))
 
 
 def read_notes() -> None:
     cfg = SimpleNamespace(data="", data_dir="data", tokenizer="", encoding="")
-    preprocess.find_source(cfg, MODEL, tokenizer.load(MODEL))
+    preprocess.find_source(cfg, MODEL, tokenizer.load_tokenizer(MODEL))
 
 
 def read_texts() -> None:
     for path in corpus.find_files("texts"):
-        for text in corpus.documents(path):
+        for text in corpus.read_documents(path):
             text.encode()
 
 
@@ -135,11 +135,11 @@ def read_log() -> None:
     drawing = MagicMock()                           # a real one takes a quarter of a second
     drawing.Figure.return_value.subplots.return_value = MagicMock(), MagicMock()
     with patch.dict(sys.modules, {"matplotlib": MagicMock(), "matplotlib.figure": drawing}):
-        runlog.Record(Path("output"), {}, 2).draw()
+        runlog.RunLog(Path("output"), {}, 2).write_reports()
 
 
 def read_stories() -> None:
-    sample.whole_lines(Path("out.jsonl"), sample.read_text("texts/c.txt").split("\n"))
+    sample.count_finished(Path("out.jsonl"), sample.read_text_file("texts/c.txt").split("\n"))
 
 
 class Target(NamedTuple):
@@ -320,7 +320,7 @@ def try_one(target: Target, good: dict[str, bytes], whole: Any, rng: random.Rand
         forget({name for name, *_ in listing()} - {name for name, *_ in before})
     elif listing() != before:
         raise Failure("something was written")
-    if verdict == "read" and target.exact and way is changed_bytes and found != whole:
+    if verdict == "read" and target.is_lossless and way is changed_bytes and found != whole:
         raise Failure("something else was read than was written")
     return verdict
 
@@ -331,7 +331,7 @@ def refusal(error: BaseException) -> bool:
     while cause:
         chain, cause = [*chain, cause], cause.__cause__
     hungry = any(isinstance(one, MemoryError) or "allocate memory" in str(one) for one in chain)
-    user = isinstance(error, cli.UserError) or isinstance(error, OSError) and error.errno in cli.USERS_ERRNOS
+    user = isinstance(error, cli.UserError) or isinstance(error, OSError) and error.errno in cli.USER_FIXABLE_ERRNOS
     return user and not hungry
 
 

@@ -52,7 +52,7 @@ class Stages:
     def __init__(self, folder: Path):
         self.folder, self.made, self.stories = folder, {}, folder / "stories"
         self.stories.mkdir(parents=True)
-        stories = [{"story": story} for story in demo_stories.stories(300)]
+        stories = [{"story": story} for story in demo_stories.generate_stories(300)]
         for i in range(6):                      # four shards of a file each, and one of two files
             text = json.dumps(stories[i::6]) + " " * (corpus.GROUP_BYTES * (i < 4))
             (self.stories / f"{i}.json").write_text(text, encoding="utf-8")
@@ -140,7 +140,7 @@ def assert_equal(folder: Path, reference: Path) -> None:
     assert found.keys() == expected.keys(), f"left over or missing: {sorted(found.keys() ^ expected.keys())}"
     for name, path in expected.items():
         if path.suffix == ".pt":
-            assert_same(checkpoint.load(found[name]), checkpoint.load(path), name)
+            assert_same(checkpoint.load_checkpoint(found[name]), checkpoint.load_checkpoint(path), name)
         elif path.is_file():
             assert found[name].read_bytes() == path.read_bytes(), f"{name} differs"
 
@@ -149,9 +149,9 @@ def assert_usable(folder: Path) -> None:
     """Whatever has its final name can be read."""
     for path in contents(folder).values():
         if path.suffix == ".pt":
-            checkpoint.load(path)
+            checkpoint.load_checkpoint(path)
         elif path.suffix == ".model":
-            tokenizer.load(path)
+            tokenizer.load_tokenizer(path)
         elif path.name == shards.MANIFEST:
-            found = shards.read(path.parent)
-            assert all(len(found.open(shard)) == shard.tokens for shard in found.shards), f"{path} lists a cut shard"
+            found = shards.read_manifest(path.parent)
+            assert all(len(found.memmap(shard)) == shard.tokens for shard in found.shards), f"{path} lists a cut shard"
