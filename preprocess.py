@@ -20,9 +20,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from tinyllm import cli, corpus, shards, workers
+from tinyllm import cli, corpus, optional, shards, workers
 from tinyllm.cli import UserError, escape_for_terminal
-from tinyllm.files import load_json, folder_lock, atomic_replace, save_json, sha256, atomic_write
+from tinyllm.files import atomic_replace, atomic_write, folder_lock, load_json, save_json, sha256
 from tinyllm.project import DATA, find_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tinyllm.words import BATCH
@@ -101,14 +101,12 @@ def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
 
 
 def is_model(path: str) -> bool:
-    from extras import formats  # here, because it brings torch, which the workers have no use for
-    return formats.is_model(path)
+    return optional.load("formats").is_model(path)
 
 
 def import_tokenizer(path: Path, folder: str) -> Path:
     """Copy a vocabulary made elsewhere to <folder>/tok<size>.model, where all steps look for it."""
-    from extras.formats import read_vocabulary  # here, because it brings torch, which the workers have no use for
-    vocabulary = read_vocabulary(path)
+    vocabulary = optional.load("formats").read_vocabulary(path)        # brings torch, which workers do not need
     if min(vocabulary.bos_id, vocabulary.eos_id) < 0:
         raise UserError(f"{path} has no bos or no eos; documents could not be told apart")
     target = Path(folder) / f"tok{vocabulary.n_words}.model"

@@ -30,15 +30,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from extras import formats
 from extras.chat import FORMATS, ChatFormat, Message, detect_format
 from extras.token_probs import Token, check_html_path, describe_model, print_score, print_token_table, write_html_page
 from tinyllm import checkpoint as checkpoints
 from tinyllm import cli, distributed
 from tinyllm import device as devices
-from tinyllm.cli import UserError, suggest_path, escape_for_terminal
-from tinyllm.engine import Step
-from tinyllm.files import json_line, file_lock
+from tinyllm.cli import UserError, escape_for_terminal, suggest_path
+from tinyllm.engine import Step, build_engine
+from tinyllm.files import file_lock, json_line
 from tinyllm.sampling import SamplingParams
 from tokenizer import StreamDecoder
 
@@ -121,7 +120,7 @@ class TextGenerator:
             raise UserError(f"--compile is not for {self.backend.device}; leave it out")
         if compile and team:
             raise UserError("--compile is for one process, without torchrun; leave it out")
-        state = formats.read_model(checkpoint, tokenizer_model_path or "")
+        state = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(state)
         model = checkpoints.build_model(state, copy_weights=False, name=checkpoint)
         if self.tokenizer.n_words > model.args.vocab_size:
@@ -129,7 +128,7 @@ class TextGenerator:
                             f"{model.args.vocab_size}; they do not belong together")
         self.chat = self._chat_format(chat, state.get("chat", ""))
         self.seed, self.parameters, self.window_warning_shown = seed, model.count_parameters(), False
-        self.engine = team.engine(model, self.backend, quantize) if team else checkpoints.build_engine(
+        self.engine = team.engine(model, self.backend, quantize) if team else build_engine(
             model, self.backend.dtype, quantize, compile, self.backend.device)
 
     def _chat_format(self, asked: str, known: str) -> ChatFormat | None:

@@ -41,14 +41,14 @@ from tinyllm.cli import UserError
 from tinyllm.dataset import Task
 from tinyllm.distributed import DistributedContext, distributed_context
 from tinyllm.estimate import format_hms, print_run_summary
-from tinyllm.files import folder_lock, atomic_replace
+from tinyllm.files import atomic_replace, folder_lock
 from tinyllm.machine import peak_memory
 from tinyllm.presets import PRESETS
 from tinyllm.project import path_flags
-from tinyllm.resume import INIT_MODES, RunPlan, is_finished, run_settings, plan_run
+from tinyllm.resume import INIT_MODES, RunPlan, is_finished, plan_run, run_settings
 from tinyllm.run import TrainRun
-from tinyllm.runlog import NEW_CHECKPOINT, NullRunLog, RunLog, undo_partial_archive, archive_run
-from tinyllm.watch import explain_oom, check_pending_steps, require_finite
+from tinyllm.runlog import NEW_CHECKPOINT, NullRunLog, RunLog, archive_run, undo_partial_archive
+from tinyllm.watch import check_pending_steps, explain_oom, require_finite
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # settings for a machine and a time, listed at the end of --help; the rest counts

@@ -18,7 +18,7 @@ from typing import Any
 import tokenizer
 from tinyllm import cli, corpus, workers
 from tinyllm.cli import UserError
-from tinyllm.files import folder_lock, save_json, atomic_write
+from tinyllm.files import atomic_write, folder_lock, save_json
 from tinyllm.machine import peak_memory
 from tinyllm.project import path_flags
 from tinyllm.words import WordCounts, text_batches

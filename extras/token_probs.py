@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
 from tinyllm.files import atomic_write
-from tokenizer import SPACE, StreamDecoder, BaseTokenizer
+from tokenizer import SPACE, BaseTokenizer, StreamDecoder
 
 if TYPE_CHECKING:
     from sample import Completion, TextGenerator

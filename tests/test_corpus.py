@@ -9,7 +9,7 @@ import pytest
 
 from tinyllm import corpus
 from tinyllm.cli import UserError
-from tinyllm.corpus import read_documents, find_files, document_hash, summarize_skipped, val_hash_threshold
+from tinyllm.corpus import document_hash, find_files, read_documents, summarize_skipped, val_hash_threshold
 
 
 def read(path, name, content):

@@ -11,7 +11,7 @@ from conftest import TINY, quickly
 import tokenizer
 from tinyllm import checkpoint, demo_stories, shards
 from tinyllm.cli import UserError
-from tinyllm.files import load_json, folder_lock, save_json
+from tinyllm.files import folder_lock, load_json, save_json
 
 SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tinyllm.cli import UserError
-from tinyllm.files import atomic_replace, sha256, atomic_write
-from tinyllm.project import separate_data_dir, find_tokenizer, path_flags, tokenizer_files
+from tinyllm.files import atomic_replace, atomic_write, sha256
+from tinyllm.project import find_tokenizer, path_flags, separate_data_dir, tokenizer_files
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):

@@ -6,9 +6,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import train
 from model import ModelArgs, Transformer
-from tinyllm.engine import Engine
 from tinyllm.distributed import SINGLE_PROCESS
-from tinyllm.run import TrainRun, State, build_optimizers
+from tinyllm.engine import Engine
+from tinyllm.run import State, TrainRun, build_optimizers
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)
 GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix

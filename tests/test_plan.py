@@ -14,7 +14,7 @@ from extras.gpt2 import GPT2, GPT2Args
 from model import ModelArgs, Transformer
 from tinyllm import estimate, resume
 from tinyllm.cli import UserError
-from tinyllm.run import TrainRun, State
+from tinyllm.run import State, TrainRun
 
 
 def test_all_problems_are_reported_at_once(go):  # noqa: F811

@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import pytest
 from conftest import assert_user_error, quickly
 
-from extras.token_probs import Token, token_span, format_percent, print_token_table, quote_piece, story_html, token_texts
+from extras.token_probs import (
+    Token,
+    format_percent,
+    print_token_table,
+    quote_piece,
+    story_html,
+    token_span,
+    token_texts,
+)
 from sample import Completion, TextGenerator
 from tinyllm.cli import escape_control_chars
 

@@ -22,8 +22,8 @@ from extras.formats.common import (
     byte_level_json,
     llama3_json,
     merges_of,
-    tokenizer_json_with_meta,
     sentencepiece_model,
+    tokenizer_json_with_meta,
 )
 from tinyllm.cli import UserError
 from tokenizer import JsonTokenizer, TiktokenTokenizer, Tokenizer

@@ -3,7 +3,6 @@
     state = load("output/ckpt.pt")
     model = build_model(state)
     vocabulary = build_tokenizer(state)
-    engine = build_engine(model)
 
 Keys that tools made for llama2.c know: model, optimizer, model_args, iter_num, best_val_loss, config.
 Beside them: tokenizer, the bytes of the vocabulary; architecture, llama when left out; chat, the form of messages that
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import tokenizer
-from extras.gpt2 import GPT2, GPT2Args, GPT2Engine
 from model import ModelArgs, Transformer
+from tinyllm import optional
 from tinyllm.cli import UserError, format_command
-from tinyllm.engine import Engine
 from tinyllm.files import atomic_write
 from tinyllm.project import DATA, tokenizer_files
 from tokenizer import BaseTokenizer
@@ -41,19 +40,27 @@ REQUIRED_TO_RESUME = (*REQUIRED, "optimizer", "scaler", "rng", "state", "tokeniz
 
 
 class Architecture(NamedTuple):
-    """The classes of a model: its shape, itself, and what writes with it."""
-    args: type[ModelArgs] | type[GPT2Args]
-    model: type[Transformer] | type[GPT2]
-    engine: type[Engine]
+    """Config and model class of an architecture."""
+    args: type
+    model: type
 
 
-ARCHITECTURES = {"llama": Architecture(ModelArgs, Transformer, Engine),
-                 "gpt2": Architecture(GPT2Args, GPT2, GPT2Engine)}
+ARCHITECTURES = ("llama", "gpt2")
 
 
-def architecture_of(args: ModelArgs | GPT2Args) -> str:
-    """The name in ARCHITECTURES that belongs to a shape."""
-    return next(name for name, known in ARCHITECTURES.items() if type(args) is known.args)
+def find_architecture(name: str) -> Architecture:
+    """Return the classes of an architecture. Raises KeyError for an unknown name."""
+    if name == "llama":
+        return Architecture(ModelArgs, Transformer)
+    if name not in ARCHITECTURES:
+        raise KeyError(name)
+    gpt2 = optional.load("gpt2")
+    return Architecture(gpt2.GPT2Args, gpt2.GPT2)
+
+
+def architecture_of(args: Any) -> str:
+    """Return the name of the architecture that a config belongs to."""
+    return "llama" if isinstance(args, ModelArgs) else "gpt2"
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -88,6 +95,19 @@ def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap
     if strange := [name for name, weight in state["model"].items() if not _is_dense_float_tensor(weight)]:
         raise UserError(f"{path} is not a checkpoint of this project: {strange[0]} is no array of numbers")
     return state
+
+
+def read_model(source: str | Path, tokenizer: str | Path = "") -> dict[str, Any]:
+    """Read a model of any format: a checkpoint of this project here, all others through extras/formats.
+
+    Raises UserError as `load_checkpoint` and `formats.read_model` do.
+    """
+    path = Path(source)
+    if path.suffix == ".pt" and path.is_file() and not tokenizer:
+        state = load_checkpoint(path, mmap=True)
+        build_args(state, path)
+        return state
+    return optional.load("formats").read_model(source, tokenizer)
 
 
 def missing_checkpoint_error(path: Path) -> UserError:
@@ -153,16 +173,16 @@ def _from_llama2c(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "model": weights, "model_args": args}
 
 
-def model_state(model: Transformer | GPT2) -> dict[str, Any]:
+def model_state(model: nn.Module) -> dict[str, Any]:
     """The part of a state that holds the model; give it the bare one, not what torch.compile made."""
     return {"model": model.state_dict(), "model_args": asdict(model.args), "architecture": architecture_of(model.args),
             "format": FORMAT}
 
 
-def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> ModelArgs | GPT2Args:
+def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> Any:
     """The shape of a state's model. Raises UserError, about the file `name`, when no model has it."""
     try:
-        args = ARCHITECTURES[state.get("architecture", "llama")].args(**state["model_args"])
+        args = find_architecture(state.get("architecture", "llama")).args(**state["model_args"])
     except KeyError as error:
         raise UserError(f"{name} has the architecture {error}; known are {', '.join(ARCHITECTURES)}") from error
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -174,7 +194,7 @@ def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> Mo
     return args
 
 
-def build_model(state: dict[str, Any], copy_weights: bool = True, name: str | Path = "the checkpoint") -> Transformer | GPT2:
+def build_model(state: dict[str, Any], copy_weights: bool = True, name: str | Path = "the checkpoint") -> nn.Module:
     """Make the model of a state.
 
     copy_weights: with weights of its own, in float32, for training; else with those of the state, in their format, so that
@@ -184,7 +204,7 @@ def build_model(state: dict[str, Any], copy_weights: bool = True, name: str | Pa
     args = build_args(state, name)
     try:
         with torch.device("meta"), _SkipInit():         # takes no memory before the shapes are known to be right
-            model = ARCHITECTURES[architecture_of(args)].model(args)
+            model = find_architecture(architecture_of(args)).model(args)
         weights = state["model"]
         if copy_weights:
             weights = {part: weight.to(torch.float32, copy=True) for part, weight in weights.items()}
@@ -215,8 +235,3 @@ def build_tokenizer(state: dict[str, Any]) -> BaseTokenizer:
         there = [*tokenizer_files(DATA), DATA / "tok4096.model"]
         raise UserError(f"the checkpoint carries no vocabulary; name its own, such as --tokenizer {there[0]}")
     return tokenizer.load_tokenizer(model)
-
-
-def build_engine(model: Transformer | GPT2, *options, **more) -> Engine:
-    """What writes with a model. Takes the further arguments of Engine."""
-    return ARCHITECTURES[architecture_of(model.args)].engine(model, *options, **more)

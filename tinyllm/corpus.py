@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from tinyllm import demo_stories
-from tinyllm.cli import UserError, suggest_path, shell_quote
+from tinyllm.cli import UserError, shell_quote, suggest_path
 from tinyllm.files import atomic_replace
 from tinyllm.project import separate_data_dir, shorten_list
 from tinyllm.words import chunks

@@ -16,12 +16,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from extras.compiled import CompiledAttention, CompiledLayers, CudaGraphStep
 from model import Transformer, causal_attention
-from tinyllm.sampling import SamplingParams, sample_token, exponential_noise, seen_token_mask
-from tinyllm.weights import LinearFn, fuse_layer_weights, folded_norm_weight, linear_fp16, linear_int8, to_float32_on, linear
+from tinyllm import optional
+from tinyllm.sampling import SamplingParams, exponential_noise, sample_token, seen_token_mask
+from tinyllm.weights import (
+    LinearFn,
+    folded_norm_weight,
+    fuse_layer_weights,
+    linear,
+    linear_fp16,
+    linear_int8,
+    to_float32_on,
+)
 
 # PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `half`, the answer
 # comes as a C++ exception, which takes longer than the product; so the engine asks nobody.
@@ -241,6 +250,12 @@ def _norm(stream: Tensor, x: Tensor) -> Tensor:
     x: (rows, dim + 1), the stream with a last column that adds norm_eps to the sum of squares.
     """
     return stream / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def build_engine(model: nn.Module, *options, **more) -> Engine:
+    """Make the engine of a model. Takes the further arguments of Engine."""
+    engine = Engine if isinstance(model, Transformer) else optional.load("gpt2").GPT2Engine
+    return engine(model, *options, **more)
 
 
 def _check(prompts: list[list[int]], vocab_size: int) -> None:

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from extras import formats
-from extras.gpt2 import GPT2Args
 from model import ModelArgs
 from tinyllm import checkpoint, shards
 from tinyllm import device as devices
-from tinyllm.cli import UserError, parse_bool_or_str, format_command
+from tinyllm.cli import UserError, format_command, parse_bool_or_str
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
 from tinyllm.files import sha256
 from tinyllm.project import find_tokenizer, folders_with, shorten_list, tokenizer_files
@@ -37,7 +35,7 @@ class RunPlan:
     backend: devices.Backend
     data: shards.ShardSet
     vocabulary: BaseTokenizer
-    args: ModelArgs | GPT2Args
+    args: Any
     saved: dict[str, Any] | None
     resumed: bool
     dist: DistributedContext = SINGLE_PROCESS
@@ -111,7 +109,7 @@ def load_init_checkpoint(cfg: SimpleNamespace, given: dict[str, Any], resumed: b
         return saved
     if cfg.init_from in INIT_MODES and not cfg.eval_only:
         return None
-    saved = gone.collect(lambda: formats.read_model(init_checkpoint_path(cfg)))
+    saved = gone.collect(lambda: checkpoint.read_model(init_checkpoint_path(cfg)))
     if not saved or cfg.eval_only:
         return saved
     return problems.collect(lambda: adapt_checkpoint(cfg, given, saved), saved)
@@ -147,7 +145,7 @@ def adapt_checkpoint(cfg: SimpleNamespace, given: dict[str, Any], saved: dict[st
     return {**saved, "model": model, "model_args": asdict(fitted)}
 
 
-def check_shape(given: dict[str, Any], own: ModelArgs | GPT2Args) -> None:
+def check_shape(given: dict[str, Any], own: Any) -> None:
     """Raise UserError for settings that would be another model than the saved one."""
     differ = [f"{name} {getattr(own, name)}" for name, value in given.items()
               if name not in ("max_seq_len", "dropout", "vocab_size") and value != getattr(own, name, value)]
@@ -278,7 +276,7 @@ def load_data(cfg: SimpleNamespace, saved: dict[str, Any] | None) -> tuple[shard
 
 
 def build_model_args(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabulary: BaseTokenizer
-               ) -> ModelArgs | GPT2Args:
+               ) -> Any:
     """The shape of the saved model, else that of the settings."""
     chosen = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}
     if saved and saved.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
@@ -299,7 +297,7 @@ def build_model_args(cfg: SimpleNamespace, saved: dict[str, Any] | None, vocabul
     return args
 
 
-def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args, resumed: bool) -> None:
+def check_disk(cfg: SimpleNamespace, args: Any, resumed: bool) -> None:
     """Two checkpoints, and one being written, need room; what a run that goes on has written already is there."""
     if cfg.eval_only:
         return
@@ -313,11 +311,11 @@ def check_disk(cfg: SimpleNamespace, args: ModelArgs | GPT2Args, resumed: bool) 
                         "       make room, or name another --out_dir")
 
 
-def count_parameters(args: ModelArgs | GPT2Args) -> int:
+def count_parameters(args: Any) -> int:
     """Of the model, from one and two layers of it. Raises UserError when nothing could hold it."""
     def count(n_layers: int) -> int:
         with torch.device("meta"):
-            build = checkpoint.ARCHITECTURES[checkpoint.architecture_of(args)].model
+            build = checkpoint.find_architecture(checkpoint.architecture_of(args)).model
             return build(replace(args, n_layers=n_layers)).count_parameters()
     try:
         one, two = count(1), count(2)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from extras.fsdp import shard_model, full_state_dict, shard_like
+from extras.fsdp import full_state_dict, shard_like, shard_model
 from model import Transformer
 from tinyllm import checkpoint
 from tinyllm.cli import UserError, format_command
 from tinyllm.dataset import IGNORE_INDEX, Task
+from tinyllm.engine import build_engine
 from tinyllm.optim import Muon
-from tinyllm.resume import RunPlan, run_settings, init_checkpoint_path
+from tinyllm.resume import RunPlan, init_checkpoint_path, run_settings
 from tinyllm.sampling import SamplingParams
 from tinyllm.watch import require_finite
 
@@ -195,7 +196,7 @@ class TrainRun:
             return []
         rows = [self.vocabulary.encode_prompt(text) for text in self.cfg.sample_prompts.split("|")]
         how = SamplingParams(temperature=SAMPLE_TEMPERATURE, seed=self.cfg.seed)
-        engine = checkpoint.build_engine(self.model)
+        engine = build_engine(self.model)
         for step in engine.generate(rows, self.cfg.sample_tokens, how, [self.vocabulary.eos_id]):
             for row, token in zip(rows, step.tokens):
                 row += [token] if token is not None else []

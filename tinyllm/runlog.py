@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from extras import plots
-from tinyllm.files import json_line, atomic_replace, atomic_write
+from tinyllm.files import atomic_replace, atomic_write, json_line
 
 RUN_FILES = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")       # files in its folder
 ARCHIVE_TMP = "old.part"                           # the folder of an old run while its files are moved to it

@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 import train
-from extras import formats
 from extras.formats import llama2c
 from extras.gpt2 import GPT2Args
 from model import ModelArgs, Transformer
@@ -46,7 +45,7 @@ from tinyllm import device as devices
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
-from tinyllm.engine import Engine
+from tinyllm.engine import Engine, build_engine
 from tinyllm.estimate import count_activations, describe_memory
 from tinyllm.presets import PRESETS
 from tinyllm.project import find_tokenizer
@@ -222,10 +221,10 @@ PROMPT, LENGTH, SAMPLING = [1, 10, 20, 30, 40], 256, SamplingParams(temperature=
 def bench_sample(cfg: SimpleNamespace) -> None:
     """Tokens per second from a prompt of 5 tokens to 256, the prompt's time included; a batch counts all its tokens."""
     where = devices.choose_backend(cfg.device, cfg.dtype, training=False)
-    state = formats.read_model(cfg.checkpoint) if cfg.checkpoint else None
+    state = checkpoints.read_model(cfg.checkpoint) if cfg.checkpoint else None
     model = (checkpoints.build_model(state) if state else Transformer(ModelArgs())).to(where.device)
     name = str(where.dtype).removeprefix("torch.")
-    build, on_cpu = partial(checkpoints.build_engine, model), where.device.type == "cpu"
+    build, on_cpu = partial(build_engine, model), where.device.type == "cpu"
     engines = {name: build(where.dtype)}
     if on_cpu:
         engines |= {"float32": build(), "int8": build(quantize="int8")}

@@ -14,7 +14,7 @@ import numpy as np
 from extras import plots
 from extras.plots import Points
 from tinyllm import checkpoint, runlog, shards
-from tinyllm.cli import UserError, format_command, escape_control_chars
+from tinyllm.cli import UserError, escape_control_chars, format_command
 
 N_POINTS = 4      # where curves are compared: at both ends of what they share, and between
 WIDTH = 28      # characters of a value that are shown

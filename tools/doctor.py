@@ -20,10 +20,10 @@ import preprocess
 import tokenizer
 from tinyllm import checkpoint, corpus, shards
 from tinyllm import device as devices
-from tinyllm.cli import UserError, format_command, escape_control_chars
-from tinyllm.files import load_json, folder_lock
+from tinyllm.cli import UserError, escape_control_chars, format_command
+from tinyllm.files import folder_lock, load_json
 from tinyllm.machine import available_cores, free_memory
-from tinyllm.project import find_tokenizer, folders_with, vocab_size_in_name, shorten_list, tokenizer_files
+from tinyllm.project import find_tokenizer, folders_with, shorten_list, tokenizer_files, vocab_size_in_name
 from tinyllm.resume import is_finished
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"

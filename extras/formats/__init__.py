@@ -17,7 +17,7 @@ import tokenizer as tokenizers
 from extras.formats import gguf_file, gpt2_folder, huggingface, llama2c, meta
 from tinyllm import checkpoint
 from tinyllm.cli import UserError
-from tokenizer import Tokenizer, BaseTokenizer
+from tokenizer import BaseTokenizer, Tokenizer
 
 State = dict[str, Any]
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,

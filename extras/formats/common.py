@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinyllm.cli import UserError
 from tinyllm.project import shorten_list
-from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, JsonTokenizer, TiktokenTokenizer, Tokenizer, BaseTokenizer
+from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, BaseTokenizer, JsonTokenizer, TiktokenTokenizer, Tokenizer
 
 LLAMA3 = TiktokenTokenizer.PATTERN
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

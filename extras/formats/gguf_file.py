@@ -21,17 +21,17 @@ from extras.formats.common import (
     byte_level_json,
     chat_of_template,
     check_names,
+    check_supported,
     layer_names,
     make_state,
-    tokenizer_json_with_meta,
-    check_supported,
     sentencepiece_model,
     tokenizer_json,
+    tokenizer_json_with_meta,
 )
 from model import ModelArgs, rope_frequencies
 from tinyllm.checkpoint import build_tokenizer
 from tinyllm.cli import UserError
-from tokenizer import CONTROL, NORMAL, UNUSED, JsonTokenizer, Tokenizer, BaseTokenizer, require_package
+from tokenizer import CONTROL, NORMAL, UNUSED, BaseTokenizer, JsonTokenizer, Tokenizer, require_package
 
 OF_MODEL = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
             "output.weight": "output.weight"}

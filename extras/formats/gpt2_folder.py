@@ -12,16 +12,16 @@ from extras.formats.common import (
     GPT2,
     byte_level_json,
     check_names,
+    check_supported,
     layer_names,
     make_state,
-    tokenizer_json_with_meta,
     read_json,
-    check_supported,
+    tokenizer_json_with_meta,
 )
 from extras.formats.huggingface import read_tensors
 from extras.formats.huggingface import read_vocabulary as read_tokenizer_json
 from tinyllm.cli import UserError
-from tokenizer import JsonTokenizer, BaseTokenizer
+from tokenizer import BaseTokenizer, JsonTokenizer
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "tokenizer.json", "model.safetensors")

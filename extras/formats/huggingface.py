@@ -13,18 +13,18 @@ from extras.chat import TEMPLATES, detect_format
 from extras.formats.common import (
     chat_of_template,
     check_names,
+    check_supported,
     layer_names,
     make_state,
-    tokenizer_json_with_meta,
     read_json,
-    check_supported,
     tokenizer_json,
+    tokenizer_json_with_meta,
 )
 from model import ModelArgs
 from tinyllm.checkpoint import build_tokenizer
 from tinyllm.cli import UserError
 from tinyllm.device import DTYPES
-from tokenizer import JsonTokenizer, Tokenizer, BaseTokenizer, require_package, load_tokenizer
+from tokenizer import BaseTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, require_package
 
 MODEL_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
             "output.weight": "lm_head.weight"}

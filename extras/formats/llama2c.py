@@ -21,7 +21,7 @@ from model import ModelArgs
 from tinyllm.checkpoint import build_model, build_tokenizer
 from tinyllm.cli import UserError
 from tinyllm.files import atomic_write
-from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer, BaseTokenizer
+from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, BaseTokenizer, Tokenizer
 
 MAGIC = b"24ka"                         # 0x616b3432
 HEADER, LEGACY_HEADER = 256, 28         # bytes, of versions 1 and 2, and of version 0
