@@ -46,8 +46,8 @@ def print_config_summary(run: Any) -> None:
     print(f"device: {run.backend}")
     print(f"model:  {parameters:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
-    print(f"data:   {data.folder}: {data.count('train', 'tokens'):,} tokens to train on, "
-          f"{data.count('val', 'tokens'):,} to evaluate on"
+    print(f"data:   {data.folder}: {data.total('train', 'tokens'):,} tokens to train on, "
+          f"{data.total('val', 'tokens'):,} to evaluate on"
           + (", all in the GPU's memory" if not cfg.num_workers and fits_on_gpu(data, "train", run.backend.device) else ""))
     print(f"step:   {cfg.batch_size} windows x {cfg.gradient_accumulation_steps} = {run.tokens_per_step:,} tokens"
           + (f", shared by {dist.size} processes" if dist.size > 1 else "")
