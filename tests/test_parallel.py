@@ -211,7 +211,7 @@ def test_scratch_is_for_the_first_time_only(go, monkeypatch):  # noqa: F811
 
 def test_what_writes_with_a_divided_model():
     def command(shard, **shape):
-        run = SimpleNamespace(divided=shard, dist=DistributedContext(0, 2), model=SimpleNamespace(args=ModelArgs(**shape)))
+        run = SimpleNamespace(is_sharded=shard, dist=DistributedContext(0, 2), model=SimpleNamespace(args=ModelArgs(**shape)))
         return train.sample_launcher(run)
     assert command(True, n_kv_heads=2, n_heads=6) == "torchrun --nproc_per_node=2"
     assert command(True) == command(False, n_kv_heads=2, n_heads=6) == "python"      # 3 kv heads for two

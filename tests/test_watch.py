@@ -26,9 +26,9 @@ def a_run(losses: list[float], norms: list[float] | None = None, scale: float | 
     pairs = zip(losses, norms or [1.0] * len(losses))
     return SimpleNamespace(
         cfg=SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, out_dir="out", learning_rate=0.1),
-        state=State(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, saved_step=0,
+        state=State(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, last_saved_step=0,
         dist=DistributedContext(),
-        fresh=[[torch.tensor(loss), torch.tensor(norm)] for loss, norm in pairs])
+        pending_metrics=[[torch.tensor(loss), torch.tensor(norm)] for loss, norm in pairs])
 
 
 @pytest.mark.parametrize("losses, norms", [([3.0, math.nan, 2.0, 2.0], None), ([3.0, 3.0, 2.0], [1, math.inf, 1])])
