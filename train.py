@@ -7,8 +7,6 @@
     python train.py                                         # the same command goes on where it stopped
     python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/tuned   # fine-tune: see README.md
     python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
-    python train.py --doctor                                # what is there, in what state, and what to type next
-    python train.py --compare output output/old-1           # two runs or more: what differs, and what came of it
     torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, or GPUs, share each step
 
 Writes to output/: ckpt.pt (the best by validation loss) and last.pt (the newest), log.jsonl and clock.jsonl, and
@@ -106,23 +104,19 @@ num_workers = 0                     # processes that prepare batches; 0 is fast 
 shard = False                       # under torchrun: divide weights and optimizer among the processes, for a model that
                                     # does not fit one GPU; slower, and without stories on the way
 seed = 1337
-# questions, instead of a training
-doctor = False                      # print the state of the machine and of the four steps, and what to type next
-compare = []                        # folders of runs: their settings and curves side by side, and out_dir/compare.png
 # ---- end of settings ----------------------------------------------------------------------------
 
 HANGUP = getattr(signal, "SIGHUP", None)        # Windows has none
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *[HANGUP] * bool(HANGUP))
+MOVED_FLAGS = {"doctor": "python -m tools.doctor", "compare": "python -m tools.compare output output/old-1"}
 PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # settings that may differ where several share a run
 
 
 def main() -> None:
     with distributed_context() as dist:
         cfg, given = dist.all_or_none(lambda: cli.parse_settings(globals(), epilog=presets.presets_table(), presets={
-            name: preset.settings for name, preset in PRESETS.items()}))
-        if cfg.doctor or cfg.compare:
-            dist.on_main(lambda: run_query(cfg, given))
-        elif cfg.eval_only:
+            name: preset.settings for name, preset in PRESETS.items()}, moved=MOVED_FLAGS))
+        if cfg.eval_only:
             plan = dist.all_or_none(lambda: plan_run(cfg, given, dist))
             dist.all_or_none(lambda: check_ranks_agree(plan))
             with explain_oom(cfg):
@@ -130,16 +124,6 @@ def main() -> None:
         else:
             with lock_output_dir(cfg.out_dir, dist):
                 run_training(cfg, given, dist)
-
-
-def run_query(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
-    """Answer a question; it needs no data, and a training has no use for these modules."""
-    if cfg.doctor:
-        from tools.doctor import diagnose
-        diagnose(cfg, given)
-    else:
-        from tools.compare import compare_runs
-        compare_runs(cfg.compare, cfg.out_dir)
 
 
 @contextmanager

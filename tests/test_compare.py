@@ -1,4 +1,4 @@
-"""train.py --compare: what differs, and bpb at places between evaluations, with numbers known beforehand."""
+"""tools/compare.py: what differs, and bpb at places between evaluations, with numbers known beforehand."""
 import json
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def write_run(folder: str, evaluations: list[tuple[int, float, float]], **config
 
 def compare(*folders) -> dict[str, list[str]]:
     """The rows of all tables, by their first column, which has no blanks here."""
-    result = quickly("train", "--compare", *folders)
+    result = quickly("compare", *folders)
     assert result.returncode == 0, result.stderr
     rows = [line.rsplit(maxsplit=len(folders)) for line in result.stdout.splitlines()]
     return {"all": result.stdout, **{row[0].strip(): row[1:] for row in rows if len(row) == len(folders) + 1}}
@@ -70,13 +70,13 @@ def test_runs_that_share_nothing_are_not_compared_beyond_their_ends():
 
 def test_what_cannot_be_compared_is_said():
     write_run("a", [(100, 1, 2.0), (200, 2, 1.0)])
-    assert_user_error(quickly("train", "--compare", "a"), "two or more folders")
-    assert_user_error(quickly("train", "--compare", "a", "b"), "no b", "log.jsonl")
+    assert_user_error(quickly("compare", "a"), "two or more runs", "python -m tools.compare output output/old-1")
+    assert_user_error(quickly("compare", "a", "b"), "no b", "log.jsonl")
     write_run("b", [])
-    assert_user_error(quickly("train", "--compare", "a", "b"), "has no evaluation")
+    assert_user_error(quickly("compare", "a", "b"), "has no evaluation")
     for content in ("", "{}\n", '{"config": 5}\n', "hello\n", '{"config": {}, "model_args": 5}\n'):
         Path("b/log.jsonl").write_text(content, encoding="utf-8")
-        assert_user_error(quickly("train", "--compare", "a", "b"), "no log of a training")
+        assert_user_error(quickly("compare", "a", "b"), "no log of a training")
 
 
 def test_a_damaged_log_counts_up_to_the_damage():
@@ -103,7 +103,7 @@ def test_two_real_runs_and_the_one_that_was_put_aside(project):
     assert rows["best val bpb"] == [f"{min(e['bpb'] for e in logs[folder] if e.get('val_loss', 99) == best):.4f}"
                                     for folder, best in want.items()]
     assert [text.strip("*") for text in rows["256"]] == [f"{logs[folder][2]['bpb']:.4f}" for folder in want]
-    assert "warning" not in rows["all"] and "compare" not in logs["output"][0]["config"]
+    assert "warning" not in rows["all"]
 
 
 def test_another_validation_text_is_a_warning_but_another_vocabulary_is_not(project, call):

@@ -1,4 +1,4 @@
-"""train.py --doctor: it tells every state from the others, and following its last line leads to stories."""
+"""tools/doctor.py: it tells every state from the others, and following its last line leads to stories."""
 import json
 import shlex
 import shutil
@@ -19,7 +19,7 @@ SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 def doctor(*args) -> tuple[list[str], str]:
     """The states of the steps, in order, and the command that is to be typed next. Nothing on the disk changes."""
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    result = quickly("train", "--doctor", "--device", "cpu", *args)
+    result = quickly("doctor", "--device", "cpu", *args)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
     lines = [line for line in result.stdout.splitlines() if not line.startswith("settings:")]
@@ -86,7 +86,7 @@ def test_from_nothing_to_stories():
 
 
 def test_the_machine_and_the_facts_are_shown(here):
-    printed = quickly("train", "--doctor").stdout
+    printed = quickly("doctor").stdout
     for part in (f"torch {torch.__version__}", "sentencepiece ", "cpu", "GB for data", "512 entries", "tokens of train",
                  "step 2 of a run of 2 steps", f"{checkpoint.load_checkpoint('output/ckpt.pt')['best_val_loss']:.4f}"):
         assert part in printed, part
@@ -148,7 +148,6 @@ def test_both_checkpoints_are_damaged(here):
     damage("output/last.pt")
     assert doctor() == (["done", "done", "damaged", "damaged"],
                         "python train.py --preset cpu_3min --init_from scratch")
-    assert doctor("--max_minutes", 60)[1] == "python train.py --init_from scratch"
 
 
 def test_a_text_that_is_gone_is_to_be_named(here):
@@ -169,7 +168,7 @@ def test_a_package_that_is_missing_is_no_damage(here, monkeypatch):
     assert doctor() == (["missing", "done", "missing", "missing"], "pip install tokenizers")
     shutil.rmtree("data")
     assert doctor("--data_dir", "data")[0] == ["missing"] * 4
-    assert "needs the package tokenizers" in quickly("train", "--doctor").stdout
+    assert "needs the package tokenizers" in quickly("doctor").stdout
 
 
 def test_a_model_that_is_there_needs_no_text(here):
@@ -210,17 +209,17 @@ def test_what_is_in_other_folders_is_looked_at(here):
         path.rename(path.parent / "mine" / path.name)
     state = checkpoint.load_checkpoint("output/mine/last.pt")
     checkpoint.save_checkpoint("output/mine/last.pt", {**state, "config": {**state["config"], "data_dir": "data/mine"}})
-    assert doctor() == (["missing"] * 4, f"python train.py --doctor --out_dir {Path('output/mine')}")
+    assert doctor() == (["missing"] * 4, f"python -m tools.doctor --out_dir {Path('output/mine')}")
     assert doctor("--out_dir", "output/mine")[0] == ["done", "done", "done", "ready"]
     assert doctor("--data_dir", "data")[1] == "python train_vocab.py --data_dir data --data PATH"
-    assert f"runs in {Path('output/mine')} (look" in quickly("train", "--doctor", "--out_dir", "output/mime").stdout
-    assert "elsewhere" not in quickly("train", "--doctor", "--out_dir", "output/mine").stdout
+    assert f"runs in {Path('output/mine')} (look" in quickly("doctor", "--out_dir", "output/mime").stdout
+    assert "elsewhere" not in quickly("doctor", "--out_dir", "output/mine").stdout
     shutil.rmtree("output")
-    assert doctor()[1] == f"python train.py --doctor --data_dir {Path('data/mine')}"
+    assert doctor()[1] == f"python -m tools.doctor --data_dir {Path('data/mine')}"
 
 
 @pytest.mark.parametrize("step, todo", [
-    (0, "python train.py --doctor"), (1, "python sample.py --checkpoint output/last.pt")])
+    (0, "python -m tools.doctor"), (1, "python sample.py --checkpoint output/last.pt")])
 def test_a_run_that_is_on_is_left_alone(here, step, todo):
     state = checkpoint.load_checkpoint("output/last.pt")
     checkpoint.save_checkpoint("output/last.pt", {**state, "iter_num": step})
@@ -229,7 +228,7 @@ def test_a_run_that_is_on_is_left_alone(here, step, todo):
 
 
 def test_a_device_that_is_not_there_is_a_line():
-    assert "--device cuda:99 is not there" in quickly("train", "--doctor", "--device", "cuda:99").stdout
+    assert "--device cuda:99 is not there" in quickly("doctor", "--device", "cuda:99").stdout
 
 
 @pytest.mark.parametrize("name, content", [
@@ -247,7 +246,3 @@ def test_notes_that_name_no_path(here):
         save_json("data/tok512.json", {**notes, "source": source})
         damage("data/tok512.model") if source == 5 else None
         assert doctor()[1] == "python train_vocab.py --vocab_size 512"
-
-
-def test_it_is_no_setting_of_a_run(here):
-    assert "doctor" not in checkpoint.load_checkpoint("output/last.pt")["config"]

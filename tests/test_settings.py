@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import train
 from tinyllm import cli
 
 SCRIPTS = ["train_vocab", "preprocess", "train", "sample"]
@@ -154,3 +155,21 @@ def test_a_value_like_a_name_or_the_home_folder_is_typed_as_a_value(block):
     words = shlex.split(cli.format_command("tool", name="-dash", rate=-1.5))
     assert words == ["python", "tool.py", "--name=-dash", "--rate=-1.5"] and read(block, *words[2:])["name"] == "-dash"
     assert cli.shell_quote("~/x") == '"~/x"' and cli.shell_quote("a~") == "a~"
+
+
+def test_a_list_may_stand_without_its_name(block):
+    text = Path(block["__file__"]).read_text(encoding="utf-8").replace("on = False", "names = []\non = False")
+    Path(block["__file__"]).write_text(text, encoding="utf-8")
+    block["names"] = []
+    for argv in (["a b", "c", "--count", "3"], ["--count", "3", "a b", "c"]):
+        cfg, _ = cli.parse_settings(block, argv, positional=("names",))
+        assert cfg.names == ["a b", "c"] and cfg.count == 3
+    assert cli.parse_settings(block, [], positional=("names",))[0].names == []
+
+
+@pytest.mark.parametrize("argv", [["--gone"], ["--gone", "a", "b"], ["--gone=a"], ["--count", "3", "--gone"]])
+def test_a_flag_that_moved_names_its_command(block, argv):
+    with pytest.raises(cli.UserError, match="--gone is a command of its own now\n       python -m tools.gone"):
+        cli.parse_settings(block, argv, moved={"gone": "python -m tools.gone"})
+    with pytest.raises(cli.UserError, match="python -m tools.doctor"):
+        cli.parse_settings(vars(train), ["--doctor"], moved=train.MOVED_FLAGS)

@@ -8,7 +8,7 @@ A script writes its settings once, as plain assignments between two rulers:
 
 and calls `cfg, given = settings.read(globals())`. That accepts `--batch_size 16` and
 `--batch-size=16`, for booleans `--compile`, `--compile False` and `--no-compile`, and for lists of texts
-`--compare a b`. The type comes from the default, the help from the comment, and a typo is an error with a suggestion.
+`--folders a b`. The type comes from the default, the help from the comment, and a typo is an error with a suggestion.
 A boolean that may also be a text, such as a file's name or auto, is written `name: bool | str = False`.
 """
 import argparse
@@ -58,8 +58,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_settings(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | None = None,
-         presets: dict[str, dict[str, Any]] | None = None, epilog: str = "", positional: tuple[str, ...] = ()
-         ) -> tuple[SimpleNamespace, dict[str, Any]]:
+         presets: dict[str, dict[str, Any]] | None = None, epilog: str = "", positional: tuple[str, ...] = (),
+         moved: dict[str, str] | None = None) -> tuple[SimpleNamespace, dict[str, Any]]:
     """Read a script's settings block and the command line.
 
     Args:
@@ -69,6 +69,7 @@ def parse_settings(script: dict[str, Any], argv: list[str] | None = None, out: T
         presets: settings by name, one of which a setting `preset` may choose; the command line takes precedence.
         epilog: what --help shows at its end.
         positional: settings that may stand without their names, in this order.
+        moved: flags that earlier versions had, and for each the command that took its place.
     Returns:
         all settings as attributes, and a dict of those that the command line gave, or the preset.
     Raises:
@@ -78,9 +79,11 @@ def parse_settings(script: dict[str, Any], argv: list[str] | None = None, out: T
     defaults = {name: script[name] for name in _setting_comments(source)}
     parser = _parser(script, source, epilog)
     for name in positional:
-        parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"the same as --{name}")
+        nargs = "*" if isinstance(defaults[name], list) else "?"
+        parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, help=f"the same as --{name}")
     known, unknown = parser.parse_known_args([_normalize_flag(a) for a in (sys.argv[1:] if argv is None else argv)])
     if unknown:
+        _check_not_moved(unknown[0], moved or {})
         parser.error(_unknown_setting_message(unknown[0], list(defaults)))
     given = vars(known)
     if presets and (preset := given.get("preset", defaults.get("preset", ""))):
@@ -142,7 +145,8 @@ def format_command(script: str, launcher: str = "python", **settings: Any) -> st
     texts = {name: str(value) for name, value in settings.items() if value not in ("", None)}
     words = [f"--{name}" if settings[name] is True else f"--{name}{'=' if text.startswith('-') else ' '}{shell_quote(text)}"
              for name, text in texts.items()]
-    return " ".join([f"{launcher} {script}.py", *words])
+    program = f"-m {script}" if "." in script else f"{script}.py"
+    return " ".join([f"{launcher} {program}", *words])
 
 
 def shell_quote(text: str) -> str:
@@ -180,8 +184,13 @@ def _assignments(source: str) -> dict[str, ast.Assign | ast.AnnAssign]:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and first < node.lineno <= last}
 
 
+def _program_name(path: Path) -> str:
+    """Return what follows `python` on the command line of a script, or of a tool."""
+    return f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
+
+
 def _parser(script: dict[str, Any], source: str, epilog: str) -> _Parser:
-    parser = _Parser(prog=Path(script["__file__"]).name, description=script["__doc__"], epilog=epilog,
+    parser = _Parser(prog=_program_name(Path(script["__file__"])), description=script["__doc__"], epilog=epilog,
                      allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     annotated = {name for name, node in _assignments(source).items() if isinstance(node, ast.AnnAssign)}
@@ -217,6 +226,13 @@ def parse_bool_or_str(text: str) -> bool | str:
         return _parse_bool(text)
     except argparse.ArgumentTypeError:
         return text
+
+
+def _check_not_moved(arg: str, moved: dict[str, str]) -> None:
+    """Raise UserError for a flag of an earlier version, with the command that took its place."""
+    name = arg.removeprefix("--").split("=")[0]
+    if arg.startswith("--") and name in moved:
+        raise UserError(f"--{name} is a command of its own now\n       {moved[name]}")
 
 
 def _unknown_setting_message(arg: str, names: list[str]) -> str:

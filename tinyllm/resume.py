@@ -19,7 +19,7 @@ from tinyllm.files import sha256
 from tinyllm.project import find_tokenizer, folders_with, shorten_list, tokenizer_files
 from tokenizer import BaseTokenizer, load_tokenizer
 
-COMMAND_ONLY = ("out_dir", "eval_only", "doctor", "compare")        # settings of this command, not of the run
+COMMAND_ONLY = ("out_dir", "eval_only")        # settings of this command, not of the run
 # settings that may change while a run goes on; the last two only if they lead to the same text and vocabulary
 MAY_CHANGE_ON_RESUME = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval", "checkpoint_minutes",
         "device", "dtype", "compile", "num_workers", "shard", "sample_prompts", "sample_tokens",

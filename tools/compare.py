@@ -1,7 +1,9 @@
-"""Trainings side by side: `python train.py --compare output/a output/b`.
+"""Compare two or more runs: the settings that differ, and bits per byte after equal tokens and equal minutes.
 
-Which of their settings differ, and how many bits per byte (bpb) each needs for the val split after as many tokens, and
-after as many minutes, as the others. Between two evaluations the line counts, beyond the last one nothing.
+    python -m tools.compare output output/old-1
+
+Prints tables, and draws OUT_DIR/compare.png where matplotlib is installed. Values between two evaluations are
+interpolated; beyond the last evaluation there are none.
 """
 import math
 from dataclasses import dataclass
@@ -13,9 +15,15 @@ import numpy as np
 
 from extras import plots
 from extras.plots import Points
-from tinyllm import checkpoint, runlog, shards
+from tinyllm import checkpoint, cli, runlog, shards
 from tinyllm.cli import UserError, escape_control_chars, format_command
 
+# ---- settings -----------------------------------------------------------------------------------
+folders = []                        # the folders of the runs, two or more
+out_dir = "output"                  # where compare.png is written
+# ---- end of settings ----------------------------------------------------------------------------
+
+EXAMPLE = "python -m tools.compare output output/old-1"
 N_POINTS = 4      # where curves are compared: at both ends of what they share, and between
 WIDTH = 28      # characters of a value that are shown
 
@@ -41,10 +49,15 @@ class RunHistory:
         return min(self.by_tokens, key=lambda point: point[1])
 
 
+def main() -> None:
+    cfg, _ = cli.parse_settings(globals(), positional=("folders",))
+    compare_runs(cfg.folders, cfg.out_dir)
+
+
 def compare_runs(folders: list[str], out_dir: str) -> None:
     """Print the table, and draw the picture where matplotlib is installed."""
     if len(folders) < 2:
-        raise UserError("--compare needs two or more folders, as in --compare output output/old-1")
+        raise UserError(f"name the folders of two or more runs\n       {EXAMPLE}")
     runs = [read_run(folder) for folder in folders]
     print_table([["settings that differ", *folders], *differences(runs)])
     if not same_text(runs):
@@ -74,7 +87,7 @@ def read_run(folder: str) -> RunHistory:
     """Raises UserError when the folder has no log with an evaluation."""
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
-        raise UserError(f"no {path}; --compare takes the folders of runs, as in --compare output output/old-1")
+        raise UserError(f"no {path}; name the folders of runs\n       {EXAMPLE}")
     first, *entries = runlog.read_log(path) or [{}]
     if not all(isinstance(first.get(name, {}), dict) for name in ("config", "model_args")) or "config" not in first:
         raise UserError(f"{path} is no log of a training, or its first line is damaged")
@@ -181,3 +194,7 @@ def draw(runs: list[RunHistory], path: Path) -> None:
         panel.legend()
     plots.zoom_y_axis(panels[0], [run.by_tokens for run in runs])
     plots.save(figure, path)
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

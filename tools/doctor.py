@@ -1,6 +1,7 @@
-"""What is there, and in what state: `python train.py --doctor`, for one who is stuck and for bug reports.
+"""Print the state of the machine and of the four steps, and the next command to type. Nothing is written.
 
-The machine, the four steps, and last the next command to type. Nothing is written, and what is broken is a line.
+    python -m tools.doctor
+    python -m tools.doctor --data_dir data/tuned --out_dir output/tuned
 """
 import os
 import platform
@@ -18,13 +19,21 @@ import torch
 
 import preprocess
 import tokenizer
-from tinyllm import checkpoint, corpus, shards
+from tinyllm import checkpoint, cli, corpus, shards
 from tinyllm import device as devices
 from tinyllm.cli import UserError, escape_control_chars, format_command
 from tinyllm.files import folder_lock, load_json
 from tinyllm.machine import available_cores, free_memory
 from tinyllm.project import find_tokenizer, folders_with, shorten_list, tokenizer_files, vocab_size_in_name
 from tinyllm.resume import is_finished
+
+# ---- settings -----------------------------------------------------------------------------------
+data_dir = "data"                   # where steps 1 and 2 wrote
+out_dir = "output"                  # where step 3 wrote
+vocab_size = 0                      # which vocabulary of data_dir; 0: all of them
+device = "auto"                     # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"                      # auto, float32, bfloat16, float16
+# ---- end of settings ----------------------------------------------------------------------------
 
 DONE, UNFINISHED, STALE, MISSING, DAMAGED, BUSY = "done", "unfinished", "stale", "missing", "damaged", "busy"
 
@@ -35,6 +44,10 @@ class Finding(NamedTuple):
     facts: str
     fix_command: str = ""
     value: Any = None
+
+
+def main() -> None:
+    diagnose(*cli.parse_settings(globals()))
 
 
 def diagnose(cfg: SimpleNamespace, given: dict[str, Any]) -> None:
@@ -98,7 +111,7 @@ def other_runs(out_dir: str, data_dir: Path) -> tuple[str, str]:
     parts = [f"{what} in {shorten_list(found)} (look with --{name})"
              for what, found, name in (("runs", runs, "out_dir"), ("vocabularies", texts, "data_dir")) if found]
     newest = {"out_dir": runs[0]} if runs else {"data_dir": texts[0]} if texts else {}
-    return "; ".join(parts), format_command("train", doctor=True, **newest) if newest else ""
+    return "; ".join(parts), format_command("tools.doctor", **newest) if newest else ""
 
 
 # ---- the machine --------------------------------------------------------------------------------
@@ -161,14 +174,13 @@ class Project:
         self.paths = try_value(lambda: tokenizer_files(self.data)) or []
         found = try_value(lambda: find_tokenizer(self.data, self.size, known["tokenizer_sha256"]))
         self.path = found or (self.paths[0] if self.paths and not self.size else None)
-        self.run = {"out_dir": given.get("out_dir"), "preset": given.get("preset") or self.suggested(cfg, given)}
+        self.run = {"out_dir": given.get("out_dir"), "preset": self.suggested(cfg)}
 
     @staticmethod
-    def suggested(cfg: SimpleNamespace, given: dict[str, Any]) -> str:
-        """The preset to begin with, unless a length is given: the settings of the block take days on a CPU."""
+    def suggested(cfg: SimpleNamespace) -> str:
+        """The preset to begin with: the settings of the block take days on a CPU."""
         where = try_value(lambda: devices.choose_backend(cfg.device, cfg.dtype))
-        long = where and where.device.type == "cpu" and not {"max_iters", "max_minutes"} & set(given)
-        return "cpu_3min" if long else ""
+        return "cpu_3min" if where and where.device.type == "cpu" else ""
 
     def text(self, path: Path | None) -> dict[str, Any]:
         """The settings, to be typed, that lead to a vocabulary and its text."""
@@ -290,7 +302,7 @@ class Project:
         """A look at a run that is on: a story, or another look when nothing is saved that has learned."""
         if self.last.value and self.last.value["iter_num"]:
             return format_command("sample", checkpoint=self.out / "last.pt")
-        return format_command("train", doctor=True, **self.given, out_dir=self.run["out_dir"])
+        return format_command("tools.doctor", **self.given, out_dir=self.run["out_dir"])
 
 
 def check_matches(finding: Finding, vocabulary: tokenizer.BaseTokenizer | None, data: shards.ShardSet | None) -> Finding:
@@ -301,3 +313,7 @@ def check_matches(finding: Finding, vocabulary: tokenizer.BaseTokenizer | None, 
     if own and vocabulary and data and own.get("data_sha256") != data.sha256:
         return finding._replace(state=STALE, facts=f"{finding.facts}; not of the text above")
     return finding
+
+
+if __name__ == "__main__":
+    cli.run_script(main)
