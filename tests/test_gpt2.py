@@ -16,8 +16,8 @@ from extras.formats import gpt2_folder
 from extras.gpt2 import GPT2, GPT2Args
 from sample import TextGenerator
 from tinyllm import checkpoint, dataset, demo_stories, device, download, shards
-from tinyllm.checkpoint import build_engine
 from tinyllm.cli import UserError
+from tinyllm.engine import build_engine
 from tinyllm.sampling import SamplingParams
 from tools import bench
 
