@@ -16,21 +16,26 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"         # models are tiny here, and forks of several threads may hang
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whose results are the same everywhere
 
-import torch  # noqa: E402
+import torch
 
-import tokenizer  # noqa: E402
-from extras import plots  # noqa: E402
-from model import ModelArgs, Transformer  # noqa: E402
-from tinyllm import (  # noqa: E402
+import tokenizer
+import train
+from extras import plots
+from extras.formats import common
+from model import ModelArgs, Transformer
+from tinyllm import (
     checkpoint,
     cli,
     demo_stories,
+    resume,
     words,
 )
-from tinyllm.files import atomic_write  # noqa: E402
+from tinyllm.files import atomic_write
+from tinyllm.run import TrainRun
 
 torch.backends.mps.is_available = cache(lambda: False)      # nor Apple's; PyTorch's own is a cache too
 
+WORDS = "the and ing test sentence is a This user system assistant \n\n 123 é 中".split(" ")
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32",
         "--batch_size", "4", "--gradient_accumulation_steps", "2", "--warmup_iters", "2", "--sample_tokens", "8",
         "--device", "cpu", "--log_interval", "1", "--compile", "False"]
@@ -60,8 +65,8 @@ def module_name(name: str) -> str:
 
 
 @pytest.fixture
-def call(monkeypatch):
-    """Run a script's main() in this process: call("train", "--max_iters", 10)."""
+def run_in_process(monkeypatch):
+    """Run a script's main() in this process: run_in_process("train", "--max_iters", 10)."""
     def run(name: str, *args) -> None:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
         importlib.import_module(module_name(name)).main()
@@ -77,19 +82,19 @@ def count_words(texts) -> dict[bytes, int]:
     return found.counts
 
 
-def learn(texts, vocab_size: int) -> tokenizer.Tokenizer:
+def learn_tokenizer(texts, vocab_size: int) -> tokenizer.Tokenizer:
     """A vocabulary of texts, as step 1 makes it."""
     return tokenizer.train_tokenizer(count_words(texts), vocab_size)
 
 
-def script(name: str, *args, **options) -> subprocess.CompletedProcess:
+def run_subprocess(name: str, *args, **options) -> subprocess.CompletedProcess:
     """Run a script as a user does, in a process of its own."""
     return subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, args)], capture_output=True,
                           encoding="utf-8", timeout=120, **options)
 
 
-def quickly(name: str, *args) -> subprocess.CompletedProcess:
-    """The same as `script`, in this process: it saves the seconds that the imports take."""
+def run_captured(name: str, *args) -> subprocess.CompletedProcess:
+    """The same as `run_subprocess`, in this process: it saves the seconds that the imports take."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n") for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
@@ -149,11 +154,42 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def train_small(run_in_process, project):
+    """Train on the small project: train_small("out", "--max_iters", 10)."""
+    def run(out: str, *args) -> None:
+        run_in_process("train", "--data_dir", project, "--out_dir", out, *TINY, *args)
+    return run
+
+
+@pytest.fixture
+def planned_run(project, monkeypatch):
+    """A Run as main() builds it, from command line settings."""
+    def build(*args) -> TrainRun:
+        cfg, given = cli.parse_settings(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
+        return TrainRun(resume.plan_run(cfg, given))
+    return build
+
+
+def load_state(out: str, name: str = "last.pt") -> dict:
+    return checkpoint.load_checkpoint(Path(out) / name)
+
+
+def read_log(out: str) -> list[dict]:
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same_run(one: str, two: str) -> None:
+    assert_same(load_state(one), load_state(two))
+    assert Path(one, "log.jsonl").read_bytes() == Path(two, "log.jsonl").read_bytes()
+    assert Path(one, "samples.txt").read_bytes() == Path(two, "samples.txt").read_bytes()
+
+
 @pytest.fixture(scope="session")
-def bytewise(tmp_path_factory) -> Path:
+def byte_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint whose vocabulary knows no Chinese, so that it must spell it in bytes."""
     torch.manual_seed(0)
-    vocabulary = learn(["abc"], 300)
+    vocabulary = learn_tokenizer(["abc"], 300)
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=vocabulary.n_words))
     path = tmp_path_factory.mktemp("bytes") / "ckpt.pt"
     checkpoint.save_checkpoint(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {}, "tokenizer": vocabulary.model,
@@ -162,7 +198,20 @@ def bytewise(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory) -> Path:
+def byte_level() -> tokenizer.JsonTokenizer:
+    """A byte-level tokenizer.json with the special tokens of ChatML."""
+    letters = common.byte_letters()
+    words = ["".join(letters[byte] for byte in f"{gap}{word}".encode()[:n])
+             for word in WORDS for gap in ("", " ") for n in range(1, 12)]
+    entries = list(dict.fromkeys([*letters, *sorted(words, key=len), "<|im_start|>", "<|im_end|>"]))
+    ids = {text: i for i, text in enumerate(entries)}
+    special = {name: ids[name] for name in ("<|im_start|>", "<|im_end|>")}
+    content = common.byte_level_json(ids, common.merges_of(entries[256:-2], ids), special, common.GPT2, single_digits=True)
+    return tokenizer.JsonTokenizer(common.tokenizer_json_with_meta(content, "<|im_start|>", "<|im_end|>", add_bos=False))
+
+
+@pytest.fixture(scope="session")
+def valid_files(tmp_path_factory) -> Path:
     """A folder with a small sound file of each kind: texts, vocabulary, shards, checkpoints, models in other forms."""
     from faults import fuzz
     with pytest.MonkeyPatch.context() as patch:

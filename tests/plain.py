@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 WALL = "\x1f"
 
 
-def learn(texts: Iterable[str], vocab_size: int) -> bytes:
+def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """The model that SentencePiece trains on texts: newlines stand alone, tabs have no piece."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
@@ -52,7 +52,7 @@ def write_shard(path: Path, model: Path, target: Path) -> None:
 def main(step: str, folder: str, what: str, target: str, processes: str = "1") -> None:
     paths = sorted(Path(folder).glob("*.json"))
     if step == "vocabulary":
-        Path(target).write_bytes(learn((story for path in paths for story in stories(path)), int(what)))
+        Path(target).write_bytes(learn_tokenizer((story for path in paths for story in stories(path)), int(what)))
         return
     Path(target).mkdir(parents=True, exist_ok=True)
     with get_context("spawn").Pool(int(processes)) as pool:

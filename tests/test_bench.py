@@ -80,7 +80,7 @@ def test_mistakes_are_said(monkeypatch, argv, message):
     assert message in str(found.value)
 
 
-def test_text_is_measured_against_the_plain_way(call, capsys, monkeypatch):
+def test_text_is_measured_against_the_plain_way(run_in_process, capsys, monkeypatch):
     """Both run to their ends, on the same text, and give as many tokens."""
     monkeypatch.setattr(bench, "PROCESSES", 1)
     Path("mine.json").write_text(json.dumps([{"story": story} for story in demo_stories.generate_stories(50)]), encoding="utf-8")
@@ -96,7 +96,7 @@ def test_text_is_measured_against_the_plain_way(call, capsys, monkeypatch):
                           + shards.read_manifest(Path(command[3], "tok4096")).total("val", "tokens"))
         return found
     monkeypatch.setattr(bench, "time_process", look)
-    call("bench", "text", "--data", "mine.json", "--text_mb", 0.3, "--rounds", 1)
+    run_in_process("bench", "text", "--data", "mine.json", "--text_mb", 0.3, "--rounds", 1)
     assert tokens[0] == tokens[1] > 50_000
     assert capsys.readouterr().out.count("x the speed") == 2
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_tokenizer_kinds import byte_level  # noqa: F401    a fixture
 
 import sample
 from extras import dialogue
@@ -32,7 +31,7 @@ class Scripted:
 
 
 @pytest.fixture
-def talker(byte_level):                         # noqa: F811
+def talker(byte_level):
     generator = TextGenerator.__new__(TextGenerator)
     generator.tokenizer, generator.seed, generator.chat = byte_level, 1, ChatML(byte_level)
     end, encode = byte_level.special_token_id("<|im_end|>"), byte_level.encode

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import learn
+from conftest import learn_tokenizer
 
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint
@@ -16,7 +16,7 @@ from tinyllm.cli import UserError
 @pytest.fixture
 def state():
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300))
-    vocabulary = learn(["a few words"], 300)
+    vocabulary = learn_tokenizer(["a few words"], 300)
     return {**checkpoint.model_state(model), "iter_num": 3, "config": {"seed": 1}, "tokenizer": vocabulary.model,
             "tokenizer_sha256": vocabulary.sha256}
 

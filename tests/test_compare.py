@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SAVE_PICTURE, TINY, assert_user_error, quickly
+from conftest import SAVE_PICTURE, TINY, assert_user_error, run_captured
 
 from extras import plots
 from tinyllm import checkpoint
@@ -29,7 +29,7 @@ def write_run(folder: str, evaluations: list[tuple[int, float, float]], **config
 
 def compare(*folders) -> dict[str, list[str]]:
     """The rows of all tables, by their first column, which has no blanks here."""
-    result = quickly("compare", *folders)
+    result = run_captured("compare", *folders)
     assert result.returncode == 0, result.stderr
     rows = [line.rsplit(maxsplit=len(folders)) for line in result.stdout.splitlines()]
     return {"all": result.stdout, **{row[0].strip(): row[1:] for row in rows if len(row) == len(folders) + 1}}
@@ -70,13 +70,13 @@ def test_runs_that_share_nothing_are_not_compared_beyond_their_ends():
 
 def test_what_cannot_be_compared_is_said():
     write_run("a", [(100, 1, 2.0), (200, 2, 1.0)])
-    assert_user_error(quickly("compare", "a"), "two or more runs", "python -m tools.compare output output/old-1")
-    assert_user_error(quickly("compare", "a", "b"), "no b", "log.jsonl")
+    assert_user_error(run_captured("compare", "a"), "two or more runs", "python -m tools.compare output output/old-1")
+    assert_user_error(run_captured("compare", "a", "b"), "no b", "log.jsonl")
     write_run("b", [])
-    assert_user_error(quickly("compare", "a", "b"), "has no evaluation")
+    assert_user_error(run_captured("compare", "a", "b"), "has no evaluation")
     for content in ("", "{}\n", '{"config": 5}\n', "hello\n", '{"config": {}, "model_args": 5}\n'):
         Path("b/log.jsonl").write_text(content, encoding="utf-8")
-        assert_user_error(quickly("compare", "a", "b"), "no log of a training")
+        assert_user_error(run_captured("compare", "a", "b"), "no log of a training")
 
 
 def test_a_damaged_log_counts_up_to_the_damage():
@@ -94,7 +94,7 @@ def test_a_damaged_log_counts_up_to_the_damage():
 
 def test_two_real_runs_and_the_one_that_was_put_aside(project):
     for args in (["1"], ["3", "--learning_rate", "0.1"]):
-        assert quickly("train", "--data_dir", project, *SHORT, *args).returncode == 0
+        assert run_captured("train", "--data_dir", project, *SHORT, *args).returncode == 0
     rows = compare("output", "output/old-1")
     want = {folder: checkpoint.load_checkpoint(f"{folder}/ckpt.pt")["best_val_loss"] for folder in ("output", "output/old-1")}
     assert rows["learning_rate"] == ["0.1", "0.006"] and rows["max_iters"] == ["3", "1"] and "seed" not in rows
@@ -106,17 +106,17 @@ def test_two_real_runs_and_the_one_that_was_put_aside(project):
     assert "warning" not in rows["all"]
 
 
-def test_another_validation_text_is_a_warning_but_another_vocabulary_is_not(project, call):
+def test_another_validation_text_is_a_warning_but_another_vocabulary_is_not(project, run_in_process):
     for data, size, source in [("same", 300, project / "stories.jsonl"), ("other", 300, Path("other.jsonl"))]:
         lines = (project / "stories.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         Path("other.jsonl").write_text("".join(lines[:200]), encoding="utf-8")
-        call("train_vocab", "--data", source, "--vocab_size", size, "--data_dir", data)
-        call("preprocess", "--data_dir", data)
+        run_in_process("train_vocab", "--data", source, "--vocab_size", size, "--data_dir", data)
+        run_in_process("preprocess", "--data_dir", data)
     for data, out in [(project, "a"), ("same", "b"), ("other", "c")]:
-        call("train", "--data_dir", data, "--out_dir", out, *SHORT, 1)
+        run_in_process("train", "--data_dir", data, "--out_dir", out, *SHORT, 1)
     assert "warning" not in compare("a", "b")["all"] and "vocab_size" in compare("a", "b")
     assert "validated on the same text" in compare("a", "b", "c")["all"]
-    call("preprocess", "--data_dir", "other", "--data", project / "stories.jsonl")      # not what c was trained on
+    run_in_process("preprocess", "--data_dir", "other", "--data", project / "stories.jsonl")      # not what c was trained on
     assert "validated on the same text" in compare("a", "c")["all"]
 
 

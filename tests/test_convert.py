@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, learn, quickly, script
+from conftest import assert_user_error, learn_tokenizer, run_captured, run_subprocess
 
 import convert
 from extras import formats
@@ -18,7 +18,7 @@ from tinyllm.cli import UserError
 @pytest.fixture
 def source():
     torch.manual_seed(1)
-    vocabulary = learn(["a few words of a story, and of another"], 300)
+    vocabulary = learn_tokenizer(["a few words of a story, and of another"], 300)
     model = Transformer(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocabulary.n_words,
                                   max_seq_len=48))
     checkpoint.save_checkpoint("ckpt.pt", {**checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "chatml",
@@ -28,9 +28,9 @@ def source():
 
 @pytest.mark.parametrize("to", [kind for kind in formats.WRITERS if kind != "pt"])
 def test_there_and_back_writes_the_same_story(source, to):
-    result = quickly("convert", source, "there", "--to", to)
+    result = run_captured("convert", source, "there", "--to", to)
     assert result.returncode == 0 and "largest difference" in result.stdout, result.stderr
-    assert quickly("convert", "there", "back.pt").returncode == 0
+    assert run_captured("convert", "there", "back.pt").returncode == 0
     how = {"temperature": 0, "max_new_tokens": 30}
     want, found = (TextGenerator(path, dtype="float32").completions(["a story"], **how)[0]
                    for path in (source, "back.pt"))
@@ -41,26 +41,26 @@ def test_there_and_back_writes_the_same_story(source, to):
 
 def test_the_name_of_the_target_tells_the_format(source):
     for name in ("a.gguf", "a.bin", "a", "a.pt"):
-        assert quickly("convert", source, name).returncode == 0
+        assert run_captured("convert", source, name).returncode == 0
     assert Path("a.gguf").read_bytes()[:4] == b"GGUF" and Path("a/config.json").is_file()
-    assert_user_error(quickly("convert", source, "a.safetensors"), "a.safetensors names none", "llama2c-int8")
+    assert_user_error(run_captured("convert", source, "a.safetensors"), "a.safetensors names none", "llama2c-int8")
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a"])
 def test_what_is_there_is_kept_unless_forced(source, name):
-    assert quickly("convert", source, name).returncode == 0
+    assert run_captured("convert", source, name).returncode == 0
     there = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
     there.write_bytes(b"mine")
-    assert_user_error(quickly("convert", source, name), f"{name} is there already", "--force")
+    assert_user_error(run_captured("convert", source, name), f"{name} is there already", "--force")
     assert there.read_bytes() == b"mine"
-    assert quickly("convert", source, name, "--force").returncode == 0 and there.read_bytes() != b"mine"
+    assert run_captured("convert", source, name, "--force").returncode == 0 and there.read_bytes() != b"mine"
 
 
 def test_no_force_deletes_a_folder_of_other_things(source):
     for name in ("a", "b.gguf"):
         Path(name).mkdir()
         Path(name, "mine").write_text("x", encoding="utf-8")
-        assert_user_error(quickly("convert", source, name, "--force"), f"{name} is a folder with other things in it")
+        assert_user_error(run_captured("convert", source, name, "--force"), f"{name} is a folder with other things in it")
         assert Path(name, "mine").exists() and not Path(f"{name}.tmp").exists()
 
 
@@ -76,7 +76,7 @@ def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
     monkeypatch.setattr(formats, "read_model", worse)
     Path(f"{name}.tmp").write_text("mine", encoding="utf-8")        # is nobody's but the user's
     before = set(Path().iterdir())
-    assert_user_error(quickly("convert", source, name), "more than", "not kept")
+    assert_user_error(run_captured("convert", source, name), "more than", "not kept")
     assert set(Path().iterdir()) == before
 
 
@@ -90,12 +90,12 @@ def test_nothing_of_the_target_is_mapped_when_it_gets_its_name(source, name, mon
         assert old.parent.name not in Path("/proc/self/maps").read_text(encoding="utf-8")
         real(old, new)
     monkeypatch.setattr(convert, "atomic_replace", looks)
-    assert quickly("convert", source, name).returncode == 0
+    assert run_captured("convert", source, name).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a"])
 def test_an_end_at_the_last_moment_leaves_the_old_target(source, name, monkeypatch):
-    assert quickly("convert", source, name).returncode == 0
+    assert run_captured("convert", source, name).returncode == 0
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     real = convert.atomic_replace
 
@@ -105,7 +105,7 @@ def test_an_end_at_the_last_moment_leaves_the_old_target(source, name, monkeypat
             raise KeyboardInterrupt
         real(old, new)
     monkeypatch.setattr(convert, "atomic_replace", interrupted)
-    assert quickly("convert", source, name, "--force").returncode == 1
+    assert run_captured("convert", source, name, "--force").returncode == 1
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
@@ -116,13 +116,13 @@ def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
         raise error
     monkeypatch.setitem(formats.WRITERS, to, full)
     before = set(Path().iterdir())
-    assert_user_error(quickly("convert", source, "target", "--to", to), "target cannot be written", "is the disk full?")
+    assert_user_error(run_captured("convert", source, "target", "--to", to), "target cannot be written", "is the disk full?")
     assert set(Path().iterdir()) == before
 
 
 def test_the_vocabulary_is_compared_too(source):
     state = formats.read_model(source)
-    other = learn(["other words, other ids"], 300)
+    other = learn_tokenizer(["other words, other ids"], 300)
     with pytest.raises(UserError, match="gives other ids"):
         convert.compare_tokenizers(state, {**state, "tokenizer": other.model})
 
@@ -134,9 +134,9 @@ def test_more_embeddings_than_entries(source):
     state["model"] |= {"tok_embeddings.weight": weight, "output.weight": weight}
     state["model_args"]["vocab_size"] = entries + 20
     checkpoint.save_checkpoint("padded.pt", state)
-    assert_user_error(quickly("convert", "padded.pt", "p.bin"), f"{entries + 20} embeddings, and there are {entries}")
+    assert_user_error(run_captured("convert", "padded.pt", "p.bin"), f"{entries + 20} embeddings, and there are {entries}")
     for name in ("p.gguf", "p"):
-        assert quickly("convert", "padded.pt", name).returncode == 0
+        assert run_captured("convert", "padded.pt", name).returncode == 0
     generator = TextGenerator("padded.pt")
     assert generator.tokenizer.decode([entries + 5, *generator.tokenizer.encode("a story")]) == "a story"
     assert len(generator.completions(["a"], 30, temperature=5.0, top_k=0)[0].logprobs) > 0
@@ -147,7 +147,7 @@ def test_more_embeddings_than_entries(source):
     {"intermediate_size": -1}, {"max_position_embeddings": 10**12}, {"vocab_size": None},
     {"rope_scaling": {"rope_type": "llama3", "factor": 8}}])
 def test_a_damaged_config_is_one_clear_line(source, change):
-    assert quickly("convert", source, "a").returncode == 0
+    assert run_captured("convert", source, "a").returncode == 0
     config = json.loads(Path("a/config.json").read_text(encoding="utf-8"))
     content = {**config, **change} if isinstance(change, dict) else change
     Path("a/config.json").write_text(json.dumps(content), encoding="utf-8")
@@ -177,33 +177,33 @@ def test_the_comparison_is_of_the_models_own_logits(source):
 
 
 def test_mistakes_are_one_clear_line(source):
-    assert_user_error(quickly("convert"), "name a model", "python convert.py")
-    assert_user_error(script("convert", "nowhere.pt", "a.gguf"), "no checkpoint at")
+    assert_user_error(run_captured("convert"), "name a model", "python convert.py")
+    assert_user_error(run_subprocess("convert", "nowhere.pt", "a.gguf"), "no checkpoint at")
     Path("output/mine").mkdir(parents=True)
     Path("output/mine/ckpt.pt").touch()
     found = str(Path("output/mine/ckpt.pt"))
-    assert_user_error(quickly("convert", "outptu/ckpt.pt", "a.gguf"), f"there is {found}")
-    assert_user_error(quickly("convert", "output/mine", "a.gguf"), f"the folder of a training; its model is {found}")
-    assert_user_error(quickly("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
-    assert_user_error(quickly("convert", source, "a.gguf", "more"), "more")
+    assert_user_error(run_captured("convert", "outptu/ckpt.pt", "a.gguf"), f"there is {found}")
+    assert_user_error(run_captured("convert", "output/mine", "a.gguf"), f"the folder of a training; its model is {found}")
+    assert_user_error(run_captured("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
+    assert_user_error(run_captured("convert", source, "a.gguf", "more"), "more")
     Path("tok300.model").write_bytes(b"pieces")
-    assert_user_error(quickly("convert", "tok300.model", "a.gguf"), "tok300.model is a vocabulary", "ckpt.pt")
+    assert_user_error(run_captured("convert", "tok300.model", "a.gguf"), "tok300.model is a vocabulary", "ckpt.pt")
     Path("empty").mkdir()
-    assert_user_error(quickly("convert", "empty", "a.pt"), "config.json", "params.json")
+    assert_user_error(run_captured("convert", "empty", "a.pt"), "config.json", "params.json")
     assert not Path("a.gguf").exists() and not list(Path().glob("*.tmp"))
 
 
-def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, call, tmp_path):
+def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, run_in_process, tmp_path):
     """Step 1 is left out: step 2 takes the vocabulary out of the model, step 3 begins with its weights."""
     stories = [json.dumps({"story": f"a story of {n} words and another"}) for n in range(400)]
     Path("s.jsonl").write_text("\n".join(stories), encoding="utf-8")
-    call("convert", source, "theirs")
-    call("preprocess", "--tokenizer", "theirs", "--data", "s.jsonl", "--data_dir", "tuned")
-    call("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "out", "--max_iters", 3,
-         "--eval_interval", 3, "--batch_size", 4, "--learning_rate", 1e-3, "--sample_tokens", 0, "--device", "cpu",
-         "--compile", "False", "--max_seq_len", 32)
+    run_in_process("convert", source, "theirs")
+    run_in_process("preprocess", "--tokenizer", "theirs", "--data", "s.jsonl", "--data_dir", "tuned")
+    run_in_process("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "out", "--max_iters", 3,
+                   "--eval_interval", 3, "--batch_size", 4, "--learning_rate", 1e-3, "--sample_tokens", 0, "--device", "cpu",
+                   "--compile", "False", "--max_seq_len", 32)
     with pytest.raises(UserError, match="has dim 64; leave"):
-        call("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "new", "--dim", 32)
+        run_in_process("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "new", "--dim", 32)
     tuned = checkpoint.load_checkpoint("out/last.pt")
     assert tuned["iter_num"] == 3 and (tuned["model_args"]["dim"], tuned["model_args"]["max_seq_len"]) == (64, 32)
     assert tuned["tokenizer_sha256"] == formats.read_model(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, quickly
+from conftest import TINY, run_captured
 
 import tokenizer
 from tinyllm import checkpoint, demo_stories, shards
@@ -19,7 +19,7 @@ SHORT = [*TINY, "--max_iters", "2", "--eval_interval", "1"]
 def doctor(*args) -> tuple[list[str], str]:
     """The states of the steps, in order, and the command that is to be typed next. Nothing on the disk changes."""
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    result = quickly("doctor", "--device", "cpu", *args)
+    result = run_captured("doctor", "--device", "cpu", *args)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
     lines = [line for line in result.stdout.splitlines() if not line.startswith("settings:")]
@@ -32,7 +32,7 @@ def follow(command: str) -> None:
     python, script, *args = shlex.split(command)
     name = script.removesuffix(".py")
     more = {"train": TINY if "resume" in args else SHORT, "sample": ["--max_new_tokens", "4", "--device", "cpu"]}
-    result = quickly(name, *args, *more.get(name, []))
+    result = run_captured(name, *args, *more.get(name, []))
     assert result.returncode == 0, (command, result.stderr)
 
 
@@ -59,7 +59,7 @@ def whole(tmp_path_factory) -> Path:
         patch.chdir(folder := tmp_path_factory.mktemp("whole"))
         write_texts()
         for args in ["train_vocab", "--data", "texts", "--vocab_size", 512], ["preprocess"], ["train", *SHORT]:
-            assert quickly(*args).returncode == 0
+            assert run_captured(*args).returncode == 0
     return folder
 
 
@@ -86,7 +86,7 @@ def test_from_nothing_to_stories():
 
 
 def test_the_machine_and_the_facts_are_shown(here):
-    printed = quickly("doctor").stdout
+    printed = run_captured("doctor").stdout
     for part in (f"torch {torch.__version__}", "sentencepiece ", "cpu", "GB for data", "512 entries", "tokens of train",
                  "step 2 of a run of 2 steps", f"{checkpoint.load_checkpoint('output/ckpt.pt')['best_val_loss']:.4f}"):
         assert part in printed, part
@@ -109,7 +109,7 @@ def test_minutes_can_end_a_run_too(here, seconds, state):
 
 
 def test_shards_of_another_vocabulary(here):
-    quickly("train_vocab", "--data", "texts/0.json", "--vocab_size", 512)
+    run_captured("train_vocab", "--data", "texts/0.json", "--vocab_size", 512)
     assert doctor()[0] == ["done", "stale", "stale", "ready"]
     assert heal()[:2] == ["python preprocess.py", "python train.py --preset cpu_3min"]
     assert Path("output/old-1/ckpt.pt").exists() and doctor()[0] == ["done", "done", "done", "ready"]
@@ -117,7 +117,7 @@ def test_shards_of_another_vocabulary(here):
 
 def test_a_run_on_another_text(here):
     Path("texts/1.json").unlink()
-    quickly("preprocess")
+    run_captured("preprocess")
     assert doctor() == (["done", "done", "stale", "ready"], "python train.py --preset cpu_3min")
     heal()
     assert checkpoint.load_checkpoint("output/ckpt.pt")["data_sha256"] == shards.read_manifest(Path("data/tok512")).sha256
@@ -168,7 +168,7 @@ def test_a_package_that_is_missing_is_no_damage(here, monkeypatch):
     assert doctor() == (["missing", "done", "missing", "missing"], "pip install tokenizers")
     shutil.rmtree("data")
     assert doctor("--data_dir", "data")[0] == ["missing"] * 4
-    assert "needs the package tokenizers" in quickly("doctor").stdout
+    assert "needs the package tokenizers" in run_captured("doctor").stdout
 
 
 def test_a_model_that_is_there_needs_no_text(here):
@@ -177,7 +177,7 @@ def test_a_model_that_is_there_needs_no_text(here):
 
 
 def test_of_several_vocabularies_the_one_of_the_run_counts(here):
-    quickly("train_vocab", "--data", "texts", "--vocab_size", 300)
+    run_captured("train_vocab", "--data", "texts", "--vocab_size", 300)
     states, command = doctor()
     assert states == ["done", "done", "done", "missing", "done", "ready"] and command.startswith("python sample.py")
     assert doctor("--vocab_size", 300)[1] == "python preprocess.py --vocab_size 300"
@@ -187,7 +187,7 @@ def test_of_several_vocabularies_the_one_of_the_run_counts(here):
 
 def test_the_text_of_a_run_is_found_by_its_folder(here):
     Path("data").rename("mine")
-    quickly("train", "--data_dir", "mine", "--out_dir", "own", *SHORT)
+    run_captured("train", "--data_dir", "mine", "--out_dir", "own", *SHORT)
     assert doctor("--out_dir", "own")[0] == ["done", "done", "done", "ready"]
     assert doctor("--out_dir", "own", "--data_dir", "other")[0] == ["missing", "missing", "done", "ready"]
 
@@ -212,8 +212,8 @@ def test_what_is_in_other_folders_is_looked_at(here):
     assert doctor() == (["missing"] * 4, f"python -m tools.doctor --out_dir {Path('output/mine')}")
     assert doctor("--out_dir", "output/mine")[0] == ["done", "done", "done", "ready"]
     assert doctor("--data_dir", "data")[1] == "python train_vocab.py --data_dir data --data PATH"
-    assert f"runs in {Path('output/mine')} (look" in quickly("doctor", "--out_dir", "output/mime").stdout
-    assert "elsewhere" not in quickly("doctor", "--out_dir", "output/mine").stdout
+    assert f"runs in {Path('output/mine')} (look" in run_captured("doctor", "--out_dir", "output/mime").stdout
+    assert "elsewhere" not in run_captured("doctor", "--out_dir", "output/mine").stdout
     shutil.rmtree("output")
     assert doctor()[1] == f"python -m tools.doctor --data_dir {Path('data/mine')}"
 
@@ -228,7 +228,7 @@ def test_a_run_that_is_on_is_left_alone(here, step, todo):
 
 
 def test_a_device_that_is_not_there_is_a_line():
-    assert "--device cuda:99 is not there" in quickly("doctor", "--device", "cuda:99").stdout
+    assert "--device cuda:99 is not there" in run_captured("doctor", "--device", "cuda:99").stdout
 
 
 @pytest.mark.parametrize("name, content", [

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import assert_user_error, script
+from conftest import assert_user_error, run_subprocess
 
 from tinyllm import corpus, download
 from tinyllm.cli import UserError
@@ -245,10 +245,10 @@ def test_no_room_is_said_before_the_first_byte(server, monkeypatch):
 
 
 def test_from_the_command_line(server):
-    result = script("train_vocab", "--download", "True", "--mirror", server.url, "--vocab_size", "300")
+    result = run_subprocess("train_vocab", "--download", "True", "--mirror", server.url, "--vocab_size", "300")
     assert result.returncode == 0, result.stderr
     assert Path("data/tok300.model").exists() and (Path("data") / TINYSTORIES_DIR / "data00.json").exists()
-    result = script("train_vocab", "--download", "--data_dir", "other", "--mirror", "nowhere")
+    result = run_subprocess("train_vocab", "--download", "--data_dir", "other", "--mirror", "nowhere")
     assert_user_error(result, "unknown mirror 'nowhere'")
-    result = script("train_vocab", "--download", "False", "--data", "data/" + TINYSTORIES_DIR, "--vocab_size", "300")
+    result = run_subprocess("train_vocab", "--download", "False", "--data", "data/" + TINYSTORIES_DIR, "--vocab_size", "300")
     assert result.returncode == 0 and len(server.ranges) == 1

@@ -4,15 +4,14 @@ import math
 import pytest
 import torch
 from conftest import assert_same
-from test_train import prepared  # noqa: F401    a fixture
 
 import train
 
 
 @pytest.mark.parametrize("overflow, clip", [(math.inf, 1.0), (math.nan, 1.0), (math.inf, 0.0)])
-def test_an_overflow_that_one_optimizer_sees_holds_both_back(prepared, overflow, clip):  # noqa: F811
+def test_an_overflow_that_one_optimizer_sees_holds_both_back(planned_run, overflow, clip):
     """As in float16, where the embedding, which is AdamW's, overflows first."""
-    run = prepared("--dtype", "float32", "--grad_clip", clip)
+    run = planned_run("--dtype", "float32", "--grad_clip", clip)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     batches = train.Task.iter_batches(run.data, "train", run.cfg.batch_size, 32, seed=1)
     train.train_step(run, batches)                                       # Muon has its momentum now
@@ -23,8 +22,8 @@ def test_an_overflow_that_one_optimizer_sees_holds_both_back(prepared, overflow,
     assert run.scaler.get_scale() == 32.0
 
 
-def test_a_run_goes_on_in_float16_that_was_begun_without_a_scaler(prepared):  # noqa: F811
-    run = prepared()
+def test_a_run_goes_on_in_float16_that_was_begun_without_a_scaler(planned_run):
+    run = planned_run()
     saved = run.checkpoint_dict()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     run.load_checkpoint_dict(saved)

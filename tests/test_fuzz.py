@@ -8,7 +8,7 @@ from faults import fuzz
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks, and looks at /proc")
 @pytest.mark.parametrize("name", fuzz.TARGETS)
-def test_damaged_files_are_refused_or_read(sound, name):
-    shutil.copytree(sound, ".", dirs_exist_ok=True)
+def test_damaged_files_are_refused_or_read(valid_files, name):
+    shutil.copytree(valid_files, ".", dirs_exist_ok=True)
     found = list(fuzz.fuzz(name, range(50), seed=0))
     assert len(found) == 50 and {one.verdict for one in found} <= {"read", "refused"}, fuzz.report(name, found, 0)

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import learn
+from conftest import learn_tokenizer
 
 import tokenizer
 from extras import formats
@@ -17,7 +17,7 @@ from tinyllm import checkpoint, demo_stories
 from tinyllm.cli import UserError
 
 gguf = pytest.importorskip("gguf")
-from extras.formats import gguf_file  # noqa: E402
+from extras.formats import gguf_file
 
 TEXTS = [*demo_stories.generate_stories(20), "12345 and 67,\n\n  8", "It's DON'T  x\t\ty ", "中文, 🙂 é", "<s></s>"]
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -25,7 +25,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 @cache
 def sentencepiece():
-    return learn(demo_stories.generate_stories(50), 400)
+    return learn_tokenizer(demo_stories.generate_stories(50), 400)
 
 
 def make_state(vocabulary=None, **args):
@@ -267,10 +267,10 @@ def test_damaged_headers_are_read_or_refused(state, write, tmp_path):
 # ---- convert.py ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["gguf", "gguf-f16", "gguf-q8_0"])
-def test_convert_writes_and_reads(state, call, capsys, kind):
+def test_convert_writes_and_reads(state, run_in_process, capsys, kind):
     checkpoint.save_checkpoint("a.pt", state)
-    call("convert", "a.pt", "story.gguf", "--to", kind)
-    call("convert", "story.gguf", "back.pt")
+    run_in_process("convert", "a.pt", "story.gguf", "--to", kind)
+    run_in_process("convert", "story.gguf", "back.pt")
     found = checkpoint.load_checkpoint("back.pt")
     assert largest(found, state) < 3e-3 and ids(found) == ids(state)
     assert "wrote story.gguf" in capsys.readouterr().out

@@ -241,13 +241,13 @@ def test_missing_tensors_are_listed(folder):
         formats.read_model(copy)
 
 
-def test_it_is_converted_to_a_checkpoint_and_to_nothing_else(call, folder, tokens, model):
-    call("convert", folder, "gpt2.pt")
+def test_it_is_converted_to_a_checkpoint_and_to_nothing_else(run_in_process, folder, tokens, model):
+    run_in_process("convert", folder, "gpt2.pt")
     again = checkpoint.build_model(formats.read_model("gpt2.pt"))
     assert torch.equal(again(tokens[:, :-1]), model(tokens[:, :-1]))
     assert checkpoint.model_state(again)["architecture"] == "gpt2"
     with pytest.raises(UserError, match="is a GPT-2, which can be written as .pt alone, not as gguf"):
-        call("convert", folder, "gpt2.gguf")
+        run_in_process("convert", folder, "gpt2.gguf")
 
 
 # ---- the download -------------------------------------------------------------------------------
@@ -274,8 +274,8 @@ def released(folder, monkeypatch):
     http.server_close()
 
 
-def test_a_released_model_is_downloaded_once(released, capsys, call):
-    call("sample", "--checkpoint", "gpt2", "--max_new_tokens", 3, "--device", "cpu")
+def test_a_released_model_is_downloaded_once(released, capsys, run_in_process):
+    run_in_process("sample", "--checkpoint", "gpt2", "--max_new_tokens", 3, "--device", "cpu")
     assert sorted(path.name for path in Path("data/gpt2").iterdir()) == sorted(gpt2_folder.FILES)
     assert [name for name, code in released if code == 200] == list(gpt2_folder.FILES)
     assert "parameters" in capsys.readouterr().err
@@ -304,20 +304,20 @@ def test_offline_it_says_which_files_belong_where(monkeypatch):
 
 # ---- training -----------------------------------------------------------------------------------
 
-def test_it_learns_on_from_its_folder(call, folder, capsys):
+def test_it_learns_on_from_its_folder(run_in_process, folder, capsys):
     """Its vocabulary, whose bos is its eos, makes the shards; what train.py leaves is a GPT-2 again, and better."""
     Path("texts.jsonl").write_text("\n".join(map(json.dumps, demo_stories.generate_stories(100))), encoding="utf-8")
-    call("preprocess", "--tokenizer", folder, "--data", "texts.jsonl", "--num_workers", 1, "--verify")
+    run_in_process("preprocess", "--tokenizer", folder, "--data", "texts.jsonl", "--num_workers", 1, "--verify")
     few = ("--device", "cpu", "--compile", "False", "--batch_size", 8, "--sample_tokens", 5)
-    call("train", "--eval_only", "--init_from", folder, *few)
+    run_in_process("train", "--eval_only", "--init_from", folder, *few)
     before = float(capsys.readouterr().out.rpartition("bits per byte ")[2])
-    call("train", "--init_from", folder, "--max_iters", 15, "--warmup_iters", 2, "--learning_rate", 1e-2, *few)
-    call("train", "--eval_only", *few)
+    run_in_process("train", "--init_from", folder, "--max_iters", 15, "--warmup_iters", 2, "--learning_rate", 1e-2, *few)
+    run_in_process("train", "--eval_only", *few)
     assert float(capsys.readouterr().out.rpartition("bits per byte ")[2]) < before - 1
     generator = TextGenerator("output/ckpt.pt", device="cpu")
     assert generator.engine.args == ARGS and generator.sample("One day", max_new_tokens=5)[0].startswith("One day")
     with pytest.raises(UserError, match="weights for each of its 24 places; --max_seq_len can be that, or less"):
-        call("train", "--init_from", folder, "--max_seq_len", 25, *few)
+        run_in_process("train", "--init_from", folder, "--max_seq_len", 25, *few)
 
 
 def test_each_document_is_scored_with_its_end_where_bos_is_eos():

@@ -1,7 +1,6 @@
 """What a GPU would show, on a machine without one: who waits for it, and what was made on the wrong device."""
 import pytest
 import torch
-from test_train import prepared  # noqa: F401    a fixture
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import train
@@ -14,9 +13,9 @@ ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, ma
 GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix
 
 
-def test_a_step_of_training_looks_at_no_number(prepared):  # noqa: F811
+def test_a_step_of_training_looks_at_no_number(planned_run):
     """To look at one waits for all that the GPU was given to do; here it is an error, since there are no numbers."""
-    plan = prepared("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
+    plan = planned_run("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
     with FakeTensorMode():
         run = object.__new__(TrainRun)
         run.cfg, run.backend, run.dist, run.state = plan.cfg, plan.backend, SINGLE_PROCESS, State()

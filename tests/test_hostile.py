@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_user_error, learn, quickly
+from conftest import TINY, assert_user_error, learn_tokenizer, run_captured
 
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint, cli, corpus, download, shards
@@ -42,7 +42,7 @@ def test_code_in_a_file_does_not_run(project, args):
     Path("meta/params.json").write_text('{"dim": 8}', encoding="utf-8")
     Path("evil.pickle").write_bytes(pickle.dumps(Payload()))
     data = [] if args[0] in ("sample", "convert", "preprocess") else ["--data_dir", project, *TINY]
-    assert_user_error(quickly(*args, *data))
+    assert_user_error(run_captured(*args, *data))
     assert not Path("it_ran").exists()
 
 
@@ -186,10 +186,10 @@ def test_what_a_terminal_would_obey_is_escaped():
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals in Python")
 @pytest.mark.parametrize("mode", [["--prompt", EVIL], ["--prompt", EVIL, "--show_probs"], ["--interactive"],
                                   ["--input_file", "prompts.txt"]])
-def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode, call, monkeypatch, capsys):
+def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode, run_in_process, monkeypatch, capsys):
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, max_seq_len=64))
     state = {**checkpoint.model_state(model), "iter_num": 0, "config": {},
-             "tokenizer": learn(["a few words"], 300).model}
+             "tokenizer": learn_tokenizer(["a few words"], 300).model}
     with torch.no_grad():
         model.output.weight[3 + 0x1b] += model.norm.weight * 0 + 9      # it likes to write escapes
     checkpoint.save_checkpoint("ckpt.pt", state)
@@ -200,7 +200,7 @@ def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode, call, monk
     with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(f"{EVIL}\n"))
         patch.setattr(sys, "stdout", terminal)
-        call(*command)
+        run_in_process(*command)
         print("the end", file=terminal, flush=True)
         while b"the end" not in seen:               # it may come in pieces
             seen += os.read(ours, 1 << 16)
@@ -208,12 +208,12 @@ def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode, call, monk
     painted = "\x1b[38;5;" if "--show_probs" in mode else "\0"
     assert "\\x1b" in seen and "\x1b" not in seen.replace(painted, "").replace("\x1b[0m", "") and "\x9b" not in seen
     if mode == ["--prompt", EVIL]:
-        call(*command)
+        run_in_process(*command)
         assert "\x1b" in capsys.readouterr().out
 
 
 def test_an_error_message_is_escaped():
     Path("a.json").write_text('[{"\\u001b[2Jkey": 1}]', encoding="utf-8")
-    result = quickly("train_vocab", "--data", "a.json")
+    result = run_captured("train_vocab", "--data", "a.json")
     assert_user_error(result, "\\x1b[2Jkey")
     assert "\x1b" not in result.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, learn, quickly
+from conftest import assert_user_error, learn_tokenizer, run_captured
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +23,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return learn(["Once upon a time there were two cats. They said: don't stop!\nYes."] * 3, 310)
+    return learn_tokenizer(["Once upon a time there were two cats. They said: don't stop!\nYes."] * 3, 310)
 
 
 def make_state(vocabulary, **shape):
@@ -160,10 +160,10 @@ def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
     formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
     for name in ("tokenizer_config.json", "tokenizer.model"):
         Path("out", name).unlink()
-    assert_user_error(quickly("sample", "--checkpoint", "out"), "error: this vocabulary has no bos", "a beginning")
-    assert quickly("sample", "--checkpoint", "out", "--prompt", "Once", "--max_new_tokens", 3).returncode == 0
+    assert_user_error(run_captured("sample", "--checkpoint", "out"), "error: this vocabulary has no bos", "a beginning")
+    assert run_captured("sample", "--checkpoint", "out", "--prompt", "Once", "--max_new_tokens", 3).returncode == 0
     Path("a.txt").write_text("Once upon a time", encoding="utf-8")
-    result, generator = quickly("sample", "--checkpoint", "out", "--score", "a.txt"), TextGenerator("out")
+    result, generator = run_captured("sample", "--checkpoint", "out", "--score", "a.txt"), TextGenerator("out")
     ids = vocabulary.encode("Once upon a time")
     assert generator.tokenizer.encode("Once upon a time") == ids and generator.tokenizer.bos_id == -1
     nats = -sum(token.logprob for token in generator.read(ids))
@@ -171,7 +171,7 @@ def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
     assert result.stdout.startswith(f"{len(ids) - 1} tokens, {size} bytes: loss {nats / (len(ids) - 1):.4f}  ")
     assert f"bits per byte {nats / math.log(2) / size:.4f}\n" in result.stdout
     Path("a.txt").write_text(vocabulary.decode(ids[:1]), encoding="utf-8")
-    assert_user_error(quickly("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
+    assert_user_error(run_captured("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
 
 
 def test_one_token_is_not_scored_where_only_eos_is_known(vocabulary):
@@ -183,7 +183,7 @@ def test_one_token_is_not_scored_where_only_eos_is_known(vocabulary):
     found = TextGenerator("out").tokenizer
     assert found.bos_id < 0 <= found.eos_id
     Path("a.txt").write_text(vocabulary.decode(vocabulary.encode("the")[:1]), encoding="utf-8")
-    assert_user_error(quickly("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
+    assert_user_error(run_captured("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
 
 
 def test_a_chat_template_is_known_by_its_marks(vocabulary):

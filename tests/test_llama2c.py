@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import learn, script
+from conftest import learn_tokenizer, run_subprocess
 
 import tokenizer
 from extras import formats
@@ -28,7 +28,7 @@ C_SOURCES = os.environ.get("TINY_LLM_LLAMA2C", "")
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return learn(STORIES, 400)
+    return learn_tokenizer(STORIES, 400)
 
 
 def make_state(vocabulary, **shape):
@@ -95,7 +95,7 @@ def test_a_vocabulary_beside_the_model_is_taken_if_its_size_fits(state, vocabula
     path, shared = write(state, 0), Path("tokenizer.bin")
     Path("story.tokenizer.bin").rename(shared)
     assert Tokenizer(formats.read_model(path)["tokenizer"]).pieces() == vocabulary.pieces()
-    llama2c.write_vocabulary(learn(STORIES, 390), shared)
+    llama2c.write_vocabulary(learn_tokenizer(STORIES, 390), shared)
     state = formats.read_model(path)
     with pytest.raises(UserError, match="--tokenizer"):
         checkpoint.build_tokenizer(state)
@@ -160,31 +160,31 @@ def test_foreign_files_are_neither_models_nor_vocabularies(content):
 
 
 @pytest.mark.parametrize("kind", VERSIONS.values())
-def test_convert_writes_the_model_and_its_vocabulary_and_reads_them_again(state, call, kind, capsys):
+def test_convert_writes_the_model_and_its_vocabulary_and_reads_them_again(state, run_in_process, kind, capsys):
     checkpoint.save_checkpoint("ckpt.pt", state)
-    call("convert", "ckpt.pt", "out/story.bin", "--to", kind)
+    run_in_process("convert", "ckpt.pt", "out/story.bin", "--to", kind)
     assert sorted(os.listdir("out")) == ["story.bin", "story.tokenizer.bin"]
-    call("convert", "out/story.bin", "back.pt")
+    run_in_process("convert", "out/story.bin", "back.pt")
     assert checkpoint.build_tokenizer(checkpoint.load_checkpoint("back.pt")).is_lossless
     assert "wrote out/story.bin and out/story.tokenizer.bin" in capsys.readouterr().out.replace("\\", "/")
 
 
 @pytest.mark.parametrize("there", ["story.bin", "story.tokenizer.bin"])
-def test_convert_keeps_both_files_unless_forced(state, call, there):
+def test_convert_keeps_both_files_unless_forced(state, run_in_process, there):
     checkpoint.save_checkpoint("ckpt.pt", state)
     Path(there).write_text("precious", encoding="utf-8")
     with pytest.raises(UserError, match=f"{there} is there already"):
-        call("convert", "ckpt.pt", "story.bin")
+        run_in_process("convert", "ckpt.pt", "story.bin")
     assert Path(there).read_text(encoding="utf-8") == "precious" and sorted(os.listdir()) == ["ckpt.pt", there]
-    call("convert", "ckpt.pt", "story.bin", "--force")
+    run_in_process("convert", "ckpt.pt", "story.bin", "--force")
     assert sorted(os.listdir()) == ["ckpt.pt", "story.bin", "story.tokenizer.bin"]
     assert formats.read_model("story.bin")["tokenizer"]
 
 
-def test_a_failed_conversion_leaves_nothing(state, call):
+def test_a_failed_conversion_leaves_nothing(state, run_in_process):
     checkpoint.save_checkpoint("ckpt.pt", {**state, "model_args": {**state["model_args"], "norm_eps": 1e-6}})
     with pytest.raises(UserError, match="norm_eps"):
-        call("convert", "ckpt.pt", "story.bin")
+        run_in_process("convert", "ckpt.pt", "story.bin")
     assert os.listdir() == ["ckpt.pt"]
 
 
@@ -201,8 +201,8 @@ def test_checkpoints_of_llama2_c_load(vocabulary):
     found = formats.read_model("ckpt.pt", tokenizer="tokenizer.bin")
     assert found["model_args"] == asdict(ModelArgs(**{**state["model_args"], "n_kv_heads": 4}))
     assert all(torch.equal(found["model"][name], weight) for name, weight in state["model"].items())
-    done = script("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3,
-                  "--device", "cpu")
+    done = run_subprocess("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3,
+                          "--device", "cpu")
     assert done.returncode == 0 and done.stdout, done.stderr
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import learn
+from conftest import learn_tokenizer
 
 from extras import formats
 from model import ModelArgs, Transformer
@@ -17,7 +17,7 @@ SCALED = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_ma
 
 @pytest.fixture
 def vocabulary():
-    return learn(["a few words"], 300)
+    return learn_tokenizer(["a few words"], 300)
 
 
 def publish(vocabulary, parts: int, tie: bool = False, axis_of_embedding: int = 0, **params) -> Transformer:

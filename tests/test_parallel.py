@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as torch_dist
-from conftest import ROOT, TINY, assert_same
-from test_train import assert_same_run, go, log, state  # noqa: F401    a fixture among them
+from conftest import ROOT, TINY, assert_same, assert_same_run, load_state, read_log
 
 import train
 from model import ModelArgs
@@ -55,26 +54,26 @@ def hitting(number: int, at: int) -> Path:
 
 def assert_near(one: str, two: str) -> None:
     """The same log and the same weights, but for rounding."""
-    for a, b in zip(log(one)[1:], log(two)[1:], strict=True):
+    for a, b in zip(read_log(one)[1:], read_log(two)[1:], strict=True):
         assert a.keys() == b.keys() and a["iter"] == b["iter"] and a["tokens"] == b["tokens"]
         for name in {"loss", "lr", "grad_norm", "val_loss", "bpb"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a, b)
-    for name, weight in state(one)["model"].items():
-        torch.testing.assert_close(weight, state(two)["model"][name], rtol=1e-4, atol=2e-6, msg=name)
+    for name, weight in load_state(one)["model"].items():
+        torch.testing.assert_close(weight, load_state(two)["model"][name], rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_one_two_and_four_processes_take_the_same_steps(go, project):  # noqa: F811
+def test_one_two_and_four_processes_take_the_same_steps(train_small, project):
     """Two processes, of which one is asked to stop; one goes on with their run, and four end it."""
-    go("whole", *OPTIONS, "--max_iters", 12)
+    train_small("whole", *OPTIONS, "--max_iters", 12)
     files = ["--data_dir", project, "--out_dir", "parts"]
     two = torchrun(2, hitting(15, at=4), *files, *OPTIONS, "--max_iters", 12)
-    assert "saved step 5 in parts/last.pt" in two.stdout and state("parts")["iter_num"] == 5, two.stderr
+    assert "saved step 5 in parts/last.pt" in two.stdout and load_state("parts")["iter_num"] == 5, two.stderr
     assert two.stdout.count("step 3 ") == 1 and "error:" not in two.stderr
-    go("parts", *OPTIONS, "--max_iters", 8)
+    train_small("parts", *OPTIONS, "--max_iters", 8)
     four = torchrun(4, ROOT / "train.py", *files, *OPTIONS, "--max_iters", 12)
     assert four.returncode == 0 and "shared by 4 processes" in four.stdout, four.stderr
     assert_near("whole", "parts")
-    assert state("parts")["state"]["position"] == 12 * 16
+    assert load_state("parts")["state"]["position"] == 12 * 16
 
 
 def test_a_killed_process_ends_all_and_torchrun_goes_on_exactly(project):
@@ -85,27 +84,27 @@ def test_a_killed_process_ends_all_and_torchrun_goes_on_exactly(project):
     assert "process 0 of 2 ends, because another one has ended" in parts.stderr
     assert "after the 4 steps that are done" in parts.stdout and "Traceback" not in parts.stderr
     assert_same_run("whole", "parts")
-    assert_same(state("whole", "ckpt.pt"), state("parts", "ckpt.pt"))
+    assert_same(load_state("whole", "ckpt.pt"), load_state("parts", "ckpt.pt"))
 
 
-def test_a_divided_model_takes_the_same_steps(go, project):  # noqa: F811
+def test_a_divided_model_takes_the_same_steps(train_small, project):
     """One process with the whole model, then four with uneven parts of it, then one again."""
     options = [*OPTIONS, "--hidden_dim", 90, "--n_layers", 1]
-    go("whole", *options, "--max_iters", 12)
-    go("parts", *options, "--max_iters", 4)
+    train_small("whole", *options, "--max_iters", 12)
+    train_small("parts", *options, "--max_iters", 4)
     four = torchrun(4, ROOT / "train.py", "--data_dir", project, "--out_dir", "parts", *options, "--shard", "True",
                     "--max_iters", 8)
     assert four.returncode == 0 and "after the 4 steps that are done" in four.stdout, four.stderr
     assert "each with a part of the model" in four.stdout
-    go("parts", *options, "--max_iters", 12)
+    train_small("parts", *options, "--max_iters", 12)
     assert_near("whole", "parts")
 
 
-def test_alone_there_is_no_group(go, monkeypatch):  # noqa: F811
+def test_alone_there_is_no_group(train_small, monkeypatch):
     monkeypatch.setattr(torch_dist, "init_process_group", lambda *_, **__: pytest.fail("a group of one"))
     monkeypatch.setattr(torch_dist, "all_reduce", lambda *_, **__: pytest.fail("a message to nobody"))
-    go("out", "--max_iters", 1)
-    assert not torch_dist.is_initialized() and state("out")["iter_num"] == 1
+    train_small("out", "--max_iters", 1)
+    assert not torch_dist.is_initialized() and load_state("out")["iter_num"] == 1
 
 
 @pytest.mark.parametrize("processes, batch_size, parts, use", [
@@ -198,14 +197,14 @@ def test_processes_with_other_settings_or_files_are_refused():
                 train.check_ranks_agree(planned(second, **change))
 
 
-def test_scratch_is_for_the_first_time_only(go, monkeypatch):  # noqa: F811
+def test_scratch_is_for_the_first_time_only(train_small, monkeypatch):
     """Else a run that torchrun starts again after a death would lose what was done."""
-    go("out", "--max_iters", 2)
+    train_small("out", "--max_iters", 2)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    go("out", "--max_iters", 4, "--init_from", "scratch")
-    assert state("out")["iter_num"] == 4 and not Path("out/old-1").exists()
+    train_small("out", "--max_iters", 4, "--init_from", "scratch")
+    assert load_state("out")["iter_num"] == 4 and not Path("out/old-1").exists()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    go("out", "--max_iters", 4, "--init_from", "scratch")
+    train_small("out", "--max_iters", 4, "--init_from", "scratch")
     assert Path("out/old-1").exists()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, learn, quickly, random_model
+from conftest import ROOT, learn_tokenizer, run_captured, random_model
 
 import sample
 from extras import tensor_parallel
@@ -36,7 +36,7 @@ def make(**shape) -> Transformer:
 
 
 def save(path: Path, **shape) -> Path:
-    vocabulary = learn(["One day, a dog met a cat."] * 3, 299)
+    vocabulary = learn_tokenizer(["One day, a dog met a cat."] * 3, 299)
     checkpoint.save_checkpoint(path, {**checkpoint.model_state(make(**shape)), "iter_num": 0, "config": {},
                            "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256})
     return path
@@ -79,7 +79,7 @@ def test_taking_turns(trained, monkeypatch):
     args = "--checkpoint", trained, "--interactive", "--max_new_tokens", 30, "--device", "cpu", "--dtype", "float32"
     result = torchrun(2, *args, input=lines)
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    want = quickly("sample", *args).stdout
+    want = run_captured("sample", *args).stdout
     assert result.returncode == 0, result.stderr
     assert result.stdout == io.IncrementalNewlineDecoder(None, translate=True).decode(want) and text in want
 
@@ -179,12 +179,12 @@ def shown(*args) -> str:
 def test_greedy_text_of_four_processes(trained):
     args = "--checkpoint", trained, "--prompt", "One day", "--max_new_tokens", LENGTH, "--temperature", 0
     for more in ([], ["--show_probs"], ["--num_samples", 2, "--repetition_penalty", 1.1]):
-        assert side_by_side(4, shown, *args, *more) == [quickly("sample", *args, *more).stdout, "", "", ""]
+        assert side_by_side(4, shown, *args, *more) == [run_captured("sample", *args, *more).stdout, "", "", ""]
 
 
 def test_the_first_process_writes_the_page(trained):
     args = "--checkpoint", trained, "--prompt", "One day", "--max_new_tokens", 8, "--temperature", 0
-    assert side_by_side(2, shown, *args, "--show_probs", "page.html") == [quickly("sample", *args).stdout, ""]
+    assert side_by_side(2, shown, *args, "--show_probs", "page.html") == [run_captured("sample", *args).stdout, ""]
     assert "Written: 8 tokens, loss " in Path("page.html").read_text(encoding="utf-8")
 
 

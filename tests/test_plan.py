@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same
-from test_train import go, prepared, state  # noqa: F401    fixtures
+from conftest import assert_same, load_state
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -17,29 +16,29 @@ from tinyllm.cli import UserError
 from tinyllm.run import State, TrainRun
 
 
-def test_all_problems_are_reported_at_once(go):  # noqa: F811
+def test_all_problems_are_reported_at_once(train_small):
     with pytest.raises(UserError) as error:
-        go("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--seed", 2**32,
-           "--max_minutes", "nan", "--init_from", "nowhere.pt")
+        train_small("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--seed", 2**32,
+                    "--max_minutes", "nan", "--init_from", "nowhere.pt")
     for part in ("dim 33", "learning_rate must be 1e-30 or more and finite, not -1", "abacus", "nowhere.pt",
                  "beta2 must be 0 or more and below 1", "seed must be a whole number from 0 to 4294967295",
                  "max_minutes"):
         assert part in str(error.value), part
     assert not Path("out").exists()
     with pytest.raises(UserError, match="out_dir names no folder"):
-        go("", "--max_iters", 1)
+        train_small("", "--max_iters", 1)
     with pytest.raises(UserError, match="sample_prompts .*not UTF-8"):
-        go("out", "--sample_prompts", "caf\udce9")
+        train_small("out", "--sample_prompts", "caf\udce9")
 
 
-def test_too_little_disk_is_said_before_the_first_step(go, monkeypatch):  # noqa: F811
+def test_too_little_disk_is_said_before_the_first_step(train_small, monkeypatch):
     monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="MB free"):
-        go("out", "--max_iters", 2)
+        train_small("out", "--max_iters", 2)
 
 
-def test_trying_out_leaves_no_trace(prepared):  # noqa: F811
-    run = prepared("--dropout", 0.5)
+def test_trying_out_leaves_no_trace(planned_run):
+    run = planned_run("--dropout", 0.5)
     weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     random = torch.get_rng_state()
     seconds, kept = estimate.time_micro_batch(run), estimate.count_activations(run)
@@ -48,17 +47,17 @@ def test_trying_out_leaves_no_trace(prepared):  # noqa: F811
     assert_same(weights, dict(run.model.state_dict()))
 
 
-def test_what_was_counted_is_set_free(prepared):  # noqa: F811
+def test_what_was_counted_is_set_free(planned_run):
     """Outputs of a layer, which its own backward pass keeps: a circle, if they are kept as they are."""
-    run, kept = prepared(), []
+    run, kept = planned_run(), []
     run.model.layers[0].register_forward_hook(lambda *call: kept.append(StorageWeakRef(call[-1].untyped_storage())))
     estimate.count_activations(run)
     assert kept and all(storage.expired() for storage in kept)
 
 
-def test_windows_are_counted_without_computing_all_of_them(prepared):  # noqa: F811
-    count = {size: estimate.count_activations(prepared("--batch_size", size)) for size in (1, 3, 10**6)}
-    run = prepared("--batch_size", 3)
+def test_windows_are_counted_without_computing_all_of_them(planned_run):
+    count = {size: estimate.count_activations(planned_run("--batch_size", size)) for size in (1, 3, 10**6)}
+    run = planned_run("--batch_size", 3)
     assert count[3] == pytest.approx(estimate._measure_activations(run, 3)) and count[10**6] > 10**5 * count[1]
 
 
@@ -72,9 +71,9 @@ def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, st
     assert TrainRun.seconds_left(run, 0.1) == pytest.approx(seconds) and TrainRun.steps_left(run, 0.1) == steps
 
 
-def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F811
+def test_an_epoch_is_as_many_tokens_as_there_are(planned_run, capsys):
     """Not as many windows: these begin at documents, and short ones are in several."""
-    run = prepared("--max_iters", 500)
+    run = planned_run("--max_iters", 500)
     estimate.print_duration_estimate(run, 0.1)
     read = 500 * run.tokens_per_step / run.data.total("train", "tokens")
     assert f" 500 steps, {read:.1f} epochs" in capsys.readouterr().out
@@ -84,13 +83,13 @@ def test_an_epoch_is_as_many_tokens_as_there_are(prepared, capsys):  # noqa: F81
     (["--max_iters", 100_000], "--eval_interval"), (["--max_iters", 100_000], "--dropout 0.1"),
     (["--max_iters", 100_000], "--preset cpu_3min"),
     (["--max_iters", 3, "--warmup_iters", 2], "--warmup_iters 0 would leave room")])
-def test_what_will_go_wrong_is_said(prepared, monkeypatch, capsys, args, note):  # noqa: F811
+def test_what_will_go_wrong_is_said(planned_run, monkeypatch, capsys, args, note):
     """When a micro-batch takes 5 seconds."""
     monkeypatch.setattr(estimate, "time_micro_batch", lambda run: 5.0)
-    estimate.print_run_summary(prepared("--eval_interval", 1000, *args))
+    estimate.print_run_summary(planned_run("--eval_interval", 1000, *args))
     notes = capsys.readouterr().out.split("\nnote: ")[1:]
     assert any(note in text for text in notes)
-    estimate.print_run_summary(prepared("--max_iters", 3, "--warmup_iters", 0))
+    estimate.print_run_summary(planned_run("--max_iters", 3, "--warmup_iters", 0))
     assert "note: " not in capsys.readouterr().out
 
 
@@ -99,21 +98,21 @@ def test_what_will_go_wrong_is_said(prepared, monkeypatch, capsys, args, note): 
      "--compile False; or delete .*torchinductor"),
     (SystemError("a kernel of another processor"), "another processor", "or delete .*torchinductor"),
     (UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal"), "PYTHONUTF8=1", "--compile False")])
-def test_a_compiler_that_fails_is_told_with_its_mending(go, monkeypatch, capsys, error, says, use):  # noqa: F811
+def test_a_compiler_that_fails_is_told_with_its_mending(train_small, monkeypatch, capsys, error, says, use):
     """The last one as in Windows in Chinese, where an import fails."""
     def fails(run):
         raise error
     monkeypatch.setattr(TrainRun, "compile", fails)
     with pytest.raises(UserError, match=f"compiling failed: .*{says}.*\n.*{use}"):
-        go("out", "--max_iters", 1, "--compile", "True")
+        train_small("out", "--max_iters", 1, "--compile", "True")
     monkeypatch.setattr(estimate, "should_compile", lambda run, seconds: (True, "it pays"))
     try:
-        go("auto", "--max_iters", 1, "--compile", "auto")
+        train_small("auto", "--max_iters", 1, "--compile", "auto")
     finally:
         torch.compiler.set_stance("default")
     found = capsys.readouterr().out
     assert "note:   compiling failed: " in found and says in found and "this run goes on without" in found
-    assert state("auto")["iter_num"] == 1 and not state("auto")["state"]["compiled"]
+    assert load_state("auto")["iter_num"] == 1 and not load_state("auto")["state"]["compiled"]
 
 
 @pytest.mark.parametrize("device, compiler, triton, capability, why", [
@@ -151,46 +150,46 @@ def test_parameters_are_counted_without_building_every_layer(model, args):
 @pytest.mark.parametrize("shape, says", [
     ({"n_layers": 2**31 - 1}, "the checkpoints need"), ({"dim": 2 * 10**9, "n_heads": 10**8}, "larger than any memory"),
     ({"hidden_dim": 2**31 - 1, "dim": 2 * 10**9, "n_heads": 10**8}, "larger than any memory")])
-def test_a_model_for_no_machine_is_refused_at_once(go, shape, says):  # noqa: F811
+def test_a_model_for_no_machine_is_refused_at_once(train_small, shape, says):
     with pytest.raises(UserError, match=says):
-        go("out", "--n_kv_heads", 1, *(word for name, value in shape.items() for word in (f"--{name}", value)))
+        train_small("out", "--n_kv_heads", 1, *(word for name, value in shape.items() for word in (f"--{name}", value)))
     assert not Path("out").exists()
 
 
-def test_only_the_files_of_a_run_are_put_aside(go):  # noqa: F811
+def test_only_the_files_of_a_run_are_put_aside(train_small):
     """A model that convert.py put into the folder is not one of them."""
     Path("out").mkdir()
     Path("out/smol.pt").write_bytes(b"a model")
     Path("out/notes.txt").write_text("mine", encoding="utf-8")
-    go("out", "--max_iters", 1)
+    train_small("out", "--max_iters", 1)
     assert not Path("out/old-1").exists()
-    go("out", "--max_iters", 2, "--seed", 2)
+    train_small("out", "--max_iters", 2, "--seed", 2)
     assert Path("out/smol.pt").exists() and Path("out/notes.txt").exists()
     assert {path.name for path in Path("out/old-1").iterdir()} >= {"last.pt", "ckpt.pt", "log.jsonl", "clock.jsonl"}
 
 
-def test_a_finished_run_is_begun_anew_with_all_that_it_was(go, call, capsys):  # noqa: F811
-    go("out", "--max_iters", 2, "--learning_rate", 0.001)
-    call("train", "--init_from", "resume", "--out_dir", "out")
+def test_a_finished_run_is_begun_anew_with_all_that_it_was(train_small, run_in_process, capsys):
+    train_small("out", "--max_iters", 2, "--learning_rate", 0.001)
+    run_in_process("train", "--init_from", "resume", "--out_dir", "out")
     printed = capsys.readouterr().out
     assert "go on with it: python train.py --init_from resume --out_dir out --max_iters 4\n" in printed
     anew = shlex.split(printed.rpartition("begin anew:    python train.py ")[2])
-    call("train", *anew)
-    old, new = state("out/old-1"), state("out")
+    run_in_process("train", *anew)
+    old, new = load_state("out/old-1"), load_state("out")
     assert {**new["config"], "init_from": "auto"} == old["config"] and new["iter_num"] == 2
-    go("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
-    go("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
+    train_small("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
+    train_small("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
     printed = capsys.readouterr().out.rpartition("begin anew: ")[2]
     assert "--init_from out/ckpt.pt" in printed and "--out_dir tuned-2" in printed
 
 
-def test_a_run_that_is_not_there_is_told_with_those_that_are(go, call):  # noqa: F811
-    go("runs/mine", "--max_iters", 1)
+def test_a_run_that_is_not_there_is_told_with_those_that_are(train_small, run_in_process):
+    train_small("runs/mine", "--max_iters", 1)
     for out, message in [("runs/mime", "runs in runs.mine; name one"), ("other", "begin one, without --init_from")]:
         with pytest.raises(UserError, match=f"no {out}.last.pt, so .*\n *.*{message}"):
-            call("train", "--init_from", "resume", "--out_dir", out)
+            run_in_process("train", "--init_from", "resume", "--out_dir", out)
 
 
-def test_scratch_says_that_it_begins_each_time(go, capsys):  # noqa: F811
-    go("out", "--max_iters", 1, "--init_from", "scratch")
+def test_scratch_says_that_it_begins_each_time(train_small, capsys):
+    train_small("out", "--max_iters", 1, "--init_from", "scratch")
     assert "--init_from resume goes on" in capsys.readouterr().out

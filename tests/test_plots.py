@@ -1,7 +1,7 @@
 """Pictures: what is drawn in loss.png, and the average over a noisy curve."""
 import numpy as np
 import pytest
-from conftest import TINY, quickly
+from conftest import TINY, run_captured
 
 from extras import plots
 
@@ -24,8 +24,8 @@ def test_the_picture_of_a_run(project, monkeypatch):
     drawn, losses = [], iter([3.0, 2.0, 2.5])
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
     monkeypatch.setattr(TrainRun, "evaluate", lambda _: dict(val_loss=(y := next(losses)), perplexity=1, bpb=y / 2))
-    done = quickly("train", "--data_dir", project, "--preset", "cpu_3min", *TINY, "--eval_interval", 2,
-                   "--max_iters", 6)
+    done = run_captured("train", "--data_dir", project, "--preset", "cpu_3min", *TINY, "--eval_interval", 2,
+                        "--max_iters", 6)
     assert done.returncode == 0 and [str(path) for _, path in drawn] == ["output/loss.png"] * 3
     by_tokens, by_minutes = drawn[-1][0].axes
     for panel in (by_tokens, by_minutes):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error, count_words, learn, script
+from conftest import ROOT, assert_user_error, count_words, learn_tokenizer, run_subprocess
 
 import preprocess
 import train_vocab
@@ -26,7 +26,7 @@ STORIES = list(demo_stories.generate_stories(200))
 
 
 @pytest.fixture
-def texts(tmp_path, call, monkeypatch) -> Path:
+def texts(tmp_path, run_in_process, monkeypatch) -> Path:
     """Four source files of different kinds, a shard each, and a vocabulary."""
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -41,7 +41,7 @@ def texts(tmp_path, call, monkeypatch) -> Path:
             (folder / f"{'ab'[i // 50]}.json").write_text(records, encoding="utf-8")
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
     monkeypatch.setattr(workers, "available_cores", lambda: 1)    # processes take time; tests that need them ask for them
-    call("train_vocab", "--data", folder, "--vocab_size", 400)
+    run_in_process("train_vocab", "--data", folder, "--vocab_size", 400)
     return folder
 
 
@@ -62,8 +62,8 @@ def contents() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path("data/tok400").iterdir())}
 
 
-def test_the_shards_hold_every_document_in_order(texts, call):
-    call("preprocess")
+def test_the_shards_hold_every_document_in_order(texts, run_in_process):
+    run_in_process("preprocess")
     found, vocabulary = load()
     threshold = json.loads(Path("data/tok400.json").read_text(encoding="utf-8"))["val_threshold"]
     want = {split: [t for t in STORIES if (corpus.document_hash(t.encode()) <= threshold) == (split == "val")]
@@ -77,21 +77,21 @@ def test_the_shards_hold_every_document_in_order(texts, call):
         ["a.json", "b.json", "c.txt", "d.jsonl.gz"]
 
 
-def test_validation_text_never_reaches_the_vocabulary(texts, call, monkeypatch):
+def test_validation_text_never_reaches_the_vocabulary(texts, run_in_process, monkeypatch):
     import tokenizer
     seen = {}
     train = tokenizer.train_tokenizer
     monkeypatch.setattr(tokenizer, "train_tokenizer", lambda counts, size: seen.update(counts) or train(counts, size))
-    call("train_vocab", "--data", texts, "--vocab_size", 400)
-    call("preprocess")
+    run_in_process("train_vocab", "--data", texts, "--vocab_size", 400)
+    run_in_process("preprocess")
     assert seen == count_words(decoded(*load(), "train")) != count_words(STORIES)
 
 
-def test_the_number_of_workers_changes_nothing(texts, call):
+def test_the_number_of_workers_changes_nothing(texts, run_in_process):
     one = None
     for count in (1, 3):
-        call("train_vocab", "--data", texts, "--vocab_size", 400, "--num_workers", count)
-        call("preprocess", "--num_workers", count)
+        run_in_process("train_vocab", "--data", texts, "--vocab_size", 400, "--num_workers", count)
+        run_in_process("preprocess", "--num_workers", count)
         one = one or (contents(), Path("data/tok400.model").read_bytes())
         assert (contents(), Path("data/tok400.model").read_bytes()) == one
         shutil.rmtree("data/tok400")
@@ -108,17 +108,17 @@ def test_the_words_that_are_left_out_do_not_depend_on_who_is_first(texts, monkey
     assert (one.documents, one.bytes) == (other.documents, other.bytes) == (200, sum(len(s.encode()) for s in STORIES))
 
 
-def test_a_second_run_does_nothing(texts, call, monkeypatch):
-    call("preprocess")
+def test_a_second_run_does_nothing(texts, run_in_process, monkeypatch):
+    run_in_process("preprocess")
     before = contents()
     monkeypatch.setattr(preprocess, "write_shards", None)       # would fail if it were called
-    call("preprocess")
+    run_in_process("preprocess")
     assert contents() == before
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "deleted"])
-def test_a_second_run_does_what_is_missing_or_changed(texts, call, monkeypatch, damage):
-    call("preprocess")
+def test_a_second_run_does_what_is_missing_or_changed(texts, run_in_process, monkeypatch, damage):
+    run_in_process("preprocess")
     before = contents()
     if damage == "changed":
         (texts / "b.json").write_text(json.dumps(STORIES[50:99]), encoding="utf-8")
@@ -130,7 +130,7 @@ def test_a_second_run_does_what_is_missing_or_changed(texts, call, monkeypatch, 
     run = workers.run_jobs
     monkeypatch.setattr(workers, "run_jobs", lambda function, jobs, *args: done.extend(
         jobs if function is preprocess.write_shards else []) or run(function, jobs, *args))
-    call("preprocess", "--verify")
+    run_in_process("preprocess", "--verify")
     assert [job.index for job in done] == [1]
     after = contents()
     assert after.keys() == before.keys() and (after == before) == (damage != "changed")
@@ -138,65 +138,65 @@ def test_a_second_run_does_what_is_missing_or_changed(texts, call, monkeypatch, 
     assert different <= {"train_0001.bin", "val_0001.bin", "manifest.json"}
 
 
-def test_fewer_sources_leave_no_stale_shards(texts, call):
-    call("preprocess")
+def test_fewer_sources_leave_no_stale_shards(texts, run_in_process):
+    run_in_process("preprocess")
     (texts / "d.jsonl.gz").unlink()
-    call("preprocess")
+    run_in_process("preprocess")
     assert sorted(contents()) == ["manifest.json", *(f"{s}_{i:04d}.bin" for s in ("train", "val") for i in range(3))]
 
 
-def test_the_next_command_names_what_the_others_will_not_find(texts, call, capsys):
+def test_the_next_command_names_what_the_others_will_not_find(texts, run_in_process, capsys):
     """A second vocabulary, and a folder of its own."""
     def following() -> str:
         return capsys.readouterr().out.partition("next: ")[2].split("\n")[0]
-    call("train_vocab", "--data", texts, "--data_dir", "mine", "--vocab_size", 300)
+    run_in_process("train_vocab", "--data", texts, "--data_dir", "mine", "--vocab_size", 300)
     assert following() == "python preprocess.py --data_dir mine"
-    call("train_vocab", "--data", texts, "--data_dir", "mine", "--vocab_size", 301)
+    run_in_process("train_vocab", "--data", texts, "--data_dir", "mine", "--vocab_size", 301)
     assert following() == "python preprocess.py --data_dir mine --vocab_size 301"
-    call("preprocess", "--data_dir", "mine", "--vocab_size", 301)
+    run_in_process("preprocess", "--data_dir", "mine", "--vocab_size", 301)
     assert following() == "python train.py --data_dir mine --vocab_size 301"
     with pytest.raises(UserError, match="no mine.tok300.*\n.*preprocess.py --data_dir mine --vocab_size 300"):
-        call("train", "--data_dir", "mine", "--vocab_size", 300)
+        run_in_process("train", "--data_dir", "mine", "--vocab_size", 300)
 
 
-def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, call):
+def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, run_in_process):
     for folder in "data/mine", "data/yours":
-        call("train_vocab", "--data", texts, "--data_dir", folder, "--vocab_size", 300)
-    call("preprocess", "--data_dir", "data/mine")
+        run_in_process("train_vocab", "--data", texts, "--data_dir", folder, "--vocab_size", 300)
+    run_in_process("preprocess", "--data_dir", "data/mine")
     with pytest.raises(UserError, match="no vocabulary in .*mime\n.*: data.mine, data.yours, data. else make one: "
                        "python train_vocab.py --data_dir data.mime"):
-        call("train", "--data_dir", "data/mime")
+        run_in_process("train", "--data_dir", "data/mime")
     with pytest.raises(UserError, match="no data.yours.tok300.*\n.*another --data_dir: data.mine. else run "
                        "python preprocess.py --data_dir data.yours$"):
-        call("train", "--data_dir", "data/yours")
+        run_in_process("train", "--data_dir", "data/yours")
 
 
 @pytest.mark.parametrize("script", ["train_vocab", "preprocess"])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_all_files_that_are_not_utf8_are_named_at_once(texts, call, script, processes):
+def test_all_files_that_are_not_utf8_are_named_at_once(texts, run_in_process, script, processes):
     wrong = [texts / f"{i}.txt" for i in range(7)]
     for path in wrong:
         path.write_bytes("你好".encode("gbk"))
     (texts / "z.txt.gz").write_bytes(b"wrong in another way")
     with pytest.raises(UserError, match="7 of 12 files are not UTF-8 text: .*0.txt, .*4.txt and 2 more\n") as error:
-        call(script, "--data", texts, "--num_workers", processes)
+        run_in_process(script, "--data", texts, "--num_workers", processes)
     assert "--encoding gb18030" in str(error.value)
     wrong[3].write_bytes(b"\xff\xff\xff")
     with pytest.raises(UserError, match="3.txt: this is not gb18030 text"):         # the others are
-        call(script, "--data", texts, "--num_workers", processes, "--encoding", "gb18030")
+        run_in_process(script, "--data", texts, "--num_workers", processes, "--encoding", "gb18030")
     for path in wrong[1:]:
         path.unlink()
     with pytest.raises(UserError, match="0.txt: this is not UTF-8 text.*\n.*--encoding gb18030"):
-        call(script, "--data", wrong[0], "--num_workers", processes)
+        run_in_process(script, "--data", wrong[0], "--num_workers", processes)
     with pytest.raises(UserError, match="0.txt: this is not utf-16 text"):
-        call(script, "--data", wrong[0], "--encoding", "utf-16")
+        run_in_process(script, "--data", wrong[0], "--encoding", "utf-16")
     for name in ("gbkk", "base64"):
         with pytest.raises(UserError, match=f"--encoding {name} is not known"):
-            call(script, "--encoding", name)
+            run_in_process(script, "--encoding", name)
 
 
 @pytest.mark.parametrize("name", ["2.txt", "2.txt.gz", "2.jsonl"])
-def test_files_in_another_encoding_are_the_same_text(call, tmp_path, name):
+def test_files_in_another_encoding_are_the_same_text(run_in_process, tmp_path, name):
     """Beside those in UTF-8; step 2 knows it from step 1."""
     folder, stories = tmp_path / "mixed", [f"很久以前，有{i}只熊。" for i in range(40)]
     content = "\n".join(map(json.dumps, stories)) if name.endswith("jsonl") else "<|endoftext|>".join(stories)
@@ -207,32 +207,32 @@ def test_files_in_another_encoding_are_the_same_text(call, tmp_path, name):
     for encoding in "utf-8", "gb18030":
         written = content.encode(encoding)
         (folder / name).write_bytes(gzip.compress(written) if name.endswith("gz") else written)
-        call("train_vocab", "--data", folder, "--vocab_size", 300, "--encoding", "gb18030")
-        call("preprocess", "--verify")
+        run_in_process("train_vocab", "--data", folder, "--vocab_size", 300, "--encoding", "gb18030")
+        run_in_process("preprocess", "--verify")
         shard_set = shards.read_manifest(Path("data/tok300"))
         found.append((Path("data/tok300.model").read_bytes(), [shard.sha256 for shard in shard_set.shards]))
     assert found[0] == found[1]
-    call("preprocess", "--encoding", "big5")
+    run_in_process("preprocess", "--encoding", "big5")
     assert [shard.sha256 for shard in shards.read_manifest(Path("data/tok300")).shards] != found[0][1]
 
 
-def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, call):
+def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, run_in_process):
     good = (texts / "c.txt").read_bytes()
     (texts / "c.txt").write_bytes(good + b"\xff")
     with pytest.raises(UserError, match="c.txt: this is not UTF-8 text"):
-        call("preprocess", "--num_workers", 2)
+        run_in_process("preprocess", "--num_workers", 2)
     assert "manifest.json" not in contents() and "manifest.part.json" in contents()
     assert not [name for name in contents() if name.endswith(".tmp")]
     (texts / "c.txt").write_bytes(good)
-    call("preprocess", "--verify")
+    run_in_process("preprocess", "--verify")
     mended = contents()
     shutil.rmtree("data/tok400")
-    call("preprocess")
+    run_in_process("preprocess")
     assert contents() == mended
 
 
-def test_verify_finds_a_wrong_shard(texts, call, capsys):
-    call("preprocess", "--verify")
+def test_verify_finds_a_wrong_shard(texts, run_in_process, capsys):
+    run_in_process("preprocess", "--verify")
     assert "200 documents have the ids of the plain way" in capsys.readouterr().out
     path = Path("data/tok400/train_0000.bin")
     ids = np.fromfile(path, "<u2")
@@ -243,11 +243,11 @@ def test_verify_finds_a_wrong_shard(texts, call, capsys):
     found.shards = [replace(shard, sha256=sha256(path)) if shard.file == path.name else shard for shard in found.shards]
     found.save()                    # else the shard would be made again
     with pytest.raises(UserError, match="train_0000.bin: the ids from [0-9,]+ on"):
-        call("preprocess", "--verify")
+        run_in_process("preprocess", "--verify")
 
 
-def test_verify_finds_ids_that_are_of_no_document(texts, call):
-    call("preprocess")
+def test_verify_finds_ids_that_are_of_no_document(texts, run_in_process):
+    run_in_process("preprocess")
     path, folder = Path("data/tok400/train_0000.bin"), Path("data/tok400")
     found = shards.read_manifest(folder)
     path.write_bytes(path.read_bytes() + bytes([5, 1] * 30))
@@ -255,10 +255,10 @@ def test_verify_finds_ids_that_are_of_no_document(texts, call):
                     for shard in found.shards]
     found.save()
     with pytest.raises(UserError, match="train_0000.bin has 30 ids that are of no document"):
-        call("preprocess", "--verify")
+        run_in_process("preprocess", "--verify")
 
 
-def test_what_is_held_out_of_step_1_is_bounded(call, capsys, monkeypatch):
+def test_what_is_held_out_of_step_1_is_bounded(run_in_process, capsys, monkeypatch):
     """When text repeats itself, nearly all of it may be for validation."""
     texts = ["the same story", "another one"]
     often = min(texts, key=lambda text: corpus.document_hash(text.encode()))
@@ -266,81 +266,81 @@ def test_what_is_held_out_of_step_1_is_bounded(call, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "VAL_BYTES", 1000)
     held = []
     monkeypatch.setattr(train_vocab, "check_round_trip", lambda vocabulary, found: held.extend(found.val_sample))
-    call("train_vocab", "--data", "a.jsonl", "--vocab_size", 300)
+    run_in_process("train_vocab", "--data", "a.jsonl", "--vocab_size", 300)
     assert set(held) == {often.encode()} and 1000 <= sum(map(len, held)) < 1000 + len(often)
     assert "note: 501 documents are for validation, and only 1 to learn from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [("train_vocab",), ("preprocess", "--tokenizer", "data/tok400.model")])
 @pytest.mark.parametrize("folder", ["texts", "texts/vocabulary"])
-def test_what_is_written_must_not_be_in_the_text(texts, call, folder, script):
+def test_what_is_written_must_not_be_in_the_text(texts, run_in_process, folder, script):
     before = sorted(texts.iterdir())
     with pytest.raises(UserError, match="is in the text.*\n.*--data_dir data.mine"):
-        call(*script, "--data", texts, "--data_dir", texts.parent / folder)
+        run_in_process(*script, "--data", texts, "--data_dir", texts.parent / folder)
     assert sorted(texts.iterdir()) == before
     here = Path.cwd()
     with pytest.raises(UserError, match=re.escape(f"--data_dir {here.with_name(f'{here.name}-data')}")):
-        call(*script, "--data", ".", "--data_dir", "d9")                # data/mine would be in it too
+        run_in_process(*script, "--data", ".", "--data_dir", "d9")                # data/mine would be in it too
     assert not Path("d9").exists()
     with pytest.raises(UserError, match="make one: python train_vocab.py --data .*texts --data_dir data/mine$"):
-        call("train", "--data_dir", texts)
+        run_in_process("train", "--data_dir", texts)
 
 
-def test_an_adopted_vocabulary_whose_text_failed_is_told_how_to_go_on(texts, call):
+def test_an_adopted_vocabulary_whose_text_failed_is_told_how_to_go_on(texts, run_in_process):
     shutil.move("data/tok400.model", "theirs.model")
     Path("data/tok400.json").unlink()
     (texts / "a.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="not UTF-8"):
-        call("preprocess", "--tokenizer", "theirs.model", "--data", texts)
+        run_in_process("preprocess", "--tokenizer", "theirs.model", "--data", texts)
     with pytest.raises(UserError, match="run python preprocess.py --data PATH$"):
-        call("train")
+        run_in_process("train")
     with pytest.raises(UserError, match="no tokenizer at their.model\n.*there is theirs.model"):
-        call("preprocess", "--tokenizer", "their.model", "--data", texts)
+        run_in_process("preprocess", "--tokenizer", "their.model", "--data", texts)
 
 
-def test_a_size_that_cannot_be_is_refused_before_all_else(call):
+def test_a_size_that_cannot_be_is_refused_before_all_else(run_in_process):
     with pytest.raises(UserError, match="--vocab_size 100 is too small"):
-        call("train_vocab", "--data", "nowhere", "--vocab_size", 100)
+        run_in_process("train_vocab", "--data", "nowhere", "--vocab_size", 100)
 
 
-def test_a_retrained_vocabulary_is_noticed(texts, call):
-    call("preprocess")
+def test_a_retrained_vocabulary_is_noticed(texts, run_in_process):
+    run_in_process("preprocess")
     (texts / "a.json").write_text(json.dumps(["entirely other words"] * 50 + STORIES[:3]), encoding="utf-8")
-    call("train_vocab", "--data", texts, "--vocab_size", 400)
+    run_in_process("train_vocab", "--data", texts, "--vocab_size", 400)
     with pytest.raises(UserError, match="another vocabulary"):
         load()
-    call("preprocess")
+    run_in_process("preprocess")
     load()
 
 
-def test_other_text_than_step_1_has_a_split_too(texts, call, tmp_path):
+def test_other_text_than_step_1_has_a_split_too(texts, run_in_process, tmp_path):
     (tmp_path / "mine.txt").write_text("One.<|endoftext|>Two.<|endoftext|>Three.", encoding="utf-8")
-    call("preprocess", "--data", tmp_path / "mine.txt")
+    run_in_process("preprocess", "--data", tmp_path / "mine.txt")
     found, vocabulary = load()
     assert sorted(decoded(found, vocabulary, "train") + decoded(found, vocabulary, "val")) == ["One.", "Three.", "Two."]
 
 
-def test_a_vocabulary_from_elsewhere(texts, call):
+def test_a_vocabulary_from_elsewhere(texts, run_in_process):
     shutil.move("data/tok400.model", "theirs.model")
     Path("data/tok400.json").unlink()
-    call("preprocess", "--tokenizer", "theirs.model", "--data", texts, "--verify")
+    run_in_process("preprocess", "--tokenizer", "theirs.model", "--data", texts, "--verify")
     found, vocabulary = load()
     assert vocabulary.sha256 == Tokenizer("theirs.model").sha256 and found.total("train", "documents") > 150
     made = contents()
     shutil.rmtree("data/tok400")
-    call("preprocess")                          # it knows its text by now
+    run_in_process("preprocess")                          # it knows its text by now
     assert contents() == made
-    Path("other.model").write_bytes(learn(STORIES[:40], 400).model)
+    Path("other.model").write_bytes(learn_tokenizer(STORIES[:40], 400).model)
     with pytest.raises(UserError, match="another vocabulary of that size"):
-        call("preprocess", "--tokenizer", "other.model", "--data", texts)
+        run_in_process("preprocess", "--tokenizer", "other.model", "--data", texts)
 
 
-def test_what_is_next_depends_on_whether_there_were_weights_too(texts, bytewise, call, capsys):
+def test_what_is_next_depends_on_whether_there_were_weights_too(texts, byte_checkpoint, run_in_process, capsys):
     llama2c.write_vocabulary(Tokenizer("data/tok400.model"), Path("tokenizer.bin"))
-    shutil.copy(bytewise, "weights.model")
+    shutil.copy(byte_checkpoint, "weights.model")
     for name, expected in (("tokenizer.bin", "python train.py --data_dir own\n"),
                            ("weights.model", "python train.py --data_dir own2 --init_from weights.model --out_dir ")):
-        call("preprocess", "--tokenizer", name, "--data", texts, "--data_dir", "own2" if "init" in expected else "own")
+        run_in_process("preprocess", "--tokenizer", name, "--data", texts, "--data_dir", "own2" if "init" in expected else "own")
         assert capsys.readouterr().out.partition("next: ")[2].startswith(expected)
 
 
@@ -369,8 +369,8 @@ def sealed(content: dict) -> bytes:
     ("manifest.json", lambda content: content.replace(b"true", b"false").replace(b"train_0", b"train_1"), "checksum"),
     ("manifest.json", lambda content: sealed({**unsealed(content), "format": 3}), "format 3"),
     ("manifest.json", lambda content: sealed({**unsealed(content), "shards": [{"file": "../x"}]}), "damaged")])
-def test_damaged_shards_are_refused_by_name(texts, call, name, change, message):
-    call("preprocess")
+def test_damaged_shards_are_refused_by_name(texts, run_in_process, name, change, message):
+    run_in_process("preprocess")
     path = Path("data/tok400") / name
     content = path.read_bytes()
     path.unlink()
@@ -383,16 +383,16 @@ def test_damaged_shards_are_refused_by_name(texts, call, name, change, message):
 
 def test_from_the_command_line(texts):
     (texts / "b.json").write_text("[1]", encoding="utf-8")
-    assert_user_error(script("preprocess", "--num_workers", "2"), "b.json: record 1: expected a text, found int")
+    assert_user_error(run_subprocess("preprocess", "--num_workers", "2"), "b.json: record 1: expected a text, found int")
 
 
-def test_damaged_notes_of_step_1_are_refused(texts, call):
+def test_damaged_notes_of_step_1_are_refused(texts, run_in_process):
     Path("data/tok400.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="tok400.json is damaged"):
-        call("preprocess")
+        run_in_process("preprocess")
 
 
-def test_a_split_without_documents_is_said(texts, call):
+def test_a_split_without_documents_is_said(texts, run_in_process):
     (texts / "keep.json").write_text("[]", encoding="utf-8")
     threshold = json.loads(Path("data/tok400.json").read_text(encoding="utf-8"))["val_threshold"]
     train_only = list(islice((t for t in STORIES if corpus.document_hash(t.encode()) > threshold), 20))
@@ -400,18 +400,18 @@ def test_a_split_without_documents_is_said(texts, call):
         path.unlink()
     (texts / "a.json").write_text(json.dumps(train_only), encoding="utf-8")
     with pytest.raises(UserError, match="is for val"):
-        call("preprocess")
+        run_in_process("preprocess")
     assert not Path("data/tok400/manifest.json").exists()
 
 
-def test_without_the_notes_of_step_1_the_text_must_be_named(texts, call):
-    call("preprocess")
+def test_without_the_notes_of_step_1_the_text_must_be_named(texts, run_in_process):
+    run_in_process("preprocess")
     before = contents()
     Path("data/tok400.json").unlink()
     with pytest.raises(UserError, match="--data PATH"):
-        call("preprocess")
+        run_in_process("preprocess")
     assert contents() == before
-    call("preprocess", "--data", texts)
+    run_in_process("preprocess", "--data", texts)
 
 
 def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
@@ -427,6 +427,6 @@ def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    result = script("preprocess", "--data", texts)
+    result = run_subprocess("preprocess", "--data", texts)
     assert result.returncode == 0, result.stderr
     assert load()[0].total("train", "documents") + load()[0].total("val", "documents") == len(STORIES) * 100

@@ -45,9 +45,9 @@ def test_help_lists_them(capsys):
     assert all(f"  {name} " in shown for name in PRESETS) and "--dim 128 --n_layers 4" in shown
 
 
-def test_training_says_how_the_preset_did(call, project, monkeypatch, capsys):
+def test_training_says_how_the_preset_did(run_in_process, project, monkeypatch, capsys):
     tiny = dict(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, max_seq_len=32, batch_size=2, max_iters=4, eval_interval=2,
                 sample_tokens=0, compile=False)
     monkeypatch.setitem(PRESETS, "mine", Preset("", 512, tiny, ((0.0, 1.25, ""), (9.0, 1.25, ""))))
-    call("train", "--preset", "mine", "--data_dir", project)
+    run_in_process("train", "--preset", "mine", "--data_dir", project)
     assert capsys.readouterr().out.count("mine was at 1.250 bits per byte by now") == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_user_error, learn, quickly, script
+from conftest import ROOT, TINY, assert_user_error, learn_tokenizer, run_captured, run_subprocess
 
 from sample import Completion, TextGenerator
 from tinyllm import checkpoint, shards
@@ -23,12 +23,12 @@ from tinyllm.files import file_lock
 def trained(project, tmp_path_factory) -> Path:
     """A checkpoint of a few steps, as train.py writes it."""
     out = tmp_path_factory.mktemp("out")
-    result = script("train", "--data_dir", project, "--out_dir", out, *TINY, "--max_iters", 30, "--learning_rate", 0.02)
+    result = run_subprocess("train", "--data_dir", project, "--out_dir", out, *TINY, "--max_iters", 30, "--learning_rate", 0.02)
     assert result.returncode == 0, result.stderr
     return out / "ckpt.pt"
 
 
-def dictate(monkeypatch, generator, *rows):
+def fake_engine(monkeypatch, generator, *rows):
     """Have the engine yield these tokens, one list for each text."""
     size = generator.tokenizer.n_words
     steps = [Step([row[i] if i < len(row) else None for row in rows], torch.zeros(len(rows), size))
@@ -53,8 +53,8 @@ def test_greedy_needs_no_seed(trained):
     assert generator.sample("The", 1, 20, 0) == generator.sample("The", 1, 20, 1.0, top_k=1)
 
 
-def test_the_stream_is_the_sample_in_whole_characters(bytewise):
-    generator = TextGenerator(bytewise)
+def test_the_stream_is_the_sample_in_whole_characters(byte_checkpoint):
+    generator = TextGenerator(byte_checkpoint)
     want = generator.sample("你好", 3, 120, 1.5, top_k=0)
     done = [Completion("你好") for _ in range(3)]
     pieces = list(generator.generate(done, 120, 1.5, top_k=0))
@@ -65,13 +65,13 @@ def test_the_stream_is_the_sample_in_whole_characters(bytewise):
     assert "".join(streamed) == want[0] and all(streamed) and streamed[0] == "你好"
 
 
-def test_a_character_of_several_tokens_comes_whole(bytewise, monkeypatch):
-    generator = TextGenerator(bytewise)
+def test_a_character_of_several_tokens_comes_whole(byte_checkpoint, monkeypatch):
+    generator = TextGenerator(byte_checkpoint)
     ids = generator.tokenizer.encode("好😀!")[1:]       # without the space in front
     assert len(ids) == 3 + 4 + 1
-    dictate(monkeypatch, generator, ids)
+    fake_engine(monkeypatch, generator, ids)
     assert list(generator.stream("x", 9)) == ["x", "好", "😀", "!"]
-    dictate(monkeypatch, generator, ids[:2])
+    fake_engine(monkeypatch, generator, ids[:2])
     assert "".join(generator.stream("x", 9)) == "x\ufffd\ufffd"
 
 
@@ -84,18 +84,18 @@ def test_stories_end_where_the_model_ends_them(trained, monkeypatch):
     assert [one.stop_reason for one in generator.completions(["a", "b"])] == ["eos"] * 2
 
 
-def test_a_stop_text_ends_a_story_and_is_not_shown(bytewise, monkeypatch):
+def test_a_stop_text_ends_a_story_and_is_not_shown(byte_checkpoint, monkeypatch):
     """Also when it comes in several tokens, and when what looked like its beginning was none."""
-    generator = TextGenerator(bytewise)
+    generator = TextGenerator(byte_checkpoint)
     ids = generator.tokenizer.encode("a cab ca. cat b")
     assert len(ids) > 6
     for stop, text in [
             (["cat"], "a cab ca. "), (["ca"], "a "), (["b c", "zz"], "a ca"), (["cat b", "t b"], "a cab ca. "),
             (["dog"], "a cab ca. cat b"), (["", "cat bb"], "a cab ca. cat b"), ([], "a cab ca. cat b")]:
-        dictate(monkeypatch, generator, ids)
+        fake_engine(monkeypatch, generator, ids)
         one, = generator.completions(["x"], 99, stop=stop)
         assert (one.text, one.stop_reason) == (" " + text, "stop" if len(text) < 15 else "eos"), stop
-        dictate(monkeypatch, generator, ids)
+        fake_engine(monkeypatch, generator, ids)
         pieces = list(generator.stream("", 99, stop=stop))
         assert "".join(pieces) == text and not any("cat" in piece for piece in pieces[1:-1])
 
@@ -135,7 +135,7 @@ def test_a_text_is_scored_as_an_evaluation_scores_it(trained, project):
 
 def test_a_score_from_the_command_line(trained):
     Path("story.txt").write_text("The dog and the cat went out — to play.", encoding="utf-8")
-    result = quickly("sample", "--checkpoint", trained, "--score", "story.txt")
+    result = run_captured("sample", "--checkpoint", trained, "--score", "story.txt")
     tokens = TextGenerator(trained).read(TextGenerator(trained).tokenizer.encode(
         "The dog and the cat went out — to play.", bos=True, eos=True))
     loss = -sum(token.logprob for token in tokens) / len(tokens)
@@ -146,11 +146,11 @@ def test_a_score_from_the_command_line(trained):
 
 
 def test_tokens_are_listed_with_their_probability(trained):
-    plain = quickly("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6")
-    listed = quickly("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--logprobs")
+    plain = run_captured("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6")
+    listed = run_captured("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--logprobs")
     pieces = [ast.literal_eval(line.split("  ")[-1]) for line in listed.stdout.splitlines()]
     assert "".join(pieces).replace("\u2581", " ").strip() == plain.stdout.strip()
-    shown = quickly("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--show_probs",
+    shown = run_captured("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--show_probs",
                    "--no_echo").stdout.splitlines()
     assert shown[0] == plain.stdout.rstrip("\n").removeprefix("The dog") and "likeliest:" in shown[1]
     assert len(shown) == 1 + len(TextGenerator(trained).completions(["The dog"], 6)[0].tokens)
@@ -158,18 +158,18 @@ def test_tokens_are_listed_with_their_probability(trained):
 
 def test_how_stories_are_shown(trained):
     command = ["sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "20", "--num_samples", "2"]
-    plain = quickly(*command).stdout
-    assert quickly(*command, "--stream", "False").stdout == plain
-    assert quickly(*command, "--echo", "False").stdout == plain.replace("The dog", "")
-    assert quickly(*command, "--quantize", "int8").stdout.count("The dog") == 2
+    plain = run_captured(*command).stdout
+    assert run_captured(*command, "--stream", "False").stdout == plain
+    assert run_captured(*command, "--echo", "False").stdout == plain.replace("The dog", "")
+    assert run_captured(*command, "--quantize", "int8").stdout.count("The dog") == 2
 
 
 def test_texts_of_any_language_can_be_read_in_the_output_file(trained):
     prompts = ["从前，", "line\u2028separator\x85"]
     Path("in.txt").write_text("\n".join(prompts), encoding="utf-8")
     for _ in range(2):                      # and it goes on
-        result = quickly("sample", "--checkpoint", trained, "--input_file", "in.txt", "--output_file", "out.jsonl",
-                         "--max_new_tokens", 3)
+        result = run_captured("sample", "--checkpoint", trained, "--input_file", "in.txt", "--output_file", "out.jsonl",
+                              "--max_new_tokens", 3)
         assert result.returncode == 0, result.stderr
     text = Path("out.jsonl").read_text(encoding="utf-8")
     assert "从前，" in text and [json.loads(line)["prompt"] for line in text.splitlines()] == prompts
@@ -179,7 +179,7 @@ def test_a_text_is_scored_as_texts_of_a_training_are_read(trained):
     """Without white space around it; and characters of several tokens are shown whole."""
     for name, text in ("a.txt", "Once 天 upon"), ("b.txt", "\n Once 天 upon\n"):
         Path(name).write_text(text, encoding="utf-8")
-    one, two = (quickly("sample", "--checkpoint", trained, "--score", name).stdout for name in ("a.txt", "b.txt"))
+    one, two = (run_captured("sample", "--checkpoint", trained, "--score", name).stdout for name in ("a.txt", "b.txt"))
     assert one == two and "天" in one
 
 
@@ -188,7 +188,7 @@ def test_prompts_from_a_file(trained):
     Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     command = ["sample", "--checkpoint", trained, "--input_file", "prompts.txt", "--max_new_tokens", "9",
                "--batch_size", "2", "--output_file", "out.jsonl"]
-    assert quickly(*command).returncode == 0
+    assert run_captured(*command).returncode == 0
     whole = Path("out.jsonl").read_bytes()
     records = [json.loads(line) for line in whole.decode().splitlines()]
     assert [record["prompt"] for record in records] == prompts
@@ -197,21 +197,21 @@ def test_prompts_from_a_file(trained):
     assert records[3]["text"] == alone.text and records[3]["tokens"] == alone.tokens
     for size in (10, whole.index(b"\n") + 30, len(whole)):                     # as an interrupted run leaves it
         Path("out.jsonl").write_bytes(whole[:size])
-        assert quickly(*command).returncode == 0 and Path("out.jsonl").read_bytes() == whole
-    shown = quickly(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
+        assert run_captured(*command).returncode == 0 and Path("out.jsonl").read_bytes() == whole
+    shown = run_captured(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
     assert shown == [record["prompt"] + record["text"] for record in records]
     with file_lock(Path("out.jsonl")):
-        assert_user_error(quickly(*command), "another process is writing to", "out.jsonl")
+        assert_user_error(run_captured(*command), "another process is writing to", "out.jsonl")
     Path("prompts.txt").write_text("Another\n", encoding="utf-8")
-    assert_user_error(quickly(*command), "out.jsonl", "other prompts")
+    assert_user_error(run_captured(*command), "out.jsonl", "other prompts")
     Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
-    assert_user_error(quickly(*command), "out.jsonl", "other prompts")
+    assert_user_error(run_captured(*command), "out.jsonl", "other prompts")
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes, on one line"
     Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
     Path("prompts.txt").write_text("", encoding="utf-8")                        # nothing to write, nothing to lose
-    assert_user_error(quickly(*command), "out.jsonl", "other prompts")
+    assert_user_error(run_captured(*command), "out.jsonl", "other prompts")
     Path("out.jsonl").write_text("my notes\n", encoding="utf-8")
-    assert_user_error(quickly(*command), "out.jsonl", "not from this command")
+    assert_user_error(run_captured(*command), "out.jsonl", "not from this command")
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes\n"
 
 
@@ -219,8 +219,8 @@ def test_taking_turns(trained):
     """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
     lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x",
              "The dog", " and", "", "/clear", "The dog", "/what", "/exit", "never"]
-    result = script("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", "--device", "cpu",
-                    input="\n".join(lines))
+    result = run_subprocess("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", "--device", "cpu",
+                            input="\n".join(lines))
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     generator = TextGenerator(trained)
     first = generator.sample("The dog", 1, 8, temperature=0)[0]
@@ -236,7 +236,7 @@ def test_taking_turns(trained):
 def test_a_line_that_is_no_text_does_not_end_the_turns(trained, monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"/set temperature 0\na\xff\nThe dog\n"), encoding="utf-8", errors="strict")
     monkeypatch.setattr(sys, "stdin", typed)
-    result = quickly("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", "--device", "cpu")
+    result = run_captured("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", "--device", "cpu")
     assert result.returncode == 0 and "not text" in result.stderr, result.stderr
     assert TextGenerator(trained).sample("The dog", 1, 8, temperature=0)[0].removeprefix("The dog") in result.stdout
 
@@ -250,10 +250,10 @@ def test_no_texts_ask_nothing_of_the_engine(trained, monkeypatch):
         generator.completions([], top_p=7)
 
 
-def test_longer_than_the_window_is_said_once(bytewise, capsys, monkeypatch):
-    generator = TextGenerator(bytewise)
+def test_longer_than_the_window_is_said_once(byte_checkpoint, capsys, monkeypatch):
+    generator = TextGenerator(byte_checkpoint)
     for count, notes in ((256, 0), (257, 1), (270, 0)):             # the last token is not read any more
-        dictate(monkeypatch, generator, [97] * count)
+        fake_engine(monkeypatch, generator, [97] * count)
         assert len(generator.completions([""], 300)[0].tokens) == count
         assert capsys.readouterr().err.count("note: the model sees 256 tokens") == notes
 
@@ -278,7 +278,7 @@ def test_settings_out_of_range(trained, options, message):
 
 
 def test_another_vocabulary_is_refused(trained, project):
-    other = learn(["other words"] * 3, 512)
+    other = learn_tokenizer(["other words"] * 3, 512)
     Path("other.model").write_bytes(other.model)
     with pytest.raises(UserError, match="other.model is not the vocabulary"):
         TextGenerator(trained, "other.model")
@@ -286,42 +286,42 @@ def test_another_vocabulary_is_refused(trained, project):
 
 
 def test_stdout_holds_the_stories_and_nothing_else(trained):
-    result = script("sample", "--checkpoint", trained, "--prompt", "One day, Lily met a Shoggoth", "--num_samples", "3",
-                    "--max_new_tokens", "20", "--device", "cpu")
+    result = run_subprocess("sample", "--checkpoint", trained, "--prompt", "One day, Lily met a Shoggoth", "--num_samples", "3",
+                            "--max_new_tokens", "20", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     texts = result.stdout.removesuffix("\n").split("\n---\n")
     assert texts == TextGenerator(trained).sample("One day, Lily met a Shoggoth", 3, 20)
     assert "parameters" in result.stderr
-    again = script("sample", "--checkpoint", trained, "--prompt=One day, Lily met a Shoggoth", "--num_samples=3",
-                   "--max_new_tokens=20", "--device=cpu")
+    again = run_subprocess("sample", "--checkpoint", trained, "--prompt=One day, Lily met a Shoggoth", "--num_samples=3",
+                           "--max_new_tokens=20", "--device=cpu")
     assert again.stdout == result.stdout
 
 
 def test_a_prompt_from_a_file(trained):
     Path("prompt.txt").write_text("Tom — ein Bär\n雨", encoding="utf-8")
-    result = quickly("sample", "--checkpoint", trained, "--prompt", "FILE:prompt.txt", "--max_new_tokens", "5")
+    result = run_captured("sample", "--checkpoint", trained, "--prompt", "FILE:prompt.txt", "--max_new_tokens", "5")
     assert result.stdout.startswith("Tom — ein Bär\n雨"), result.stderr
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--prompt", "FILE:nowhere.txt"), "nowhere.txt")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--prompt", "FILE:nowhere.txt"), "nowhere.txt")
 
 
 def test_mistakes_are_one_clear_line(trained, tmp_path):
-    assert_user_error(quickly("sample"), "no checkpoint", "python train.py")
+    assert_user_error(run_captured("sample"), "no checkpoint", "python train.py")
     Path("junk.pt").write_bytes(b"junk")
-    assert_user_error(quickly("sample", "--checkpoint", "junk.pt"), "junk.pt", "damaged")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--temperature", "-1", "--top_p", "2"), "temperature",
+    assert_user_error(run_captured("sample", "--checkpoint", "junk.pt"), "junk.pt", "damaged")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--temperature", "-1", "--top_p", "2"), "temperature",
                       "top_p")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--device", "cuda:9"), "cuda:9")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--tokenizer", "none.model"), "none.model")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--quantize", "int3"), "int3", "int8")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--score", "junk.pt", "--top_k", 3), "--top_k has no")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--compile", "--score", "junk.pt"), "--compile has no")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--input_file", "x" * 300), "x" * 300)
-    assert_user_error(quickly("sample", "--prompt", "-x"), "--name=-value")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--system", "x"), "--interactive")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--system", "x", "--interactive"), "taught to talk")
-    assert_user_error(quickly("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--device", "cuda:9"), "cuda:9")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--tokenizer", "none.model"), "none.model")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--quantize", "int3"), "int3", "int8")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--score", "junk.pt", "--top_k", 3), "--top_k has no")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--compile", "--score", "junk.pt"), "--compile has no")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--input_file", "x" * 300), "x" * 300)
+    assert_user_error(run_captured("sample", "--prompt", "-x"), "--name=-value")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--system", "x"), "--interactive")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--system", "x", "--interactive"), "taught to talk")
+    assert_user_error(run_captured("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows calls a pipe without a reader an invalid argument")

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_user_error, script
+from conftest import ROOT, assert_user_error, run_subprocess
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -142,7 +142,7 @@ def test_no_function_bypasses_the_command_line(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_typo_ends_with_status_1_and_a_suggestion(name):
     first = next(iter(cli._setting_comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
-    assert_user_error(script(name, f"--{first}x", "1"), f"did you mean --{first}?")
+    assert_user_error(run_subprocess(name, f"--{first}x", "1"), f"did you mean --{first}?")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="quoting is that of a POSIX shell")

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import assert_user_error, quickly
+from conftest import assert_user_error, run_captured
 
 from extras.token_probs import (
     Token,
@@ -56,13 +56,13 @@ class Page(HTMLParser):
 
 
 def page_of(path: Path, *args) -> Page:
-    result = quickly("sample", "--checkpoint", path, "--max_new_tokens", 30, *args, "--show_probs=new/folder/page.html")
+    result = run_captured("sample", "--checkpoint", path, "--max_new_tokens", 30, *args, "--show_probs=new/folder/page.html")
     assert result.returncode == 0, result.stderr
     return Page(Path("new/folder/page.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_has_the_stories_and_what_was_read_of_each_token(bytewise):
-    page, generator = page_of(bytewise, "--prompt", EVIL, "--num_samples", 2), TextGenerator(bytewise)
+def test_the_page_has_the_stories_and_what_was_read_of_each_token(byte_checkpoint):
+    page, generator = page_of(byte_checkpoint, "--prompt", EVIL, "--num_samples", 2), TextGenerator(byte_checkpoint)
     done, head = generator.completions([EVIL] * 2, 30), generator.tokenizer.encode_prompt(EVIL)
     assert page.stories == [escape_control_chars(EVIL + one.text) for one in done] and done[0].text != done[1].text
     for one, found in zip(done, page.tokens, strict=True):
@@ -78,14 +78,14 @@ def test_the_page_has_the_stories_and_what_was_read_of_each_token(bytewise):
         assert [text for text, _, _ in found if "\u732b" in text] == ["\u732b"]     # once, though it is three tokens
 
 
-def test_without_echo_the_page_has_no_prompt(bytewise):
-    page = page_of(bytewise, "--prompt", EVIL, "--no_echo")
-    assert page.stories == [escape_control_chars(TextGenerator(bytewise).completions([EVIL], 30)[0].text)]
+def test_without_echo_the_page_has_no_prompt(byte_checkpoint):
+    page = page_of(byte_checkpoint, "--prompt", EVIL, "--no_echo")
+    assert page.stories == [escape_control_chars(TextGenerator(byte_checkpoint).completions([EVIL], 30)[0].text)]
     assert len(page.tokens[0]) == 30
 
 
-def test_nothing_in_the_page_is_executed_or_fetched(bytewise):
-    page = page_of(bytewise, "--prompt", EVIL, "--stop", "<img src=x onerror=alert(1)>")
+def test_nothing_in_the_page_is_executed_or_fetched(byte_checkpoint):
+    page = page_of(byte_checkpoint, "--prompt", EVIL, "--stop", "<img src=x onerror=alert(1)>")
     assert page.tags == {"html", "head", "meta", "title", "style", "body", "h1", "p", "span", "br", "article", "footer"}
     assert {name for name, _ in page.attributes} == {"lang", "charset", "name", "content", "http-equiv", "class",
                                                      "tabindex", "data-tip"}
@@ -101,8 +101,8 @@ def test_what_appears_beside_a_token_cannot_leave_its_attribute():
     assert page.tokens[0][0][2][::4] == ["'\"> <b>'", " 50.00%  '\" onfocus=\"a()'"]
 
 
-def test_average_and_colours(bytewise):
-    generator, one = TextGenerator(bytewise), Completion("", text="ab c")
+def test_average_and_colours(byte_checkpoint):
+    generator, one = TextGenerator(byte_checkpoint), Completion("", text="ab c")
     one.tokens = generator.tokenizer.encode("ab c")
     chances = [0.005, 0.03, 0.1, 0.3, 0.6, 0.9][:len(one.tokens)]
     one.logprobs = [math.log(chance) for chance in chances]
@@ -113,16 +113,16 @@ def test_average_and_colours(bytewise):
     assert [kinds for _, kinds, _ in Page(source).tokens[0]] == [[f"p{level}"] for level in range(len(chances))]
 
 
-def test_what_ends_a_story_has_a_place_but_no_text(bytewise):
-    generator, one = TextGenerator(bytewise), Completion("", text="ab", stop_reason="stop")
+def test_what_ends_a_story_has_a_place_but_no_text(byte_checkpoint):
+    generator, one = TextGenerator(byte_checkpoint), Completion("", text="ab", stop_reason="stop")
     one.tokens = generator.tokenizer.encode("abc")
     one.logprobs = [-1.0] * len(one.tokens)
     page = Page(story_html(generator, one, "", echo=True))
     assert page.stories == ["ab"] and len(page.tokens[0]) == len(one.tokens)
 
 
-def test_the_first_token_has_no_probability_where_nothing_is_before_it(bytewise):
-    generator, one = TextGenerator(bytewise), Completion("abc" + EVIL, text="\nab")
+def test_the_first_token_has_no_probability_where_nothing_is_before_it(byte_checkpoint):
+    generator, one = TextGenerator(byte_checkpoint), Completion("abc" + EVIL, text="\nab")
     generator.tokenizer.bos_id = -1
     one.tokens, one.logprobs = generator.tokenizer.encode("x\nab")[-2:], [-1.0] * 2
     ids, page = generator.tokenizer.encode(one.prompt), Page(story_html(generator, one, "", echo=True))
@@ -130,8 +130,8 @@ def test_the_first_token_has_no_probability_where_nothing_is_before_it(bytewise)
     assert len(page.tokens[0]) == len(ids) - 1 + 2
 
 
-def test_a_character_of_several_tokens_is_with_the_last(bytewise):
-    tokenizer = TextGenerator(bytewise).tokenizer
+def test_a_character_of_several_tokens_is_with_the_last(byte_checkpoint):
+    tokenizer = TextGenerator(byte_checkpoint).tokenizer
     head = tokenizer.encode_prompt("a")
     ids = tokenizer.encode_prompt("a\u732bb")[len(head):]
     assert token_texts(tokenizer, head, ids) == ["", "", "\u732b", "b"]
@@ -139,14 +139,14 @@ def test_a_character_of_several_tokens_is_with_the_last(bytewise):
 
 
 @pytest.mark.parametrize("given, listed", [([], True), (["True"], True), (["False"], False), ([".html"], None)])
-def test_only_a_name_makes_a_page(bytewise, given, listed):
-    command = ["sample", "--checkpoint", bytewise, "--prompt", "ab", "--max_new_tokens", 5]
-    result = quickly(*command, "--show_probs", *given)
+def test_only_a_name_makes_a_page(byte_checkpoint, given, listed):
+    command = ["sample", "--checkpoint", byte_checkpoint, "--prompt", "ab", "--max_new_tokens", 5]
+    result = run_captured(*command, "--show_probs", *given)
     if listed is None:
         assert_user_error(result, "--show_probs .html is neither True, False nor a page")
     else:
         assert ("likeliest:" in result.stdout) is listed and not list(Path().iterdir())
-        assert listed or result.stdout == quickly(*command).stdout
+        assert listed or result.stdout == run_captured(*command).stdout
 
 
 def test_pages_that_cannot_be_are_refused_before_the_model_is_loaded():
@@ -154,24 +154,24 @@ def test_pages_that_cannot_be_are_refused_before_the_model_is_loaded():
     Path("file").touch()
     for name, message in [("perhaps", "name it perhaps.html"), ("folder.html", "folder.html is a folder"),
                           ("file/deep/page.html", "file is a file")]:
-        assert_user_error(quickly("sample", "--checkpoint", "none.pt", "--show_probs", name), message)
+        assert_user_error(run_captured("sample", "--checkpoint", "none.pt", "--show_probs", name), message)
 
 
-def test_a_full_disk_leaves_the_old_page_and_the_story_is_printed(bytewise, monkeypatch):
+def test_a_full_disk_leaves_the_old_page_and_the_story_is_printed(byte_checkpoint, monkeypatch):
     Path("page.html").write_text("old", encoding="utf-8")
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    command = ["sample", "--checkpoint", bytewise, "--prompt", "ab", "--max_new_tokens", 5]
-    result = quickly(*command, "--show_probs", "page.html")
+    command = ["sample", "--checkpoint", byte_checkpoint, "--prompt", "ab", "--max_new_tokens", 5]
+    result = run_captured(*command, "--show_probs", "page.html")
     assert_user_error(result, "No space left on device: page.html")
-    assert result.stdout == quickly(*command).stdout
+    assert result.stdout == run_captured(*command).stdout
     assert [path.name for path in Path().iterdir()] == ["page.html"] and Path("page.html").read_text() == "old"
 
 
-def test_beyond_the_window_no_alternatives_are_listed(bytewise, monkeypatch, capsys):
-    generator, one = TextGenerator(bytewise), Completion("")
+def test_beyond_the_window_no_alternatives_are_listed(byte_checkpoint, monkeypatch, capsys):
+    generator, one = TextGenerator(byte_checkpoint), Completion("")
     one.tokens, one.logprobs = [97] * 264, [-1.0] * 264
     cfg = SimpleNamespace(echo=True, show_probs=True)
     print_token_table(generator, one, cfg)

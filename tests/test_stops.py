@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
-from test_train import go, log, state  # noqa: F401    fixtures among them
+from conftest import ROOT, TINY, load_state, read_log
 
 import train
 
@@ -24,8 +23,8 @@ def test_a_signal_saves_and_says_how_to_go_on(project, number):
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number and "Traceback" not in rest
     assert "python train.py --init_from resume --out_dir out" in rest
-    assert state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
-    assert log("out")[-1]["iter"] == state("out")["iter_num"]
+    assert load_state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
+    assert read_log("out")[-1]["iter"] == load_state("out")["iter_num"]
 
 
 def test_closed_streams_are_no_error(project):
@@ -48,7 +47,7 @@ def test_ctrl_c_before_the_first_step(project):
     assert not Path("out").exists()
 
 
-def test_a_signal_at_the_last_step_leaves_a_finished_run(go, monkeypatch, capsys):  # noqa: F811
+def test_a_signal_at_the_last_step_leaves_a_finished_run(train_small, monkeypatch, capsys):
     step = train.train_step
 
     def asked(run, batches):
@@ -56,8 +55,8 @@ def test_a_signal_at_the_last_step_leaves_a_finished_run(go, monkeypatch, capsys
         run.requested_signal = 2 * (run.state.iter_num == 3)
         return result
     monkeypatch.setattr(train, "train_step", asked)
-    go("out", "--max_iters", 3)
-    assert state("out", "ckpt.pt")["iter_num"] == 3 and "done: 3 steps" in capsys.readouterr().out
+    train_small("out", "--max_iters", 3)
+    assert load_state("out", "ckpt.pt")["iter_num"] == 3 and "done: 3 steps" in capsys.readouterr().out
 
 
 IN_A_TERMINAL = ("import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
@@ -75,7 +74,7 @@ def test_a_closed_terminal_saves(project):
     os.close(ours)
     process.send_signal(signal.SIGHUP)          # and the shell passes it on
     assert process.wait(60) in (128 + signal.SIGHUP, 128 + signal.SIGTERM)     # by the signal, or a line came first
-    assert state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
+    assert load_state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
 
 
 def test_who_stops_reading_stops_the_run(project):
@@ -85,7 +84,7 @@ def test_who_stops_reading_stops_the_run(project):
     next(line for line in process.stdout if line.startswith("step 3 "))
     process.stdout.close()
     assert process.wait(60) == 128 + signal.SIGTERM and process.stderr.read() == ""
-    assert state("out")["iter_num"] >= 3
+    assert load_state("out")["iter_num"] >= 3
 
 
 def test_nohup_goes_on(project):
@@ -97,4 +96,4 @@ def test_nohup_goes_on(project):
     next(line for line in process.stdout if line.startswith("step 3 "))
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=60)
-    assert process.returncode == 0 and state("out")["iter_num"] == 30
+    assert process.returncode == 0 and load_state("out")["iter_num"] == 30

@@ -3,7 +3,7 @@ import io
 
 import pytest
 import sentencepiece
-from conftest import learn
+from conftest import learn_tokenizer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ HARD = ["", " ", "  ", "a", " a", "a ", "  lead", "end  ", "a  b", "\n", "\na", 
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return learn(STORIES, 600)
+    return learn_tokenizer(STORIES, 600)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_no_piece_crosses_a_word_border(vocabulary):
 
 
 def test_newline_is_known_even_where_the_text_has_none():
-    vocabulary = learn(["one two three"] * 3, 400)
+    vocabulary = learn_tokenizer(["one two three"] * 3, 400)
     assert vocabulary.is_lossless and vocabulary.decode(vocabulary.encode("a\nb")) == "a\nb"
 
 
@@ -81,36 +81,36 @@ def test_a_batch_equals_one_by_one(vocabulary):
 
 
 def test_a_small_text_shrinks_the_vocabulary():
-    small = learn(["the cat and the dog"], 4096)
+    small = learn_tokenizer(["the cat and the dog"], 4096)
     assert 259 < small.n_words < 300
 
 
 def test_long_documents_are_not_skipped():
     """SentencePiece's own default leaves out what is longer than 4192 bytes."""
-    vocabulary = learn(["a b c", "zebra " * 3000], 300)
+    vocabulary = learn_tokenizer(["a b c", "zebra " * 3000], 300)
     assert "zebra" in {vocabulary.id_to_piece(i).lstrip(SPACE) for i in range(vocabulary.n_words)}
 
 
 def test_more_characters_than_room_become_bytes():
     text = "".join(chr(0x4E00 + i) for i in range(2000)) + "天地" * 50
-    vocabulary = learn([text], 600)
+    vocabulary = learn_tokenizer([text], 600)
     assert vocabulary.n_words == 600 and vocabulary.decode(vocabulary.encode(text)) == text
     assert len(vocabulary.encode("天地")) <= 3
 
 
 def test_training_is_deterministic(vocabulary):
-    assert learn(STORIES, 600).sha256 == vocabulary.sha256
+    assert learn_tokenizer(STORIES, 600).sha256 == vocabulary.sha256
 
 
 @pytest.mark.parametrize("size", [0, 100, 259, 262])
 def test_too_small_a_size_is_refused(size):
     with pytest.raises(UserError, match="too small"):
-        learn(STORIES, size)
+        learn_tokenizer(STORIES, size)
 
 
 def test_no_text_is_refused():
     with pytest.raises(UserError, match="no text"):
-        learn([], 600)
+        learn_tokenizer([], 600)
 
 
 def test_foreign_models_keep_their_behaviour(foreign):

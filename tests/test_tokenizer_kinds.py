@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from conftest import learn
+from conftest import WORDS, learn_tokenizer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -17,18 +17,12 @@ from tokenizers import Tokenizer as TheirTokenizer
 import tokenizer
 from extras.chat import ChatFormat, ChatML
 from extras.formats.common import (
-    GPT2,
-    byte_letters,
-    byte_level_json,
     llama3_json,
-    merges_of,
     sentencepiece_model,
-    tokenizer_json_with_meta,
 )
 from tinyllm.cli import UserError
 from tokenizer import JsonTokenizer, TiktokenTokenizer, Tokenizer
 
-WORDS = "the and ing test sentence is a This user system assistant \n\n 123 é 中".split(" ")
 
 
 def ranks() -> bytes:
@@ -46,18 +40,6 @@ def ranks() -> bytes:
 @pytest.fixture(scope="module")
 def llama3() -> TiktokenTokenizer:
     return TiktokenTokenizer(ranks())
-
-
-@pytest.fixture(scope="module")
-def byte_level() -> JsonTokenizer:
-    letters = byte_letters()
-    words = ["".join(letters[byte] for byte in f"{gap}{word}".encode()[:n])
-             for word in WORDS for gap in ("", " ") for n in range(1, 12)]
-    entries = list(dict.fromkeys([*letters, *sorted(words, key=len), "<|im_start|>", "<|im_end|>"]))
-    ids = {text: i for i, text in enumerate(entries)}
-    special = {name: ids[name] for name in ("<|im_start|>", "<|im_end|>")}
-    content = byte_level_json(ids, merges_of(entries[256:-2], ids), special, GPT2, single_digits=True)
-    return JsonTokenizer(tokenizer_json_with_meta(content, "<|im_start|>", "<|im_end|>", add_bos=False))
 
 
 @hypothesis_settings(deadline=None)
@@ -140,7 +122,7 @@ def test_llama3_as_a_tokenizer_json_gives_the_same_ids(llama3):
 
 
 def test_a_vocabulary_written_by_hand_is_the_same_vocabulary():
-    own = learn(["one two three, 456. Yes\nno " * 3], 320)
+    own = learn_tokenizer(["one two three, 456. Yes\nno " * 3], 320)
     again = Tokenizer(sentencepiece_model(own.pieces(), own.bos_id, own.eos_id))
     assert again.is_lossless and again.pieces() == own.pieces()
     assert (again.bos_id, again.eos_id, again.pad_id) == (own.bos_id, own.eos_id, own.pad_id)
@@ -149,7 +131,7 @@ def test_a_vocabulary_written_by_hand_is_the_same_vocabulary():
 
 
 def test_which_kind_it_is_the_content_says(llama3, byte_level):
-    own = learn(["a few words"], 300)
+    own = learn_tokenizer(["a few words"], 300)
     for number, vocabulary in enumerate((own, llama3, byte_level)):
         Path(f"{number}").write_bytes(vocabulary.model)
         found = tokenizer.load_tokenizer(f"{number}")

@@ -11,72 +11,51 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SAVE_PICTURE, TINY, assert_same, assert_user_error, quickly, script
+from conftest import (
+    SAVE_PICTURE,
+    TINY,
+    assert_same,
+    assert_same_run,
+    assert_user_error,
+    load_state,
+    read_log,
+    run_captured,
+    run_subprocess,
+)
 
 import train
 from extras import plots
-from tinyllm import checkpoint, cli, estimate, resume, run
+from tinyllm import checkpoint, estimate, run
 from tinyllm.cli import UserError
 from tinyllm.run import TrainRun
-
-
-@pytest.fixture
-def go(call, project):
-    """Train on the small project: go("out", "--max_iters", 10)."""
-    def run(out: str, *args) -> None:
-        call("train", "--data_dir", project, "--out_dir", out, *TINY, *args)
-    return run
-
-
-@pytest.fixture
-def prepared(project, monkeypatch):
-    """A Run as main() builds it, from command line settings."""
-    def build(*args) -> TrainRun:
-        cfg, given = cli.parse_settings(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
-        return TrainRun(resume.plan_run(cfg, given))
-    return build
-
-
-def state(out: str, name: str = "last.pt") -> dict:
-    return checkpoint.load_checkpoint(Path(out) / name)
-
-
-def log(out: str) -> list[dict]:
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def assert_same_run(one: str, two: str) -> None:
-    assert_same(state(one), state(two))
-    assert Path(one, "log.jsonl").read_bytes() == Path(two, "log.jsonl").read_bytes()
-    assert Path(one, "samples.txt").read_bytes() == Path(two, "samples.txt").read_bytes()
 
 
 @pytest.mark.parametrize("options", [
     ["--eval_interval", "5"], ["--eval_interval", "7", "--dropout", "0.2"], ["--eval_interval", "1000"],
     ["--dtype", "float32", "--batch_size", "3", "--log_interval", "4", "--eval_interval", "20"]])
-def test_ten_steps_and_ten_more_are_twenty(go, options):
-    go("whole", "--max_iters", 20, "--lr_decay_iters", 20, *options)
-    go("parts", "--max_iters", 10, "--lr_decay_iters", 20, *options)
-    go("parts", "--init_from", "resume", "--max_iters", 20, *options)
+def test_ten_steps_and_ten_more_are_twenty(train_small, options):
+    train_small("whole", "--max_iters", 20, "--lr_decay_iters", 20, *options)
+    train_small("parts", "--max_iters", 10, "--lr_decay_iters", 20, *options)
+    train_small("parts", "--init_from", "resume", "--max_iters", 20, *options)
     assert_same_run("whole", "parts")
     batch_size = int(dict(zip(options, options[1:])).get("--batch_size", 4))
-    assert state("whole")["state"]["position"] == 20 * 2 * batch_size
+    assert load_state("whole")["state"]["position"] == 20 * 2 * batch_size
 
 
-def test_the_evaluation_interval_does_not_touch_the_weights(go):
-    go("often", "--max_iters", 6, "--eval_interval", 1, "--dropout", 0.1)
-    go("never", "--max_iters", 6, "--eval_interval", 100, "--dropout", 0.1, "--sample_tokens", 0)
-    assert_same(state("often")["model"], state("never")["model"])
-    assert_same(state("often")["optimizer"], state("never")["optimizer"])
+def test_the_evaluation_interval_does_not_touch_the_weights(train_small):
+    train_small("often", "--max_iters", 6, "--eval_interval", 1, "--dropout", 0.1)
+    train_small("never", "--max_iters", 6, "--eval_interval", 100, "--dropout", 0.1, "--sample_tokens", 0)
+    assert_same(load_state("often")["model"], load_state("never")["model"])
+    assert_same(load_state("often")["optimizer"], load_state("never")["optimizer"])
 
 
 class Killed(BaseException):
     pass
 
 
-def test_a_kill_at_any_moment_costs_nothing(go, monkeypatch):
+def test_a_kill_at_any_moment_costs_nothing(train_small, monkeypatch):
     """Die right after step 7, with checkpoints at steps 2, 4 and 6; the same command goes on."""
-    go("whole", "--max_iters", 10, "--eval_interval", 2)
+    train_small("whole", "--max_iters", 10, "--eval_interval", 2)
     step, count = train.train_step, 0
 
     def dies(*args):
@@ -87,93 +66,93 @@ def test_a_kill_at_any_moment_costs_nothing(go, monkeypatch):
         return step(*args)
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(Killed):
-        go("parts", "--max_iters", 10, "--eval_interval", 2)
-    assert log("parts")[-1]["iter"] == 7 and state("parts")["iter_num"] == 6
+        train_small("parts", "--max_iters", 10, "--eval_interval", 2)
+    assert read_log("parts")[-1]["iter"] == 7 and load_state("parts")["iter_num"] == 6
     monkeypatch.setattr(train, "train_step", step)
-    go("parts", "--max_iters", 10, "--eval_interval", 2)
+    train_small("parts", "--max_iters", 10, "--eval_interval", 2)
     assert_same_run("whole", "parts")
-    assert_same(state("whole", "ckpt.pt"), state("parts", "ckpt.pt"))
+    assert_same(load_state("whole", "ckpt.pt"), load_state("parts", "ckpt.pt"))
     clocks = [json.loads(line)["iter"] for line in Path("parts/clock.jsonl").read_text(encoding="utf-8").splitlines()]
     assert clocks == sorted(clocks) and clocks[-1] == 10
 
 
-def test_the_same_command_again_goes_on_or_says_it_is_finished(go, capsys):
-    go("out", "--max_iters", 3)
+def test_the_same_command_again_goes_on_or_says_it_is_finished(train_small, capsys):
+    train_small("out", "--max_iters", 3)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     capsys.readouterr()
-    go("out", "--max_iters", 3)
+    train_small("out", "--max_iters", 3)
     assert "finished" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
-    last = state("out")             # as it was made longer, and stopped
+    last = load_state("out")             # as it was made longer, and stopped
     checkpoint.save_checkpoint("out/last.pt", {**last, "config": {**last["config"], "max_iters": 9}})
-    go("out", "--max_iters", 3)
+    train_small("out", "--max_iters", 3)
     out = capsys.readouterr().out
     assert "is at step 3\ngo on with it: python train.py --init_from resume --out_dir out\n" in out
     for wrong in ({"max_iters": "many"}, {"max_minutes": None}):
         checkpoint.save_checkpoint("out/last.pt", {**last, "config": {**last["config"], **wrong}})
-        go("out", "--max_iters", 3)
+        train_small("out", "--max_iters", 3)
         assert "finished" in capsys.readouterr().out
 
 
-def test_length_and_machine_may_change_while_a_run_goes_on(go, capsys):
-    go("out", "--max_iters", 3)
-    go("out", "--max_iters", 5, "--log_interval", 2, "--num_workers", 1)
-    assert state("out")["iter_num"] == 5 and [e["iter"] for e in log("out")[1:]] == [1, 2, 3, 4, 5]
+def test_length_and_machine_may_change_while_a_run_goes_on(train_small, capsys):
+    train_small("out", "--max_iters", 3)
+    train_small("out", "--max_iters", 5, "--log_interval", 2, "--num_workers", 1)
+    assert load_state("out")["iter_num"] == 5 and [e["iter"] for e in read_log("out")[1:]] == [1, 2, 3, 4, 5]
     assert not Path("out/old-1").exists()
 
 
 @pytest.mark.parametrize("change", [["--learning_rate", 0.1], ["--dim", 64], ["--seed", 2]])
-def test_other_settings_begin_another_run_and_keep_the_old(go, capsys, change):
-    go("out", "--max_iters", 3)
+def test_other_settings_begin_another_run_and_keep_the_old(train_small, capsys, change):
+    train_small("out", "--max_iters", 3)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     capsys.readouterr()
-    go("out", "--max_iters", 2, *change)
+    train_small("out", "--max_iters", 2, *change)
     printed = capsys.readouterr().out
     assert f"{change[0][2:]} " in printed and f"(now {change[1]})" in printed and "old-1" in printed
     assert {path.name: path.read_bytes() for path in Path("out/old-1").iterdir()} == before
-    assert state("out")["iter_num"] == 2
+    assert load_state("out")["iter_num"] == 2
 
 
-def test_a_problem_leaves_an_old_run_where_it_is(go):
-    go("out", "--max_iters", 3)
+def test_a_problem_leaves_an_old_run_where_it_is(train_small):
+    train_small("out", "--max_iters", 3)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     with pytest.raises(UserError, match="dim 33"):
-        go("out", "--dim", 33)
+        train_small("out", "--dim", 33)
     with pytest.raises(UserError, match="dim cannot change"):
-        go("out", "--init_from", "resume", "--max_iters", 9, "--dim", 64)
+        train_small("out", "--init_from", "resume", "--max_iters", 9, "--dim", 64)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_a_damaged_checkpoint_is_not_passed_over(go):
-    go("out", "--max_iters", 1)
+def test_a_damaged_checkpoint_is_not_passed_over(train_small):
+    train_small("out", "--max_iters", 1)
     Path("out/last.pt").write_bytes(Path("out/last.pt").read_bytes()[:-100])
     with pytest.raises(UserError, match="last.pt .* damaged"):
-        go("out", "--max_iters", 3)
+        train_small("out", "--max_iters", 3)
 
 
-def test_resume_takes_the_settings_of_the_run(call, project, capsys):
-    call("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2, "--learning_rate", 1e-3)
-    call("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 4)
-    assert state("out")["config"]["learning_rate"] == 1e-3 and state("out")["config"]["dim"] == 32
-    assert state("out")["iter_num"] == 4
-    last = state("out")             # of an earlier version
+def test_resume_takes_the_settings_of_the_run(run_in_process, project, capsys):
+    run_in_process("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2, "--learning_rate", 1e-3)
+    run_in_process("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 4)
+    assert load_state("out")["config"]["learning_rate"] == 1e-3 and load_state("out")["config"]["dim"] == 32
+    assert load_state("out")["iter_num"] == 4
+    last = load_state("out")             # of an earlier version
     for compile in ("False", "auto"):
         checkpoint.save_checkpoint("out/last.pt", {**last, "config": {**last["config"], "compile": compile}})
-        call("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 5)
-        assert state("out")["iter_num"] == 5
+        run_in_process("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 5)
+        assert load_state("out")["iter_num"] == 5
 
 
-def test_scratch_puts_the_old_run_aside(go):
-    go("out", "--max_iters", 2)
+def test_scratch_puts_the_old_run_aside(train_small):
+    train_small("out", "--max_iters", 2)
     old = Path("out/last.pt").read_bytes()
-    go("out", "--max_iters", 3, "--init_from", "scratch")
-    go("out", "--max_iters", 4, "--init_from", "scratch")
+    train_small("out", "--max_iters", 3, "--init_from", "scratch")
+    train_small("out", "--max_iters", 4, "--init_from", "scratch")
     assert Path("out/old-1/last.pt").read_bytes() == old and Path("out/old-1/log.jsonl").exists()
-    assert state("out/old-2")["iter_num"] == 3 and state("out")["iter_num"] == 4
+    assert load_state("out/old-2")["iter_num"] == 3 and load_state("out")["iter_num"] == 4
 
 
-def test_checkpoints_hold_what_tools_expect(go):
-    go("out", "--max_iters", 2)
+def test_checkpoints_hold_what_tools_expect(train_small):
+    train_small("out", "--max_iters", 2)
     for name in ("ckpt.pt", "last.pt"):
         found = torch.load(Path("out") / name, weights_only=True)
         assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= found.keys()
@@ -182,46 +161,46 @@ def test_checkpoints_hold_what_tools_expect(go):
         assert not [path for path in Path("out").iterdir() if path.suffix == ".tmp"]
 
 
-def test_the_best_model_is_kept(go, monkeypatch):
+def test_the_best_model_is_kept(train_small, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.2])
     monkeypatch.setattr(TrainRun, "evaluate", lambda run: {"val_loss": next(losses), "perplexity": 1.0, "bpb": 1.0})
-    go("out", "--max_iters", 4, "--eval_interval", 1)
-    assert state("out", "ckpt.pt")["iter_num"] == 2 and state("out")["iter_num"] == 4
-    assert state("out")["best_val_loss"] == 2.0
+    train_small("out", "--max_iters", 4, "--eval_interval", 1)
+    assert load_state("out", "ckpt.pt")["iter_num"] == 2 and load_state("out")["iter_num"] == 4
+    assert load_state("out")["best_val_loss"] == 2.0
 
 
-def test_a_best_model_that_is_lost_or_of_another_run_is_written_again(go, capsys):
-    go("out", "--max_iters", 4, "--eval_interval", 3)
-    best, log_of_it = state("out", "ckpt.pt"), Path("out/log.jsonl").read_bytes()
+def test_a_best_model_that_is_lost_or_of_another_run_is_written_again(train_small, capsys):
+    train_small("out", "--max_iters", 4, "--eval_interval", 3)
+    best, log_of_it = load_state("out", "ckpt.pt"), Path("out/log.jsonl").read_bytes()
     for lost in (Path.unlink, lambda path: checkpoint.save_checkpoint(path, {**best, "data_sha256": "another", "iter_num": 99})):
         lost(Path("out/ckpt.pt"))
-        go("out", "--max_iters", 4, "--eval_interval", 3)
+        train_small("out", "--max_iters", 4, "--eval_interval", 3)
         assert "the next evaluation writes another" in (said := capsys.readouterr().out) and "is finished" in said
-        found = state("out", "ckpt.pt")
+        found = load_state("out", "ckpt.pt")
         assert_same(found["model"], best["model"])
         assert found["iter_num"] == 4 and Path("out/log.jsonl").read_bytes() == log_of_it
 
 
-def test_a_short_run_leaves_a_checkpoint_and_its_stories(go):
-    go("out", "--max_iters", 1, "--warmup_iters", 1)
-    assert state("out", "ckpt.pt")["iter_num"] == 1
-    first, step, evaluation = log("out")
+def test_a_short_run_leaves_a_checkpoint_and_its_stories(train_small):
+    train_small("out", "--max_iters", 1, "--warmup_iters", 1)
+    assert load_state("out", "ckpt.pt")["iter_num"] == 1
+    first, step, evaluation = read_log("out")
     assert first["config"]["max_iters"] == 1 and step["loss"] > 0 and evaluation["bpb"] > 0
     assert len(evaluation["samples"]) == 3 and evaluation["samples"][1].startswith("Once upon a time")
     assert all(text in Path("out/samples.txt").read_text(encoding="utf-8") for text in evaluation["samples"])
 
 
-def test_a_plot_is_drawn(go, monkeypatch):
+def test_a_plot_is_drawn(train_small, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(plots, "save", SAVE_PICTURE)
-    go("out", "--max_iters", 3, "--eval_interval", 1)
+    train_small("out", "--max_iters", 3, "--eval_interval", 1)
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_accumulation_changes_nothing_but_memory(prepared):
+def test_accumulation_changes_nothing_but_memory(planned_run):
     """2 x 4 windows and 1 x 8 windows are the same step."""
     def gradient(*args):
-        run = prepared("--dtype", "float32", *args)
+        run = planned_run("--dtype", "float32", *args)
         batches = train.Task.iter_batches(run.data, "train", run.cfg.batch_size, 32, seed=1)
         _, loss, norm = train.train_step(run, batches)
         assert run.state.position == 8
@@ -232,10 +211,10 @@ def test_accumulation_changes_nothing_but_memory(prepared):
         torch.testing.assert_close(weight, two[2][name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_step_is_adamw_on_the_mean_loss(prepared):
-    run = prepared("--dtype", "float32", "--grad_clip", 0, "--warmup_iters", 0, "--decay_lr", "False",
-                   "--optimizer", "adamw")
-    twin = prepared("--dtype", "float32").model
+def test_a_step_is_adamw_on_the_mean_loss(planned_run):
+    run = planned_run("--dtype", "float32", "--grad_clip", 0, "--warmup_iters", 0, "--decay_lr", "False",
+                      "--optimizer", "adamw")
+    twin = planned_run("--dtype", "float32").model
     batches = list(zip(range(2), train.Task.iter_batches(run.data, "train", 4, 32, seed=run.cfg.seed)))
     (sum(twin(x, y) for _, (x, y) in batches) / 2).backward()
     lr, loss, norm = train.train_step(run, iter([batch for _, batch in batches]))
@@ -249,17 +228,17 @@ def test_a_step_is_adamw_on_the_mean_loss(prepared):
         torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_learning_rate_rises_and_falls_to_the_end(prepared):
-    run = prepared("--max_iters", 100, "--warmup_iters", 9, "--learning_rate", 1.0, "--min_lr", 0.1)
+def test_the_learning_rate_rises_and_falls_to_the_end(planned_run):
+    run = planned_run("--max_iters", 100, "--warmup_iters", 9, "--learning_rate", 1.0, "--min_lr", 0.1)
     rates = []
     for run.state.iter_num in range(100):
         rates.append(run.learning_rate())
     assert rates[0] > 0.09 and rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[50] == pytest.approx(0.1 + 0.9 * 0.5) and 0.1 < rates[-1] < 0.11
-    flat = prepared("--decay_lr", "False", "--warmup_iters", 0)
+    flat = planned_run("--decay_lr", "False", "--warmup_iters", 0)
     flat.state.iter_num = 99_999
     assert flat.learning_rate() == flat.cfg.learning_rate
-    equal = prepared("--max_iters", 5, "--warmup_iters", 5)
+    equal = planned_run("--max_iters", 5, "--warmup_iters", 5)
     assert all(equal.learning_rate() > 0 for equal.state.iter_num in range(5))
 
 
@@ -274,34 +253,34 @@ def ticking(monkeypatch):
 
 
 @pytest.mark.parametrize("minutes", [0.5, 1])
-def test_max_minutes_fits_the_schedule_to_the_time(go, ticking, minutes, capsys):
-    go("out", "--max_minutes", minutes, "--eval_interval", 10)
+def test_max_minutes_fits_the_schedule_to_the_time(train_small, ticking, minutes, capsys):
+    train_small("out", "--max_minutes", minutes, "--eval_interval", 10)
     assert 56 * minutes < ticking.perf_counter() < 64 * minutes
-    rates = [entry["lr"] for entry in log("out") if "lr" in entry]
+    rates = [entry["lr"] for entry in read_log("out") if "lr" in entry]
     assert rates[-1] < 0.05 * max(rates) and rates[2:] == sorted(rates[2:], reverse=True)
-    assert state("out")["iter_num"] == len(rates)
-    go("out", "--max_minutes", minutes / 4)                 # has passed; what is printed goes on nevertheless
+    assert load_state("out")["iter_num"] == len(rates)
+    train_small("out", "--max_minutes", minutes / 4)                 # has passed; what is printed goes on nevertheless
     assert float(capsys.readouterr().out.rpartition("--out_dir out --max_minutes ")[2].split()[0]) >= 1.5 * minutes
 
 
-def test_time_is_taken_with_the_finest_clock(go, monkeypatch):
+def test_time_is_taken_with_the_finest_clock(train_small, monkeypatch):
     """The other one goes on by 16 ms at a time on Windows, and a small step would take none."""
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    go("out", "--max_iters", 2)
+    train_small("out", "--max_iters", 2)
 
 
-def test_steps_may_end_a_run_that_has_minutes_left(go):
-    go("out", "--max_minutes", 30, "--max_iters", 3)
-    assert state("out")["iter_num"] == 3 and state("out")["state"]["seconds"] < 600
-    go("out", "--init_from", "resume", "--max_iters", 5)
-    assert state("out")["iter_num"] == 5
+def test_steps_may_end_a_run_that_has_minutes_left(train_small):
+    train_small("out", "--max_minutes", 30, "--max_iters", 3)
+    assert load_state("out")["iter_num"] == 3 and load_state("out")["state"]["seconds"] < 600
+    train_small("out", "--init_from", "resume", "--max_iters", 5)
+    assert load_state("out")["iter_num"] == 5
 
 
-def test_evaluation_scores_every_token_whatever_the_batch(prepared):
-    scores = [prepared("--dtype", "float32", "--batch_size", size).evaluate() for size in (1, 5, 64)]
+def test_evaluation_scores_every_token_whatever_the_batch(planned_run):
+    scores = [planned_run("--dtype", "float32", "--batch_size", size).evaluate() for size in (1, 5, 64)]
     for other in scores[1:]:
         assert other == pytest.approx(scores[0], rel=1e-5)
-    run = prepared("--dtype", "float32")
+    run = planned_run("--dtype", "float32")
     nats, count = 0.0, 0
     for shard in run.data.shards_of("val"):            # window by window, with nothing of dataset.py
         ids = torch.from_numpy(run.data.memmap(shard).astype("int64"))
@@ -317,21 +296,21 @@ def test_evaluation_scores_every_token_whatever_the_batch(prepared):
     assert scores[0]["bpb"] == pytest.approx(nats / math.log(2) / run.data.total("val", "bytes"), rel=1e-5)
 
 
-def test_eval_only_scores_a_checkpoint_and_writes_nothing(go, capsys):
-    go("out", "--max_iters", 3)
-    loss = log("out")[-1]["val_loss"]
+def test_eval_only_scores_a_checkpoint_and_writes_nothing(train_small, capsys):
+    train_small("out", "--max_iters", 3)
+    loss = read_log("out")[-1]["val_loss"]
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     for args in (["--init_from", "out/ckpt.pt"], []):
         capsys.readouterr()
-        go("out", "--eval_only", *args)
+        train_small("out", "--eval_only", *args)
         assert f"val loss {loss:.4f}" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
     with pytest.raises(UserError, match="no checkpoint"):
-        go("nothing", "--eval_only")
+        train_small("nothing", "--eval_only")
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_no_numbers_stop_the_run_before_they_are_saved(go, monkeypatch, bad):
+def test_no_numbers_stop_the_run_before_they_are_saved(train_small, monkeypatch, bad):
     step = train.train_step
 
     def poisoned(run, batches):
@@ -341,114 +320,114 @@ def test_no_numbers_stop_the_run_before_they_are_saved(go, monkeypatch, bad):
         return lr, loss * math.nan if bad == "loss" else loss, norm * math.inf if bad == "gradient" else norm
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(UserError, match="step 5, windows 32 to 39: .*(nan|inf)") as error:
-        go("out", "--max_iters", 20, "--eval_interval", 2, "--learning_rate", 0.001)
-    assert "--learning_rate 0.0005" in str(error.value) and state("out")["iter_num"] == 4
+        train_small("out", "--max_iters", 20, "--eval_interval", 2, "--learning_rate", 0.001)
+    assert "--learning_rate 0.0005" in str(error.value) and load_state("out")["iter_num"] == 4
 
 
-def test_another_vocabulary_is_refused(go, call, project, tmp_path):
-    go("out", "--max_iters", 2)
-    call("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", 300)
+def test_another_vocabulary_is_refused(train_small, run_in_process, project, tmp_path):
+    train_small("out", "--max_iters", 2)
+    run_in_process("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", 300)
     with pytest.raises(UserError, match="preprocess.py"):
-        call("train", *TINY)
-    call("preprocess")
+        run_in_process("train", *TINY)
+    run_in_process("preprocess")
     with pytest.raises(UserError, match="another vocabulary .*\n.*preprocess.py --tokenizer out.last.pt --data PATH"):
-        call("train", "--out_dir", "out", *TINY, "--init_from", "resume", "--data_dir", "data")
-    call("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", 301)
+        run_in_process("train", "--out_dir", "out", *TINY, "--init_from", "resume", "--data_dir", "data")
+    run_in_process("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", 301)
     with pytest.raises(UserError, match="300, 301"):
-        call("train", *TINY)
-    call("train", "--vocab_size", 300, *TINY, "--max_iters", 1)
-    assert state("output")["model_args"]["vocab_size"] == 300
+        run_in_process("train", *TINY)
+    run_in_process("train", "--vocab_size", 300, *TINY, "--max_iters", 1)
+    assert load_state("output")["model_args"]["vocab_size"] == 300
     for name in "data/mine", "data/other":
         Path(name).mkdir()
-    Path("data/mine/tok400.model").write_bytes(state("out")["tokenizer"])
-    Path("data/other/tok300.model").write_bytes(state("output")["tokenizer"])
+    Path("data/mine/tok400.model").write_bytes(load_state("out")["tokenizer"])
+    Path("data/other/tok300.model").write_bytes(load_state("output")["tokenizer"])
     with pytest.raises(UserError, match="is it that of --data_dir data.mine. else give the text"):
-        call("train", "--init_from", "out/ckpt.pt", "--vocab_size", 300)
+        run_in_process("train", "--init_from", "out/ckpt.pt", "--vocab_size", 300)
 
 
-def test_a_finished_run_is_told_with_its_vocabulary_where_there_are_several(call, project, capsys):
+def test_a_finished_run_is_told_with_its_vocabulary_where_there_are_several(run_in_process, project, capsys):
     for size in 300, 301:
-        call("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", size)
-    call("preprocess", "--vocab_size", 301)
+        run_in_process("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", size)
+    run_in_process("preprocess", "--vocab_size", 301)
     for _ in range(2):
-        call("train", *TINY, "--max_iters", 1, "--vocab_size", 301)
-    call("train", "--init_from", "resume")
+        run_in_process("train", *TINY, "--max_iters", 1, "--vocab_size", 301)
+    run_in_process("train", "--init_from", "resume")
     assert "--vocab_size 301" in capsys.readouterr().out.rpartition("begin anew: ")[2]
 
 
 def test_from_the_command_line(project):
-    result = quickly("train", "--data_dir", project, *TINY, "--max_iters", "2", "--batch_size", "0", "--max_iter", "3")
+    result = run_captured("train", "--data_dir", project, *TINY, "--max_iters", "2", "--batch_size", "0", "--max_iter", "3")
     assert_user_error(result, "did you mean --max_iters?")
-    assert_user_error(quickly("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
+    assert_user_error(run_captured("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
     Path("a_file").write_text("x", encoding="utf-8")
-    assert_user_error(quickly("train", "--data_dir", project, *TINY, "--out_dir", "a_file"), "a_file is a file")
-    result = script("train", "--data_dir", project, *TINY, "--max_iters", "2", "--compile", "False")
+    assert_user_error(run_captured("train", "--data_dir", project, *TINY, "--out_dir", "a_file"), "a_file is a file")
+    result = run_subprocess("train", "--data_dir", project, *TINY, "--max_iters", "2", "--compile", "False")
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):
         assert part in result.stdout, part
     assert os.name == "nt" or re.search(r"peak of memory: \d[\d,]+ MB\n", result.stdout)     # Windows does not tell
 
 
-def test_a_second_vocabulary_does_not_stop_a_run(go, call, project, tmp_path, capsys):
+def test_a_second_vocabulary_does_not_stop_a_run(train_small, run_in_process, project, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(project, data)
-    go("out", "--data_dir", data, "--max_iters", 4)
-    call("train_vocab", "--data", project / "stories.jsonl", "--data_dir", data, "--vocab_size", 300)
+    train_small("out", "--data_dir", data, "--max_iters", 4)
+    run_in_process("train_vocab", "--data", project / "stories.jsonl", "--data_dir", data, "--vocab_size", 300)
     for args in (["--max_iters", 5], ["--max_iters", 6, "--vocab_size", 512]):
-        go("out", "--data_dir", data, *args)
-        call("train", "--out_dir", "out", "--init_from", "resume", *args)
-    call("train", "--eval_only", "--out_dir", "out", "--data_dir", data)
-    assert state("out")["iter_num"] == 6 and not Path("out/old-1").exists()
+        train_small("out", "--data_dir", data, *args)
+        run_in_process("train", "--out_dir", "out", "--init_from", "resume", *args)
+    run_in_process("train", "--eval_only", "--out_dir", "out", "--data_dir", data)
+    assert load_state("out")["iter_num"] == 6 and not Path("out/old-1").exists()
     with pytest.raises(UserError, match="not that of the run"):
-        call("preprocess", "--data_dir", data, "--vocab_size", 300, "--data", project / "stories.jsonl")
-        call("train", "--out_dir", "out", "--init_from", "resume", "--vocab_size", 300)
+        run_in_process("preprocess", "--data_dir", data, "--vocab_size", 300, "--data", project / "stories.jsonl")
+        run_in_process("train", "--out_dir", "out", "--init_from", "resume", "--vocab_size", 300)
 
 
-def test_changed_text_is_another_run(go, call, project, tmp_path, capsys):
+def test_changed_text_is_another_run(train_small, run_in_process, project, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(project, data)
-    go("out", "--data_dir", data, "--max_iters", 4)
+    train_small("out", "--data_dir", data, "--max_iters", 4)
     stories = (project / "stories.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "fewer.jsonl").write_text("\n".join(stories[:200]), encoding="utf-8")
-    call("preprocess", "--data_dir", data, "--data", tmp_path / "fewer.jsonl")
+    run_in_process("preprocess", "--data_dir", data, "--data", tmp_path / "fewer.jsonl")
     with pytest.raises(UserError, match=f"--init_from {Path('out') / 'last.pt'}".replace("\\", ".")):
-        call("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 8)
-    go("out", "--data_dir", data, "--max_iters", 2)
-    assert "another text" in capsys.readouterr().out and state("out/old-1")["iter_num"] == 4
+        run_in_process("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 8)
+    train_small("out", "--data_dir", data, "--max_iters", 2)
+    assert "another text" in capsys.readouterr().out and load_state("out/old-1")["iter_num"] == 4
 
 
-def test_the_same_folder_spelled_otherwise_is_the_same_run(go, project):
-    go("out", "--max_iters", 4)
-    go("out", "--data_dir", f"{project}/", "--max_iters", 6)
-    assert state("out")["iter_num"] == 6 and not Path("out/old-1").exists()
+def test_the_same_folder_spelled_otherwise_is_the_same_run(train_small, project):
+    train_small("out", "--max_iters", 4)
+    train_small("out", "--data_dir", f"{project}/", "--max_iters", 6)
+    assert load_state("out")["iter_num"] == 6 and not Path("out/old-1").exists()
 
 
-def test_a_sound_checkpoint_helps_past_a_damaged_one(go):
-    go("out", "--max_iters", 4, "--eval_interval", 2)
+def test_a_sound_checkpoint_helps_past_a_damaged_one(train_small):
+    train_small("out", "--max_iters", 4, "--eval_interval", 2)
     Path("out/last.pt").write_bytes(Path("out/last.pt").read_bytes()[:3000])
     with pytest.raises(UserError, match="--init_from out.ckpt.pt"):
-        go("out", "--max_iters", 6, "--eval_interval", 2)
-    go("out", "--max_iters", 2, "--init_from", "out/ckpt.pt")
-    assert state("out")["iter_num"] == 2 and Path("out/old-1/last.pt").stat().st_size == 3000
+        train_small("out", "--max_iters", 6, "--eval_interval", 2)
+    train_small("out", "--max_iters", 2, "--init_from", "out/ckpt.pt")
+    assert load_state("out")["iter_num"] == 2 and Path("out/old-1/last.pt").stat().st_size == 3000
 
 
-def test_too_little_memory_is_said_with_what_fits(go, monkeypatch):
+def test_too_little_memory_is_said_with_what_fits(train_small, monkeypatch):
     def too_much(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(train, "train_step", too_much)
     with pytest.raises(UserError, match="--batch_size 2 --gradient_accumulation_steps 4"):
-        go("out", "--max_iters", 4)
+        train_small("out", "--max_iters", 4)
 
 
 @pytest.mark.skipif(bool(WHY_NOT := estimate.cannot_compile(torch.device("cpu"))), reason=WHY_NOT)
-def test_a_compiled_run_is_the_same_run(go):
+def test_a_compiled_run_is_the_same_run(train_small):
     """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
     options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1]
-    go("eager", "--max_iters", 8, *options)
-    go("whole", "--max_iters", 8, *options, "--compile", "True")
-    go("parts", "--max_iters", 4, *options, "--compile", "True")
-    go("parts", "--max_iters", 8, *options, "--compile", "auto")
-    assert state("parts")["state"]["compiled"] and not state("eager")["state"]["compiled"]
-    assert_same({**state("whole"), "config": 0}, {**state("parts"), "config": 0})
-    for a, b in zip(log("eager")[1:], log("whole")[1:], strict=True):
+    train_small("eager", "--max_iters", 8, *options)
+    train_small("whole", "--max_iters", 8, *options, "--compile", "True")
+    train_small("parts", "--max_iters", 4, *options, "--compile", "True")
+    train_small("parts", "--max_iters", 8, *options, "--compile", "auto")
+    assert load_state("parts")["state"]["compiled"] and not load_state("eager")["state"]["compiled"]
+    assert_same({**load_state("whole"), "config": 0}, {**load_state("parts"), "config": 0})
+    for a, b in zip(read_log("eager")[1:], read_log("whole")[1:], strict=True):
         assert a.get("loss", a.get("val_loss")) == pytest.approx(b.get("loss", b.get("val_loss")), rel=1e-3)

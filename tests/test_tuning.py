@@ -3,46 +3,46 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import go, state  # noqa: F401    a fixture among them
+from conftest import load_state
 
 from tinyllm import checkpoint
 from tinyllm.cli import UserError
 
 
-def test_fine_tuning_begins_with_the_weights_and_nothing_else(go):  # noqa: F811
-    go("base", "--max_iters", 5)
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)
-    tuned, base = state("tuned"), state("base", "ckpt.pt")
+def test_fine_tuning_begins_with_the_weights_and_nothing_else(train_small):
+    train_small("base", "--max_iters", 5)
+    train_small("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)
+    tuned, base = load_state("tuned"), load_state("base", "ckpt.pt")
     assert tuned["iter_num"] == 1 and tuned["model_args"] == base["model_args"]
     for name, weight in base["model"].items():
         torch.testing.assert_close(tuned["model"][name], weight, rtol=0, atol=1e-7)
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)    # finished
+    train_small("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)    # finished
     assert not Path("tuned/old-1").exists()
     Path("base/ckpt.pt").rename("elsewhere.pt")
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 2, "--learning_rate", 1e-9)    # needs it no more
+    train_small("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 2, "--learning_rate", 1e-9)    # needs it no more
     for rate, dim, problem in [(1, 32, "no checkpoint at"), (1e-9, 48, "has dim 32")]:
         with pytest.raises(UserError, match=problem):
-            go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 3, "--learning_rate", rate, "--dim", dim)
+            train_small("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 3, "--learning_rate", rate, "--dim", dim)
     Path("elsewhere.pt").rename("base/ckpt.pt")
-    assert state("tuned")["iter_num"] == 2 and not Path("tuned/old-1").exists()
-    go("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dropout", 0.1)
-    assert state("tuned/old-1")["config"]["dropout"] == 0.0 and state("tuned")["config"]["dropout"] == 0.1
-    assert state("tuned")["model_args"] == {**base["model_args"], "dropout": 0.1}
+    assert load_state("tuned")["iter_num"] == 2 and not Path("tuned/old-1").exists()
+    train_small("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dropout", 0.1)
+    assert load_state("tuned/old-1")["config"]["dropout"] == 0.0 and load_state("tuned")["config"]["dropout"] == 0.1
+    assert load_state("tuned")["model_args"] == {**base["model_args"], "dropout": 0.1}
     for args, problem in [(("--dim", 64), "the model of --init_from has dim 32; leave those settings out"),
                           (("--dropout", 1), "dropout must be in [0, 1), not 1.0"),
                           (("--max_seq_len", 0), "max_seq_len must be a whole number from 1 on, not 0")]:
         with pytest.raises(UserError) as error:
-            go("other", "--init_from", "base/ckpt.pt", *args)
+            train_small("other", "--init_from", "base/ckpt.pt", *args)
         assert str(error.value) == problem
     for window in (16, 64):
-        go(f"{window}", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--max_seq_len", window)
-        assert state(f"{window}")["model_args"] == {**base["model_args"], "max_seq_len": window}
+        train_small(f"{window}", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--max_seq_len", window)
+        assert load_state(f"{window}")["model_args"] == {**base["model_args"], "max_seq_len": window}
 
 
-def test_a_checkpoint_may_leave_out_what_has_a_default(go):  # noqa: F811
-    go("base", "--max_iters", 1)
-    saved = state("base", "ckpt.pt")
+def test_a_checkpoint_may_leave_out_what_has_a_default(train_small):
+    train_small("base", "--max_iters", 1)
+    saved = load_state("base", "ckpt.pt")
     few = {name: value for name, value in saved["model_args"].items() if name not in ("max_seq_len", "dropout")}
     checkpoint.save_checkpoint("few.pt", {**saved, "model_args": few, "config": {}})
-    go("out", "--init_from", "few.pt", "--max_iters", 1)
-    assert state("out")["model_args"] == saved["model_args"]
+    train_small("out", "--init_from", "few.pt", "--max_iters", 1)
+    assert load_state("out")["model_args"] == saved["model_args"]

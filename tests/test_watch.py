@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_user_error, quickly
-from test_train import assert_same_run, go, log, prepared, state  # noqa: F401    fixtures among them
+from conftest import ROOT, TINY, assert_same_run, assert_user_error, load_state, read_log, run_captured
 
 import train
 from model import Transformer
@@ -76,26 +75,26 @@ def poison(monkeypatch, at: int, loss_times: float) -> None:
     monkeypatch.setattr(train, "train_step", poisoned)
 
 
-def test_a_step_between_two_lines_of_the_log_is_named(go, monkeypatch):  # noqa: F811
+def test_a_step_between_two_lines_of_the_log_is_named(train_small, monkeypatch):
     poison(monkeypatch, 5, math.nan)
     with pytest.raises(UserError, match="step 5, windows 32 to 39.*\n.*last good state is step 4, in out.last.pt"):
-        go("out", "--max_iters", 20, "--eval_interval", 4, "--log_interval", 20)
-    assert state("out")["iter_num"] == 4
+        train_small("out", "--max_iters", 20, "--eval_interval", 4, "--log_interval", 20)
+    assert load_state("out")["iter_num"] == 4
 
 
-def test_a_jump_is_in_the_log_and_a_continued_run_is_the_same(go, monkeypatch, capsys):  # noqa: F811
+def test_a_jump_is_in_the_log_and_a_continued_run_is_the_same(train_small, monkeypatch, capsys):
     monkeypatch.setattr(watch, "EMA_STEPS", 5)
     poison(monkeypatch, 12, 3)
-    go("whole", "--max_iters", 20, "--lr_decay_iters", 20, "--log_interval", 10)
+    train_small("whole", "--max_iters", 20, "--lr_decay_iters", 20, "--log_interval", 10)
     assert "step 12: the loss jumped" in capsys.readouterr().out
-    assert [entry["iter"] for entry in log("whole")[1:] if "jump" in entry] == [12]
-    go("parts", "--max_iters", 11, "--lr_decay_iters", 20, "--log_interval", 10)
-    go("parts", "--max_iters", 20, "--lr_decay_iters", 20, "--log_interval", 10)
+    assert [entry["iter"] for entry in read_log("whole")[1:] if "jump" in entry] == [12]
+    train_small("parts", "--max_iters", 11, "--lr_decay_iters", 20, "--log_interval", 10)
+    train_small("parts", "--max_iters", 20, "--lr_decay_iters", 20, "--log_interval", 10)
     assert_same_run("whole", "parts")
 
 
-def test_weights_that_are_no_numbers_are_not_saved(go, monkeypatch):  # noqa: F811
-    go("out", "--max_iters", 4, "--eval_interval", 2)
+def test_weights_that_are_no_numbers_are_not_saved(train_small, monkeypatch):
+    train_small("out", "--max_iters", 4, "--eval_interval", 2)
     before = {name: Path("out", name).read_bytes() for name in ("last.pt", "ckpt.pt")}
     step = train.train_step
 
@@ -106,12 +105,12 @@ def test_weights_that_are_no_numbers_are_not_saved(go, monkeypatch):  # noqa: F8
         return numbers
     monkeypatch.setattr(train, "train_step", spoils)
     with pytest.raises(UserError, match="norm.weight has values.*not saved\n.*step 4, in out.last.pt"):
-        go("out", "--max_iters", 5, "--eval_interval", 2)
+        train_small("out", "--max_iters", 5, "--eval_interval", 2)
     assert before == {name: Path("out", name).read_bytes() for name in before}
 
 
-def test_what_fits_is_tried_and_the_same_run_goes_on_with_it(go, monkeypatch, capsys):  # noqa: F811
-    go("out", "--max_iters", 4)
+def test_what_fits_is_tried_and_the_same_run_goes_on_with_it(train_small, monkeypatch, capsys):
+    train_small("out", "--max_iters", 4)
     forward = Transformer.forward
 
     def too_large(model, tokens, targets=None):
@@ -121,14 +120,14 @@ def test_what_fits_is_tried_and_the_same_run_goes_on_with_it(go, monkeypatch, ca
     monkeypatch.setattr(Transformer, "forward", too_large)
     with pytest.raises(UserError, match="same steps in less: python train.py --init_from resume --out_dir out "
                                         "--batch_size 1 --gradient_accumulation_steps 8"):
-        go("out", "--max_iters", 8)
-    go("out", "--max_iters", 8, "--batch_size", 1, "--gradient_accumulation_steps", 8, "--sample_tokens", 0)
+        train_small("out", "--max_iters", 8)
+    train_small("out", "--max_iters", 8, "--batch_size", 1, "--gradient_accumulation_steps", 8, "--sample_tokens", 0)
     assert "after the 4 steps that are done" in capsys.readouterr().out
-    assert state("out")["iter_num"] == 8 and state("out")["state"]["position"] == 64
+    assert load_state("out")["iter_num"] == 8 and load_state("out")["state"]["position"] == 64
 
 
-def test_nothing_fits(prepared, monkeypatch):  # noqa: F811
-    run = prepared()
+def test_nothing_fits(planned_run, monkeypatch):
+    run = planned_run()
 
     def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
@@ -145,7 +144,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(project):
     command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
         next(line for line in first.stdout if line.startswith("step 2"))
-        second = quickly("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2)
+        second = run_captured("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2)
         assert_user_error(second, "another process is writing to", "out")
         first.kill()
         first.stdout.read()             # up to its end: on Windows, what was begun is the parent of the process itself
@@ -172,8 +171,8 @@ def test_locks_are_for_one_folder_each_and_leave_nothing_of_their_own(locks):
     assert not Path("a/b").exists() and [path.name for path in Path("c").iterdir()] == ["file"]
 
 
-def test_an_old_run_that_was_put_aside_half_is_put_back(go, monkeypatch):  # noqa: F811
-    go("out", "--max_iters", 2)
+def test_an_old_run_that_was_put_aside_half_is_put_back(train_small, monkeypatch):
+    train_small("out", "--max_iters", 2)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     moved = []
 
@@ -184,7 +183,7 @@ def test_an_old_run_that_was_put_aside_half_is_put_back(go, monkeypatch):  # noq
         source.rename(target)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runlog, "atomic_replace", dies)
-        go("out", "--max_iters", 2, "--seed", 5)
+        train_small("out", "--max_iters", 2, "--seed", 5)
     assert len(list(Path("out", runlog.ARCHIVE_TMP).iterdir())) == 2
     runlog.undo_partial_archive("out")
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
@@ -196,53 +195,53 @@ def test_an_old_run_that_was_put_aside_half_is_put_back(go, monkeypatch):  # noq
     {"state": {"iter_num": "two"}}, {"state": {"colour": 1}}, {"optimizer": []}, {"optimizer": {}},
     {"scaler": {"scale": 1}, "rng": {}}, {"rng": {"cpu": 3, "cuda": []}}, {"config": {"batch_size": "four"}},
     {"format": 99}, {"model_args": {"dim": 10**12}}, {"model_args": {"n_layers": 10**9}}])
-def test_a_state_of_another_version_is_one_clear_line(go, change):  # noqa: F811
-    go("out", "--max_iters", 2)
-    saved = state("out")
+def test_a_state_of_another_version_is_one_clear_line(train_small, change):
+    train_small("out", "--max_iters", 2)
+    saved = load_state("out")
     for key, value in change.items():
         saved[key] = {**saved[key], **value} if key in ("config", "model_args") else value
     checkpoint.save_checkpoint("out/last.pt", saved)
     before = Path("out/last.pt").read_bytes()
     with pytest.raises(UserError):
-        go("out", "--max_iters", 4, "--init_from", "resume")
+        train_small("out", "--max_iters", 4, "--init_from", "resume")
     assert Path("out/last.pt").read_bytes() == before
 
 
-def test_moments_of_another_shape_are_refused(go):  # noqa: F811
-    go("out", "--max_iters", 2)
-    saved = state("out")
+def test_moments_of_another_shape_are_refused(train_small):
+    train_small("out", "--max_iters", 2)
+    saved = load_state("out")
     saved["optimizer"][0]["state"][0]["exp_avg"] = torch.zeros(3, 3)
     checkpoint.save_checkpoint("out/last.pt", saved)
     with pytest.raises(UserError, match="last.pt is of another version, or damaged"):
-        go("out", "--max_iters", 4)
+        train_small("out", "--max_iters", 4)
 
 
-def test_a_first_save_that_fails_leaves_the_old_run_where_it_is(go, monkeypatch):  # noqa: F811
-    go("out", "--max_iters", 2)
+def test_a_first_save_that_fails_leaves_the_old_run_where_it_is(train_small, monkeypatch):
+    train_small("out", "--max_iters", 2)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
 
     def full(*_):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(checkpoint, "save_checkpoint", full)
-        go("out", "--max_iters", 2, "--seed", 5)
+        train_small("out", "--max_iters", 2, "--seed", 5)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(go, monkeypatch, capsys):  # noqa: F811
+def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(train_small, monkeypatch, capsys):
     """Also when it begins with the weights of the old one, which are in another place then."""
     command = ["out", "--max_iters", 2, "--init_from", "out/last.pt"]
-    go("out", "--max_iters", 2)
-    go("whole", "--max_iters", 2, "--init_from", "out/last.pt")
+    train_small("out", "--max_iters", 2)
+    train_small("whole", "--max_iters", 2, "--init_from", "out/last.pt")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, "atomic_replace", dies)
-        go(*command)
+        train_small(*command)
     assert not Path("out/last.pt").exists() and Path("out/old-1/last.pt").exists()
     runlog.undo_partial_archive("out")
-    go("out", "--init_from", "resume")
-    assert state("out")["iter_num"] == 2 and state("out")["config"]["init_from"] == "out/last.pt"
+    train_small("out", "--init_from", "resume")
+    assert load_state("out")["iter_num"] == 2 and load_state("out")["config"]["init_from"] == "out/last.pt"
     assert not Path("out", runlog.NEW_CHECKPOINT).exists() and not Path("out/old-2").exists()
-    assert all(torch.equal(a, b) for a, b in zip(state("out")["model"].values(), state("whole")["model"].values()))
+    assert all(torch.equal(a, b) for a, b in zip(load_state("out")["model"].values(), load_state("whole")["model"].values()))
 
 
 def test_a_new_state_is_no_reason_to_lose_a_best_one():
@@ -262,26 +261,26 @@ def dies(*_):
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
-def test_a_best_checkpoint_that_is_gone_or_damaged_is_written_again(go, damage):  # noqa: F811
-    go("out", "--max_iters", 2)
+def test_a_best_checkpoint_that_is_gone_or_damaged_is_written_again(train_small, damage):
+    train_small("out", "--max_iters", 2)
     damage(Path("out/ckpt.pt"))
-    go("out", "--max_iters", 4)
-    assert state("out", "ckpt.pt")["iter_num"] == 4
+    train_small("out", "--max_iters", 4)
+    assert load_state("out", "ckpt.pt")["iter_num"] == 4
 
 
-def test_settings_of_the_optimizer_may_change_while_a_run_goes_on(go):  # noqa: F811
-    go("out", "--max_iters", 2)
-    go("out", "--max_iters", 4, "--init_from", "resume", "--weight_decay", 0.7)
-    assert state("out")["optimizer"][0]["param_groups"][0]["weight_decay"] == 0.7
+def test_settings_of_the_optimizer_may_change_while_a_run_goes_on(train_small):
+    train_small("out", "--max_iters", 2)
+    train_small("out", "--max_iters", 4, "--init_from", "resume", "--weight_decay", 0.7)
+    assert load_state("out")["optimizer"][0]["param_groups"][0]["weight_decay"] == 0.7
 
 
-def test_a_damaged_log_is_put_aside(go, capsys):  # noqa: F811
-    go("out", "--max_iters", 4)
+def test_a_damaged_log_is_put_aside(train_small, capsys):
+    train_small("out", "--max_iters", 4)
     lines = Path("out/log.jsonl").read_text(encoding="utf-8").replace('"loss": ', '"loss": 1', 1)
     Path("out/log.jsonl").write_text(lines, encoding="utf-8")
     Path("out/clock.jsonl").write_text('{"iter": "x"}\n{"iter": 1}\n[]\n', encoding="utf-8")
-    go("out", "--max_iters", 8)
+    train_small("out", "--max_iters", 8)
     assert "log.jsonl is damaged or gone" in capsys.readouterr().out
     assert Path("out/log.damaged-1.jsonl").read_text(encoding="utf-8") == lines
-    assert [entry["iter"] for entry in log("out")[1:]] == [5, 6, 7, 8, 8]       # and an evaluation
+    assert [entry["iter"] for entry in read_log("out")[1:]] == [5, 6, 7, 8, 8]       # and an evaluation
     assert [json.loads(line)["iter"] for line in Path("out/clock.jsonl").read_text().splitlines()] == [5, 6, 7, 8, 8]

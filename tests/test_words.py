@@ -6,7 +6,7 @@ from collections import Counter
 import plain
 import pytest
 import sentencepiece
-from conftest import count_words, learn
+from conftest import count_words, learn_tokenizer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -26,7 +26,7 @@ LISTS = st.lists(st.one_of(TEXTS, st.sampled_from(STORIES[:9])), max_size=9)
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Tokenizer:
-    return learn(STORIES, 600)
+    return learn_tokenizer(STORIES, 600)
 
 
 def foreign(texts=tuple(text.replace("\n", " ") for text in STORIES), **options) -> Tokenizer:
@@ -47,7 +47,7 @@ def plain_ids(vocabulary: Tokenizer, texts: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("size", [400, 600, 2000])
 def test_the_pieces_are_those_of_the_text_itself(size):
-    assert plain.pieces(learn(STORIES + ODD, size).model) == plain.pieces(plain.learn(STORIES + ODD, size))
+    assert plain.pieces(learn_tokenizer(STORIES + ODD, size).model) == plain.pieces(plain.learn(STORIES + ODD, size))
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
@@ -55,7 +55,7 @@ def test_the_pieces_are_those_of_the_text_itself(size):
 def test_the_pieces_of_any_text_are_those_of_the_text_itself(texts):
     texts = [text for text in texts if text.strip("\n\t")]
     if texts:
-        assert plain.pieces(learn(texts, 320).model) == plain.pieces(plain.learn(texts, 320))
+        assert plain.pieces(learn_tokenizer(texts, 320).model) == plain.pieces(plain.learn(texts, 320))
 
 
 def test_the_file_says_that_a_space_is_put_in_front(vocabulary):
@@ -181,5 +181,5 @@ def test_a_vocabulary_that_must_see_whole_texts_does(options, reason):
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_file_of_an_unknown_form_is_encoded_the_plain_way(number):
     """It has a number in place of a message, which SentencePiece passes over."""
-    vocabulary = Tokenizer(learn(["a few words"], 300).model + bytes([number << 3, 5]))
+    vocabulary = Tokenizer(learn_tokenizer(["a few words"], 300).model + bytes([number << 3, 5]))
     assert vocabulary.why_not_wordwise == "its file is of an unknown form" and not vocabulary.is_lossless

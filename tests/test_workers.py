@@ -92,32 +92,32 @@ def test_a_broken_file_does_not_stop_the_try(tmp_path):
     assert workers.measure_throughput([tmp_path / "b.txt"], print)[0] >= 1
 
 
-def test_a_disk_without_room_is_refused_before_the_work(tmp_path, call, monkeypatch):
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path, run_in_process, monkeypatch):
     (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>" * 50, encoding="utf-8")
-    call("train_vocab", "--data", tmp_path / "a.txt", "--vocab_size", 300)
+    run_in_process("train_vocab", "--data", tmp_path / "a.txt", "--vocab_size", 300)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
     monkeypatch.setattr(preprocess, "write_shards", None)
     with pytest.raises(UserError, match="no room: about [\\d.]+ kB are to be written, [\\d.]+ kB are free"):
-        call("preprocess")
+        run_in_process("preprocess")
     assert list(corpus.find_files(tmp_path / "a.txt")) and not Path("data/tok300/manifest.json").exists()
 
 
-def test_old_shards_give_their_room(tmp_path, call, monkeypatch):
+def test_old_shards_give_their_room(tmp_path, run_in_process, monkeypatch):
     (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>" * 50, encoding="utf-8")
-    call("train_vocab", "--data", tmp_path / "a.txt", "--vocab_size", 300)
-    call("preprocess")
+    run_in_process("train_vocab", "--data", tmp_path / "a.txt", "--vocab_size", 300)
+    run_in_process("preprocess")
     (tmp_path / "a.txt").write_text("two<|endoftext|>one<|endoftext|>" * 50, encoding="utf-8")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
-    call("preprocess", "--verify")
+    run_in_process("preprocess", "--verify")
 
 
-def test_a_text_that_cannot_be_tried_has_no_plan(tmp_path, call, capsys):
+def test_a_text_that_cannot_be_tried_has_no_plan(tmp_path, run_in_process, capsys):
     (tmp_path / "a.jsonl").write_text('"one"\n"two"\n', encoding="utf-8")
-    call("train_vocab", "--data", tmp_path / "a.jsonl", "--vocab_size", 300)
+    run_in_process("train_vocab", "--data", tmp_path / "a.jsonl", "--vocab_size", 300)
     (tmp_path / "a.jsonl").write_text('5\n"one"\n"two"\n', encoding="utf-8")
     capsys.readouterr()
     with pytest.raises(UserError, match="record 1: expected a text"):
-        call("preprocess")
+        run_in_process("preprocess")
     assert "plan:" not in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SAVE_PICTURE, assert_user_error, learn, quickly
+from conftest import SAVE_PICTURE, assert_user_error, learn_tokenizer, run_captured
 from faults import fuzz
 
 import preprocess
@@ -41,9 +41,9 @@ VALUES = [None, True, -1, 0.5, float("nan"), float("inf"), 10**30, "", "1", "\ud
 
 
 @pytest.fixture
-def files(sound) -> None:
+def files(valid_files) -> None:
     """A sound file of each kind in the current folder."""
-    shutil.copytree(sound, ".", dirs_exist_ok=True)
+    shutil.copytree(valid_files, ".", dirs_exist_ok=True)
     Path("prompt.txt").write_text("Once upon a time\n", encoding="utf-8")
 
 
@@ -55,7 +55,7 @@ def tree() -> dict[str, bytes | None]:
 def refuses(order: list, *parts: str) -> None:
     """Run a script: it ends with a message that holds all parts, and leaves everything as it was."""
     before = tree()
-    assert_user_error(quickly(*order), *parts)
+    assert_user_error(run_captured(*order), *parts)
     assert tree() == before
 
 
@@ -111,7 +111,7 @@ def test_other_content(files, name, order, kind):
 @pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
 def test_a_file_that_may_not_be_read(files, name, order):
     Path(name).chmod(0)
-    assert_user_error(quickly(*order), Path(name).name)
+    assert_user_error(run_captured(*order), Path(name).name)
 
 
 @pytest.mark.parametrize("name, load", [(MANIFEST, load_shards), (NOTES, load_notes), (SHARD, load_shards),
@@ -151,7 +151,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(files, target):
 # ---- vocabulary and its notes -------------------------------------------------------------------
 
 def test_another_vocabulary_of_that_size(files):
-    Path(MODEL).write_bytes(learn(["other words, and other pieces of them"] * 9, 300).model)
+    Path(MODEL).write_bytes(learn_tokenizer(["other words, and other pieces of them"] * 9, 300).model)
     refuses(PREPROCESS, "tok300.json")
     refuses(TRAIN, "another vocabulary")
     refuses([*SAMPLE, "--tokenizer", MODEL], "tok300.model is not the vocabulary")
@@ -349,7 +349,7 @@ def test_a_checkpoint_with_a_chat_that_is_no_text(files):
     for chat in ([], {}, 1, "unheard of"):
         Path(CKPT).write_bytes(good)
         save(lambda state: {**state, "chat": chat})
-        assert "Traceback" not in quickly(*SAMPLE).stderr
+        assert "Traceback" not in run_captured(*SAMPLE).stderr
 
 
 # ---- text ---------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def test_half_a_character_in_json_becomes_a_mark(files):
 def test_a_run_whose_log_is_wrong_goes_on_or_says_so(files, name, content, monkeypatch):
     monkeypatch.setattr(plots, "save", SAVE_PICTURE)        # what a log holds is drawn too
     Path("output", name).write_bytes(content)
-    result = quickly("train", "--init_from", "resume", "--max_iters", 3)
+    result = run_captured("train", "--init_from", "resume", "--max_iters", 3)
     assert "Traceback" not in result.stderr
     if result.returncode:
         assert_user_error(result, name)
