@@ -268,43 +268,6 @@ class TiktokenTokenizer(BaseTokenizer):
         return self.special[special] if special in self.special else super().special_token_id(special)
 
 
-class StreamDecoder:
-    """Turns the tokens of one text into whole characters, and ends it where one of the texts `stop` begins."""
-
-    def __init__(self, tokenizer: BaseTokenizer, ids: list[int], stop: list[str]):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.ids, self.begin, self.n_decoded = list(ids), 0, len(ids)    # ids up to `seen` are text; `begin`: a bit before
-        self.pending, self.stopped = "", False
-
-    def add(self, token: int) -> str:
-        """What can be shown now: not the bytes of a character that has more, and not what may become a stop."""
-        self.ids.append(token)
-        new = self._new()
-        if new.endswith("\ufffd"):
-            return ""
-        self.begin, self.n_decoded = self.n_decoded - 1, len(self.ids)
-        self.pending += new
-        ends = [at for text in self.stop if (at := self.pending.find(text)) >= 0]
-        self.stopped = bool(ends)
-        shown = min(ends) if ends else len(self.pending) - self._partial_stop_length()
-        piece, self.pending = self.pending[:shown], "" if ends else self.pending[shown:]
-        return piece
-
-    def flush(self) -> str:
-        """What was held back, when no more comes."""
-        return self.pending + self._new()
-
-    def _new(self) -> str:
-        # one token that was shown before goes along, since the first one of a text loses its space
-        return self.tokenizer.decode(self.ids[self.begin:])[len(self.tokenizer.decode(self.ids[self.begin:self.n_decoded])):]
-
-    def _partial_stop_length(self) -> int:
-        """The length of the longest end of `held` with which one of the stops begins."""
-        longest = max(map(len, self.stop), default=0)
-        return next((n for n in range(min(longest - 1, len(self.pending)), 0, -1)
-                     if any(text.startswith(self.pending[-n:]) for text in self.stop)), 0)
-
-
 def load_tokenizer(source: str | Path | bytes) -> BaseTokenizer:
     """A vocabulary of any kind, from its file or bytes. Which kind it is, the content says.
 

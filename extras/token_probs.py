@@ -16,31 +16,14 @@ from html import escape
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
 from tinyllm.files import atomic_write
-from tokenizer import SPACE, BaseTokenizer, StreamDecoder
-
-if TYPE_CHECKING:
-    from sample import Completion, TextGenerator
+from tinyllm.generator import Completion, StreamDecoder, TextGenerator, Token
+from tokenizer import SPACE, BaseTokenizer
 
 
-class Token(NamedTuple):
-    """A token of a text, its log-probability in nats, and the likeliest tokens in its place with probabilities."""
-    piece: str
-    logprob: float
-    top_tokens: list[tuple[str, float]]
-
-
-def describe_model(generator: "TextGenerator", cfg: SimpleNamespace) -> str:
-    """A line about the model."""
-    where = f"{generator.backend.device} with {cfg.quantize}" if cfg.quantize else generator.backend
-    where = f"{where}, compiled" if cfg.compile else where
-    return f"{cfg.checkpoint}: {generator.parameters:,} parameters, on {where}"
-
-
-def tokens_with_alternatives(generator: "TextGenerator", one: "Completion", alternatives: int) -> tuple[list[int], list[Token]]:
+def tokens_with_alternatives(generator: TextGenerator, one: Completion, alternatives: int) -> tuple[list[int], list[Token]]:
     """The ids of the prompt, and all tokens of the text but the first, which nothing comes before."""
     head = generator.tokenizer.encode_prompt(one.prompt)
     tokens = generator.read(head + one.tokens, alternatives)
@@ -65,7 +48,7 @@ def loss_and_perplexity(tokens: list[Token]) -> tuple[float, float]:
 
 # ---- the terminal -------------------------------------------------------------------------------
 
-def print_token_table(generator: "TextGenerator", one: "Completion", cfg: SimpleNamespace) -> None:
+def print_token_table(generator: TextGenerator, one: Completion, cfg: SimpleNamespace) -> None:
     """A line for each token, in colours if asked for."""
     coloured = cfg.show_probs is True
     head, tokens = tokens_with_alternatives(generator, one, alternatives=3)
@@ -86,7 +69,7 @@ def colorize(text: str, logprob: float) -> str:
     return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{escape_control_chars(text)}\033[0m" if sys.stdout.isatty() else text
 
 
-def print_score(generator: "TextGenerator", text: str) -> None:
+def print_score(generator: TextGenerator, text: str) -> None:
     if not text:
         raise UserError("there is no text in the file to score")
     vocabulary = generator.tokenizer
@@ -168,7 +151,7 @@ def check_html_path(name: bool | str) -> None:
         raise UserError(f"{blocked} is a file, so that {path} cannot be in it; name another page for --show_probs")
 
 
-def write_html_page(generator: "TextGenerator", done: list["Completion"], cfg: SimpleNamespace,
+def write_html_page(generator: TextGenerator, done: list[Completion], cfg: SimpleNamespace,
                options: Iterable[str]) -> None:
     """Write the page that cfg.show_probs names. options: names of the settings that the stories depend on."""
     stories = [story_html(generator, one, f"Story {number}" if len(done) > 1 else "", cfg.echo)
@@ -177,13 +160,13 @@ def write_html_page(generator: "TextGenerator", done: list["Completion"], cfg: S
     legend = "\n".join(f'<span class="p{level}">{100 * low:g} to {100 * high:g}%</span>'
                        for level, (low, high) in enumerate(pairwise([0, *LEVELS, 1])))
     page = PAGE.format(title=TITLE, style=STYLE, legend=legend, stories="".join(stories),
-                       model=escape_html(describe_model(generator, cfg)), how=escape_html(how))
+                       model=escape_html(generator.description), how=escape_html(how))
     with atomic_write(cfg.show_probs) as file:
         file.write(page.encode(errors="replace"))       # the name of a checkpoint may be no text
     print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)
 
 
-def story_html(generator: "TextGenerator", one: "Completion", title: str, echo: bool) -> str:
+def story_html(generator: TextGenerator, one: Completion, title: str, echo: bool) -> str:
     head, tokens = tokens_with_alternatives(generator, one, alternatives=5)
     parts = {"Prompt": tokens[:len(head) - 1] if echo else [], "Written": tokens[len(head) - 1:]}
     facts = "<br>".join(summary_line(what, part) for what, part in parts.items() if part)

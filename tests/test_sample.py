@@ -264,7 +264,7 @@ def test_what_is_no_text_is_refused(trained):
         generator.completions(["fine", "\ud800"])
     with pytest.raises(TypeError, match="list of texts"):
         generator.completions("cat")
-    with pytest.raises(ValueError, match="1 rows for 2 texts"):
+    with pytest.raises(ValueError, match="1 sample_ids for 2 completions"):
         generator.completions(["a", "b"], rows=[0])
 
 

@@ -1,10 +1,11 @@
-"""How a token is chosen from the logits: temperature, filters, and a draw.
+"""Choose the next token from the logits: temperature, top-k, top-p, min-p, repetition penalty, and a draw.
 
-    tokens = choose(logits, Sampling(temperature=0.8, top_k=300), next(noise))
+    tokens = sample_token(logits, SamplingParams(temperature=0.8, top_k=300), next(noise))
 
-All of it works on the rows of a batch, each with random numbers of its own.
+All functions work on a batch; each sequence has its own random numbers.
 """
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -12,19 +13,21 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-NOISE_CHUNK = 16        # tokens for which the random numbers are drawn together
+from tinyllm.cli import UserError
+
+NOISE_CHUNK = 16        # tokens for which random numbers are drawn at once
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen.
+    """How to choose a token.
 
     Attributes:
-        temperature: 0 always takes the likeliest token.
-        top_k: draw from the k likeliest only; 0 for all.
-        top_p: draw from the likeliest that together reach this probability (arXiv 1904.09751).
-        min_p: draw from those that have this share of the likeliest one's probability (arXiv 2407.01082).
-        repetition_penalty: above 1, tokens that were there before become less likely (arXiv 1909.05858).
+        temperature: 0 takes the most probable token.
+        top_k: draw from the k most probable tokens; 0 for all.
+        top_p: draw from the most probable tokens that together reach this probability (arXiv 1904.09751).
+        min_p: drop tokens below this share of the top token's probability (arXiv 2407.01082).
+        repetition_penalty: above 1, tokens that occurred before become less probable (arXiv 1909.05858).
         seed: of the random numbers.
     """
     temperature: float = 1.0
@@ -35,40 +38,73 @@ class SamplingParams:
     seed: int = 0
 
 
-def sample_token(logits: Tensor, how: SamplingParams, noise: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Choose a token for each row: (B,) of logits (B, vocab_size), noise (B, k), and seen (B, vocab_size), boolean.
+def validate_sampling(max_new_tokens: int, params: SamplingParams) -> None:
+    """Raise UserError with all settings that are out of range."""
+    errors = []
+    if max_new_tokens < 0:
+        errors.append(f"max_new_tokens must not be negative, not {max_new_tokens}")
+    if not 0 <= params.temperature < math.inf:
+        errors.append(f"temperature must be 0 or more, not {params.temperature}")
+    if params.top_k < 0:
+        errors.append(f"top_k must be 0 (all) or more, not {params.top_k}")
+    if not 0 < params.top_p <= 1:
+        errors.append(f"top_p must be above 0 and at most 1, not {params.top_p}")
+    if not 0 <= params.min_p <= 1:
+        errors.append(f"min_p must be from 0 to 1, not {params.min_p}")
+    if not 0 < params.repetition_penalty < math.inf:
+        errors.append(f"repetition_penalty must be above 0, not {params.repetition_penalty}")
+    if errors:
+        raise UserError("; ".join(errors))
 
-    The largest of p / e with e exponentially distributed is a draw from p (Gumbel-max trick, arXiv 1611.01144);
-    with p and e sorted alike it takes exactly k numbers, also where logits are equal.
+
+def sample_token(logits: Tensor, params: SamplingParams, noise: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Choose a token for each sequence of a batch.
+
+    The largest of p / e, with exponentially distributed e, is a draw from p (Gumbel-max trick, arXiv 1611.01144).
+    Noise belongs to the sorted probabilities, so top-k keeps exactly k tokens even if logits are equal.
+
+    Args:
+        logits: (B, vocab_size).
+        noise: (B, k), from `exponential_noise`.
+        seen: (B, vocab_size), the tokens that repetition_penalty applies to.
+    Returns:
+        (B,) token ids.
     """
     if seen is not None:
-        penalty = how.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if how.temperature == 0:
+        penalty = params.repetition_penalty
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)     # (B, vocab_size)
+        logits = torch.where(seen, penalized, logits)
+    if params.temperature == 0:
         return logits.argmax(-1)
-    best, ids = logits.topk(noise.shape[-1])                                # (B, k), sorted
-    p = ((best - best[:, :1]) / how.temperature).softmax(-1)
-    if how.top_p < 1:
-        p = p.masked_fill(p.cumsum(-1) - p >= how.top_p, 0)                 # what comes before already reaches top_p
-    if how.min_p > 0:
-        p = p.masked_fill(p < how.min_p * p[:, :1], 0)
+    top_logits, ids = logits.topk(noise.shape[-1])                                  # (B, k), sorted
+    p = ((top_logits - top_logits[:, :1]) / params.temperature).softmax(-1)
+    if params.top_p < 1:
+        p_before = p.cumsum(-1) - p
+        p = p.masked_fill(p_before >= params.top_p, 0)
+    if params.min_p > 0:
+        p = p.masked_fill(p < params.min_p * p[:, :1], 0)
     return ids.gather(1, (p / noise).argmax(-1, keepdim=True)).flatten()
 
 
-def exponential_noise(how: SamplingParams, rows: Iterable[int], vocab_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Exponentially distributed numbers (B, k) for each token; each row has a generator of its own."""
-    k = min(how.top_k or vocab_size, vocab_size)
-    if how.temperature == 0:
+def exponential_noise(params: SamplingParams, sample_ids: Iterable[int], vocab_size: int, device: torch.device
+                      ) -> Iterator[Tensor]:
+    """Yield exponentially distributed numbers (B, k) for each token; each sample id has its own generator."""
+    k = min(params.top_k or vocab_size, vocab_size)
+    if params.temperature == 0:
         yield from repeat(torch.empty(0, k))
-    seeds = [hashlib.sha256(f"{how.seed} {row}".encode()).digest()[:8] for row in rows]
-    generators = [torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1) for seed in seeds]
+    generators = [_generator(f"{params.seed} {sample_id}") for sample_id in sample_ids]
     while True:
         drawn = [torch.rand(NOISE_CHUNK, k, generator=generator) for generator in generators]
         yield from torch.stack(drawn, 1).log_().neg_().to(device)
 
 
+def _generator(name: str) -> torch.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
 def seen_token_mask(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
-    """Which ids each prompt has, (B, vocab_size)."""
+    """Return which ids occur in each prompt, (B, vocab_size)."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, ids in zip(seen, prompts):
         row[ids] = True

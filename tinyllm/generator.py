@@ -1,0 +1,296 @@
+"""Text generation: prompts in, text out.
+
+    from sample import TextGenerator                    # this one, with the settings block of sample.py as defaults
+    generator = TextGenerator("output/ckpt.pt")
+    stories = generator.sample("Once upon a time", num_samples=3)
+    for piece in generator.stream("Once upon a time"):
+        print(piece, end="", flush=True)
+    completions = generator.completions(["The cat", "A dog"], temperature=0, stop=["."])
+"""
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from tinyllm import checkpoint as checkpoints
+from tinyllm import optional
+from tinyllm.cli import UserError
+from tinyllm.device import choose_backend
+from tinyllm.engine import Step, build_engine
+from tinyllm.sampling import SamplingParams, validate_sampling
+from tokenizer import BaseTokenizer
+
+if TYPE_CHECKING:
+    from extras.chat import ChatFormat, Message
+    from extras.tensor_parallel import TensorParallelGroup
+
+
+class Token(NamedTuple):
+    """A token, its log-probability in nats, and the most probable tokens at its place with their probabilities."""
+    piece: str
+    logprob: float
+    top_tokens: list[tuple[str, float]]
+
+
+class StreamDecoder:
+    """Decode the tokens of one sequence into whole characters, up to the first stop string."""
+
+    def __init__(self, tokenizer: BaseTokenizer, prompt_ids: list[int], stop_strings: list[str]):
+        self.tokenizer = tokenizer
+        self.stop_strings = stop_strings
+        self.ids = list(prompt_ids)
+        self.n_decoded = len(self.ids)      # ids[:n_decoded] are text already
+        self.context_start = 0              # ids[context_start:n_decoded] are decoded again together with new ones
+        self.pending = ""                   # text that may be the start of a stop string
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Return the text that is safe to show: complete characters that cannot be the start of a stop string."""
+        self.ids.append(token)
+        text = self._new_text()
+        if text.endswith("\ufffd"):         # the character has more bytes
+            return ""
+        self.context_start = self.n_decoded - 1
+        self.n_decoded = len(self.ids)
+        self.pending += text
+        ends = [self.pending.find(stop) for stop in self.stop_strings if stop in self.pending]
+        if ends:
+            self.stopped = True
+            return self._take_pending(min(ends), rest="")
+        n_safe = len(self.pending) - self._partial_stop_length()
+        return self._take_pending(n_safe, rest=self.pending[n_safe:])
+
+    def flush(self) -> str:
+        """Return the rest of the text when no more tokens follow."""
+        return self.pending + self._new_text()
+
+    def _take_pending(self, length: int, rest: str) -> str:
+        text = self.pending[:length]
+        self.pending = rest
+        return text
+
+    def _new_text(self) -> str:
+        # the first token of a text loses its space, so one decoded token is decoded again before the new ones
+        known = self.tokenizer.decode(self.ids[self.context_start:self.n_decoded])
+        return self.tokenizer.decode(self.ids[self.context_start:])[len(known):]
+
+    def _partial_stop_length(self) -> int:
+        """Return the length of the longest end of `pending` that a stop string starts with."""
+        longest = max(map(len, self.stop_strings), default=0)
+        for length in range(min(longest - 1, len(self.pending)), 0, -1):
+            if any(stop.startswith(self.pending[-length:]) for stop in self.stop_strings):
+                return length
+        return 0
+
+
+@dataclass
+class Completion:
+    """A generated text; `text` comes after the prompt.
+
+    Attributes:
+        logprobs: log-probability of each token in nats, before temperature and filters.
+        stop_reason: eos, stop (a stop string) or length.
+    """
+    prompt: str
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: str = "length"
+
+    def append(self, token: int | None, logprob: float, decoder: StreamDecoder) -> str:
+        """Add a token, or None at the end of the sequence. Return the text that it completes."""
+        if token is None:
+            return self.finish("eos", decoder)
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        piece = decoder.add(token)
+        if decoder.stopped:
+            self.stop_reason = "stop"
+        self.text += piece
+        return piece
+
+    def finish(self, stop_reason: str, decoder: StreamDecoder) -> str:
+        """Add the text that the decoder still holds, and return it."""
+        self.stop_reason = stop_reason
+        piece = decoder.flush()
+        self.text += piece
+        return piece
+
+
+class TextGenerator:
+    """A trained model with its tokenizer. sample.py has a subclass with defaults for the settings."""
+
+    def __init__(self, checkpoint: str | Path, tokenizer_model_path: str | Path | None, seed: int, device: str,
+                 dtype: str, quantize: str, compile: bool, chat: str, team: "TensorParallelGroup | None" = None):
+        """Load a checkpoint, or with `team` this process's part of it. Raises UserError if something cannot be used."""
+        self.backend = choose_backend(device, dtype, training=False)
+        self._check_options(quantize, compile, team)
+        state = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
+        self.tokenizer = checkpoints.build_tokenizer(state)
+        model = checkpoints.build_model(state, copy_weights=False, name=checkpoint)
+        if self.tokenizer.n_words > model.args.vocab_size:
+            raise UserError(f"the tokenizer has {self.tokenizer.n_words} tokens, the model {model.args.vocab_size}; "
+                            "they do not belong together")
+        self.chat = self._find_chat_format(chat, state.get("chat", ""))
+        self.seed = seed
+        self.parameters = model.count_parameters()
+        backend = f"{self.backend.device} with {quantize}" if quantize else str(self.backend)
+        compiled = ", compiled" if compile else ""
+        self.description = f"{checkpoint}: {self.parameters:,} parameters, on {backend}{compiled}"
+        self.window_warning_shown = False
+        if team:
+            self.engine = team.engine(model, self.backend, quantize)
+        else:
+            self.engine = build_engine(model, self.backend.dtype, quantize, compile, self.backend.device)
+
+    def _check_options(self, quantize: str, compile: bool, team: "TensorParallelGroup | None") -> None:
+        device = self.backend.device
+        if quantize and (quantize != "int8" or device.type != "cpu"):
+            raise UserError(f"--quantize {quantize} is not for {device}; there is int8, for a CPU")
+        if compile and device.type not in ("cpu", "cuda"):
+            raise UserError(f"--compile is not for {device}; leave it out")
+        if compile and team:
+            raise UserError("--compile is for one process, without torchrun; leave it out")
+
+    def _find_chat_format(self, name: str, name_in_checkpoint: str) -> "ChatFormat | None":
+        if name == "none" or name == "auto" and not name_in_checkpoint:
+            return None
+        formats = optional.load("chat")
+        if name == "auto":
+            return formats.detect_format(name_in_checkpoint, self.tokenizer)
+        if name not in formats.FORMATS:
+            raise UserError(f"--chat {name} is unknown; use auto, none, {', '.join(formats.FORMATS)}")
+        return formats.FORMATS[name](self.tokenizer)
+
+    def sample(self, start: str, num_samples: int, *args, **options) -> list[str]:
+        """Return num_samples texts, each with `start` at its beginning. Takes the further arguments of `generate`."""
+        if num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, not {num_samples}")
+        return [start + completion.text for completion in self.completions([start] * num_samples, *args, **options)]
+
+    def stream(self, start: str, *args, **options) -> Iterator[str]:
+        """Yield `start`, and then the text as it grows, in whole characters. Takes the arguments of `generate`."""
+        pieces = self.generate([Completion(start)], *args, **options)
+        return chain([start], (piece for _, piece in pieces))
+
+    def answer(self, dialog: list["Message"], *args, **options) -> Iterator[str]:
+        """Yield the answer to a dialog as it grows. Takes the further arguments of `generate`.
+
+        dialog: dicts with role (system, user, assistant) and content.
+        Raises UserError if this is no chat model.
+        """
+        if not self.chat:
+            raise UserError("this model was not taught to talk; if it was, say in which form: --chat chatml")
+        prompt_ids = self._encode_dialog(dialog)
+        options |= {"prompt_ids": [prompt_ids], "stop_ids": [self.chat.end_id]}
+        pieces = self.generate([Completion("")], *args, **options)
+        return (piece for _, piece in pieces)
+
+    def _encode_dialog(self, dialog: list["Message"]) -> list[int]:
+        """Encode a dialog, without its oldest turns if it would take more than 3/4 of the window."""
+        ids = self.chat.encode_dialog_prompt(dialog)
+        oldest = 1 if dialog and dialog[0]["role"] == "system" else 0
+        while len(ids) > 3 * self.engine.args.max_seq_len // 4 and len(dialog) > oldest + 2:
+            dialog = dialog[:oldest] + dialog[oldest + 2:]              # a question and its answer
+            ids = self.chat.encode_dialog_prompt(dialog)
+        return ids
+
+    def completions(self, prompts: list[str], *args, **options) -> list[Completion]:
+        """Continue all prompts at the same time. Takes the further arguments of `generate`."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a list of texts, not one text")
+        completions = [Completion(prompt) for prompt in prompts]
+        for _ in self.generate(completions, *args, **options):
+            pass
+        return completions
+
+    def generate(self, completions: list[Completion], max_new_tokens: int, temperature: float, top_k: int,
+                 top_p: float, min_p: float, repetition_penalty: float, stop: str | Collection[str] = (),
+                 seed: int | None = None, sample_ids: list[int] | None = None,
+                 prompt_ids: list[list[int]] | None = None, stop_ids: Collection[int] = (),
+                 rows: list[int] | None = None) -> Iterator[tuple[int, str]]:
+        """Extend completions that hold only their prompts; yield (index, new text) on the way.
+
+        Args:
+            max_new_tokens, ..., repetition_penalty: see the settings block of sample.py.
+            stop: strings that end a text.
+            seed: the generator's when None.
+            sample_ids: numbers that choose the random numbers of each completion; 0, 1, ... when None.
+            prompt_ids: token ids to continue instead of the prompts.
+            stop_ids: token ids that end a text, as eos does.
+            rows: the old name of sample_ids.
+        Raises:
+            UserError: for a setting that cannot be used.
+        """
+        seed = self.seed if seed is None else seed
+        params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        validate_sampling(max_new_tokens, params)
+        sample_ids = sample_ids if rows is None else rows
+        if sample_ids is not None and len(sample_ids) != len(completions):
+            raise ValueError(f"{len(sample_ids)} sample_ids for {len(completions)} completions")
+        if not completions:
+            return iter(())
+        stop_strings = [stop] if isinstance(stop, str) else stop or ()
+        stop_strings = [text for text in stop_strings if text]
+        prompt_ids = prompt_ids or [self.tokenizer.encode_prompt(completion.prompt) for completion in completions]
+        decoders = [StreamDecoder(self.tokenizer, ids, stop_strings) for ids in prompt_ids]
+        stop_ids = {self.tokenizer.eos_id, *stop_ids}
+        steps = self.engine.generate(prompt_ids, max_new_tokens, params, stop_ids, sample_ids)
+        return self._extend(completions, steps, decoders, max_new_tokens)
+
+    def grow(self, *args, **options) -> Iterator[tuple[int, str]]:
+        """Call `generate` by its old name."""
+        return self.generate(*args, **options)
+
+    def _extend(self, completions: list[Completion], steps: Iterator[Step], decoders: list[StreamDecoder],
+                max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        unfinished = list(range(len(completions)))
+        for step in steps:
+            logprobs = _logprobs_of_tokens(step)
+            for i in unfinished:
+                if piece := completions[i].append(step.tokens[i], logprobs[i], decoders[i]):
+                    yield i, piece
+            unfinished = [i for i in unfinished if completions[i].stop_reason == "length"]
+            if not unfinished:
+                break
+        for i in unfinished:                # they have reached max_new_tokens, or have all ended in the same step
+            ended = len(completions[i].tokens) < max_new_tokens
+            if piece := completions[i].finish("eos" if ended else "length", decoders[i]):
+                yield i, piece
+        self._warn_about_window(decoders)
+
+    def _warn_about_window(self, decoders: list[StreamDecoder]) -> None:
+        """Print once that a sequence was longer than the window."""
+        window = self.engine.args.max_seq_len
+        longest = max(len(decoder.ids) for decoder in decoders) - 1        # the model does not read the last token
+        if longest > window and not self.window_warning_shown:
+            print(f"\nnote: the model sees {window} tokens; a longer text goes on from its first one and newer half; "
+                  "the rest is forgotten", file=sys.stderr)
+            self.window_warning_shown = True
+
+    def read(self, ids: list[int], alternatives: int = 3) -> list[Token]:
+        """Return how probable each token is after the tokens before it, except the first one.
+
+        A sequence that is longer than the window is read in pieces of that length.
+        """
+        tokens: list[Token] = []
+        for logprobs in self.engine.read(ids):                                      # (n, vocab_size)
+            targets = ids[len(tokens) + 1:len(tokens) + 1 + len(logprobs)]
+            index = torch.tensor(targets, device=logprobs.device)[:, None]          # (n, 1)
+            target_logprobs = logprobs.gather(1, index).flatten().tolist()
+            top_logprobs, top_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))
+            tops = zip(top_ids.tolist(), top_logprobs.exp().tolist())
+            for token, logprob, (others, probabilities) in zip(targets, target_logprobs, tops):
+                pieces = [self.tokenizer.id_to_piece(other) for other in others]
+                tokens.append(Token(self.tokenizer.id_to_piece(token), logprob, list(zip(pieces, probabilities))))
+        return tokens
+
+
+def _logprobs_of_tokens(step: Step) -> list[float]:
+    """Return the log-probability of each token of a step; that of an ended sequence means nothing."""
+    tokens = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)       # (B,)
+    return step.logits.log_softmax(-1).gather(1, tokens[:, None]).flatten().tolist()
