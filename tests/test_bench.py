@@ -34,7 +34,7 @@ def test_a_step_of_each_contender_trains_its_model(batch, where):
     pytest.importorskip("transformers")
     block, _ = cli.parse_settings(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
     run = bench.build_run(block, where, ARGS, False)
-    losses = [bench.train.take_step(run, repeat(batch))[1].item() for _ in range(20)]
+    losses = [bench.train.train_step(run, repeat(batch))[1].item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1
     Path("peer").mkdir()
     Path("peer/model.py").write_text("from model import *\nclass Transformer(Transformer):\n"

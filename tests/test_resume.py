@@ -1,0 +1,88 @@
+"""Resume, start over or begin with a checkpoint: what is checked, and what is kept of an old run."""
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_state
+
+from extras.gpt2 import GPT2, GPT2Args
+from model import ModelArgs, Transformer
+from tinyllm import resume
+from tinyllm.cli import UserError
+
+
+def test_all_problems_are_reported_at_once(train_small):
+    with pytest.raises(UserError) as error:
+        train_small("out", "--dim", 33, "--learning_rate", -1, "--device", "abacus", "--beta2", 1.5, "--seed", 2**32,
+                    "--max_minutes", "nan", "--init_from", "nowhere.pt")
+    for part in ("dim 33", "learning_rate must be 1e-30 or more and finite, not -1", "abacus", "nowhere.pt",
+                 "beta2 must be 0 or more and below 1", "seed must be a whole number from 0 to 4294967295",
+                 "max_minutes"):
+        assert part in str(error.value), part
+    assert not Path("out").exists()
+    with pytest.raises(UserError, match="out_dir names no folder"):
+        train_small("", "--max_iters", 1)
+    with pytest.raises(UserError, match="sample_prompts .*not UTF-8"):
+        train_small("out", "--sample_prompts", "caf\udce9")
+
+
+def test_too_little_disk_is_said_before_the_first_step(train_small, monkeypatch):
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="MB free"):
+        train_small("out", "--max_iters", 2)
+
+
+@pytest.mark.parametrize("model, args", [(Transformer, ModelArgs(n_layers=5)), (GPT2, GPT2Args()),
+                                         (Transformer, ModelArgs(n_layers=1, tie_embeddings=False))])
+def test_parameters_are_counted_without_building_every_layer(model, args):
+    with torch.device("meta"):
+        assert resume.count_parameters(args) == model(args).count_parameters()
+
+
+@pytest.mark.parametrize("shape, says", [
+    ({"n_layers": 2**31 - 1}, "the checkpoints need"), ({"dim": 2 * 10**9, "n_heads": 10**8}, "larger than any memory"),
+    ({"hidden_dim": 2**31 - 1, "dim": 2 * 10**9, "n_heads": 10**8}, "larger than any memory")])
+def test_a_model_for_no_machine_is_refused_at_once(train_small, shape, says):
+    with pytest.raises(UserError, match=says):
+        train_small("out", "--n_kv_heads", 1, *(word for name, value in shape.items() for word in (f"--{name}", value)))
+    assert not Path("out").exists()
+
+
+def test_only_the_files_of_a_run_are_put_aside(train_small):
+    """A model that convert.py put into the folder is not one of them."""
+    Path("out").mkdir()
+    Path("out/smol.pt").write_bytes(b"a model")
+    Path("out/notes.txt").write_text("mine", encoding="utf-8")
+    train_small("out", "--max_iters", 1)
+    assert not Path("out/old-1").exists()
+    train_small("out", "--max_iters", 2, "--seed", 2)
+    assert Path("out/smol.pt").exists() and Path("out/notes.txt").exists()
+    assert {path.name for path in Path("out/old-1").iterdir()} >= {"last.pt", "ckpt.pt", "log.jsonl", "clock.jsonl"}
+
+
+def test_a_finished_run_is_begun_anew_with_all_that_it_was(train_small, run_in_process, capsys):
+    train_small("out", "--max_iters", 2, "--learning_rate", 0.001)
+    run_in_process("train", "--init_from", "resume", "--out_dir", "out")
+    printed = capsys.readouterr().out
+    assert "go on with it: python train.py --init_from resume --out_dir out --max_iters 4\n" in printed
+    anew = shlex.split(printed.rpartition("begin anew:    python train.py ")[2])
+    run_in_process("train", *anew)
+    old, new = load_state("out/old-1"), load_state("out")
+    assert {**new["config"], "init_from": "auto"} == old["config"] and new["iter_num"] == 2
+    train_small("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
+    train_small("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
+    printed = capsys.readouterr().out.rpartition("begin anew: ")[2]
+    assert "--init_from out/ckpt.pt" in printed and "--out_dir tuned-2" in printed
+
+
+def test_a_run_that_is_not_there_is_told_with_those_that_are(train_small, run_in_process):
+    train_small("runs/mine", "--max_iters", 1)
+    for out, message in [("runs/mime", "runs in runs.mine; name one"), ("other", "begin one, without --init_from")]:
+        with pytest.raises(UserError, match=f"no {out}.last.pt, so .*\n *.*{message}"):
+            run_in_process("train", "--init_from", "resume", "--out_dir", out)
+
+
+def test_scratch_says_that_it_begins_each_time(train_small, capsys):
+    train_small("out", "--max_iters", 1, "--init_from", "scratch")
+    assert "--init_from resume goes on" in capsys.readouterr().out
