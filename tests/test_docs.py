@@ -40,8 +40,7 @@ def test_there_are_commands_for_every_step():
 
 def test_the_settings_of_quickstart_exist():
     text = (ROOT / "quickstart.sh").read_text(encoding="utf-8")
-    sources = [(ROOT / f"{step}.py").read_text(encoding="utf-8") for step in STEPS]
-    known = {name for source in sources for name in cli._setting_comments(source)}
+    known = {name for step in STEPS for name in cli.read_settings_block(ROOT / f"{step}.py")}
     used = set(re.findall(r" --(\w+_\w+|preset|prompt|seed)", text)) - {"setup_only"}
     assert len(used) > 8 and used <= known
     assert set(re.findall(r"--preset (\w+)", text)) <= set(presets.PRESETS)

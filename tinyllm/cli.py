@@ -1,4 +1,4 @@
-"""Turns the settings block at the top of a script into --help and typed overrides.
+"""Turn the settings block at the top of a script into --help and typed overrides.
 
 A script writes its settings once, as plain assignments between two rulers:
 
@@ -6,10 +6,10 @@ A script writes its settings once, as plain assignments between two rulers:
     batch_size = 32     # windows per micro-batch; halve it when memory runs out
     # ---- end of settings ----
 
-and calls `cfg, given = settings.read(globals())`. That accepts `--batch_size 16` and
-`--batch-size=16`, for booleans `--compile`, `--compile False` and `--no-compile`, and for lists of texts
-`--folders a b`. The type comes from the default, the help from the comment, and a typo is an error with a suggestion.
-A boolean that may also be a text, such as a file's name or auto, is written `name: bool | str = False`.
+and calls `cfg, overrides = cli.parse_settings(globals())`. It accepts `--batch_size 16` and `--batch-size=16`, for
+booleans `--compile`, `--compile False` and `--no-compile`, and for lists of texts `--folders a b`. The default gives
+the type, the comment the help, and a typo is an error with a suggestion. A boolean that may also be a text,
+such as auto or the name of a file, is written `name: bool | str = False`.
 """
 import argparse
 import ast
@@ -25,193 +25,113 @@ from itertools import takewhile
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
-USER_FIXABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # a full disk,
-                errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,          # a closed door, a broken one,
-                errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,    # something else than should be there,
-                errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,               # a name that cannot be one, or is in use,
-                errno.EMFILE, errno.ENFILE)                                 # too many open files
+USER_FIXABLE_ERRNOS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # the disk is full
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,          # no permission, or the disk is broken
+    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,    # something is missing or of another kind
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,               # the name is impossible or in use
+    errno.EMFILE, errno.ENFILE,                                 # too many files are open
+)
 CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
 
 class UserError(Exception):
-    """Something that the user can mend. `run` shows its message, and no traceback."""
+    """An error that the user can fix. `run_script` prints its message and no traceback."""
 
 
-def escape_control_chars(text: str) -> str:
-    """A text without what a terminal would obey: control characters, and marks that turn the direction of writing."""
-    return CONTROL_CHARS.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def escape_for_terminal(text: str) -> str:
-    """What stdout may have of a text that anybody may have written: a terminal not all, a file or program all of it."""
-    return escape_control_chars(text) if sys.stdout.isatty() else text
+class Setting(NamedTuple):
+    """An assignment of a settings block."""
+    comment: str
+    is_bool_or_str: bool
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
-            message += "; one that begins with - is given as --name=-value"
+            message += "; a value that begins with - is given as --name=-value"
         raise UserError(f"{message}\n       python {self.prog} --help lists the settings")
 
 
-def parse_settings(script: dict[str, Any], argv: list[str] | None = None, out: TextIO | None = None,
-         presets: dict[str, dict[str, Any]] | None = None, epilog: str = "", positional: tuple[str, ...] = (),
-         moved: dict[str, str] | None = None) -> tuple[SimpleNamespace, dict[str, Any]]:
-    """Read a script's settings block and the command line.
+def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None, out: TextIO | None = None,
+                   presets: dict[str, dict[str, Any]] | None = None, epilog: str = "", positional: tuple[str, ...] = (),
+                   moved: dict[str, str] | None = None) -> tuple[SimpleNamespace, dict[str, Any]]:
+    """Parse a script's settings block and the command line.
 
-    Args:
-        script: the `globals()` of the script; `__file__` and `__doc__` are used too.
-        argv: the arguments; those of the process when None.
-        out: where the settings that differ from the block are printed; stdout when None.
-        presets: settings by name, one of which a setting `preset` may choose; the command line takes precedence.
-        epilog: what --help shows at its end.
-        positional: settings that may stand without their names, in this order.
-        moved: flags that earlier versions had, and for each the command that took its place.
-    Returns:
-        all settings as attributes, and a dict of those that the command line gave, or the preset.
-    Raises:
-        UserError: for an unknown name, a missing value or a value of the wrong type.
+    `presets` maps names to settings, one of which a setting `preset` may choose; the command line takes precedence.
+    `positional` settings may be given without their names, in this order. `moved` maps flags of earlier versions to the
+    commands that replaced them. The settings that differ from the block are printed to `out`, by default stdout.
+
+    Return all settings as attributes, and a dict of the settings that the command line or the preset gave.
+    Raise UserError for an unknown name, a missing value or a value of the wrong type.
     """
-    source = Path(script["__file__"]).read_text(encoding="utf-8")
-    defaults = {name: script[name] for name in _setting_comments(source)}
-    parser = _parser(script, source, epilog)
+    settings = read_settings_block(Path(module_globals["__file__"]))
+    defaults = {name: module_globals[name] for name in settings}
+    parser = _build_parser(module_globals, epilog)
+    for name, setting in settings.items():
+        _add_setting(parser, name, setting, defaults[name])
     for name in positional:
         nargs = "*" if isinstance(defaults[name], list) else "?"
         parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, help=f"the same as --{name}")
-    known, unknown = parser.parse_known_args([_normalize_flag(a) for a in (sys.argv[1:] if argv is None else argv)])
+    arguments = sys.argv[1:] if argv is None else argv
+    known, unknown = parser.parse_known_args([_normalize_flag(argument) for argument in arguments])
     if unknown:
         _check_not_moved(unknown[0], moved or {})
         parser.error(_unknown_setting_message(unknown[0], list(defaults)))
-    given = vars(known)
-    if presets and (preset := given.get("preset", defaults.get("preset", ""))):
-        if preset not in presets:
-            parser.error(f"there is no preset {preset!r}; there are {', '.join(presets)}")
-        given = {**presets[preset], **given}
-    changed = [f"{k}={given[k]!r} (default {v!r})" for k, v in defaults.items() if given.get(k, v) != v]
-    if changed:
-        print("settings:", ", ".join(changed), file=out)
-    return SimpleNamespace(**{**defaults, **given}), given
+    overrides = vars(known)
+    preset = overrides.get("preset", defaults.get("preset", ""))
+    if presets and preset:
+        overrides = {**_preset_settings(preset, presets), **overrides}
+    _print_overrides(defaults, overrides, out)
+    return SimpleNamespace(**{**defaults, **overrides}), overrides
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Call a script's main(). What the user can mend ends as a message and status 1."""
-    _ensure_std_streams()
-    try:
-        main()
-    except UserError as error:
-        sys.exit(escape_control_chars(f"error: {error}"))
-    except KeyboardInterrupt:
-        kill_child_processes()
-        print("\nstopped; no file is half-written: the same command goes on, or begins anew", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:             # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        odd_name = os.name == "nt" and error.errno == errno.EINVAL and error.filename       # such as a?.txt
-        if error.errno not in USER_FIXABLE_ERRNOS and not odd_name:
-            raise
-        sys.exit(escape_control_chars(f"error: {error.strerror}: {error.filename or 'a file'}"))
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done, and Ctrl-C would only break into tidying up
-
-
-def _ensure_std_streams() -> None:
-    """Make output UTF-8, which a Windows pipe is not by itself; what is closed, as in some services, leads nowhere.
-
-    Else the next file that is opened would take its number, and get what libraries print.
-    """
-    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(handle)
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
-
-
-def suggest_path(path: str | Path) -> str:
-    """'; did you mean X?' for a path that does not exist, or nothing: X is what lies beside it with a similar name."""
-    path = Path(path)
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, n=1)
-    return f"; did you mean {path.with_name(close[0])}?" if close else ""
-
-
-def format_command(script: str, launcher: str = "python", **settings: Any) -> str:
-    """What to type, with those settings that say something."""
-    texts = {name: str(value) for name, value in settings.items() if value not in ("", None)}
-    words = [f"--{name}" if settings[name] is True else f"--{name}{'=' if text.startswith('-') else ' '}{shell_quote(text)}"
-             for name, text in texts.items()]
-    program = f"-m {script}" if "." in script else f"{script}.py"
-    return " ".join([f"{launcher} {program}", *words])
-
-
-def shell_quote(text: str) -> str:
-    """A value as it is typed in a shell."""
-    if os.name == "posix" and re.search(r'["$`!\\]', text):
-        return shlex.quote(text)
-    return f'"{text}"' if re.search(r"[^\w./\\:~+-]|^~", text) else text       # a first ~ is the home folder
-
-
-def kill_child_processes() -> None:
-    """End the processes that this one has begun, before what they would look for is gone."""
-    for child in active_children():
-        child.kill()
-        child.join()
-
-
-def _setting_comments(source: str) -> dict[str, str]:
-    """Map each name of the settings block to its comment, with the indented lines that continue it, in order."""
-    lines = source.splitlines()
-    found = {}
-    for name, node in _assignments(source).items():
-        tail = lines[node.end_lineno - 1][node.end_col_offset:].lstrip(" #")
-        more = [line.strip(" #") for line in takewhile(re.compile(r"\s+#").match, lines[node.end_lineno:])]
-        found[name] = " ".join([tail, *more])
-    return found
-
-
-def _assignments(source: str) -> dict[str, ast.Assign | ast.AnnAssign]:
-    """Map each name of the settings block to its assignment, in order."""
+def read_settings_block(path: Path) -> dict[str, Setting]:
+    """Return the settings of a script by name, in order. Indented comment lines continue the comment above them."""
+    source = path.read_text(encoding="utf-8")
     lines = source.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(BEGIN))
     last = next(i for i, line in enumerate(lines) if line.startswith(END))
-    return {(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id: node
-            for node in ast.parse(source).body
-            if isinstance(node, (ast.Assign, ast.AnnAssign)) and first < node.lineno <= last}
+    settings = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and first < node.lineno <= last:
+            is_annotated = isinstance(node, ast.AnnAssign)
+            target = node.target if is_annotated else node.targets[0]
+            settings[target.id] = Setting(_comment_after(lines, node), is_annotated)
+    return settings
 
 
-def _program_name(path: Path) -> str:
-    """Return what follows `python` on the command line of a script, or of a tool."""
-    return f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
+def _comment_after(lines: list[str], node: ast.stmt) -> str:
+    same_line = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()      # ast counts in bytes
+    next_lines = takewhile(re.compile(r"\s+#").match, lines[node.end_lineno:])
+    return " ".join(line.strip(" #") for line in [same_line, *next_lines])
 
 
-def _parser(script: dict[str, Any], source: str, epilog: str) -> _Parser:
-    parser = _Parser(prog=_program_name(Path(script["__file__"])), description=script["__doc__"], epilog=epilog,
-                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    annotated = {name for name, node in _assignments(source).items() if isinstance(node, ast.AnnAssign)}
-    for name, comment in _setting_comments(source).items():
-        default, kind = script[name], type(script[name])
-        text = f"{comment} (default: {default!r})".replace("%", "%%")
-        if kind is bool or name in annotated:
-            read_as, metavar = (parse_bool_or_str, "BOOL|STR") if name in annotated else (_parse_bool, "BOOL")
-            parser.add_argument(f"--{name}", type=read_as, nargs="?", const=True, metavar=metavar, help=text)
-            parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
-        elif isinstance(default, list):
-            parser.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
-        else:
-            parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
-    return parser
+def _build_parser(module_globals: dict[str, Any], epilog: str) -> _Parser:
+    path = Path(module_globals["__file__"])
+    program = f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
+    return _Parser(prog=program, description=module_globals["__doc__"], epilog=epilog, allow_abbrev=False,
+                   argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def _normalize_flag(arg: str) -> str:
-    """`--max-iters=5` becomes `--max_iters=5`; anything that is not a name stays as it is."""
-    match = re.fullmatch(r"--([A-Za-z][\w-]*)(=.*)?", arg, flags=re.DOTALL)
-    return f"--{match[1].replace('-', '_')}{match[2] or ''}" if match else arg
+def _add_setting(parser: _Parser, name: str, setting: Setting, default: Any) -> None:
+    text = f"{setting.comment} (default: {default!r})".replace("%", "%%")
+    kind = type(default)
+    if setting.is_bool_or_str:
+        _add_boolean(parser, name, parse_bool_or_str, "BOOL|STR", text)
+    elif kind is bool:
+        _add_boolean(parser, name, _parse_bool, "BOOL", text)
+    elif kind is list:
+        parser.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
+    else:
+        parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
+
+
+def _add_boolean(parser: _Parser, name: str, parse: Callable[[str], bool | str], metavar: str, text: str) -> None:
+    parser.add_argument(f"--{name}", type=parse, nargs="?", const=True, metavar=metavar, help=text)
+    parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
 
 
 def _parse_bool(text: str) -> bool:
@@ -221,24 +141,124 @@ def _parse_bool(text: str) -> bool:
 
 
 def parse_bool_or_str(text: str) -> bool | str:
-    """The boolean that a text says, or else the text."""
+    """Return the boolean that a text spells, or else the text."""
     try:
         return _parse_bool(text)
     except argparse.ArgumentTypeError:
         return text
 
 
-def _check_not_moved(arg: str, moved: dict[str, str]) -> None:
-    """Raise UserError for a flag of an earlier version, with the command that took its place."""
-    name = arg.removeprefix("--").split("=")[0]
-    if arg.startswith("--") and name in moved:
+def _normalize_flag(argument: str) -> str:
+    """Turn `--max-iters=5` into `--max_iters=5`, and leave anything but a name as it is."""
+    match = re.fullmatch(r"--([A-Za-z][\w-]*)(=.*)?", argument, flags=re.DOTALL)
+    return f"--{match[1].replace('-', '_')}{match[2] or ''}" if match else argument
+
+
+def _check_not_moved(argument: str, moved: dict[str, str]) -> None:
+    name = argument.removeprefix("--").split("=")[0]
+    if argument.startswith("--") and name in moved:
         raise UserError(f"--{name} is a command of its own now\n       {moved[name]}")
 
 
-def _unknown_setting_message(arg: str, names: list[str]) -> str:
-    if not arg.startswith("-"):
-        return f"{arg!r} stands alone; settings are given as --name value, and a text with spaces in quotes"
-    name = arg.lstrip("-").split("=")[0]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean --{close[0]}?" if close else ""
-    return f"unknown setting {arg!r}{hint}"
+def _unknown_setting_message(argument: str, names: list[str]) -> str:
+    if not argument.startswith("-"):
+        return f"{argument!r} is no setting; settings are given as --name value, and a text with spaces in quotes"
+    name = argument.lstrip("-").split("=")[0]
+    similar = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean --{similar[0]}?" if similar else ""
+    return f"unknown setting {argument!r}{hint}"
+
+
+def _preset_settings(preset: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if preset not in presets:
+        raise UserError(f"unknown preset {preset!r}; use {', '.join(presets)}")
+    return presets[preset]
+
+
+def _print_overrides(defaults: dict[str, Any], overrides: dict[str, Any], out: TextIO | None) -> None:
+    changes = []
+    for name, default in defaults.items():
+        value = overrides.get(name, default)
+        if value != default:
+            changes.append(f"{name}={value!r} (default {default!r})")
+    if changes:
+        print("settings:", ", ".join(changes), file=out)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call a script's main(). An error that the user can fix ends as a message and status 1."""
+    _ensure_std_streams()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(escape_control_chars(f"error: {error}"))
+    except KeyboardInterrupt:
+        kill_child_processes()
+        print("\nstopped; no file is half-written, and the same command resumes or starts over", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:             # the reader of our output, such as `head`, has finished
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        is_invalid_name = os.name == "nt" and error.errno == errno.EINVAL and error.filename       # such as a?.txt
+        if error.errno not in USER_FIXABLE_ERRNOS and not is_invalid_name:
+            raise
+        sys.exit(escape_control_chars(f"error: {error.strerror}: {error.filename or 'a file'}"))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C could only interrupt the interpreter's shutdown now
+
+
+def _ensure_std_streams() -> None:
+    """Print UTF-8, also into a pipe on Windows, and connect streams that a service has closed to devnull."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def kill_child_processes() -> None:
+    """Kill the processes that this one has started, before the files that they use are removed."""
+    for child in active_children():
+        child.kill()
+        child.join()
+
+
+def escape_control_chars(text: str) -> str:
+    """Escape control characters and marks that change the writing direction, which a terminal would obey."""
+    return CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def escape_for_terminal(text: str) -> str:
+    """Escape control characters when stdout is a terminal; a file or a program gets the text unchanged."""
+    return escape_control_chars(text) if sys.stdout.isatty() else text
+
+
+def suggest_path(path: str | Path) -> str:
+    """Return '; did you mean X?' when a file with a similar name lies beside a missing path, else ''."""
+    path = Path(path)
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(similar[0])}?" if similar else ""
+
+
+def format_command(script: str, launcher: str = "python", **settings: Any) -> str:
+    """Return a command line to type, with all settings that are neither empty nor None."""
+    program = f"-m {script}" if "." in script else f"{script}.py"
+    flags = [format_flag(name, value) for name, value in settings.items() if value not in ("", None)]
+    return " ".join([launcher, program, *flags])
+
+
+def format_flag(name: str, value: Any) -> str:
+    """Return a setting as it is typed: --name value."""
+    if value is True:
+        return f"--{name}"
+    text = str(value)
+    separator = "=" if text.startswith("-") else " "        # argparse takes -1 for a flag, but not --name=-1
+    return f"--{name}{separator}{shell_quote(text)}"
+
+
+def shell_quote(text: str) -> str:
+    """Return a value as it is typed in a shell."""
+    if os.name == "posix" and re.search(r'["$`!\\]', text):
+        return shlex.quote(text)
+    return f'"{text}"' if re.search(r"[^\w./\\:~+-]|^~", text) else text       # a first ~ is the home folder

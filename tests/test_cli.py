@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_user_error, run_subprocess
+from conftest import ROOT, assert_user_error, run_captured, run_subprocess
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -58,9 +58,9 @@ def test_overrides_are_typed(block, argv, name, value):
 
 def test_names_with_hyphens(block):
     block["max_iters"] = 1
-    path = block["__file__"]
-    text = open(path, encoding="utf-8").read().replace("on = False", "max_iters = 1  # steps\non = False")
-    open(path, "w", encoding="utf-8").write(text)
+    path = Path(block["__file__"])
+    text = path.read_text(encoding="utf-8").replace("on = False", "max_iters = 1  # steps\non = False")
+    path.write_text(text, encoding="utf-8")
     assert read(block, "--max-iters", "7")["max_iters"] == read(block, "--max_iters=7")["max_iters"] == 7
 
 
@@ -87,7 +87,7 @@ WORDS = ["--rate", "--count", "--name", "--on", "--no_on", "--no-on", "--", "-",
          "--help", "-h", "--on=", "--count=", "--name=x", "@file", "{}"]
 
 
-@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(argv=st.lists(st.one_of(st.text(max_size=20), st.sampled_from(WORDS),
                                st.tuples(st.sampled_from(WORDS), st.text(max_size=9)).map("=".join)), max_size=6))
 def test_any_command_line_is_read_refused_or_helped(block, argv):
@@ -118,17 +118,17 @@ def test_help_shows_comments_and_defaults(block, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_setting_of_a_script_is_explained_or_plain(name):
-    comments = cli._setting_comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    settings = cli.read_settings_block(ROOT / f"{name}.py")
     plain = {"dim", "n_layers", "norm_eps", "weight_decay", "beta1", "beta2", "min_lr", "seed"}
-    assert comments and {key for key, comment in comments.items() if not comment} <= plain
-    assert all(hasattr(importlib.import_module(name), key) for key in comments)
+    assert settings and {key for key, setting in settings.items() if not setting.comment} <= plain
+    assert all(hasattr(importlib.import_module(name), key) for key in settings)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_function_bypasses_the_command_line(name):
     """A function that read a constant of the block itself would not see an override."""
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    names = set(cli._setting_comments(source))
+    names = set(cli.read_settings_block(ROOT / f"{name}.py"))
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, ast.FunctionDef):
             bound = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
@@ -141,8 +141,12 @@ def test_no_function_bypasses_the_command_line(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_typo_ends_with_status_1_and_a_suggestion(name):
-    first = next(iter(cli._setting_comments((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
-    assert_user_error(run_subprocess(name, f"--{first}x", "1"), f"did you mean --{first}?")
+    first = next(iter(cli.read_settings_block(ROOT / f"{name}.py")))
+    assert_user_error(run_captured(name, f"--{first}x", "1"), f"did you mean --{first}?")
+
+
+def test_a_typo_ends_a_process_of_its_own():
+    assert_user_error(run_subprocess("preprocess", "--dataa", "1"), "did you mean --data?")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="quoting is that of a POSIX shell")
