@@ -20,17 +20,18 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from tinyllm import cli, corpus, documents, optional, shards, workers
+from tinyllm import cli, corpus, shards, workers
 from tinyllm.cli import UserError, escape_for_terminal
 from tinyllm.files import atomic_replace, atomic_write, folder_lock, load_json, save_json, sha256
-from tinyllm.project import DATA, find_tokenizer, path_flags
+from tinyllm.project import DATA, find_tokenizer, load_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tokenizer import BaseTokenizer, load_tokenizer
+from tinyllm.words import BATCH, DocumentEncoder
+from tokenizer import BaseTokenizer
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go
 data = ""               # the text; empty: what step 1 read
-encoding = ""           # of all files, such as gb18030; empty: that of step 1
+encoding = ""           # of files that are not UTF-8, such as gb18030; empty: as step 1 was told
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
 tokenizer = ""          # a vocabulary from elsewhere, or a model that has one; it is copied to data_dir and used
 num_workers = 0         # processes, at most 60; 0: one per core, if there is memory. Each takes up to 400 MB
@@ -68,15 +69,17 @@ def main() -> None:
     save_source_info(model_path, vocabulary, source, threshold, encoding)
     print(escape_for_terminal(f"text: {source}, {len(files)} file{'s' * (len(files) != 1)}; vocabulary: {model_path}, "
                 f"{vocabulary.n_words} entries"))
-    if vocabulary.why_not_wordwise:
-        print(f"encoding: whole texts, not word by word, which would be faster: {escape_for_terminal(vocabulary.why_not_wordwise)}")
+    encoder = DocumentEncoder(vocabulary)
+    if encoder.why_not_wordwise:
+        print("encoding: whole texts, not word by word, which would be faster: "
+              + escape_for_terminal(encoder.why_not_wordwise))
 
     folder = model_path.with_suffix("")
     target = ShardSet(folder, vocabulary.sha256, vocabulary.n_words, threshold, [])
-    with folder_lock(folder), documents.report_all_bad_encodings(files, encoding):
+    with folder_lock(folder), corpus.report_all_bad_encodings(files, encoding):
         jobs = [Job(i, group, folder, model_path, vocabulary.sha256, threshold, encoding)
                 for i, group in enumerate(group_files(files, source, encoding))]
-        build_shards(target, jobs, cfg.num_workers, vocabulary)
+        build_shards(target, jobs, cfg.num_workers, encoder)
         if cfg.verify:
             verify_all(jobs, cfg.num_workers)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
@@ -100,12 +103,15 @@ def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
 
 
 def is_model(path: str) -> bool:
-    return optional.load("formats").is_model(path)
+    """True for a model, False for a tokenizer file."""
+    from tinyllm import checkpoint  # loads torch, which workers do not need
+    return checkpoint.is_model(path)
 
 
 def import_tokenizer(path: Path, folder: str) -> Path:
     """Copy a vocabulary made elsewhere to <folder>/tok<size>.model, where all steps look for it."""
-    vocabulary = optional.load("formats").read_vocabulary(path)        # brings torch, which workers do not need
+    from tinyllm import checkpoint  # loads torch, which workers do not need
+    vocabulary = checkpoint.read_tokenizer(path)
     if min(vocabulary.bos_id, vocabulary.eos_id) < 0:
         raise UserError(f"{path} has no bos or no eos; documents could not be told apart")
     target = Path(folder) / f"tok{vocabulary.n_words}.model"
@@ -131,7 +137,7 @@ def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: BaseTokenize
                             "run python train_vocab.py again")
     elif not cfg.data and not cfg.tokenizer:
         raise UserError(f"no {notes}, which would tell what text {model_path.name} is for\n       name it: --data PATH")
-    documents.check_encoding(encoding)
+    corpus.check_encoding(encoding)
     source = Path(cfg.data) if cfg.data else known or corpus.default_source(cfg.data_dir)
     if source != known:
         threshold = corpus.val_hash_threshold(corpus.find_files(source), encoding)
@@ -157,7 +163,7 @@ def group_files(files: list[Path], root: Path, encoding: str = "") -> list[dict[
     return [{path: sources[path] for path in group} for group in corpus.group_small_files(files)]
 
 
-def build_shards(target: ShardSet, jobs: list[Job], num_workers: int, vocabulary: BaseTokenizer) -> None:
+def build_shards(target: ShardSet, jobs: list[Job], num_workers: int, encoder: DocumentEncoder) -> None:
     """Bring the shards up to date. Until all are whole, their list has another name than the manifest."""
     done = find_reusable_shards(target, jobs)
     todo = [job for job in jobs if job.index not in done]
@@ -166,7 +172,7 @@ def build_shards(target: ShardSet, jobs: list[Job], num_workers: int, vocabulary
         print(f"{len(done)} of {len(jobs)} pairs of shards are up to date")
     processes, why = workers.choose_num_workers(num_workers, len(todo))
     if todo:
-        print_plan(target, todo, vocabulary, processes, why)
+        print_plan(target, todo, encoder, processes, why)
         if (target.folder / MANIFEST).exists():
             atomic_replace(target.folder / MANIFEST, target.folder / PARTIAL_MANIFEST)
     start, written, most = time.perf_counter(), 0, 0
@@ -189,11 +195,11 @@ def total_bytes(jobs: list[Job]) -> int:
     return sum(source.size for job in jobs for source in job.sources.values())
 
 
-def print_plan(target: ShardSet, todo: list[Job], vocabulary: BaseTokenizer, processes: int, why: str) -> None:
+def print_plan(target: ShardSet, todo: list[Job], encoder: DocumentEncoder, processes: int, why: str) -> None:
     """Say what is to come, from a try with the first texts. Raises UserError when there is no room for it."""
     size, tokens = total_bytes(todo), []
     read, seconds = workers.measure_throughput((path for job in todo for path in job.sources),
-                                 lambda texts: tokens.append(len(vocabulary.encode_documents(texts))), todo[0].encoding)
+                                 lambda texts: tokens.append(len(encoder.encode(texts))), todo[0].encoding)
     if not tokens:
         return                          # the first text cannot be read, as will be told in its turn
     need, free = sum(tokens) * target.dtype.itemsize * size / read, shutil.disk_usage(target.folder).free
@@ -222,24 +228,24 @@ def find_reusable_shards(target: ShardSet, jobs: list[Job]) -> dict[int, list[Sh
 
 
 @lru_cache(1)
-def shared_vocabulary(path: Path, sha256: str) -> BaseTokenizer:
-    """One vocabulary, with the words that it knows, for all jobs of a process.
+def shared_encoder(path: Path, sha256: str) -> DocumentEncoder:
+    """One encoder, with the words that it knows, for all jobs of a process.
 
     sha256 is only a key of the cache: a file with other content, under the same name, is loaded anew.
     """
-    return load_tokenizer(path)
+    return DocumentEncoder(load_tokenizer(path))
 
 
 def write_shards(job: Job, progress: Callable[[int], None]) -> tuple[int, list[Shard]]:
     """Tokenize the files of a job into its train and its val shard. May run in a worker process."""
-    vocabulary = shared_vocabulary(job.model_path, job.model_sha256)
-    dtype = shards.token_dtype(vocabulary.n_words)
+    encoder = shared_encoder(job.model_path, job.model_sha256)
+    dtype = shards.token_dtype(encoder.tokenizer.n_words)
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}          # documents, tokens, bytes of text
     digests = {split: hashlib.sha256() for split in SPLITS}
     with ExitStack() as stack:
         out = {split: stack.enter_context(atomic_write(job.folder / name)) for split, name in job.names.items()}
         for split, texts in batches(job, progress):
-            ids = vocabulary.encode_documents(texts).astype(dtype)
+            ids = encoder.encode(texts).astype(dtype)
             out[split].write(ids)
             digests[split].update(ids)
             counts[split] += (len(texts), len(ids), sum(map(len, texts)))
@@ -249,14 +255,14 @@ def write_shards(job: Job, progress: Callable[[int], None]) -> tuple[int, list[S
 
 
 def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, list[bytes]]]:
-    """Yield (split, documents in UTF-8) in the order of the source, about BATCH_BYTES at a time."""
+    """Yield (split, documents in UTF-8) in the order of the source, about BATCH bytes at a time."""
     pending, sizes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     for path in job.sources:
-        for text in map(str.encode, documents.read_documents(path, progress, job.encoding)):
+        for text in map(str.encode, corpus.read_documents(path, progress, job.encoding)):
             split = "val" if corpus.document_hash(text) <= job.threshold else "train"
             pending[split].append(text)
             sizes[split] += len(text)
-            if sizes[split] >= documents.BATCH_BYTES:
+            if sizes[split] >= BATCH:
                 yield split, pending[split]
                 pending[split], sizes[split] = [], 0
     yield from ((split, texts) for split, texts in pending.items() if texts)

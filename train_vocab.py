@@ -16,17 +16,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import tokenizer
-from tinyllm import cli, corpus, documents, workers
+from tinyllm import cli, corpus, workers
 from tinyllm.cli import UserError
 from tinyllm.files import atomic_write, folder_lock, save_json
 from tinyllm.machine import peak_memory
-from tinyllm.project import path_flags
-from tinyllm.words import WordCounts
+from tinyllm.project import path_flags, tokenizer_errors
+from tinyllm.words import WordCounts, text_batches
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where the vocabulary goes; another folder keeps another project apart
 data = ""               # your own text: a file or folder of .txt, .json, .jsonl, each also .gz
-encoding = ""           # of all files, if not UTF-8: gb18030 for Chinese Windows, cp1252 for western Windows, utf-16, ...
+encoding = ""           # of files that are not UTF-8: gb18030 for those of Chinese Windows, cp1252 for western ones
 download = False        # fetch the real TinyStories into data_dir, unless they are there
 mirror = ""             # for the download: huggingface, hf-mirror, modelscope or an address; several with commas
 vocab_size = 4096       # 512 to 2048 for a small model on a CPU, 4096 for the default, 32000 for a large one
@@ -83,15 +83,16 @@ class CorpusStats:
 
 def main() -> None:
     cfg, _ = cli.parse_settings(globals())
-    tokenizer.check_vocab_size(cfg.vocab_size)
-    documents.check_encoding(cfg.encoding)
+    with tokenizer_errors():
+        tokenizer.check_vocab_size(cfg.vocab_size)
+    corpus.check_encoding(cfg.encoding)
     if cfg.data and cfg.download:
         raise UserError("--data and --download name two sources; give one of them")
     with folder_lock(cfg.data_dir):
         source = find_source(cfg)
         corpus.check_not_nested(source, cfg.data_dir)
         files = corpus.find_files(source)
-        with documents.report_all_bad_encodings(files, cfg.encoding):
+        with corpus.report_all_bad_encodings(files, cfg.encoding):
             path = learn_vocabulary(cfg, source, files)
     print("next:", cli.format_command("preprocess", **path_flags(path)))
 
@@ -107,7 +108,8 @@ def learn_vocabulary(cfg: SimpleNamespace, source: Path, files: list[Path]) -> P
     print_plan(source, len(files), size, f"{why}, {workers.format_eta(seconds * size / read, processes)}")
     found, peak = count_words(jobs, processes, size)
     print_stats(found, workers.format_throughput(found.bytes, time.perf_counter() - start, peak))
-    vocabulary = tokenizer.train_tokenizer(found.words.counts, cfg.vocab_size)
+    with tokenizer_errors():
+        vocabulary = tokenizer.train_tokenizer(found.words.counts, cfg.vocab_size)
     if vocabulary.n_words < cfg.vocab_size:
         print(f"vocabulary: {vocabulary.n_words:,} of {cfg.vocab_size:,} entries, all that can be learned from this "
               "text; with a smaller --vocab_size, a model learns faster")
@@ -160,7 +162,7 @@ def count_words(jobs: list[Job], processes: int, size: int) -> tuple[CorpusStats
 def count_part(job: Job, progress: Callable[[int], None]) -> tuple[int, CorpusStats]:
     """Count the words of a job. May run in a worker process."""
     found = CorpusStats()
-    for batch in documents.text_batches(text for path in job.files for text in documents.read_documents(path, progress, job.encoding)):
+    for batch in text_batches(text for path in job.files for text in corpus.read_documents(path, progress, job.encoding)):
         found.add(batch, job.threshold)
     found.words.flush()
     return job.index, found

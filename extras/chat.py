@@ -15,6 +15,7 @@ from typing import Any
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
 from tinyllm.generator import TextGenerator
+from tinyllm.project import tokenizer_errors
 from tokenizer import BaseTokenizer
 
 Message = dict[str, str]
@@ -40,7 +41,8 @@ class ChatFormat:
     def __init__(self, tokenizer: BaseTokenizer):
         """Raises UserError if the tokenizer lacks the special tokens of the template."""
         self.tokenizer = tokenizer
-        self.marks = [tokenizer.special_token_id(mark) for mark in self.MARKS]
+        with tokenizer_errors():
+            self.marks = [tokenizer.special_token_id(mark) for mark in self.MARKS]
         self.end_id = self.marks[-1]
 
     def encode_header(self, message: Message) -> list[int]:

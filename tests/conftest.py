@@ -22,12 +22,12 @@ import tokenizer
 import train
 from extras import plots
 from extras.formats import common
+from extras.tokenizers import JsonTokenizer
 from model import ModelArgs, Transformer
 from tinyllm import (
     checkpoint,
     cli,
     demo_stories,
-    documents,
     resume,
     words,
 )
@@ -77,7 +77,7 @@ def run_in_process(monkeypatch):
 def count_words(texts) -> dict[bytes, int]:
     """The words of texts, with the space in front of them, and how often each comes."""
     found = words.WordCounts()
-    for batch in documents.text_batches(texts):
+    for batch in words.text_batches(texts):
         found.add(batch)
     found.flush()
     return found.counts
@@ -199,7 +199,7 @@ def byte_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def byte_level() -> tokenizer.JsonTokenizer:
+def byte_level() -> JsonTokenizer:
     """A byte-level tokenizer.json with the special tokens of ChatML."""
     letters = common.byte_letters()
     words = ["".join(letters[byte] for byte in f"{gap}{word}".encode()[:n])
@@ -208,7 +208,7 @@ def byte_level() -> tokenizer.JsonTokenizer:
     ids = {text: i for i, text in enumerate(entries)}
     special = {name: ids[name] for name in ("<|im_start|>", "<|im_end|>")}
     content = common.byte_level_json(ids, common.merges_of(entries[256:-2], ids), special, common.GPT2, single_digits=True)
-    return tokenizer.JsonTokenizer(common.tokenizer_json_with_meta(content, "<|im_start|>", "<|im_end|>", add_bos=False))
+    return JsonTokenizer(common.tokenizer_json_with_meta(content, "<|im_start|>", "<|im_end|>", add_bos=False))
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import learn_tokenizer
 
-import tokenizer
 from extras import formats
 from extras.formats import common
+from extras.tokenizers import JsonTokenizer, TiktokenTokenizer
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint, demo_stories
 from tinyllm.cli import UserError
@@ -161,7 +161,7 @@ def byte_level(cut, bos="<|begin|>", add_bos=True):
     special = {name: len(entries) + i for i, name in enumerate(("<|begin|>", "<|im_end|>", "<think>"))}
     content = common.byte_level_json({**entries, **special}, merges, special, bos=bos, **cut)
     content["added_tokens"][2]["special"] = False
-    return tokenizer.JsonTokenizer(common.tokenizer_json_with_meta(content, bos, "<|im_end|>", add_bos))
+    return JsonTokenizer(common.tokenizer_json_with_meta(content, bos, "<|im_end|>", add_bos))
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe"])
@@ -184,7 +184,7 @@ def test_spellings_of_hugging_face_have_the_same_name(write):
     content["pre_tokenizer"]["pretokenizers"][1:] = [{"type": "ByteLevel", "add_prefix_space": False,
                                                       "trim_offsets": True, "use_regex": True}]
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
-    other = tokenizer.JsonTokenizer(common.tokenizer_json_with_meta(content, "", "<|im_end|>", False))
+    other = JsonTokenizer(common.tokenizer_json_with_meta(content, "", "<|im_end|>", False))
     found = checkpoint.build_tokenizer(formats.read_model(write(make_state(other))))
     assert found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS) and found.bos_id == -1
 
@@ -200,7 +200,7 @@ def test_llama_3_comes_back(write):
     merged = [b"th", b"he", b" t", b"the", b" the", b"in"]
     tokens = [bytes([byte]) for byte in range(256)] + merged
     lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
-    vocabulary = tokenizer.TiktokenTokenizer(b"".join(lines))
+    vocabulary = TiktokenTokenizer(b"".join(lines))
     found = checkpoint.build_tokenizer(formats.read_model(write(make_state(vocabulary))))
     assert found.encode_batch(TEXTS, bos=True) == vocabulary.encode_batch(TEXTS, bos=True)
     assert (found.n_words, found.eos_id) == (vocabulary.n_words, vocabulary.eos_id)

@@ -9,8 +9,8 @@ from conftest import assert_user_error, learn_tokenizer, run_captured
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import tokenizer
 from extras import formats
+from extras.tokenizers import JsonTokenizer
 from model import ModelArgs, Transformer
 from sample import TextGenerator
 from tinyllm import checkpoint
@@ -67,7 +67,7 @@ def test_their_tokenizer_gives_our_ids(vocabulary):
     assert (found.bos_token_id, found.eos_token_id) == (vocabulary.bos_id, vocabulary.eos_id)
     Path("out/tokenizer.model").unlink()
     again = checkpoint.build_tokenizer(formats.read_model("out"))
-    assert isinstance(again, tokenizer.JsonTokenizer) and again.add_bos
+    assert isinstance(again, JsonTokenizer) and again.add_bos
     for text in TEXTS:
         assert again.encode(text, bos=True, eos=True) == vocabulary.encode(text, bos=True, eos=True)
         assert again.decode(vocabulary.encode(text, bos=True, eos=True)) == text
@@ -160,7 +160,7 @@ def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
     formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
     for name in ("tokenizer_config.json", "tokenizer.model"):
         Path("out", name).unlink()
-    assert_user_error(run_captured("sample", "--checkpoint", "out"), "error: this vocabulary has no bos", "a beginning")
+    assert_user_error(run_captured("sample", "--checkpoint", "out"), "error: this tokenizer has no bos")
     assert run_captured("sample", "--checkpoint", "out", "--prompt", "Once", "--max_new_tokens", 3).returncode == 0
     Path("a.txt").write_text("Once upon a time", encoding="utf-8")
     result, generator = run_captured("sample", "--checkpoint", "out", "--score", "a.txt"), TextGenerator("out")

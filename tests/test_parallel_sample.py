@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, learn_tokenizer, run_captured, random_model
+from conftest import ROOT, learn_tokenizer, random_model, run_captured
 
 import sample
 from extras import tensor_parallel

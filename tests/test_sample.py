@@ -280,7 +280,7 @@ def test_settings_out_of_range(trained, options, message):
 def test_another_vocabulary_is_refused(trained, project):
     other = learn_tokenizer(["other words"] * 3, 512)
     Path("other.model").write_bytes(other.model)
-    with pytest.raises(UserError, match="other.model is not the vocabulary"):
+    with pytest.raises(UserError, match="other.model is not the tokenizer"):
         TextGenerator(trained, "other.model")
     assert TextGenerator(trained, project / "tok512.model").sample("a", 1, 3)
 

@@ -1,5 +1,6 @@
 """The vocabulary loses nothing, keeps Llama 2's layout, and leaves foreign models as they are."""
 import io
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -104,12 +105,12 @@ def test_training_is_deterministic(vocabulary):
 
 @pytest.mark.parametrize("size", [0, 100, 259, 262])
 def test_too_small_a_size_is_refused(size):
-    with pytest.raises(UserError, match="too small"):
+    with pytest.raises(ValueError, match="too small"):
         learn_tokenizer(STORIES, size)
 
 
 def test_no_text_is_refused():
-    with pytest.raises(UserError, match="no text"):
+    with pytest.raises(ValueError, match="no text"):
         learn_tokenizer([], 600)
 
 
@@ -131,14 +132,33 @@ def test_a_model_loads_from_file_and_from_bytes(vocabulary, tmp_path):
 def test_what_is_no_model_is_refused(content, tmp_path):
     path = tmp_path / "bad.model"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="bad.model"):
+    with pytest.raises(ValueError, match="bad.model"):
         Tokenizer(path)
+    with pytest.raises(UserError, match="bad.model"):
+        project.load_tokenizer(path)
 
 
 def test_cut_models_are_refused(vocabulary):
     for length in (1, 50, len(vocabulary.model) // 2, len(vocabulary.model) - 1):
-        with pytest.raises(UserError):
+        with pytest.raises(ValueError):
             Tokenizer(vocabulary.model[:length])
+
+
+def test_a_missing_file_is_reported_with_those_that_exist(vocabulary):
+    with pytest.raises(FileNotFoundError):
+        Tokenizer("tok512.model")
+    Path("tok600.model").write_bytes(vocabulary.model)
+    with pytest.raises(UserError, match="no tokenizer at tok512.model\n       there is tok600.model"):
+        project.load_tokenizer("tok512.model")
+
+
+def test_broken_unicode_is_an_error(vocabulary):
+    with pytest.raises(ValueError, match="not UTF-8"):
+        vocabulary.encode("a\udcff")
+
+
+def test_vocab_size_is_another_name_of_n_words(vocabulary):
+    assert vocabulary.vocab_size == vocabulary.n_words == 600
 
 
 def test_finding_the_vocabulary(vocabulary, tmp_path):

@@ -14,15 +14,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as TheirTokenizer
 
-import tokenizer
 from extras.chat import ChatFormat, ChatML
 from extras.formats.common import (
     llama3_json,
     sentencepiece_model,
 )
+from extras.tokenizers import JsonTokenizer, TiktokenTokenizer
+from tinyllm import project
 from tinyllm.cli import UserError
-from tokenizer import JsonTokenizer, TiktokenTokenizer, Tokenizer
-
+from tokenizer import Tokenizer
 
 
 def ranks() -> bytes:
@@ -60,9 +60,9 @@ def test_special_tokens_in_a_text_are_text(llama3, byte_level):
 def test_long_runs_are_cut_and_change_nothing(llama3):
     for text in ("a" * 60_000, " " * 60_000, "ab 12" * 100_000 + "\n", "中" * 30_000 + " " * 25_000 + "x"):
         assert llama3.decode(llama3.encode(text)) == text
-    assert "".join(llama3._parts("x" * 70_000)) == "x" * 70_000
-    assert max(map(len, llama3._parts("x" * 70_000))) == 25_000
-    assert [len(part) for part in llama3._parts("x" * 25_000 + " y")] == [25_002]
+    assert "".join(llama3._chunks("x" * 70_000)) == "x" * 70_000
+    assert max(map(len, llama3._chunks("x" * 70_000))) == 25_000
+    assert [len(part) for part in llama3._chunks("x" * 25_000 + " y")] == [25_002]
 
 
 def test_llama3s_layout(llama3):
@@ -75,7 +75,7 @@ def test_llama3s_layout(llama3):
 
 @pytest.mark.skipif("TINY_LLM_LLAMA3" not in os.environ, reason="TINY_LLM_LLAMA3 names no tokenizer.model of Llama 3")
 def test_the_published_values_of_llama3():
-    real = tokenizer.load_tokenizer(os.environ["TINY_LLM_LLAMA3"])
+    real = project.load_tokenizer(os.environ["TINY_LLM_LLAMA3"])
     sentence = [2028, 374, 264, 1296, 11914, 13]
     ids = real.encode("This is a test sentence.", bos=True, eos=True)
     assert ids == [128000, *sentence, 128001] and real.special_token_id("<|begin_of_text|>") == 128000
@@ -134,7 +134,7 @@ def test_which_kind_it_is_the_content_says(llama3, byte_level):
     own = learn_tokenizer(["a few words"], 300)
     for number, vocabulary in enumerate((own, llama3, byte_level)):
         Path(f"{number}").write_bytes(vocabulary.model)
-        found = tokenizer.load_tokenizer(f"{number}")
+        found = project.load_tokenizer(f"{number}")
         assert type(found) is type(vocabulary) and found.sha256 == vocabulary.sha256
         assert found.encode("a test") == vocabulary.encode("a test")
 
@@ -151,11 +151,11 @@ def test_the_beginning_is_what_the_model_knows(byte_level):
                                          (b"", "empty"), (b"what", "not a SentencePiece model")])
 def test_damaged_vocabularies_are_one_clear_line(model, part):
     with pytest.raises(UserError, match=part):
-        tokenizer.load_tokenizer(model)
+        project.load_tokenizer(model)
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
     with pytest.raises(UserError, match="needs the package tiktoken\n       pip install tiktoken"):
-        tokenizer.load_tokenizer(ranks())
+        project.load_tokenizer(ranks())
     assert tiktoken

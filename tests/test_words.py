@@ -12,8 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_tokenizer import HARD
 
-from tinyllm import demo_stories, documents, words
-from tinyllm.words import WordCounts, WordTable
+from tinyllm import demo_stories, words
+from tinyllm.words import DocumentEncoder, WordCounts, WordTable
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.generate_stories(300))
@@ -82,7 +82,7 @@ def test_words_are_counted(texts):
 def test_many_words_are_counted_in_parts(monkeypatch):
     """Also when the table is begun anew again and again, and has no place for many."""
     monkeypatch.setattr(words, "MAX_WORDS", 50)
-    monkeypatch.setattr(documents, "BATCH_BYTES", 300)
+    monkeypatch.setattr(words, "BATCH", 300)
     texts = STORIES + ["a word of more than fifteen bytes: " + "x" * n for n in range(40)]
     assert count_words(texts) == by_hand(texts)
 
@@ -130,7 +130,7 @@ def words_of(text: bytes) -> list[bytes]:
 def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabulary):
     monkeypatch.setattr(words, "_SLOTS", 64)
     assert count_words(STORIES) == by_hand(STORIES)
-    ids = Tokenizer(vocabulary.model).encode_documents([text.encode() for text in STORIES])
+    ids = DocumentEncoder(vocabulary).encode([text.encode() for text in STORIES])
     assert ids.tolist() == plain_ids(vocabulary, STORIES)
 
 
@@ -140,8 +140,9 @@ def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabular
 @given(texts=LISTS)
 def test_ids_are_those_of_whole_texts(vocabulary, texts):
     want = [i for ids in vocabulary.encode_batch(texts, bos=True, eos=True) for i in ids]
-    assert vocabulary.why_not_wordwise == ""
-    assert vocabulary.encode_documents([text.encode() for text in texts]).tolist() == want
+    encoder = DocumentEncoder(vocabulary)
+    assert encoder.why_not_wordwise == ""
+    assert encoder.encode([text.encode() for text in texts]).tolist() == want
     if "\u2581" not in "".join(texts):
         assert want == plain_ids(vocabulary, texts)
 
@@ -149,19 +150,20 @@ def test_ids_are_those_of_whole_texts(vocabulary, texts):
 @hypothesis_settings(max_examples=500, deadline=None)
 @given(texts=LISTS)
 def test_ids_of_a_vocabulary_from_elsewhere_are_those_of_whole_texts(texts):
-    assert FOREIGN.encode_documents([text.encode() for text in texts]).tolist() == plain_ids(FOREIGN, texts)
+    assert DocumentEncoder(FOREIGN).encode([text.encode() for text in texts]).tolist() == plain_ids(FOREIGN, texts)
 
 
 FOREIGN = foreign()             # as Llama 2's: a newline is spelled as a byte
 
 
 def test_hard_texts_and_a_table_that_is_begun_anew(monkeypatch, vocabulary):
-    assert FOREIGN.why_not_wordwise == "" and not FOREIGN.is_lossless
+    assert words.why_not_wordwise(FOREIGN) == "" and not FOREIGN.is_lossless
     monkeypatch.setattr(words, "MAX_WORDS", 20)
-    for own in (Tokenizer(vocabulary.model), Tokenizer(FOREIGN.model)):
+    for own in (vocabulary, FOREIGN):
+        encoder = DocumentEncoder(own)
         for texts in [STORIES, HARD, [*STORIES[:3], *HARD], [], [""], *([text] for text in HARD)]:
             want = [i for ids in own.encode_batch(texts, bos=True, eos=True) for i in ids]
-            assert own.encode_documents([text.encode() for text in texts]).tolist() == want
+            assert encoder.encode([text.encode() for text in texts]).tolist() == want
 
 
 @pytest.mark.parametrize("options, reason", [
@@ -173,13 +175,14 @@ def test_hard_texts_and_a_table_that_is_begun_anew(monkeypatch, vocabulary):
     ({"texts": ["x\n\ny"] * 50, "hard_vocab_limit": False}, "crosses the border")])
 def test_a_vocabulary_that_must_see_whole_texts_does(options, reason):
     vocabulary = foreign(**options)
-    assert reason in vocabulary.why_not_wordwise
+    encoder = DocumentEncoder(vocabulary)
+    assert reason in encoder.why_not_wordwise and not vocabulary.is_lossless
     texts = STORIES[:20] + HARD
-    assert vocabulary.encode_documents([text.encode() for text in texts]).tolist() == plain_ids(vocabulary, texts)
+    assert encoder.encode([text.encode() for text in texts]).tolist() == plain_ids(vocabulary, texts)
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_file_of_an_unknown_form_is_encoded_the_plain_way(number):
     """It has a number in place of a message, which SentencePiece passes over."""
     vocabulary = Tokenizer(learn_tokenizer(["a few words"], 300).model + bytes([number << 3, 5]))
-    assert vocabulary.why_not_wordwise == "its file is of an unknown form" and not vocabulary.is_lossless
+    assert words.why_not_wordwise(vocabulary) == "its file is of an unknown form"

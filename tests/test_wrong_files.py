@@ -15,9 +15,8 @@ from conftest import SAVE_PICTURE, assert_user_error, learn_tokenizer, run_captu
 from faults import fuzz
 
 import preprocess
-import tokenizer
 from extras import plots
-from tinyllm import checkpoint, documents, shards
+from tinyllm import checkpoint, corpus, project, shards
 from tinyllm.cli import UserError
 from tinyllm.files import sha256
 
@@ -72,12 +71,12 @@ def accepts(load: Callable[[], Any]) -> bool:
 
 
 def load_shards() -> shards.ShardSet:
-    return shards.load_shards(Path("data/tok300"), tokenizer.load_tokenizer(MODEL).sha256)
+    return shards.load_shards(Path("data/tok300"), project.load_tokenizer(MODEL).sha256)
 
 
 def load_notes() -> tuple[Path, int, str]:
     cfg = SimpleNamespace(data="", data_dir="data", tokenizer="", encoding="")
-    return preprocess.find_source(cfg, Path(MODEL), tokenizer.load_tokenizer(MODEL))
+    return preprocess.find_source(cfg, Path(MODEL), project.load_tokenizer(MODEL))
 
 
 def ids_of(order: tuple) -> str:
@@ -154,7 +153,7 @@ def test_another_vocabulary_of_that_size(files):
     Path(MODEL).write_bytes(learn_tokenizer(["other words, and other pieces of them"] * 9, 300).model)
     refuses(PREPROCESS, "tok300.json")
     refuses(TRAIN, "another vocabulary")
-    refuses([*SAMPLE, "--tokenizer", MODEL], "tok300.model is not the vocabulary")
+    refuses([*SAMPLE, "--tokenizer", MODEL], "tok300.model is not the tokenizer")
 
 
 @pytest.mark.parametrize("key", ["sha256", "source", "val_threshold"])
@@ -366,7 +365,7 @@ def test_records_that_are_no_text(files, name, record):
 
 def test_half_a_character_in_json_becomes_a_mark(files):
     Path("texts/a.json").write_text(json.dumps(["a \ud800 b", "c"]), encoding="utf-8")
-    assert list(documents.read_documents(Path("texts/a.json"))) == ["a \ufffd b", "c"]
+    assert list(corpus.read_documents(Path("texts/a.json"))) == ["a \ufffd b", "c"]
 
 
 # ---- the log ------------------------------------------------------------------------------------

@@ -21,15 +21,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import tokenizer
 from model import ModelArgs, Transformer
 from tinyllm import optional
 from tinyllm.cli import UserError, format_command
 from tinyllm.files import atomic_write
-from tinyllm.project import DATA, tokenizer_files
+from tinyllm.project import DATA, load_tokenizer, tokenizer_files
 from tokenizer import BaseTokenizer
 
 FORMAT = 1
+TOKENIZER_SUFFIXES = (".model", ".json")
 SUFFIXES = (".pt", ".gguf", ".bin")      # of files that may be models
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EXPECTED_TYPES = {"model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict,
@@ -100,14 +100,52 @@ def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap
 def read_model(source: str | Path, tokenizer: str | Path = "") -> dict[str, Any]:
     """Read a model of any format: a checkpoint of this project here, all others through extras/formats.
 
+    tokenizer: file of the tokenizer, if the source has none.
     Raises UserError as `load_checkpoint` and `formats.read_model` do.
     """
     path = Path(source)
-    if path.suffix == ".pt" and path.is_file() and not tokenizer:
-        state = load_checkpoint(path, mmap=True)
-        build_args(state, path)
-        return state
-    return optional.load("formats").read_model(source, tokenizer)
+    if not is_checkpoint(path):
+        return optional.load("formats").read_model(source, tokenizer)
+    state = load_checkpoint(path, mmap=True)
+    build_args(state, path)
+    return with_tokenizer(state, source, tokenizer) if tokenizer else state
+
+
+def with_tokenizer(state: dict[str, Any], source: str | Path, tokenizer_source: str | Path) -> dict[str, Any]:
+    """Return a state with another file's tokenizer. Raises UserError if the two do not belong together."""
+    tokenizer = read_tokenizer(tokenizer_source)
+    if state.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise UserError(f"{tokenizer_source} is not the tokenizer that {source} was trained with\n"
+                        "       leave --tokenizer out: the right one is inside")
+    vocab_size = state["model_args"]["vocab_size"]
+    if tokenizer.n_words != vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.n_words} entries, the model {vocab_size}; "
+                        "they do not belong together")
+    return {**state, "tokenizer": tokenizer.model, "tokenizer_sha256": tokenizer.sha256}
+
+
+def read_tokenizer(source: str | Path) -> BaseTokenizer:
+    """Read a tokenizer file, or the tokenizer inside a model of any format. Raises UserError."""
+    path = Path(source)
+    if is_checkpoint(path):
+        return build_tokenizer(load_checkpoint(path, mmap=True))
+    if path.suffix in TOKENIZER_SUFFIXES:
+        return load_tokenizer(path)
+    return optional.load("formats").read_vocabulary(path)
+
+
+def is_model(source: str | Path) -> bool:
+    """True for a model of any format, False for a tokenizer file. Raises UserError for a folder without a model."""
+    path = Path(source)
+    return is_checkpoint(path) or path.suffix not in TOKENIZER_SUFFIXES and optional.load("formats").is_model(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True for a file that looks like a checkpoint of this project, by its name or its content."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return path.suffix == ".pt" or file.read(4) == b"PK\3\4"
 
 
 def missing_checkpoint_error(path: Path) -> UserError:
@@ -234,4 +272,4 @@ def build_tokenizer(state: dict[str, Any]) -> BaseTokenizer:
     if not model or not isinstance(model, bytes):
         there = [*tokenizer_files(DATA), DATA / "tok4096.model"]
         raise UserError(f"the checkpoint carries no vocabulary; name its own, such as --tokenizer {there[0]}")
-    return tokenizer.load_tokenizer(model)
+    return load_tokenizer(model)

@@ -21,6 +21,7 @@ from tinyllm import optional
 from tinyllm.cli import UserError
 from tinyllm.device import choose_backend
 from tinyllm.engine import Step, build_engine
+from tinyllm.project import tokenizer_errors
 from tinyllm.sampling import SamplingParams, validate_sampling
 from tokenizer import BaseTokenizer
 
@@ -185,7 +186,8 @@ class TextGenerator:
         """
         if not self.chat:
             raise UserError("this model was not taught to talk; if it was, say in which form: --chat chatml")
-        prompt_ids = self._encode_dialog(dialog)
+        with tokenizer_errors():
+            prompt_ids = self._encode_dialog(dialog)
         options |= {"prompt_ids": [prompt_ids], "stop_ids": [self.chat.end_id]}
         pieces = self.generate([Completion("")], *args, **options)
         return (piece for _, piece in pieces)
@@ -236,7 +238,8 @@ class TextGenerator:
             return iter(())
         stop_strings = [stop] if isinstance(stop, str) else stop or ()
         stop_strings = [text for text in stop_strings if text]
-        prompt_ids = prompt_ids or [self.tokenizer.encode_prompt(completion.prompt) for completion in completions]
+        with tokenizer_errors():
+            prompt_ids = prompt_ids or [self.tokenizer.encode_prompt(completion.prompt) for completion in completions]
         decoders = [StreamDecoder(self.tokenizer, ids, stop_strings) for ids in prompt_ids]
         stop_ids = {self.tokenizer.eos_id, *stop_ids}
         steps = self.engine.generate(prompt_ids, max_new_tokens, params, stop_ids, sample_ids)

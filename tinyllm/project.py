@@ -1,12 +1,51 @@
 """Where the vocabulary, the shards and the checkpoints of a project are."""
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tinyllm import optional
 from tinyllm.cli import UserError, format_command
 from tinyllm.files import sha256
+from tokenizer import BaseTokenizer, Tokenizer
 
 MANIFEST = "manifest.json"                      # in a folder of shards, once they are complete
 DATA = Path("data")                             # where the scripts look unless told otherwise
+
+
+@contextmanager
+def tokenizer_errors(source: str | Path = "") -> Iterator[None]:
+    """Turn the ValueError of a tokenizer into a UserError. source: the file to name in front."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{source}: {error}" if source else str(error)) from error
+
+
+def load_tokenizer(source: str | Path | bytes) -> BaseTokenizer:
+    """Load a tokenizer of any kind from its file or bytes; its content tells the kind.
+
+    Raises UserError if it is missing or damaged, or its package is missing.
+    """
+    if isinstance(source, bytes):
+        with tokenizer_errors():
+            return _tokenizer_class(source)(source)
+    path = Path(source)
+    if not path.is_file():
+        others = ", ".join(map(str, sorted(path.parent.glob("*.model"))[:5]))
+        raise UserError(f"no tokenizer at {path}" + (f"\n       there is {others}" if others else ""))
+    model = path.read_bytes()
+    with tokenizer_errors(path):
+        return _tokenizer_class(model)(model)
+
+
+def _tokenizer_class(model: bytes) -> type[BaseTokenizer]:
+    if model.lstrip()[:1] == b"{":
+        return optional.load("tokenizers").JsonTokenizer
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
+        return optional.load("tokenizers").TiktokenTokenizer
+    return Tokenizer
 
 
 def folders_with(folder: str | Path, name: str) -> list[Path]:

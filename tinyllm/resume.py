@@ -16,8 +16,8 @@ from tinyllm import device as devices
 from tinyllm.cli import UserError, format_command, parse_bool_or_str
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
 from tinyllm.files import sha256
-from tinyllm.project import find_tokenizer, folders_with, shorten_list, tokenizer_files
-from tokenizer import BaseTokenizer, load_tokenizer
+from tinyllm.project import find_tokenizer, folders_with, load_tokenizer, shorten_list, tokenizer_files
+from tokenizer import BaseTokenizer
 
 COMMAND_ONLY = ("out_dir", "eval_only")        # settings of this command, not of the run
 # settings that may change while a run goes on; the last two only if they lead to the same text and vocabulary

@@ -15,14 +15,16 @@ import io
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
 
-SPACE = "\u2581"                        # SentencePiece writes a space as this character
-SPACE_MARK = SPACE.encode()
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6          # kinds of pieces in its files
+from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, BaseTokenizer, Tokenizer
+
+SPACE_MARK = SPACE.encode()             # SentencePiece writes a space as this character
+BATCH = 1 << 17                         # bytes of text that fit the caches of a processor with all that is made of them
 MAX_WORDS = 1 << 17                    # numbers that are given before all is forgotten,
 MAX_WORD_BYTES = 1 << 23                    # and the length of the words that had them, so that long ones take no more
 MAX_COUNT_BYTES = 100 << 20                 # bytes that the counted words may take, about
@@ -33,6 +35,24 @@ _LONGEST = 15                           # bytes of a word that is kept; its leng
 _LOW_BYTES = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_LONGEST + 1)], np.uint64)
 _HIGH_BYTES = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_LONGEST + 1)], np.uint64)
 _ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)       # any two will do that are odd and mixed
+
+
+def text_batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
+    """The texts in UTF-8, about BATCH bytes at a time."""
+    return chunks((text.encode() for text in texts), len, BATCH)
+
+
+def chunks(items: Iterable[Any], size_of: Callable[[Any], int], enough: int) -> Iterator[list[Any]]:
+    """The items in lists, each ended by the one with which it is large enough; the last one is what is left."""
+    portion, size = [], 0
+    for item in items:
+        portion.append(item)
+        size += size_of(item)
+        if size >= enough:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
 
 
 def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
@@ -163,6 +183,35 @@ class WordEncoder:
         return np.frombuffer(self.ids, np.int32).take(np.repeat(shifts, sizes) + np.arange(ends[-1], dtype=np.int32))
 
 
+class DocumentEncoder:
+    """Encodes many documents: word by word if that gives the same ids as whole texts, which is several times faster.
+
+        encoder = DocumentEncoder(tokenizer)
+        ids = encoder.encode([b"a cat", b"a dog"])      # bos ... eos bos ... eos, int32
+
+    Attributes:
+        why_not_wordwise: why whole texts are encoded; empty if words are.
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer):
+        self.tokenizer = tokenizer
+        self.why_not_wordwise = why_not_wordwise(tokenizer)
+        self._word_encoder = WordEncoder(self._encode_words, [tokenizer.eos_id, tokenizer.bos_id])
+
+    def encode(self, texts: list[bytes]) -> np.ndarray:
+        """Return the ids of texts in UTF-8: bos ... eos of each, one after another, int32."""
+        needs_whole_texts = self.why_not_wordwise or not all(texts) or any(SPACE_MARK in text for text in texts)
+        return self.encode_whole(texts) if needs_whole_texts else self._word_encoder.encode(texts)[1:-1]
+
+    def encode_whole(self, texts: list[bytes]) -> np.ndarray:
+        """The plain way, for every tokenizer."""
+        batch = self.tokenizer.encode_batch([text.decode() for text in texts], bos=True, eos=True)
+        return np.fromiter(chain.from_iterable(batch), np.int32)
+
+    def _encode_words(self, words: list[bytes]) -> Iterator[list[int]]:
+        return (self.tokenizer.encode_continuation(word.decode()) for word in words)
+
+
 class WordCounts:
     """How often each word comes. When they take more than MOST_MEMORY, those that came least are left out."""
 
@@ -219,25 +268,45 @@ def _entry_bytes(word: bytes) -> int:
     return max(150, 16 * len(word) * word.isascii()) + 8 * len(word)
 
 
-def why_not_wordwise(model: bytes) -> str:
-    """Why the words of a text cannot be encoded one by one with a SentencePiece model; empty when they can.
+def why_not_wordwise(tokenizer: BaseTokenizer) -> str:
+    """Return why the words of a text cannot be encoded one by one; empty if they can.
 
-    They can when nothing but byte-pair encoding is done, and no piece crosses the border of a word. Fields and numbers
-    are those of sentencepiece_model.proto.
+    They can if nothing but byte-pair encoding is done, and no piece crosses the border of a word. Fields and numbers
+    are from sentencepiece_model.proto.
     """
-    fields = list(_fields(model))
-    trainer, normalizer = (dict(pair for field, part in fields if field == which for pair in _fields(part))
-                           for which in (2, 3))
+    if not isinstance(tokenizer, Tokenizer):
+        return "it is not of SentencePiece"
+    try:
+        fields = list(_fields(tokenizer.model))
+        return _wrong_algorithm(fields) or _wrong_pieces(fields)
+    except (LookupError, TypeError):
+        return "its file is of an unknown form"
+
+
+def _wrong_algorithm(fields: list[tuple[int, Any]]) -> str:
+    trainer = _merged_message(fields, 2)
+    normalizer = _merged_message(fields, 3)
     if trainer.get(3, 1) != 2 or not trainer.get(35) or trainer.get(24):
         return "it is no byte-pair encoding with bytes for unknown characters and spaces in front of words"
     if normalizer.get(2) or not normalizer.get(3, 1) or normalizer.get(4, 1) or not normalizer.get(5, 1):
         return "it changes the text before it encodes it, or puts no space in front"
+    return ""
+
+
+def _wrong_pieces(fields: list[tuple[int, Any]]) -> str:
     pieces = [dict(_fields(part)) for field, part in fields if field == 1]
-    texts = [piece[1].decode() for piece in pieces if piece.get(3, NORMAL) in (NORMAL, UNUSED)]
-    if any(piece.get(3, NORMAL) not in (NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE) for piece in pieces):
-        return "it has symbols that are found before all others"
-    crossing = next((text for text in texts if re.search(f"[^{SPACE}]{SPACE}|\n.|.\n", text, re.DOTALL)), "")
-    return f"its entry {crossing!r} crosses the border of a word" if crossing else ""
+    for piece in pieces:
+        if piece.get(3, NORMAL) not in (NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE):
+            return "it has symbols that are found before all others"
+    for text in [piece[1].decode() for piece in pieces if piece.get(3, NORMAL) in (NORMAL, UNUSED)]:
+        if re.search(f"[^{SPACE}]{SPACE}|\n.|.\n", text, re.DOTALL):
+            return f"its entry {text!r} crosses the border of a word"
+    return ""
+
+
+def _merged_message(fields: list[tuple[int, Any]], number: int) -> dict[int, Any]:
+    """Return the message of that number; of a field that occurs twice, the last value."""
+    return dict(pair for field, part in fields if field == number for pair in _fields(part))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:

@@ -24,7 +24,14 @@ from tinyllm import device as devices
 from tinyllm.cli import UserError, escape_control_chars, format_command
 from tinyllm.files import folder_lock, load_json
 from tinyllm.machine import available_cores, free_memory
-from tinyllm.project import find_tokenizer, folders_with, shorten_list, tokenizer_files, vocab_size_in_name
+from tinyllm.project import (
+    find_tokenizer,
+    folders_with,
+    load_tokenizer,
+    shorten_list,
+    tokenizer_files,
+    vocab_size_in_name,
+)
 from tinyllm.resume import is_finished
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -200,7 +207,7 @@ class Project:
         if path is None:
             name = f"tok{self.size}.model" if self.size else "vocabulary"
             return Finding(MISSING, f"no {name} in {self.data}", self.train_vocab_command(None))
-        found = tokenizer.load_tokenizer(path)
+        found = load_tokenizer(path)
         return Finding(DONE, f"{path}: {found.n_words:,} entries", value=found)
 
     def train_vocab_command(self, path: Path | None) -> str:

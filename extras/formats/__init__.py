@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tokenizer as tokenizers
 from extras.formats import gguf_file, gpt2_folder, huggingface, llama2c, meta
 from tinyllm import checkpoint
 from tinyllm.cli import UserError
-from tokenizer import BaseTokenizer, Tokenizer
+from tinyllm.project import load_tokenizer
+from tokenizer import BaseTokenizer
 
 State = dict[str, Any]
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
@@ -57,7 +57,7 @@ def read_model(source: str | Path, tokenizer: str | Path = "") -> State:
         checkpoint.build_args(state, path)
     except FAILURES as error:
         raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error
-    return with_vocabulary(state, source, tokenizer) if tokenizer else state
+    return checkpoint.with_tokenizer(state, source, tokenizer) if tokenizer else state
 
 
 def output_files(path: Path, kind: str) -> list[Path]:
@@ -77,19 +77,7 @@ def read_vocabulary(path: str | Path) -> BaseTokenizer:
     if is_model(path):
         return checkpoint.build_tokenizer(read_model(path))
     model = llama2c.read_vocabulary(path)
-    return Tokenizer(model) if model else tokenizers.load_tokenizer(path)
-
-
-def with_vocabulary(state: State, source: str | Path, tokenizer: str | Path) -> State:
-    """The state of a source with the vocabulary of another file. Raises UserError when they do not belong together."""
-    vocabulary = read_vocabulary(tokenizer)
-    if state.get("tokenizer_sha256", vocabulary.sha256) != vocabulary.sha256:
-        raise UserError(f"{tokenizer} is not the vocabulary that {source} was trained with\n"
-                        "       leave --tokenizer out: the right one is inside")
-    if vocabulary.n_words != state["model_args"]["vocab_size"]:
-        raise UserError(f"the vocabulary has {vocabulary.n_words} entries, the model "
-                        f"{state['model_args']['vocab_size']}; they do not belong together")
-    return {**state, "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256}
+    return load_tokenizer(model or path)
 
 
 def _reader(path: Path) -> Callable[[Path], State] | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from extras.tokenizers import JsonTokenizer, TiktokenTokenizer
 from tinyllm.cli import UserError
 from tinyllm.project import shorten_list
-from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, BaseTokenizer, JsonTokenizer, TiktokenTokenizer, Tokenizer
+from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, BaseTokenizer, Tokenizer
 
 LLAMA3 = TiktokenTokenizer.PATTERN
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -31,7 +31,9 @@ from extras.formats.common import (
 from model import ModelArgs, rope_frequencies
 from tinyllm.checkpoint import build_tokenizer
 from tinyllm.cli import UserError
-from tokenizer import CONTROL, NORMAL, UNUSED, BaseTokenizer, JsonTokenizer, Tokenizer, require_package
+from tinyllm.optional import require_package
+from tinyllm.project import load_tokenizer
+from tokenizer import CONTROL, NORMAL, UNUSED, BaseTokenizer, Tokenizer
 
 OF_MODEL = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
             "output.weight": "output.weight"}
@@ -169,15 +171,15 @@ def read_vocabulary(meta: dict[str, Any], vocab_size: int, path: Path) -> BaseTo
     return vocabulary
 
 
-def read_sentencepiece(values: dict[str, Any], path: Path) -> Tokenizer:
+def read_sentencepiece(values: dict[str, Any], path: Path) -> BaseTokenizer:
     for name in ("add_bos_token", "add_space_prefix"):
         if not values.get(name, True):
             raise UserError(f"{path} has {name} false, which tokenizer.py cannot represent for SentencePiece")
     pieces = list(zip(values["tokens"], values["scores"], values["token_type"]))
-    return Tokenizer(sentencepiece_model(pieces, values.get("bos_token_id", 1), values.get("eos_token_id", 2)))
+    return load_tokenizer(sentencepiece_model(pieces, values.get("bos_token_id", 1), values.get("eos_token_id", 2)))
 
 
-def read_byte_level(values: dict[str, Any], path: Path) -> JsonTokenizer:
+def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
     cut = values.get("pre", "default")
     if cut not in PRETOKENIZERS:
         raise UserError(f"{path} cuts text by {cut!r} (tokenizer.ggml.pre); what can be read: {', '.join(PRETOKENIZERS)}")
@@ -191,7 +193,7 @@ def read_byte_level(values: dict[str, Any], path: Path) -> JsonTokenizer:
                               bos=bos if add_bos else "", **PRETOKENIZERS[cut])
     for token in content["added_tokens"]:
         token["special"] = kinds[token["id"]] != USER_DEFINED
-    return JsonTokenizer(tokenizer_json_with_meta(content, bos, eos, add_bos))
+    return load_tokenizer(tokenizer_json_with_meta(content, bos, eos, add_bos))
 
 
 # ---- out ----------------------------------------------------------------------------------------

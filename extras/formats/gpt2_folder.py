@@ -21,7 +21,8 @@ from extras.formats.common import (
 from extras.formats.huggingface import read_tensors
 from extras.formats.huggingface import read_vocabulary as read_tokenizer_json
 from tinyllm.cli import UserError
-from tokenizer import BaseTokenizer, JsonTokenizer
+from tinyllm.project import load_tokenizer
+from tokenizer import BaseTokenizer
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -93,4 +94,4 @@ def read_openai(ids_path: Path, merges_path: Path) -> BaseTokenizer:
         raise UserError(f"{ids_path} has no {END}, so it is not the vocabulary of a GPT-2")
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    return JsonTokenizer(tokenizer_json_with_meta(byte_level_json(ids, merges, {END: ids[END]}, GPT2), END, END, add_bos=False))
+    return load_tokenizer(tokenizer_json_with_meta(byte_level_json(ids, merges, {END: ids[END]}, GPT2), END, END, add_bos=False))

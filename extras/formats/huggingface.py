@@ -24,7 +24,9 @@ from model import ModelArgs
 from tinyllm.checkpoint import build_tokenizer
 from tinyllm.cli import UserError
 from tinyllm.device import DTYPES
-from tokenizer import BaseTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, require_package
+from tinyllm.optional import require_package
+from tinyllm.project import load_tokenizer
+from tokenizer import BaseTokenizer, Tokenizer
 
 MODEL_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
             "output.weight": "lm_head.weight"}
@@ -120,7 +122,7 @@ def read_vocabulary(folder: Path, vocab_size: int, special: str = "") -> tuple[B
     add_bos = config.get("add_bos_token")
     if add_bos is None:
         add_bos = bool(bos) and json.dumps(bos) in json.dumps(content.get("post_processor"))
-    return JsonTokenizer(tokenizer_json_with_meta(content, bos, eos, add_bos)), chat
+    return load_tokenizer(tokenizer_json_with_meta(content, bos, eos, add_bos)), chat
 
 
 # ---- out ----------------------------------------------------------------------------------------

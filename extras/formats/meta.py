@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tokenizer
 from extras.formats.common import check_names, make_state, read_json
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint
 from tinyllm.cli import UserError
+from tinyllm.project import load_tokenizer
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read(folder: Path) -> dict[str, Any]:
     params = read_json(folder / "params.json")
     parts = read_parts(folder)
     path = folder / "tokenizer.model"
-    vocabulary = tokenizer.load_tokenizer(path) if path.is_file() else None
+    vocabulary = load_tokenizer(path) if path.is_file() else None
     args = read_params(params, parts, vocabulary.n_words if vocabulary else 0)
     shapes = shapes_of({**args, "n_layers": min(args["n_layers"], len(parts[0]))})      # the file cannot have more
     for part in parts:

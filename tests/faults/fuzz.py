@@ -35,7 +35,6 @@ sys.path.insert(0, str(ROOT))
 
 import preprocess
 import sample
-import tokenizer
 import train
 import train_vocab
 from extras import formats
@@ -44,8 +43,8 @@ from tinyllm import (
     cli,
     corpus,
     demo_stories,
-    documents,
     files,
+    project,
     resume,
     runlog,
     shards,
@@ -70,7 +69,7 @@ def make_files() -> None:
     Path("texts").mkdir()
     Path("texts/a.json").write_text(json.dumps([{"story": story} for story in stories[:10]]), encoding="utf-8")
     Path("texts/b.jsonl").write_text("\n".join(map(json.dumps, stories[10:20])), encoding="utf-8")
-    Path("texts/c.txt").write_text(documents.SEPARATOR.join(stories[20:30]), encoding="utf-8")
+    Path("texts/c.txt").write_text(corpus.SEPARATOR.join(stories[20:30]), encoding="utf-8")
     Path("texts/d.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, stories[30:])).encode(), mtime=0))
     call(train_vocab, "--data", "texts", "--vocab_size", 300)
     call(preprocess)
@@ -95,7 +94,7 @@ def weights(model: torch.nn.Module) -> dict[str, list]:
 
 
 def read_shards() -> Any:
-    found = shards.load_shards(SHARDS, tokenizer.load_tokenizer(MODEL).sha256)
+    found = shards.load_shards(SHARDS, project.load_tokenizer(MODEL).sha256)
     return repr(found), [found.memmap(shard).tobytes() for shard in found.shards]
 
 
@@ -116,19 +115,19 @@ def read_model(path: str) -> None:
 
 
 def read_vocabulary() -> None:
-    vocabulary = tokenizer.load_tokenizer(MODEL)
+    vocabulary = project.load_tokenizer(MODEL)
     vocabulary.decode(vocabulary.encode("Once upon\u2581a\n time, é 😀", bos=True, eos=True))
     "".join(vocabulary.id_to_piece(token) for token in range(min(vocabulary.n_words, 1000)))
 
 
 def read_notes() -> None:
     cfg = SimpleNamespace(data="", data_dir="data", tokenizer="", encoding="")
-    preprocess.find_source(cfg, MODEL, tokenizer.load_tokenizer(MODEL))
+    preprocess.find_source(cfg, MODEL, project.load_tokenizer(MODEL))
 
 
 def read_texts() -> None:
     for path in corpus.find_files("texts"):
-        for text in documents.read_documents(path):
+        for text in corpus.read_documents(path):
             text.encode()
 
 

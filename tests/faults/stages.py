@@ -13,8 +13,7 @@ from pathlib import Path
 
 from conftest import ROOT, TINY, assert_same
 
-import tokenizer
-from tinyllm import checkpoint, corpus, demo_stories, shards
+from tinyllm import checkpoint, corpus, demo_stories, project, shards
 
 from .server import archive, serve
 
@@ -151,7 +150,7 @@ def assert_usable(folder: Path) -> None:
         if path.suffix == ".pt":
             checkpoint.load_checkpoint(path)
         elif path.suffix == ".model":
-            tokenizer.load_tokenizer(path)
+            project.load_tokenizer(path)
         elif path.name == shards.MANIFEST:
             found = shards.read_manifest(path.parent)
             assert all(len(found.memmap(shard)) == shard.tokens for shard in found.shards), f"{path} lists a cut shard"
