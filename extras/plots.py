@@ -1,24 +1,60 @@
-"""Pictures of trainings, in two panels: against tokens, and against minutes. They need the package matplotlib."""
-from collections.abc import Callable, Sequence
+"""Curves of runs as pictures, in two panels: against tokens and against minutes. Needs the package matplotlib."""
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyllm.files import atomic_write
+from tinyllm.optional import require_package
 
 Points = Sequence[tuple[float, float]]
-SHARE = 0.05        # of a noisy curve, so much of it to each side is averaged to smooth it
-Y_ZOOM_AFTER = 0.1         # the y axis shows what comes after this part of a run whole; losses before it may be cut off
+SMOOTHING = 0.05            # fraction of a noisy curve that is averaged on each side of a point
+Y_ZOOM_AFTER = 0.1          # the y axis fits what follows this fraction of a run; the steep part before may be cut off
 
 
-def new_figure(ylabel: str) -> tuple[Any, Any, Any]:
-    """A figure and its panels, for curves against tokens and against minutes. Raises ImportError."""
+def draw_losses(path: Path, entries: list[dict[str, Any]], clock: list[dict[str, Any]], expected: Points) -> None:
+    """Draw the training and validation loss of a run.
+
+    Args:
+        entries, clock: the entries of log.jsonl and clock.jsonl.
+        expected: (minutes, bits per byte) of the run's preset, drawn in grey.
+    Raises:
+        UserError: without matplotlib.
+    """
+    figure, token_panel, minute_panel = new_figure(path, "loss (nats per token)")
+    bpb_per_nat = next((entry["bpb"] / entry["val_loss"] for entry in entries if entry.get("val_loss")), 1.0)
+    expected = [(minutes, bpb / bpb_per_nat) for minutes, bpb in expected]
+    tokens = {entry["iter"]: entry["tokens"] for entry in entries if "tokens" in entry}
+    minutes = {entry["iter"]: entry["seconds"] / 60 for entry in clock}
+    for panel, x_by_step in ((token_panel, tokens), (minute_panel, minutes)):
+        plot_smoothed(panel, curve(entries, "loss", x_by_step), "train", "C1")
+        plot_evals(panel, curve(entries, "val_loss", x_by_step), "val", "C0", bpb_per_nat)
+    if expected:
+        minute_panel.plot(*zip(*expected), color="0.6", label="val of the preset, where it was measured")
+    zoom_y_axis(token_panel, [curve(entries, "loss", tokens), curve(entries, "val_loss", tokens), expected])
+    add_right_axis(minute_panel, bpb_per_nat, "bits per byte (bpb) of val")
+    save(figure, path)
+
+
+def draw_comparison(path: Path, labels: list[str], by_tokens: list[Points], by_minutes: list[Points]) -> None:
+    """Draw the validation curves of several runs. Raises UserError without matplotlib."""
+    figure, *panels = new_figure(path, "val, bits per byte")
+    for panel, curves in zip(panels, (by_tokens, by_minutes)):
+        for i, (label, points) in enumerate(zip(labels, curves)):
+            plot_evals(panel, points, label, f"C{i}")
+    zoom_y_axis(panels[0], by_tokens)
+    save(figure, path)
+
+
+def new_figure(path: Path, ylabel: str) -> tuple[Any, Any, Any]:
+    """Return a figure and its panels, for curves against tokens and against minutes."""
+    require_package("matplotlib", path.name)
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.set(xlabel="tokens", ylabel=ylabel)
-    left.xaxis.set_major_formatter(lambda count, _: format_si(count))
+    left.xaxis.set_major_formatter(lambda count, position: format_si(count))
     right.set(xlabel="minutes")
     for panel in (left, right):
         panel.grid(color="0.9")
@@ -26,58 +62,65 @@ def new_figure(ylabel: str) -> tuple[Any, Any, Any]:
     return figure, left, right
 
 
+def curve(entries: list[dict[str, Any]], key: str, x_by_step: dict[int, float]) -> list[tuple[float, float]]:
+    """Return the points of a quantity in the log; x_by_step maps a step to its tokens or minutes."""
+    return [(x_by_step[entry["iter"]], entry[key]) for entry in entries if key in entry and entry["iter"] in x_by_step]
+
+
 def plot_smoothed(panel: Any, points: Points, label: str, color: str) -> None:
-    """A curve in pale, and its average over it."""
+    """Plot a noisy curve in pale, and its moving average over it."""
     x, y = np.array(points, float).reshape(-1, 2).T
     panel.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
     panel.plot(x, smooth(y), color=color, label=label)
 
 
-def plot_evals(panel: Any, points: Points, label: str, color: str, text: Callable[[float], str] | None = None) -> None:
-    """A curve of evaluations, with a star at the lowest, and beside it what `text` says of it, if anything."""
+def plot_evals(panel: Any, points: Points, label: str, color: str, bpb_per_nat: float = 0.0) -> None:
+    """Plot a curve of evaluations with a star at the lowest; with bpb_per_nat, write its loss and bpb beside it."""
     if not points:
         return
     panel.plot(*zip(*points), "o-", markersize=3.5, color=color, label=label)
     x, y = min(points, key=lambda point: point[1])
     panel.plot([x], [y], "*", markersize=15, color=color, markeredgecolor="white", zorder=3)
-    if text:
-        panel.annotate(text(y), (x, y), (6, 12), textcoords="offset points", ha="right", color=color,
-                       bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
-
-
-def plot_reference(panel: Any, points: Points, label: str) -> None:
-    if points:
-        panel.plot(*zip(*points), color="0.6", label=label)
-
-
-def add_right_axis(panel: Any, ratio: float, label: str) -> None:
-    """A scale on the right side of a panel, of numbers that are `ratio` times those on the left."""
-    panel.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio)).set_ylabel(label)
+    if bpb_per_nat:
+        white_box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        panel.annotate(f"{y:.3f}\n{bpb_per_nat * y:.3f} bpb", (x, y), (6, 12), textcoords="offset points", ha="right",
+                       color=color, bbox=white_box)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and its neighbours on both sides, as far as there are any."""
-    places, reach = np.arange(len(values)), round(SHARE * len(values))
-    begins, ends = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    """Return the mean of each value and its neighbours on both sides."""
+    indices = np.arange(len(values))
+    reach = round(SMOOTHING * len(values))
+    starts = np.maximum(indices - reach, 0)
+    ends = np.minimum(indices + reach + 1, len(values))
     sums = np.concatenate([[0], np.cumsum(values)])
-    return (sums[ends] - sums[begins]) / (ends - begins)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def add_right_axis(panel: Any, ratio: float, label: str) -> None:
+    """Add a scale on the right whose numbers are `ratio` times those on the left."""
+    panel.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio)).set_ylabel(label)
 
 
 def zoom_y_axis(panel: Any, curves: Sequence[Points]) -> None:
-    """Give the y axis, which the panels share, to what comes after the first, steep part of the curves."""
-    seen = [y for points in curves for x, y in points if x >= Y_ZOOM_AFTER * points[-1][0]]
-    if seen and (room := 0.1 * (max(seen) - min(seen))):
-        panel.set_ylim(min(seen) - room, max(seen) + room)
+    """Fit the y axis, which the panels share, to the curves after their first, steep part."""
+    visible = [y for points in curves for x, y in points if x >= Y_ZOOM_AFTER * points[-1][0]]
+    if visible and min(visible) < max(visible):
+        margin = 0.1 * (max(visible) - min(visible))
+        panel.set_ylim(min(visible) - margin, max(visible) + margin)
 
 
 def save(figure: Any, path: Path) -> None:
+    """Write a figure with a legend in each panel."""
+    for panel in figure.axes:
+        panel.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
 def format_si(count: float) -> str:
-    """1,500,000 as 1.5M."""
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= unit:
-            return f"{count / unit:g}{name}"
+    """Format 1,500,000 as 1.5M."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= factor:
+            return f"{count / factor:g}{suffix}"
     return f"{count:g}"

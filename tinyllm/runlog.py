@@ -1,144 +1,145 @@
-"""What a run tells about itself: log.jsonl, and clock.jsonl, samples.txt and loss.png beside it; and how all of its
-files make room for another run.
+"""The log of a run, the files that are made from it, and the archive of the old run in a folder.
 
-The log holds what a repetition of the run would give again, to the byte: the settings in the first
-line, then one JSON object per logged step or evaluation. What depends on the clock has its own file.
+log.jsonl holds what the same run would write again, byte for byte: the settings in its first line, the header, then one
+JSON object per logged step or evaluation. clock.jsonl holds what depends on the clock.
 """
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from extras import plots
+from tinyllm import optional
+from tinyllm.cli import UserError
 from tinyllm.files import atomic_replace, atomic_write, json_line
 
-RUN_FILES = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")       # files in its folder
-ARCHIVE_TMP = "old.part"                           # the folder of an old run while its files are moved to it
-NEW_CHECKPOINT = "new.pt"                              # the first state of a run, until the old run is out of its way
+RUN_FILES = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")      # that archive_run moves
+ARCHIVE_TMP = "old.part"            # the archive while files are moved into it
+NEW_CHECKPOINT = "new.pt"           # the first checkpoint of a new run, until the old run is archived
 
 
 class RunLog:
-    """The log of a run in a folder: `entries` are those after the first line."""
+    """The log of a run in a folder. `entries` are its lines after the header."""
 
-    def __init__(self, folder: Path, first: dict[str, Any], lines: int = 0, sha256: str = ""):
-        """Begin the log with its first line, and keep `lines` entries of an earlier part of the run, whose digest
-        is known; if they have another now, they are put aside."""
-        self.folder, log = folder, folder / "log.jsonl"
-        self.entries = read_log(log)[1:lines + 1]
-        self.digest = hashlib.sha256("".join(map(json_line, self.entries)).encode())
-        if lines and self.sha256 != sha256:
-            self.entries, self.digest = [], hashlib.sha256()
-            print(f"note: {log} is damaged or gone, and begins anew")
-            if log.exists():
-                aside = next(path for i in range(1, 10_000) if not (path := folder / f"log.damaged-{i}.jsonl").exists())
-                atomic_replace(log, aside)
-                print(f"      what was left of it is {aside}")
-        with atomic_write(folder / "log.jsonl") as file:
-            file.write("".join(map(json_line, [first, *self.entries])).encode())
-        step = self.entries[-1]["iter"] if self.entries else 0
-        self.clock = [entry for entry in read_log(folder / "clock.jsonl") if _is_clock_entry(entry) and entry["iter"] <= step]
-        with atomic_write(folder / "clock.jsonl") as file:
-            file.write("".join(map(json_line, self.clock)).encode())
+    def __init__(self, folder: Path, header: dict[str, Any], n_entries: int = 0, sha256: str = ""):
+        """Start a log, or reopen one and keep its first n_entries, if they have the digest in the checkpoint."""
+        self.folder = folder
+        self.entries = read_log(folder / "log.jsonl")[1:n_entries + 1]
+        self.digest = hashlib.sha256(encode_lines(self.entries))
+        if n_entries and self.sha256 != sha256:
+            self._archive_damaged_log()
+        last_step = self.entries[-1]["iter"] if self.entries else 0
+        self.clock = [entry for entry in read_clock(folder / "clock.jsonl") if entry["iter"] <= last_step]
+        for name, entries in (("log.jsonl", [header, *self.entries]), ("clock.jsonl", self.clock)):
+            with atomic_write(folder / name) as file:
+                file.write(encode_lines(entries))
+
+    def _archive_damaged_log(self) -> None:
+        """Start with an empty log; keep the damaged file under another name."""
+        self.entries = []
+        self.digest = hashlib.sha256()
+        path = self.folder / "log.jsonl"
+        print(f"note: {path} is damaged or gone; the log starts over")
+        if path.exists():
+            archive = unused_path(self.folder, "log.damaged-{}.jsonl")
+            atomic_replace(path, archive)
+            print(f"      the old file is {archive}")
 
     @property
     def sha256(self) -> str:
         return self.digest.hexdigest()
 
     def write(self, entry: dict[str, Any], clock: dict[str, Any]) -> None:
-        """Append an entry to the log, and what the clock said to the other file."""
+        """Append an entry to log.jsonl, and what depends on the clock to clock.jsonl."""
         clock = {"iter": entry["iter"], **clock}
         self.entries.append(entry)
-        self.digest.update(json_line(entry).encode())
         self.clock.append(clock)
+        self.digest.update(encode_lines([entry]))
         for name, content in (("log.jsonl", entry), ("clock.jsonl", clock)):
-            with open(self.folder / name, "a", encoding="utf-8", newline="\n") as file:
-                file.write(json_line(content))
+            with open(self.folder / name, "ab") as file:
+                file.write(encode_lines([content]))
 
     def sync(self) -> None:
-        """Have the log on the disk before a checkpoint counts its lines."""
+        """Flush the log to the disk, before a checkpoint counts its lines."""
         with open(self.folder / "log.jsonl", "ab") as file:
             os.fsync(file.fileno())
 
     def write_reports(self, expected: Sequence[tuple[float, float]] = ()) -> None:
-        """Write samples.txt, and loss.png where matplotlib is installed, anew from the log.
+        """Write samples.txt and loss.png from the whole log.
 
         Args:
-            expected: (minutes, bits per byte) of the run to compare with, drawn in grey.
+            expected: (minutes, bits per byte) of the run's preset, for the picture.
         """
         with atomic_write(self.folder / "samples.txt") as file:
-            for entry in filter(lambda entry: "val_loss" in entry, self.entries):
-                file.write(f"=== step {entry['iter']}, val loss {entry['val_loss']:.4f}\n\n".encode())
-                file.writelines(f"{text}\n---\n".encode() for text in entry["samples"])
-        with suppress(ImportError):         # without matplotlib, no picture
-            self.draw_losses(expected)
-
-    def draw_losses(self, expected: Sequence[tuple[float, float]]) -> None:
-        figure, *panels = plots.new_figure("loss (nats per token)")
-        ratio = next((entry["bpb"] / entry["val_loss"] for entry in self.entries if entry.get("val_loss")), 1.0)
-        expected = [(x, bpb / ratio) for x, bpb in expected]
-        minutes = {entry["iter"]: entry["seconds"] / 60 for entry in self.clock}
-        tokens = {entry["iter"]: entry["tokens"] for entry in self.entries if "tokens" in entry}
-        for panel, places in zip(panels, (tokens, minutes)):
-            plots.plot_smoothed(panel, self.curve("loss", places), "train", "C1")
-            plots.plot_evals(panel, self.curve("val_loss", places), "val", "C0",
-                           lambda loss: f"{loss:.3f}\n{ratio * loss:.3f} bpb")
-        plots.zoom_y_axis(panels[0], [self.curve("loss", tokens), self.curve("val_loss", tokens), expected])
-        plots.add_right_axis(panels[1], ratio, "bits per byte (bpb) of val")
-        plots.plot_reference(panels[1], expected, "val of the preset, where it was measured")
-        for panel in panels:
-            panel.legend()
-        plots.save(figure, self.folder / "loss.png")
-
-    def curve(self, name: str, places: dict[int, float]) -> list[tuple[float, float]]:
-        """The values of that name in the log, each after the place of its step."""
-        return [(places[entry["iter"]], entry[name]) for entry in self.entries
-                if name in entry and entry["iter"] in places]
+            for entry in self.entries:
+                if "val_loss" in entry:
+                    file.write(f"=== step {entry['iter']}, val loss {entry['val_loss']:.4f}\n\n".encode())
+                    file.writelines(f"{text}\n---\n".encode() for text in entry["samples"])
+        with suppress(UserError):               # without extras/ or matplotlib there is no picture
+            optional.load("plots").draw_losses(self.folder / "loss.png", self.entries, self.clock, expected)
 
 
 class NullRunLog:
-    """Stands in for a Record where another process writes it."""
-    entries, sha256 = (), ""
+    """The log in processes other than the main one, which write nothing."""
+    entries = ()
+    sha256 = ""
 
     def write(self, *args: Any) -> None:
-        """Write nothing."""
+        pass
 
     sync = write_reports = write
 
 
-def _is_clock_entry(entry: dict[str, Any]) -> bool:
-    return isinstance(entry.get("iter"), int) and isinstance(entry.get("seconds"), float)
+def encode_lines(entries: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(map(json_line, entries)).encode()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Entries of a file, up to the first line that is not whole, as a kill may leave one."""
+    """Return the entries of a file, up to the first damaged line, which a kill may leave. A missing file has none."""
     entries = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            try:
-                entry = json.loads(line)
-                json_line(entry).encode()       # fails for half of a character, which JSON can spell
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(entry, dict):
-                break
-            entries.append(entry)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            encode_lines([entry])               # fails for half of a surrogate pair, which JSON can spell
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
     return entries
 
+
+def read_clock(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a clock.jsonl that have a step and a time."""
+    return [entry for entry in read_log(path) if has_numbers(entry, "iter", "seconds")]
+
+
+def has_numbers(entry: dict[str, Any], *keys: str) -> bool:
+    """True if an entry has a finite number under each key."""
+    return all(type(entry.get(key)) in (int, float) and abs(entry[key]) < 1e300 for key in keys)
+
+
+def unused_path(folder: Path, pattern: str) -> Path:
+    """Return the first path that does not exist, of a pattern such as old-{}."""
+    return next(path for i in range(1, 10_000) if not (path := folder / pattern.format(i)).exists())
+
+
+# ---- the archive --------------------------------------------------------------------------------
 
 def archive_run(out_dir: str) -> None:
     """Move the files of an old run to a folder old-1, old-2, ... so that nothing is lost."""
     folder = Path(out_dir)
     files = [path for name in RUN_FILES for path in folder.glob(name)]
     if any(path.suffix == ".pt" for path in files):
-        old = next(place for i in range(1, 10_000) if not (place := folder / f"old-{i}").exists())
+        archive = unused_path(folder, "old-{}")
         (half := folder / ARCHIVE_TMP).mkdir()
         for path in files:
             atomic_replace(path, half / path.name)
-        atomic_replace(half, old)
-        print(f"the old run is in {old}")
+        atomic_replace(half, archive)
+        print(f"the old run is in {archive}")
 
 
 def undo_partial_archive(out_dir: str) -> None:
