@@ -20,18 +20,18 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from tinyllm import cli, corpus, shards, workers
+from tinyllm import cli, corpus, documents, shards, workers
 from tinyllm.cli import UserError, escape_for_terminal
 from tinyllm.files import atomic_replace, atomic_write, folder_lock, load_json, save_json, sha256
 from tinyllm.project import DATA, find_tokenizer, load_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tinyllm.words import BATCH, DocumentEncoder
+from tinyllm.words import DocumentEncoder
 from tokenizer import BaseTokenizer
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the vocabulary, and where the shards go
 data = ""               # the text; empty: what step 1 read
-encoding = ""           # of files that are not UTF-8, such as gb18030; empty: as step 1 was told
+encoding = ""           # of all files, such as gb18030; empty: that of step 1
 vocab_size = 0          # which vocabulary of data_dir, when there are several; 0: the only one
 tokenizer = ""          # a vocabulary from elsewhere, or a model that has one; it is copied to data_dir and used
 num_workers = 0         # processes, at most 60; 0: one per core, if there is memory. Each takes up to 400 MB
@@ -76,7 +76,7 @@ def main() -> None:
 
     folder = model_path.with_suffix("")
     target = ShardSet(folder, vocabulary.sha256, vocabulary.n_words, threshold, [])
-    with folder_lock(folder), corpus.report_all_bad_encodings(files, encoding):
+    with folder_lock(folder), documents.report_all_bad_encodings(files, encoding):
         jobs = [Job(i, group, folder, model_path, vocabulary.sha256, threshold, encoding)
                 for i, group in enumerate(group_files(files, source, encoding))]
         build_shards(target, jobs, cfg.num_workers, encoder)
@@ -137,7 +137,7 @@ def find_source(cfg: SimpleNamespace, model_path: Path, vocabulary: BaseTokenize
                             "run python train_vocab.py again")
     elif not cfg.data and not cfg.tokenizer:
         raise UserError(f"no {notes}, which would tell what text {model_path.name} is for\n       name it: --data PATH")
-    corpus.check_encoding(encoding)
+    documents.check_encoding(encoding)
     source = Path(cfg.data) if cfg.data else known or corpus.default_source(cfg.data_dir)
     if source != known:
         threshold = corpus.val_hash_threshold(corpus.find_files(source), encoding)
@@ -255,14 +255,14 @@ def write_shards(job: Job, progress: Callable[[int], None]) -> tuple[int, list[S
 
 
 def batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, list[bytes]]]:
-    """Yield (split, documents in UTF-8) in the order of the source, about BATCH bytes at a time."""
+    """Yield (split, documents in UTF-8) in the order of the source, about BATCH_BYTES at a time."""
     pending, sizes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     for path in job.sources:
-        for text in map(str.encode, corpus.read_documents(path, progress, job.encoding)):
+        for text in map(str.encode, documents.read_documents(path, progress, job.encoding)):
             split = "val" if corpus.document_hash(text) <= job.threshold else "train"
             pending[split].append(text)
             sizes[split] += len(text)
-            if sizes[split] >= BATCH:
+            if sizes[split] >= documents.BATCH_BYTES:
                 yield split, pending[split]
                 pending[split], sizes[split] = [], 0
     yield from ((split, texts) for split, texts in pending.items() if texts)

@@ -16,17 +16,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import tokenizer
-from tinyllm import cli, corpus, workers
+from tinyllm import cli, corpus, documents, workers
 from tinyllm.cli import UserError
 from tinyllm.files import atomic_write, folder_lock, save_json
 from tinyllm.machine import peak_memory
 from tinyllm.project import path_flags, tokenizer_errors
-from tinyllm.words import WordCounts, text_batches
+from tinyllm.words import WordCounts
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where the vocabulary goes; another folder keeps another project apart
 data = ""               # your own text: a file or folder of .txt, .json, .jsonl, each also .gz
-encoding = ""           # of files that are not UTF-8: gb18030 for those of Chinese Windows, cp1252 for western ones
+encoding = ""           # of all files, if not UTF-8: gb18030 for Chinese Windows, cp1252 for western Windows, utf-16, ...
 download = False        # fetch the real TinyStories into data_dir, unless they are there
 mirror = ""             # for the download: huggingface, hf-mirror, modelscope or an address; several with commas
 vocab_size = 4096       # 512 to 2048 for a small model on a CPU, 4096 for the default, 32000 for a large one
@@ -85,14 +85,14 @@ def main() -> None:
     cfg, _ = cli.parse_settings(globals())
     with tokenizer_errors():
         tokenizer.check_vocab_size(cfg.vocab_size)
-    corpus.check_encoding(cfg.encoding)
+    documents.check_encoding(cfg.encoding)
     if cfg.data and cfg.download:
         raise UserError("--data and --download name two sources; give one of them")
     with folder_lock(cfg.data_dir):
         source = find_source(cfg)
         corpus.check_not_nested(source, cfg.data_dir)
         files = corpus.find_files(source)
-        with corpus.report_all_bad_encodings(files, cfg.encoding):
+        with documents.report_all_bad_encodings(files, cfg.encoding):
             path = learn_vocabulary(cfg, source, files)
     print("next:", cli.format_command("preprocess", **path_flags(path)))
 
@@ -162,7 +162,7 @@ def count_words(jobs: list[Job], processes: int, size: int) -> tuple[CorpusStats
 def count_part(job: Job, progress: Callable[[int], None]) -> tuple[int, CorpusStats]:
     """Count the words of a job. May run in a worker process."""
     found = CorpusStats()
-    for batch in text_batches(text for path in job.files for text in corpus.read_documents(path, progress, job.encoding)):
+    for batch in documents.text_batches(text for path in job.files for text in documents.read_documents(path, progress, job.encoding)):
         found.add(batch, job.threshold)
     found.words.flush()
     return job.index, found

@@ -28,6 +28,7 @@ from tinyllm import (
     checkpoint,
     cli,
     demo_stories,
+    documents,
     resume,
     words,
 )
@@ -77,7 +78,7 @@ def run_in_process(monkeypatch):
 def count_words(texts) -> dict[bytes, int]:
     """The words of texts, with the space in front of them, and how often each comes."""
     found = words.WordCounts()
-    for batch in words.text_batches(texts):
+    for batch in documents.text_batches(texts):
         found.add(batch)
     found.flush()
     return found.counts

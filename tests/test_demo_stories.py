@@ -61,7 +61,7 @@ def test_pronouns_follow_their_names(stories):
 
 
 def test_every_slot_of_the_grammar_is_used_and_filled():
-    (common, _), *plots = demo_stories._parse(demo_stories.GRAMMAR)
+    (common, _), *plots = demo_stories.parse_grammar(demo_stories.GRAMMAR.read_text(encoding="utf-8"))
     assert len(plots) == 14
     for slots, text in plots:
         everything = text + " ".join(value for values in [*slots.values(), *common.values()] for value in values)

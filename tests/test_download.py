@@ -16,6 +16,7 @@ from conftest import assert_user_error, run_subprocess
 from tinyllm import corpus, download
 from tinyllm.cli import UserError
 from tinyllm.corpus import TINYSTORIES_DIR
+from tinyllm.documents import read_documents
 from tinyllm.download import ARCHIVE, download_tinystories
 
 NOISE = random.Random(0)        # so that the archive stays large
@@ -98,7 +99,7 @@ def server(monkeypatch):
 
 
 def stories(folder: Path) -> list[str]:
-    return [text for file in corpus.find_files(folder) for text in corpus.read_documents(file)]
+    return [text for file in corpus.find_files(folder) for text in read_documents(file)]
 
 
 ALL = [entry["story"] for part in STORIES for entry in part]

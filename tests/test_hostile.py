@@ -16,7 +16,7 @@ import torch
 from conftest import TINY, assert_user_error, learn_tokenizer, run_captured
 
 from model import ModelArgs, Transformer
-from tinyllm import checkpoint, cli, corpus, download, shards
+from tinyllm import checkpoint, cli, documents, download, shards
 from tinyllm.cli import UserError
 from tinyllm.files import load_json, save_json
 
@@ -117,10 +117,10 @@ def test_a_server_cannot_lead_to_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"[" * 2_000_000, b'{"a":' * 1_000_000, b'["' + b"a" * 9_000_000,
                                      b"1" * 9_000_000])
 def test_json_bombs_end_in_an_error(content, monkeypatch):
-    monkeypatch.setattr(corpus, "_RECORD", 1 << 22)
+    monkeypatch.setattr(documents, "MAX_RECORD_CHARS", 1 << 22)
     Path("bomb.json.gz").write_bytes(gzip.compress(content, 1))
     with pytest.raises(UserError, match="bomb.json.gz: record 1"):
-        list(corpus.read_documents(Path("bomb.json.gz")))
+        list(documents.read_documents(Path("bomb.json.gz")))
 
 
 def test_a_text_bomb_is_read_in_little_memory():
@@ -128,7 +128,7 @@ def test_a_text_bomb_is_read_in_little_memory():
         for _ in range(100):
             file.write(b"a" * 1_000_000)
     tracemalloc.start()
-    assert max(map(len, corpus.read_documents(Path("bomb.txt.gz")))) <= corpus.MAX_DOCUMENT_CHARS
+    assert max(map(len, documents.read_documents(Path("bomb.txt.gz")))) <= documents.MAX_DOCUMENT_CHARS
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
 

@@ -17,7 +17,7 @@ from conftest import ROOT, assert_user_error, count_words, learn_tokenizer, run_
 import preprocess
 import train_vocab
 from extras.formats import llama2c
-from tinyllm import corpus, demo_stories, shards, words, workers
+from tinyllm import corpus, demo_stories, documents, shards, words, workers
 from tinyllm.cli import UserError
 from tinyllm.files import save_json, sha256
 from tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def texts(tmp_path, run_in_process, monkeypatch) -> Path:
     for i in range(0, 200, 50):
         part = STORIES[i:i + 50]
         if i == 100:
-            (folder / "c.txt").write_text(corpus.SEPARATOR.join(part), encoding="utf-8")
+            (folder / "c.txt").write_text(documents.SEPARATOR.join(part), encoding="utf-8")
         elif i == 150:
             (folder / "d.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, part)).encode()))
         else:
@@ -197,18 +197,18 @@ def test_all_files_that_are_not_utf8_are_named_at_once(texts, run_in_process, sc
 
 @pytest.mark.parametrize("name", ["2.txt", "2.txt.gz", "2.jsonl"])
 def test_files_in_another_encoding_are_the_same_text(run_in_process, tmp_path, name):
-    """Beside those in UTF-8; step 2 knows it from step 1."""
+    """Step 2 knows the encoding from step 1."""
     folder, stories = tmp_path / "mixed", [f"很久以前，有{i}只熊。" for i in range(40)]
     content = "\n".join(map(json.dumps, stories)) if name.endswith("jsonl") else "<|endoftext|>".join(stories)
     content = content.encode().decode("unicode_escape") if name.endswith("jsonl") else content
     folder.mkdir()
-    (folder / "1.txt").write_text("从前<|endoftext|>有一天", encoding="utf-8")
     found = []
     for encoding in "utf-8", "gb18030":
         written = content.encode(encoding)
         (folder / name).write_bytes(gzip.compress(written) if name.endswith("gz") else written)
-        run_in_process("train_vocab", "--data", folder, "--vocab_size", 300, "--encoding", "gb18030")
-        run_in_process("preprocess", "--verify")
+        (folder / "1.txt").write_bytes("从前<|endoftext|>有一天".encode(encoding))
+        run_in_process("train_vocab", "--data", folder, "--vocab_size", 300, "--encoding", encoding)
+        run_in_process("preprocess")
         shard_set = shards.read_manifest(Path("data/tok300"))
         found.append((Path("data/tok300.model").read_bytes(), [shard.sha256 for shard in shard_set.shards]))
     assert found[0] == found[1]

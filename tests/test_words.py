@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_tokenizer import HARD
 
-from tinyllm import demo_stories, words
+from tinyllm import demo_stories, documents, words
 from tinyllm.words import DocumentEncoder, WordCounts, WordTable
 from tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ def test_words_are_counted(texts):
 def test_many_words_are_counted_in_parts(monkeypatch):
     """Also when the table is begun anew again and again, and has no place for many."""
     monkeypatch.setattr(words, "MAX_WORDS", 50)
-    monkeypatch.setattr(words, "BATCH", 300)
+    monkeypatch.setattr(documents, "BATCH_BYTES", 300)
     texts = STORIES + ["a word of more than fifteen bytes: " + "x" * n for n in range(40)]
     assert count_words(texts) == by_hand(texts)
 

@@ -16,7 +16,7 @@ from faults import fuzz
 
 import preprocess
 from extras import plots
-from tinyllm import checkpoint, corpus, project, shards
+from tinyllm import checkpoint, documents, project, shards
 from tinyllm.cli import UserError
 from tinyllm.files import sha256
 
@@ -365,7 +365,7 @@ def test_records_that_are_no_text(files, name, record):
 
 def test_half_a_character_in_json_becomes_a_mark(files):
     Path("texts/a.json").write_text(json.dumps(["a \ud800 b", "c"]), encoding="utf-8")
-    assert list(corpus.read_documents(Path("texts/a.json"))) == ["a \ufffd b", "c"]
+    assert list(documents.read_documents(Path("texts/a.json"))) == ["a \ufffd b", "c"]
 
 
 # ---- the log ------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import numpy as np
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, BaseTokenizer, Tokenizer
 
 SPACE_MARK = SPACE.encode()             # SentencePiece writes a space as this character
-BATCH = 1 << 17                         # bytes of text that fit the caches of a processor with all that is made of them
 MAX_WORDS = 1 << 17                    # numbers that are given before all is forgotten,
 MAX_WORD_BYTES = 1 << 23                    # and the length of the words that had them, so that long ones take no more
 MAX_COUNT_BYTES = 100 << 20                 # bytes that the counted words may take, about
@@ -35,24 +34,6 @@ _LONGEST = 15                           # bytes of a word that is kept; its leng
 _LOW_BYTES = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_LONGEST + 1)], np.uint64)
 _HIGH_BYTES = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_LONGEST + 1)], np.uint64)
 _ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)       # any two will do that are odd and mixed
-
-
-def text_batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
-    """The texts in UTF-8, about BATCH bytes at a time."""
-    return chunks((text.encode() for text in texts), len, BATCH)
-
-
-def chunks(items: Iterable[Any], size_of: Callable[[Any], int], enough: int) -> Iterator[list[Any]]:
-    """The items in lists, each ended by the one with which it is large enough; the last one is what is left."""
-    portion, size = [], 0
-    for item in items:
-        portion.append(item)
-        size += size_of(item)
-        if size >= enough:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
 
 
 def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinyllm import corpus, words
+from tinyllm import documents
 from tinyllm.cli import UserError, kill_child_processes
 from tinyllm.machine import available_cores, free_memory, peak_memory
 
@@ -46,7 +46,7 @@ def measure_throughput(files: Iterable[Path], work: Callable[[list[bytes]], None
     """Try `work` on the first texts of files; returns the bytes of the files that were read, and the seconds."""
     read, tried, began = [], 0, time.perf_counter()
     try:
-        for batch in words.text_batches(text for path in files for text in corpus.read_documents(path, read.append, encoding)):
+        for batch in documents.text_batches(text for path in files for text in documents.read_documents(path, read.append, encoding)):
             work(batch)
             tried += sum(map(len, batch))
             if tried > PROBE_BYTES:

@@ -40,7 +40,7 @@ from extras.formats import llama2c
 from extras.gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint as checkpoints
-from tinyllm import cli, corpus, shards
+from tinyllm import cli, corpus, documents, shards
 from tinyllm import device as devices
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
@@ -338,7 +338,7 @@ def bench_text(cfg: SimpleNamespace) -> None:
 def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
     """Write the stories again and again, in files of 1/10 of text_mb; returns their size in bytes."""
     source = Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
-    texts = [text for path in corpus.find_files(source) for text in corpus.read_documents(path)]
+    texts = [text for path in corpus.find_files(source) for text in documents.read_documents(path)]
     folder.mkdir()
     for number in range(10):
         chosen, size = [], 0

@@ -43,6 +43,7 @@ from tinyllm import (
     cli,
     corpus,
     demo_stories,
+    documents,
     files,
     project,
     resume,
@@ -69,7 +70,7 @@ def make_files() -> None:
     Path("texts").mkdir()
     Path("texts/a.json").write_text(json.dumps([{"story": story} for story in stories[:10]]), encoding="utf-8")
     Path("texts/b.jsonl").write_text("\n".join(map(json.dumps, stories[10:20])), encoding="utf-8")
-    Path("texts/c.txt").write_text(corpus.SEPARATOR.join(stories[20:30]), encoding="utf-8")
+    Path("texts/c.txt").write_text(documents.SEPARATOR.join(stories[20:30]), encoding="utf-8")
     Path("texts/d.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, stories[30:])).encode(), mtime=0))
     call(train_vocab, "--data", "texts", "--vocab_size", 300)
     call(preprocess)
@@ -127,7 +128,7 @@ def read_notes() -> None:
 
 def read_texts() -> None:
     for path in corpus.find_files("texts"):
-        for text in corpus.read_documents(path):
+        for text in documents.read_documents(path):
             text.encode()
 
 
