@@ -268,7 +268,7 @@ def released(folder, monkeypatch):
     threading.Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}"
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"first": f"{url}/nowhere", "second": url})
-    monkeypatch.setattr(download, "RETRY_DELAYS", ())
+    monkeypatch.setattr(download, "RETRIES", 0)
     yield asked
     http.shutdown()
     http.server_close()
@@ -293,7 +293,7 @@ def test_a_folder_of_that_name_goes_first(released, folder):
 
 def test_offline_it_says_which_files_belong_where(monkeypatch):
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"gone": "http://127.0.0.1:9"})
-    monkeypatch.setattr(download, "RETRY_DELAYS", ())
+    monkeypatch.setattr(download, "RETRIES", 0)
     with pytest.raises(UserError) as found:
         formats.read_model("gpt2-medium")
     for part in (str(Path("data/gpt2-medium/config.json").resolve()), *gpt2_folder.FILES,

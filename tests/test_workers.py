@@ -27,7 +27,7 @@ def test_processes_follow_cores_parts_and_memory(monkeypatch):
         assert count == want and str(count) in why
     assert workers.choose_num_workers(99, 99)[1] == "60 processes (60 at most)"
     monkeypatch.setattr(workers, "free_memory", lambda: 10**7)
-    assert "0.0 GB of free memory" in workers.choose_num_workers(0, 99)[1] and "as asked" in workers.choose_num_workers(5, 9)[1]
+    assert "0.0 GB of free memory" in workers.choose_num_workers(0, 99)[1] and "as requested" in workers.choose_num_workers(5, 9)[1]
     with pytest.raises(UserError, match="num_workers must be"):
         workers.choose_num_workers(-1, 1)
 
@@ -68,7 +68,7 @@ def test_every_job_is_done_once(count):
 def test_after_an_error_nothing_new_is_begun(count):
     found = []
     with pytest.raises(UserError, match="-1 is no job"):
-        for result, _ in workers.run_jobs(double, [-1, *range(1, 80)], count, 80, "counting", ahead=20):
+        for result, _ in workers.run_jobs(double, [-1, *range(1, 80)], count, 80, "counting", max_lead=20):
             found.append(result)
     assert len(found) < 20          # a second worker may do those that had begun before the error was known
 
@@ -166,7 +166,7 @@ def test_ctrl_c_in_the_middle_of_a_long_result_is_the_end(tmp_path):
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
 
 
-@pytest.mark.parametrize("number", workers.STOPS)
+@pytest.mark.parametrize("number", workers.STOP_SIGNALS)
 def test_a_signal_waits_until_the_processes_have_begun(number):
     """Also one that another thread gets."""
     heard = []

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,160 +19,181 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinyllm import documents
 from tinyllm.cli import UserError, kill_child_processes
+from tinyllm.documents import read_documents, text_batches
 from tinyllm.machine import available_cores, free_memory, peak_memory
 
-BYTES_PER_WORKER = 400_000_000    # bytes that a worker takes at most, with its imports
-MAX_WORKERS = 60               # processes; Windows cannot wait for more
-STOPS = (signal.SIGINT, signal.SIGTERM)
-PROBE_BYTES = 2_000_000       # bytes of text that are tried, to tell how long all of it takes
+BYTES_PER_WORKER = 400_000_000          # memory of a worker, with its imports
+MAX_WORKERS = 60                        # Windows cannot wait for more processes
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PROBE_BYTES = 2_000_000                 # text that is tried to estimate the time for all of it
 
 
-def choose_num_workers(asked: int, jobs: int) -> tuple[int, str]:
-    """The number of processes, and why: what was asked for, else one per core, job and MEMORY that is free."""
-    if asked < 0:
-        raise UserError(f"num_workers must be 0 (one per core) or more, not {asked}")
-    limits = {"as asked": asked} if asked else {f"{available_cores()} core{'s' * (available_cores() > 1)}": available_cores()}
-    limits |= {f"{jobs} part{'s' * (jobs > 1)} of text": jobs, f"{MAX_WORKERS} at most": MAX_WORKERS}
-    if not asked and (free := free_memory()) is not None:
-        limits[f"{free / 1e9:.1f} GB of free memory"] = free // BYTES_PER_WORKER
-    reason = min(limits, key=limits.get)
-    count = max(limits[reason], 1)
-    return count, f"{count} process{'es' * (count > 1)} ({reason})"
+def choose_num_workers(requested: int, n_jobs: int) -> tuple[int, str]:
+    """Return the number of processes and its reason: the requested one, else limited by cores, jobs and free memory."""
+    if requested < 0:
+        raise UserError(f"num_workers must be 0 (one per core) or more, not {requested}")
+    cores, memory = available_cores(), free_memory()
+    limits = [(requested, "as requested")] if requested else [(cores, format_count(cores, "core"))]
+    limits += [(n_jobs, f"{format_count(n_jobs, 'part')} of text"), (MAX_WORKERS, f"{MAX_WORKERS} at most")]
+    if not requested and memory is not None:
+        limits.append((memory // BYTES_PER_WORKER, f"{memory / 1e9:.1f} GB of free memory"))
+    limit, reason = min(limits, key=lambda pair: pair[0])
+    num_workers = max(limit, 1)
+    return num_workers, f"{format_count(num_workers, 'process')} ({reason})"
 
 
-def measure_throughput(files: Iterable[Path], work: Callable[[list[bytes]], None], encoding: str = "") -> tuple[int, float]:
-    """Try `work` on the first texts of files; returns the bytes of the files that were read, and the seconds."""
-    read, tried, began = [], 0, time.perf_counter()
+def measure_throughput(files: list[Path], work: Callable[[list[bytes]], None], encoding: str = "") -> tuple[int, float]:
+    """Do `work` on the first texts of the files. Returns the number of bytes read from the files, and the seconds."""
+    sizes: list[int] = []
+    n_bytes, start = 0, time.perf_counter()
+    texts = (text for path in files for text in read_documents(path, sizes.append, encoding))
     try:
-        for batch in documents.text_batches(text for path in files for text in documents.read_documents(path, read.append, encoding)):
+        for batch in text_batches(texts):
             work(batch)
-            tried += sum(map(len, batch))
-            if tried > PROBE_BYTES:
+            n_bytes += sum(map(len, batch))
+            if n_bytes > PROBE_BYTES:
                 break
-    except UserError:           # the process whose job it is will tell
+    except UserError:           # the worker that reads this file will report it
         pass
-    return max(sum(read), 1), time.perf_counter() - began
+    return max(sum(sizes), 1), time.perf_counter() - start
 
 
-def format_eta(seconds: float, processes: int) -> str:
-    """The time that work of so many seconds takes with so many processes, in words."""
-    return f"about {timedelta(seconds=math.ceil(seconds / min(processes, available_cores())))}"
+def format_count(count: int, noun: str) -> str:
+    """Return e.g. '1 file', '1,234 files', '2 processes'."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
+def format_eta(seconds: float, num_workers: int) -> str:
+    """Return how long `seconds` of work take when several processes share it."""
+    return f"about {timedelta(seconds=math.ceil(seconds / min(num_workers, available_cores())))}"
 
 
 def format_bytes(size: float) -> str:
-    """A number of bytes, in words."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def format_throughput(text_bytes: int, seconds: float, peak: int) -> str:
-    """How fast it went and what it took, in words."""
     memory = f", {peak / 1e6:,.0f} MB of memory per process" if peak else ""
     return f"{text_bytes / 1e6 / seconds:,.1f} MB/s{memory}"
 
 
-def run_jobs(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], workers: int, total: int, label: str,
-        ahead: int = sys.maxsize) -> Iterator[tuple[Any, int]]:
-    """Do function(job, progress) for all jobs, here or in worker processes; progress takes the bytes that were read.
+def run_jobs(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], num_workers: int, total: int,
+             label: str, max_lead: int = sys.maxsize) -> Iterator[tuple[Any, int]]:
+    """Do function(job, progress) for all jobs; progress takes the number of bytes that were read.
 
-    After an error nothing new is begun, and what is under way is finished and yielded before the
-    error is raised.
+    After an error no job is started; the running ones finish and are yielded before the error is raised.
 
     Args:
-        workers: 1 means here.
+        num_workers: 1 does the jobs in this process.
         total, label: of the progress bar.
-        ahead: how many jobs may be begun after one that has not ended.
+        max_lead: how many jobs may start after one that has not ended.
     Yields:
-        as each job ends: what the function returned, and the peak memory of the process that did it.
+        as each job ends: its result, and the peak memory of its process.
     """
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
-        if workers > 1:
-            yield from _run_in_pool(function, jobs, workers, bar, ahead)
+        if num_workers > 1:
+            yield from _run_in_pool(function, jobs, num_workers, bar, max_lead)
         else:
             for job in jobs:
                 yield function(job, bar.update), peak_memory()
 
 
-def _run_in_pool(function: Callable, jobs: list[Any], workers: int, bar: tqdm, ahead: int
+def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqdm, max_lead: int
                  ) -> Iterator[tuple[Any, int]]:
-    context, failure = get_context("spawn"), None
-    counter, left = context.Value("q", 0), deque(range(len(jobs)))      # the numbers of the jobs to be begun
+    context = get_context("spawn")
+    counter = context.Value("q", 0)                             # bytes read by all workers
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          ProcessPoolExecutor(workers, context, _start_worker, (counter, folder)) as pool):
-        running: dict[Future, int] = {}     # and of those that are
+          ProcessPoolExecutor(num_workers, context, _start_worker, (counter, folder)) as executor):
+        queue = _JobQueue(executor, function, jobs, 2 * num_workers, max_lead)
         try:
-            while running or left and not failure:
-                if not failure:
-                    failure = _hand_out(lambda number: pool.submit(_work, function, jobs[number]), left, running,
-                                        2 * workers, ahead)
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(counter.get_obj().value - bar.n)      # without its lock, which a worker may have died with
+            while queue.start_jobs():
+                done, _ = wait(queue.running, timeout=0.2, return_when=FIRST_COMPLETED)
+                bar.update(counter.get_obj().value - bar.n)     # without its lock, which a dead worker may hold
                 for future in done:
-                    del running[future]
-                    if future.cancelled():
-                        continue
-                    if error := future.exception():
-                        failure = failure or error
-                        for other in running:
-                            other.cancel()
-                    else:
-                        yield _load_result(future)
-        except BaseException:               # Ctrl-C, or no room for what was yielded: nothing more is wanted
+                    yield from queue.take_result(future)
+        except BaseException:               # Ctrl-C, or a full disk where a result is used
             kill_child_processes()
             raise
-    if isinstance(failure, BrokenProcessPool):
-        raise UserError("a worker process was killed, most likely for want of memory\n       run this again with "
-                        "--num_workers 1; it continues with what is missing")
-    if failure:
-        raise failure
+    if isinstance(queue.error, BrokenProcessPool):
+        raise UserError("a worker process was killed, most likely because memory ran out\n       run this again with "
+                        "--num_workers 1; it continues with the missing parts")
+    if queue.error:
+        raise queue.error
 
 
-def _hand_out(submit: Callable[[int], Future], left: deque[int], running: dict[Future, int], most: int, ahead: int
-              ) -> BrokenProcessPool | None:
-    """Begin jobs until `most` are running, or one is `ahead` of the oldest; an error when no more can be begun."""
-    try:
-        with defer_signals():
-            while left and len(running) < most and left[0] < min(running.values(), default=left[0]) + ahead:
-                number = left.popleft()
-                running[submit(number)] = number
-    except BrokenProcessPool as error:
-        return error
-    return None
+class _JobQueue:
+    """The jobs of a pool, numbered; after an error no more are started."""
 
+    def __init__(self, executor: ProcessPoolExecutor, function: Callable, jobs: list[Any], max_running: int,
+                 max_lead: int):
+        self.executor, self.function, self.jobs = executor, function, jobs
+        self.max_running, self.max_lead = max_running, max_lead
+        self.pending = deque(range(len(jobs)))
+        self.running: dict[Future, int] = {}
+        self.error: BaseException | None = None
 
-def _load_result(future: Future) -> tuple[Any, int]:
-    """The result that `_work` left in a file, which goes away, and the peak memory."""
-    path, peak = future.result()
-    result = pickle.loads(path.read_bytes())
-    path.unlink()
-    return result, peak
+    def start_jobs(self) -> bool:
+        """Start jobs up to the limits. True if any is running."""
+        try:
+            with defer_signals():
+                while self._may_start():
+                    number = self.pending.popleft()
+                    self.running[self.executor.submit(_work, self.function, self.jobs[number])] = number
+        except BrokenProcessPool as error:
+            self._fail(error)
+        return bool(self.running)
+
+    def _may_start(self) -> bool:
+        if not self.pending or len(self.running) >= self.max_running:
+            return False
+        oldest = min(self.running.values(), default=self.pending[0])
+        return self.pending[0] < oldest + self.max_lead
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.pending.clear()
+        for future in self.running:
+            future.cancel()
+
+    def take_result(self, future: Future) -> Iterator[tuple[Any, int]]:
+        """Yield the result of a job that has ended, and the peak memory, unless it failed or was cancelled."""
+        del self.running[future]
+        if future.cancelled():
+            return
+        if future.exception():
+            self._fail(future.exception())
+            return
+        path, peak = future.result()
+        result = pickle.loads(path.read_bytes())
+        path.unlink()
+        yield result, peak
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Ctrl-C and a polite kill have to wait, also in processes that begin here: else these end in tracebacks."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOPS}
-    _mask_ctrl_c("SIG_BLOCK")           # is inherited; here it would not do, for other threads may get the signal
+    """Delay Ctrl-C and SIGTERM, here and in processes that start in the block: they would end in tracebacks."""
+    received: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in STOP_SIGNALS}
+    _mask_ctrl_c("SIG_BLOCK")           # new processes inherit the mask; handlers are needed too, for other threads
     try:
         yield
     finally:
         _mask_ctrl_c("SIG_UNBLOCK")
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in came:
+        for number in received:
             signal.raise_signal(number)
 
 
-def _mask_ctrl_c(how: str) -> None:
-    """how: "SIG_BLOCK" keeps Ctrl-C from this thread and what it begins, "SIG_UNBLOCK" lets it through again."""
+def _mask_ctrl_c(action: str) -> None:
+    """Block Ctrl-C in this thread and the processes it starts ("SIG_BLOCK"), or unblock it ("SIG_UNBLOCK")."""
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT})
+        signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT})
 
-
-_counter: Any = None    # in a worker process: the bytes read by all of them,
-_folder = ""            # and where it leaves its results
+_counter: Any = None    # bytes read by all workers
+_folder = ""            # where the workers leave their results
 
 
 def _start_worker(counter: Any, folder: str) -> None:
@@ -185,18 +206,20 @@ def _start_worker(counter: Any, folder: str) -> None:
 
 def _end_with_parent() -> None:
     parent_process().join()
-    os._exit(1)                                         # else a worker would outlive a killed parent, and go on writing
+    os._exit(1)                 # otherwise a worker would outlive a killed parent and continue to write
 
 
 def _work(function: Callable, job: Any) -> tuple[Path, int]:
-    """Do a job; its result goes into a file. A worker that is killed while a long result is in the pipe would leave
-    the parent waiting for the rest, for ever."""
+    """Do a job. Returns the file of its result, and the peak memory.
+
+    A pipe would not do: if a worker is killed in the middle of a long result, the parent waits for the rest forever.
+    """
     result = function(job, _count)
     with tempfile.NamedTemporaryFile(dir=_folder, delete=False) as file:
         pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
     return Path(file.name), peak_memory()
 
 
-def _count(size: int) -> None:
+def _count(n_bytes: int) -> None:
     with _counter.get_lock():
-        _counter.value += size
+        _counter.value += n_bytes
