@@ -145,7 +145,7 @@ def test_the_compiler_is_one_that_pytorch_takes(monkeypatch, system, name, place
 
 def test_an_old_pytorch_is_told(monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cu128"))
-    with pytest.raises(UserError, match="2.8.0.*requirements.txt"):
+    with pytest.raises(UserError, match="2.8.0.*\n.*requirements.txt"):
         device.choose_backend()
 
 

@@ -228,7 +228,7 @@ def test_a_run_that_is_on_is_left_alone(here, step, todo):
 
 
 def test_a_device_that_is_not_there_is_a_line():
-    assert "--device cuda:99 is not there" in run_captured("doctor", "--device", "cuda:99").stdout
+    assert "--device cuda:99 was not found" in run_captured("doctor", "--device", "cuda:99").stdout
 
 
 @pytest.mark.parametrize("name, content", [

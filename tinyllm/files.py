@@ -1,5 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, flushed, then renamed; locks on
-folders and files."""
+"""Write files completely or not at all, and lock folders and files."""
 import errno
 import hashlib
 import json
@@ -18,18 +17,20 @@ except ImportError:         # Windows
     fcntl = None
     import msvcrt
 
-LINE_ENDS = re.compile("[\x85\u2028\u2029]")    # that JSON leaves as they are, and some readers take for a new line
-LOCK_OFFSET = 1 << 30                                   # there, a byte is locked, beyond what anybody reads or writes
-LOCK = ".lock"                                  # on Windows, which cannot open a folder, a file in it is locked
-LOCK_HELD_ERRORS = (BlockingIOError, PermissionError)       # what a lock raises that another process holds
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")    # json.dumps leaves them, and some readers take them for a new line
+LOCK_FILE = ".lock"                             # Windows cannot open a folder; this file in it is locked
+LOCK_OFFSET = 1 << 30                           # Windows locks this byte, which lies beyond all content
+LOCK_HELD_ERRORS = (BlockingIOError, PermissionError)       # raised when another process holds the lock
+FSYNC_UNSUPPORTED_ERRNOS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)      # of a folder, on some network drives
+READ_SIZE = 1 << 20
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file for writing that takes the name `path` only if the block succeeds.
 
-    A process that dies in between leaves the old file as it was, and beside it at most one
-    `<name>.tmp`, which the next try overwrites.
+    A process that dies in between leaves the old file unchanged, and beside it at most one `<name>.tmp`, which the next
+    attempt overwrites.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,33 +49,37 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def atomic_replace(source: Path, target: Path) -> None:
-    """Rename a file or folder over `target`, and make the rename itself survive a power cut."""
+    """Rename a file or folder over `target`, and make the rename survive a power cut."""
     os.replace(source, target)
-    if os.name == "posix":  # Windows cannot open a folder, and needs no flush of it
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):      # some network drives cannot do it
-                raise
-        finally:
-            os.close(folder)
+    if os.name == "posix":      # Windows cannot open a folder, and need not flush it
+        _fsync_folder(target.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in FSYNC_UNSUPPORTED_ERRNOS:
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Keep other processes of this project from writing to a folder, which is made if it is not there.
+    """Keep other processes of this project from writing to a folder, which is made if it does not exist.
 
-    The lock is one of the operating system's: it ends with the process, however that ends. A file system that knows
-    no locks, as over some networks, has none.
+    The operating system holds the lock and releases it when the process ends. A file system without locks, such as some
+    network drives, has no protection.
 
     Raises:
-        UserError: when another process holds it.
+        UserError: when another process holds the lock.
     """
     folder = Path(folder)
     if folder.is_file():
         raise UserError(f"{folder} is a file; --data_dir and --out_dir name folders")
-    made = not folder.exists()
+    was_missing = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     handle = _lock(folder)
     try:
@@ -82,15 +87,19 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     finally:
         os.close(handle)
         if not fcntl:
-            with suppress(OSError):             # as long as another process has it open, which may hold the lock by now
-                os.unlink(folder / LOCK)
-        if made and not any(folder.iterdir()):      # nothing came of it
+            with suppress(OSError):             # another process has opened the file and may hold the lock by now
+                os.unlink(folder / LOCK_FILE)
+        if was_missing and not any(folder.iterdir()):
             folder.rmdir()
 
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """The same for a file, beside which other processes may write others; it is made if it is not there."""
+    """Keep other processes from writing to a file, which is made if it does not exist. Its folder stays open to all.
+
+    Raises:
+        UserError: when another process holds the lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     handle = _lock(path)
@@ -101,9 +110,8 @@ def file_lock(path: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """Lock a folder or a file; returns what os.close() unlocks it with. Raises UserError when another process has."""
-    inside = path / LOCK if path.is_dir() else path
-    handle = os.open(path, os.O_RDONLY) if fcntl else os.open(inside, os.O_RDWR | os.O_CREAT)
+    """Lock a folder or a file and return the handle, whose os.close() unlocks it."""
+    handle = _open_to_lock(path)
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,43 +120,51 @@ def _lock(path: Path) -> int:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
     except LOCK_HELD_ERRORS as error:
         os.close(handle)
-        raise UserError(f"another process is writing to {path.resolve()}\n       wait for its end, or name "
-                        "another") from error
+        raise UserError(f"another process is writing to {path.resolve()}\n"
+                        "       wait until it ends, or use another folder or file") from error
     except OSError:                             # a file system without locks
         pass
     return handle
 
 
+def _open_to_lock(path: Path) -> int:
+    if fcntl:
+        return os.open(path, os.O_RDONLY)
+    return os.open(path / LOCK_FILE if path.is_dir() else path, os.O_RDWR | os.O_CREAT)
+
+
 def save_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a JSON object, and with it a checksum."""
+    """Write a JSON object with its checksum."""
     with atomic_write(path) as file:
-        file.write(json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode())
-
-
-def json_line(entry: dict[str, Any]) -> str:
-    """An entry of a file of JSON lines, for people too, and one line for every reader."""
-    return LINE_ENDS.sub(lambda end: f"\\u{ord(end[0]):04x}", json.dumps(entry, ensure_ascii=False)) + "\n"
+        file.write(json.dumps({**content, "checksum": json_checksum(content)}, indent=1).encode())
 
 
 def load_json(path: str | Path) -> dict[str, Any]:
-    """Read what save_json wrote. Raises ValueError when it is not that any more, or never was."""
+    """Read a file of save_json. Raise ValueError when the content does not match its checksum."""
     try:
         content = json.loads(Path(path).read_bytes())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(content, dict) or content.pop("checksum", "") != _checksum(content):
-        raise ValueError("its checksum is missing or of other content")
+    if not isinstance(content, dict) or content.pop("checksum", "") != json_checksum(content):
+        raise ValueError("its checksum is missing or does not match")
     return content
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def json_checksum(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of a JSON object."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def json_line(entry: dict[str, Any]) -> str:
+    """Return an entry of a .jsonl file, with readable letters and no character that ends a line early."""
+    text = json.dumps(entry, ensure_ascii=False)
+    return LINE_ENDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Return the SHA-256 of a file as hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(READ_SIZE):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -248,7 +248,7 @@ def sealed(value: Any) -> Any:
     if not isinstance(value, dict) or "checksum" not in value:
         return value
     content = {key: part for key, part in value.items() if key != "checksum"}
-    return {**content, "checksum": files._checksum(content)}
+    return {**content, "checksum": files.json_checksum(content)}
 
 
 def in_gzip(rng: random.Random, good: bytes) -> bytes:
