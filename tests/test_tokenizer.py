@@ -173,7 +173,7 @@ def test_finding_the_vocabulary(vocabulary, tmp_path):
     (tmp_path / "tok4096" / "manifest.json").touch()
     with pytest.raises(UserError, match=r"\(4096, 600\)\n.*--vocab_size 4096"):
         project.find_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="of size 700 in .*, where there is 4096, 600\n *make one"):
+    with pytest.raises(UserError, match="of size 700 in .*, only 4096, 600\n *make one"):
         project.find_tokenizer(tmp_path, 700)
     (tmp_path / "text.txt").touch()
     with pytest.raises(UserError, match="text.txt is a file; --data_dir names a folder"):

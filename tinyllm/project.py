@@ -1,4 +1,4 @@
-"""Where the vocabulary, the shards and the checkpoints of a project are."""
+"""Find the tokenizer, the shards and the checkpoints of a project."""
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,81 +48,91 @@ def _tokenizer_class(model: bytes) -> type[BaseTokenizer]:
     return Tokenizer
 
 
-def folders_with(folder: str | Path, name: str) -> list[Path]:
-    """Folders beside a folder, and within it, that have a file of that name; the newest first, old runs left out."""
-    folder = Path(folder)
-    roots = [folder] if folder.parent == Path() else [folder, folder.parent]
-    found = {path.parent for root in roots for path in (*root.glob(name), *root.glob(f"*/{name}"))} - {folder}
-    return sorted((path for path in found if not path.name.startswith("old-")), key=lambda path: -path.stat().st_mtime)
-
-
 def find_tokenizer(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
-    """The vocabulary of a data folder: the one of that size, or the only one, or of several that with the SHA-256.
+    """Return the tokenizer of a data folder: the one of that size, the one with that SHA-256, or the only one.
 
     Raises:
-        UserError: when there is none, or several and nothing tells which.
+        UserError: when none matches, or several do.
     """
     folder = Path(data_dir)
     if folder.is_file():
         raise UserError(f"{folder} is a file; --data_dir names a folder of steps 1 and 2, and --data of step 1 a text")
-    every = tokenizer_files(folder)
-    found = [path for path in every if not vocab_size or path.stem == f"tok{vocab_size}"]
-    if len(found) > 1 and digest:
-        found = [path for path in found if sha256(path) == digest] or found
-    if not found:
-        raise UserError(_no_tokenizer_message(folder, every, vocab_size))
-    if len(found) > 1:
-        size = next(filter(None, map(vocab_size_in_name, found)), "")
-        which = f"say which: --vocab_size {size}, or " if size else ""
-        raise UserError(f"{folder} holds several vocabularies ({_names(every)})\n       "
-                        f"{which}delete those that you do not need")
-    return found[0]
+    paths = tokenizer_files(folder)
+    matches = [path for path in paths if not vocab_size or path.stem == f"tok{vocab_size}"]
+    if len(matches) > 1 and digest:
+        matches = [path for path in matches if sha256(path) == digest] or matches
+    if not matches:
+        raise UserError(_no_tokenizer_message(folder, paths, vocab_size))
+    if len(matches) > 1:
+        raise UserError(_several_tokenizers_message(folder, paths))
+    return matches[0]
 
 
-def _no_tokenizer_message(folder: Path, every: list[Path], vocab_size: int) -> str:
-    """The message that there is no vocabulary, or none of that size, and where one may come from."""
+def _no_tokenizer_message(folder: Path, paths: list[Path], vocab_size: int) -> str:
     of_size = f" of size {vocab_size}" if vocab_size > 0 else ""
-    instead = f", where there is {_names(every)}" if every else ""
+    existing = f", only {_join_names(paths)}" if paths else ""
     others = folders_with(folder, f"tok{vocab_size or '*'}.model")
-    elsewhere = f"is it in another --data_dir: {shorten_list(others)}? else " if others else ""
-    if not (folder / "last.pt").exists() and any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*")):
-        make = format_command("train_vocab", data=folder, data_dir=separate_data_dir(folder))
+    question = f"is it in another --data_dir: {shorten_list(others)}? else " if others else ""
+    is_text = any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*"))
+    if is_text and not (folder / "last.pt").exists():
+        command = format_command("train_vocab", data=folder, data_dir=separate_data_dir(folder))
     else:
-        make = format_command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
-        make += ", with --data PATH for text of your own"
-    return f"no vocabulary{of_size} in {folder.resolve()}{instead}\n       {elsewhere}make one: {make}"
+        command = format_command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+        command += ", with --data PATH for text of your own"
+    return f"no vocabulary{of_size} in {folder.resolve()}{existing}\n       {question}make one: {command}"
 
 
-def _names(vocabularies: list[Path]) -> str:
-    return ", ".join(vocab_size_in_name(path) or path.name for path in vocabularies)
+def _several_tokenizers_message(folder: Path, paths: list[Path]) -> str:
+    size = next((vocab_size_in_name(path) for path in paths if vocab_size_in_name(path)), "")
+    choice = f"choose one with --vocab_size {size}, or " if size else ""
+    return f"{folder} holds several vocabularies ({_join_names(paths)})\n       {choice}delete the others"
 
 
-def separate_data_dir(text: Path) -> Path:
-    """A data folder that is not in the text: data/mine, or one beside a text that holds that."""
-    text, usual = text.resolve(), DATA / "mine"
-    inside = text in (usual.resolve(), *usual.resolve().parents)
-    return text.parent / f"{text.name}-data" if inside else usual
+def _join_names(paths: list[Path]) -> str:
+    return ", ".join(vocab_size_in_name(path) or path.name for path in paths)
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Those of a data folder by size, and first of all those whose text is tokenised."""
-    return sorted(folder.glob("tok*.model"),
-                  key=lambda path: (not (path.with_suffix("") / MANIFEST).is_file(), int(vocab_size_in_name(path) or 0), path))
+    """Return the tokenizers of a data folder: first those with shards, then the others, each by size."""
+    def key(path: Path) -> tuple[bool, int, Path]:
+        has_shards = (path.with_suffix("") / MANIFEST).is_file()
+        return not has_shards, int(vocab_size_in_name(path) or 0), path
+    return sorted(folder.glob("tok*.model"), key=key)
 
 
-def vocab_size_in_name(vocabulary: Path) -> str:
-    """What --vocab_size calls a vocabulary; empty for one whose name tells no size."""
-    size = vocabulary.stem.removeprefix("tok")
+def vocab_size_in_name(tokenizer_path: Path) -> str:
+    """Return the value of --vocab_size that selects a tokenizer, or "" when its name holds no size."""
+    size = tokenizer_path.stem.removeprefix("tok")
     return size if size.isdecimal() else ""
 
 
-def path_flags(vocabulary: Path) -> dict[str, str | Path]:
-    """The settings by which the steps find a vocabulary: its folder, and its size if that has several."""
-    several = len(tokenizer_files(vocabulary.parent)) > 1
-    return {"data_dir": "" if vocabulary.parent == DATA else vocabulary.parent,
-            "vocab_size": vocab_size_in_name(vocabulary) if several else ""}
+def path_flags(tokenizer_path: Path) -> dict[str, str | Path]:
+    """Return the settings by which the steps find a tokenizer: its folder, and its size if the folder has several."""
+    folder = tokenizer_path.parent
+    has_several = len(tokenizer_files(folder)) > 1
+    return {"data_dir": "" if folder == DATA else folder,
+            "vocab_size": vocab_size_in_name(tokenizer_path) if has_several else ""}
 
 
-def shorten_list(things: list[Any], most: int = 5) -> str:
-    """The first of them, and how many more there are, in words."""
-    return ", ".join(map(str, things[:most])) + (f" and {len(things) - most} more" if len(things) > most else "")
+def folders_with(folder: str | Path, pattern: str) -> list[Path]:
+    """Return the folders in and beside a folder that have such a file, newest first and without archived runs."""
+    folder = Path(folder)
+    roots = [folder] if folder.parent == Path() else [folder, folder.parent]
+    files = [path for root in roots for path in (*root.glob(pattern), *root.glob(f"*/{pattern}"))]
+    folders = {path.parent for path in files} - {folder}
+    current = [path for path in folders if not path.name.startswith("old-")]
+    return sorted(current, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def separate_data_dir(text: Path) -> Path:
+    """Return a data folder outside the text: data/mine, or a folder beside a text that contains data/mine."""
+    text, default = text.resolve(), DATA / "mine"
+    if text in (default.resolve(), *default.resolve().parents):
+        return text.parent / f"{text.name}-data"
+    return default
+
+
+def shorten_list(items: list[Any], limit: int = 5) -> str:
+    """Return the first items, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
