@@ -135,12 +135,9 @@ def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedConte
     cfg.device = dist.device(cfg.device)
     with distributed.distributed_context():
         team = optional.load("tensor_parallel").TensorParallelGroup(dist)
-
-        def load() -> tuple[TextGenerator, Inputs | None]:
+        with dist.all_or_none(team.control_group):
             inputs = read_inputs(cfg) if dist.is_main else None
-            return load_generator(cfg, team), inputs
-
-        generator, inputs = dist.all_or_none(load, team.control_group)
+            generator = load_generator(cfg, team)
         generator.engine.run(lambda: run_mode(generator, inputs, cfg))
 
 

@@ -1,57 +1,89 @@
-"""A model of which each process has a part, for training what does not fit one GPU (setting `shard`).
+"""Training with a sharded model, for models that do not fit one GPU (setting `shard`).
 
     torchrun --nproc_per_node=8 train.py --shard True --gradient_accumulation_steps 8
 
-PyTorch's fully_shard (FSDP2; Zhao et al. 2023, arXiv 2304.11277): a process has some rows of each weight, of its
-gradient and of the optimizer's state, and gets the other rows of a layer for as long as it computes with it.
-docs/scaling.md counts what that sends. Checkpoints are whole, the same as those of one process.
+PyTorch's fully_shard (FSDP2; Zhao et al. 2023, arXiv 2304.11277): each rank holds some rows of every weight, gradient
+and optimizer moment, and gathers the other rows of a layer only while it computes with that layer. docs/scaling.md
+counts the traffic. Checkpoints are not sharded: they equal those of one process.
 """
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tinyllm.device import Backend
-from tinyllm.distributed import DistributedContext
-
-
-def shard_model(model: nn.Module, where: Backend, dist: DistributedContext) -> nn.Module:
-    """Leave this process its part of a model, on its device. In bfloat16, so are the weights of layers on their way."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = init_device_mesh(where.device.type, (dist.size,))
-    sent = MixedPrecisionPolicy(torch.bfloat16 if where.dtype == torch.bfloat16 else None, torch.float32,
-                                cast_forward_inputs=False)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=sent)
-    return fully_shard(model, mesh=mesh)
+from extras.tensor_parallel import check_divisible
+from tinyllm.cli import UserError
+from tinyllm.optim import Muon, build_optimizers, orthogonalize
+from tinyllm.run import TrainRun
 
 
-def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a DTensor. Its import takes half a second, so that those who divide nothing are spared it."""
-    return hasattr(tensor, "full_tensor")
+class ShardedMuon(Muon):
+    def _orthogonalize(self, matrices: Tensor) -> Tensor:
+        """Every rank has some rows of all matrices: exchange them for some whole matrices, and back."""
+        mine = orthogonalize(matrices.redistribute(placements=[Shard(0)]).to_local(), self.dtype)
+        whole = DTensor.from_local(mine, matrices.device_mesh, [Shard(0)], shape=matrices.shape,
+                                   stride=matrices.stride())
+        return whole.redistribute(placements=matrices.placements)
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with the parts of all processes, which all have to ask for it."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+class ShardedRun(TrainRun):
+    is_sharded = True
+
+    def wrap_model(self) -> nn.Module:
+        """Keep this rank's shard of the model. With bfloat16, layers are gathered in bfloat16."""
+        mesh = init_device_mesh(self.backend.device.type, (self.dist.size,))
+        gather_dtype = torch.bfloat16 if self.backend.dtype == torch.bfloat16 else None
+        policy = MixedPrecisionPolicy(gather_dtype, torch.float32, cast_forward_inputs=False)
+        for layer in self.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        return fully_shard(self.model, mesh=mesh)
+
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.model, self.cfg, self.backend, ShardedMuon)
+
+    def gradient_sync(self, is_last: bool) -> AbstractContextManager:
+        """Reduce gradients after each micro-batch: unreduced ones have the size of the whole model."""
+        return nullcontext()
+
+    def clip_gradients(self) -> Tensor:
+        return super().clip_gradients().full_tensor()
+
+    def sample_launcher(self) -> str:
+        try:
+            check_divisible(self.model.args, self.dist)
+        except UserError:
+            return "python"
+        return self.dist.launch_command
+
+    def checkpoint_dict(self) -> dict[str, Any]:
+        return gather(super().checkpoint_dict(), self.dist.is_main)
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        sharded = {}
+        for index, state in moments.items():
+            sharded[index] = {name: shard_like(value, weights[index]) for name, value in state.items()}
+        super().restore_optimizer(optimizer, sharded)
 
 
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that each has, if the one that it shall be like is divided."""
-    if not is_dtensor(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+def shard_like(value: Any, weight: DTensor) -> Any:
+    """Return this rank's shard of a moment, divided as its weight is. Step counts stay as they are."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
-def full_state_dict(state: Any, dist: DistributedContext) -> Any:
-    """A state with whole tensors on the CPU of the first process; in the others, None in place of them."""
+def gather(state: Any, is_main: bool) -> Any:
+    """Replace the sharded tensors of a state by whole ones on the main process's CPU, and by None on other ranks."""
     if isinstance(state, dict):
-        return {name: full_state_dict(value, dist) for name, value in state.items()}
+        return {name: gather(value, is_main) for name, value in state.items()}
     if isinstance(state, list):
-        return [full_state_dict(value, dist) for value in state]
-    if not is_dtensor(state):
+        return [gather(value, is_main) for value in state]
+    if not isinstance(state, DTensor):
         return state
-    found = full_tensor(state)                    # one at a time, for all together do not fit the GPU
-    return found.cpu() if dist.is_main else None
+    whole = state.full_tensor()                 # one at a time: all together may not fit the GPU
+    return whole.cpu() if is_main else None

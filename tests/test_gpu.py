@@ -7,7 +7,8 @@ import train
 from model import ModelArgs, Transformer
 from tinyllm.distributed import SINGLE_PROCESS
 from tinyllm.engine import Engine
-from tinyllm.run import State, TrainRun, build_optimizers
+from tinyllm.optim import build_optimizers
+from tinyllm.run import State, TrainRun
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)
 GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix
@@ -20,7 +21,7 @@ def test_a_step_of_training_looks_at_no_number(planned_run):
         run = object.__new__(TrainRun)
         run.cfg, run.backend, run.dist, run.state = plan.cfg, plan.backend, SINGLE_PROCESS, State()
         run.model = run.ddp_model = Transformer(plan.model.args)
-        run.optimizers, run.scaler = build_optimizers(run), plan.backend.scaler()
+        run.optimizers, run.scaler = build_optimizers(run.model, run.cfg, run.backend), plan.backend.scaler()
         run.start_time, run.eval_seconds = 0.0, 0.0
         x = torch.zeros(4, 32, dtype=torch.int64)
         for _ in range(2):                                  # the first one makes what optimizers remember

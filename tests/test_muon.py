@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tinyllm.optim import Muon, orthogonal
+from tinyllm.optim import Muon, orthogonalize
 
 SHAPES = [(24, 24), (24, 64), (64, 24), (24, 24), (64, 24)]
 
@@ -33,7 +33,7 @@ def test_steps_are_those_of_pytorch(weight_decay):
 def test_singular_values_come_near_to_one(scale, dtype):
     x = scale * torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(3))
     u, _, v = torch.linalg.svd(x, full_matrices=False)
-    found = u.mT @ orthogonal(x, dtype).float() @ v.mT          # in the directions of x: its singular values
+    found = u.mT @ orthogonalize(x, dtype).float() @ v.mT          # in the directions of x: its singular values
     values = found.diagonal(dim1=1, dim2=2)
     assert 0.6 < values.min() and values.max() < 1.3
     assert (found - values.diag_embed()).abs().max() < max(1e-3, 10 * torch.finfo(dtype).eps)

@@ -11,12 +11,14 @@ import torch.distributed as torch_dist
 from conftest import ROOT, TINY, assert_same, assert_same_run, load_state, read_log
 
 import train
+from extras.fsdp import ShardedRun
 from model import ModelArgs
 from tinyllm import cli, distributed, resume
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device import Backend
 from tinyllm.distributed import DistributedContext, check_restarts, distributed_context
+from tinyllm.run import TrainRun, plan_fingerprint
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="PyTorch's torchrun does not start on Windows")
 
@@ -185,16 +187,17 @@ def test_processes_with_other_settings_or_files_are_refused():
         where = Backend(torch.device(device), dtype, "for a test")
         return resume.RunPlan(cfg, where, SimpleNamespace(sha256=text), None, None, saved, True, dist)
     first, said = SimpleNamespace(size=2, rank=0, broadcast_from_main=lambda value: said.append(value) or value), []
-    train.check_ranks_agree(planned(first))
+    for number in plan_fingerprint(planned(first)).values():
+        first.broadcast_from_main(number)
     for change, what in [({"device": "cuda"}, None), ({"rate": 0.2}, "other settings"), ({"text": "b"}, "other text"),
                          ({"weight": 1.5}, "another checkpoint"), ({"dtype": torch.float16}, "another dtype")]:
         second = Second(1, 2)
         second.said[:] = said
         if what is None:
-            train.check_ranks_agree(planned(second, **change))
+            second.check_same(plan_fingerprint(planned(second, **change)), "")
         else:
             with pytest.raises(UserError, match=f"^process 1 has {what} than process 0"):
-                train.check_ranks_agree(planned(second, **change))
+                second.check_same(plan_fingerprint(planned(second, **change)), "")
 
 
 def test_scratch_is_for_the_first_time_only(train_small, monkeypatch):
@@ -208,9 +211,10 @@ def test_scratch_is_for_the_first_time_only(train_small, monkeypatch):
     assert Path("out/old-1").exists()
 
 
-def test_what_writes_with_a_divided_model():
-    def command(shard, **shape):
-        run = SimpleNamespace(is_sharded=shard, dist=DistributedContext(0, 2), model=SimpleNamespace(args=ModelArgs(**shape)))
-        return train.sample_launcher(run)
-    assert command(True, n_kv_heads=2, n_heads=6) == "torchrun --nproc_per_node=2"
-    assert command(True) == command(False, n_kv_heads=2, n_heads=6) == "python"      # 3 kv heads for two
+def test_a_sharded_model_is_sampled_by_several_processes_where_that_works():
+    def launcher(run_class, **shape):
+        run = SimpleNamespace(dist=DistributedContext(0, 2), model=SimpleNamespace(args=ModelArgs(**shape)))
+        return run_class.sample_launcher(run)
+    assert launcher(ShardedRun, n_kv_heads=2, n_heads=6) == "torchrun --nproc_per_node=2"
+    assert launcher(ShardedRun) == "python"                             # 3 kv heads cannot be shared by two
+    assert launcher(TrainRun, n_kv_heads=2, n_heads=6) == "python"

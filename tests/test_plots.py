@@ -20,10 +20,10 @@ def test_counts_are_short():
 def test_the_picture_of_a_run(project, monkeypatch):
     """Train and val against tokens and against minutes, and a star where val is lowest."""
     pytest.importorskip("matplotlib")
-    from tinyllm.run import TrainRun
+    import train
     drawn, losses = [], iter([3.0, 2.0, 2.5])
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
-    monkeypatch.setattr(TrainRun, "evaluate", lambda _: dict(val_loss=(y := next(losses)), perplexity=1, bpb=y / 2))
+    monkeypatch.setattr(train, "evaluate", lambda _: dict(val_loss=(y := next(losses)), perplexity=1, bpb=y / 2))
     done = run_captured("train", "--data_dir", project, "--preset", "cpu_3min", *TINY, "--eval_interval", 2,
                         "--max_iters", 6)
     assert done.returncode == 0 and [str(path) for _, path in drawn] == ["output/loss.png"] * 3

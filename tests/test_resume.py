@@ -65,14 +65,14 @@ def test_a_finished_run_is_begun_anew_with_all_that_it_was(train_small, run_in_p
     train_small("out", "--max_iters", 2, "--learning_rate", 0.001)
     run_in_process("train", "--init_from", "resume", "--out_dir", "out")
     printed = capsys.readouterr().out
-    assert "go on with it: python train.py --init_from resume --out_dir out --max_iters 4\n" in printed
-    anew = shlex.split(printed.rpartition("begin anew:    python train.py ")[2])
+    assert "resume:     python train.py --init_from resume --out_dir out --max_iters 4\n" in printed
+    anew = shlex.split(printed.rpartition("start over: python train.py ")[2])
     run_in_process("train", *anew)
     old, new = load_state("out/old-1"), load_state("out")
     assert {**new["config"], "init_from": "auto"} == old["config"] and new["iter_num"] == 2
     train_small("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
     train_small("tuned", "--init_from", "out/ckpt.pt", "--max_iters", 1)
-    printed = capsys.readouterr().out.rpartition("begin anew: ")[2]
+    printed = capsys.readouterr().out.rpartition("start over: ")[2]
     assert "--init_from out/ckpt.pt" in printed and "--out_dir tuned-2" in printed
 
 
@@ -85,4 +85,4 @@ def test_a_run_that_is_not_there_is_told_with_those_that_are(train_small, run_in
 
 def test_scratch_says_that_it_begins_each_time(train_small, capsys):
     train_small("out", "--max_iters", 1, "--init_from", "scratch")
-    assert "--init_from resume goes on" in capsys.readouterr().out
+    assert "--init_from resume resumes this run" in capsys.readouterr().out

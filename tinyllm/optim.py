@@ -1,24 +1,28 @@
-"""Muon, an optimizer for the matrices of a model (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""The optimizers: Muon for the matrices of the layers, AdamW for everything else.
 
-It is momentum whose steps are made orthogonal, so that a step turns all directions of a matrix by the same
-amount, also those whose gradients are small. After as many steps, a small model is clearly better than with AdamW
-(docs/benchmarks.md, "Tries behind the presets"). PyTorch has it too, as torch.optim.Muon; here matrices of one
-shape are handled together, which takes less time.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is momentum whose steps are made orthogonal: a step turns
+all directions of a matrix by the same amount, including those with small gradients. After the same number of steps, a
+small model is clearly better than with AdamW alone (docs/benchmarks.md, "Tries behind the presets"). PyTorch's
+torch.optim.Muon handles one matrix at a time; here, matrices of one shape are stacked, which is faster.
 """
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from extras.fsdp import is_dtensor
+from tinyllm.device import Backend
+
+NEWTON_SCHULZ_STEPS = 5
+A, B, C = 3.4445, -4.775, 2.0315        # x <- A x + B (x x^T) x + C (x x^T)^2 x
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps have the length of AdamW's (arXiv 2502.16982), so that both can share a learning rate.
+    """Muon with updates as long as AdamW's (arXiv 2502.16982), so that both can share a learning rate.
 
     Args:
         params: matrices.
-        dtype: of the products; 16 bits are exact enough.
+        dtype: precision of the products; 16 bits are exact enough.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict], lr: float, momentum: float = 0.95,
@@ -29,44 +33,68 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            shapes: dict[tuple[int, int], list[Tensor]] = {}
-            for weight in group["params"]:
-                shapes.setdefault(tuple(weight.shape), []).append(weight)
-            for shape, weights in shapes.items():
-                steps = _orthogonal(self._smooth(weights, group["momentum"]), self.dtype).type_as(weights[0])
+            for shape, weights in group_by_shape(group["params"]).items():
+                momentum = self._update_momentum(weights, group["momentum"])            # (n, rows, columns)
+                updates = self._orthogonalize(momentum).type_as(weights[0])
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, steps.unbind(), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+                torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
-    def _smooth(self, weights: list[Tensor], momentum: float) -> Tensor:
-        """Nesterov's momentum: the gradients, drawn towards the mean of those before them."""
+    def _update_momentum(self, weights: list[Tensor], momentum: float) -> Tensor:
+        """Update the running mean of the gradients; return Nesterov's momentum, stacked."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["mean"] = torch.zeros_like(weight)
-        grads, means = [weight.grad for weight in weights], [self.state[weight]["mean"] for weight in weights]
+        grads = [weight.grad for weight in weights]
+        means = [self.state[weight]["mean"] for weight in weights]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         return torch.stack(grads).lerp_(torch.stack(means), momentum)
 
-
-def _orthogonal(steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """`orthogonal`, also where each process has some rows of all matrices: it gets some whole ones, works on them,
-    and gives them back."""
-    if not is_dtensor(steps):
-        return orthogonal(steps, dtype)
-    from torch.distributed.tensor import DTensor, Shard
-    own = orthogonal(steps.redistribute(placements=[Shard(0)]).to_local(), dtype)
-    return DTensor.from_local(own, steps.device_mesh, [Shard(0)], shape=steps.shape, stride=steps.stride()
-                              ).redistribute(placements=steps.placements)
+    def _orthogonalize(self, matrices: Tensor) -> Tensor:
+        """ShardedMuon (extras/fsdp.py) overrides this."""
+        return orthogonalize(matrices, self.dtype)
 
 
-def orthogonal(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bring the singular values of matrices near to 1: (n, rows, columns), of any scale; products are in `dtype`.
+def group_by_shape(weights: list[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    for weight in weights:
+        groups.setdefault(tuple(weight.shape), []).append(weight)
+    return groups
 
-    Five steps of a polynomial in x x^T that pulls what lies in (0, 1] to about 0.7 to 1.2.
+
+def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Bring the singular values of matrices (n, rows, columns) of any scale close to 1; products are in `dtype`.
+
+    Newton-Schulz iteration: each step applies a polynomial that moves singular values in (0, 1] to about 0.7 to 1.2.
     """
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT, dtype).mT
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # in float16, what is tiny would be 0 before
-    for _ in range(5):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        return orthogonalize(x.mT, dtype).mT
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # first divided: tiny values are 0 in float16
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = x @ x.mT                                               # (n, rows, rows)
+        polynomial = torch.baddbmm(square, square, square, beta=B, alpha=C)
+        x = torch.baddbmm(x, polynomial, x, beta=A)
     return x
+
+
+def build_optimizers(model: nn.Module, cfg: SimpleNamespace, backend: Backend, muon_class: type[Muon] = Muon
+                     ) -> list[torch.optim.Optimizer]:
+    """Return AdamW (arXiv 1711.05101) and, with optimizer "muon", Muon for the matrices of the layers.
+
+    Each group's ratio is its multiple of the learning rate. Vectors, the gains of the norms, do not decay.
+    """
+    matrices = [weight for weight in model.layers.parameters() if weight.dim() > 1]
+    matrix_ids = {id(weight) for weight in matrices}
+    embeddings = [weight for weight in model.parameters() if weight.dim() > 1 and id(weight) not in matrix_ids]
+    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+
+    matrix_group = {"params": matrices, "weight_decay": cfg.weight_decay, "ratio": 1.0}
+    adamw_groups = [{"params": embeddings, "weight_decay": cfg.weight_decay, "ratio": cfg.embedding_lr_ratio},
+                    {"params": vectors, "weight_decay": 0.0, "ratio": cfg.embedding_lr_ratio}]
+    if cfg.optimizer == "adamw":
+        adamw_groups.append(matrix_group)
+
+    is_fused = backend.device.type != "mps"
+    adamw = torch.optim.AdamW(adamw_groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=is_fused)
+    if cfg.optimizer == "adamw":
+        return [adamw]
+    return [adamw, muon_class([matrix_group], cfg.learning_rate, cfg.momentum, dtype=backend.dtype)]

@@ -50,7 +50,7 @@ from tinyllm.estimate import count_activations, describe_memory
 from tinyllm.presets import PRESETS
 from tinyllm.project import find_tokenizer
 from tinyllm.resume import RunPlan
-from tinyllm.run import TrainRun
+from tinyllm.run import TrainRun, choose_run_class
 from tinyllm.sampling import SamplingParams
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -123,10 +123,11 @@ def default_shape(cfg: SimpleNamespace) -> tuple[SimpleNamespace, ModelArgs]:
     return block, ModelArgs(**{**shape, "vocab_size": vocab_size})
 
 
-def build_run(block: SimpleNamespace, where: devices.Backend, args: ModelArgs, compiled: bool, dist: DistributedContext = SINGLE_PROCESS,
-            **changes: Any) -> TrainRun:
+def build_run(block: SimpleNamespace, where: devices.Backend, args: ModelArgs, compiled: bool,
+              dist: DistributedContext = SINGLE_PROCESS, **changes: Any) -> TrainRun:
     """What train.py trains, with some settings changed."""
-    run = TrainRun(RunPlan(SimpleNamespace(**{**vars(block), **changes}), where, None, None, args, None, False, dist))
+    cfg = SimpleNamespace(**{**vars(block), **changes})
+    run = choose_run_class(cfg, dist)(RunPlan(cfg, where, None, None, args, None, False, dist))
     if compiled:
         run.compile()
     return run

@@ -1,0 +1,149 @@
+"""What can end a run early: another run in its folder, signals, too little memory, numbers that are not finite."""
+import errno
+import io
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllm.cli import UserError, format_command
+from tinyllm.device import is_oom
+from tinyllm.distributed import DistributedContext
+from tinyllm.files import folder_lock
+from tinyllm.run import TrainRun
+from tinyllm.runlog import undo_partial_archive
+
+SIGHUP = getattr(signal, "SIGHUP", None)            # Windows has none
+STOP_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number]
+MIN_LOSS_SCALE = 1.0            # GradScaler starts at 65,536, and halves its scale after every overflow
+
+
+@contextmanager
+def lock_output_dir(out_dir: str, dist: DistributedContext) -> Iterator[None]:
+    """Keep other runs out of out_dir for the block; the main process holds the lock for all ranks."""
+    with ExitStack() as stack:
+        with dist.all_or_none():
+            if dist.is_main:
+                stack.enter_context(folder_lock(out_dir))
+                undo_partial_archive(out_dir)
+        yield
+
+
+# ---- signals ------------------------------------------------------------------------------------
+
+@contextmanager
+def save_on_signals(run: TrainRun) -> Iterator[None]:
+    """On SIGINT, SIGTERM or SIGHUP, finish the step, save and exit; a second signal exits at once."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def request_stop(number: int, frame: Any) -> None:
+        run.requested_signal = number
+        signal.signal(number, handlers[number])
+        if number == SIGHUP:
+            signal.signal(SIGHUP, signal.SIG_IGN)       # a closing terminal sends it twice
+            redirect_to_devnull(1, 2)
+        print("\nstopping after this step, then saving", flush=True)
+
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:                   # nohup ignores SIGHUP
+            signal.signal(number, request_stop)
+    try:
+        with redirect_stdout(StopOnClosedStdout(run)):
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class StopOnClosedStdout(io.TextIOBase):
+    """Standard output that asks the run to stop when its reader is gone, as after `| head`, instead of failing."""
+
+    def __init__(self, run: TrainRun):
+        self.run = run
+        self.stdout = sys.stdout
+
+    def write(self, text: str) -> int:
+        try:
+            self.stdout.write(text)
+            self.stdout.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            redirect_to_devnull(1)
+            self.run.requested_signal = self.run.requested_signal or signal.SIGTERM
+        return len(text)
+
+
+def redirect_to_devnull(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+@contextmanager
+def explain_oom(run: TrainRun) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory errors into a UserError with the settings that need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_oom(error):
+            raise
+        raise UserError(f"not enough memory for batch_size {run.cfg.batch_size}\n       {oom_advice(run)}") from error
+
+
+def oom_advice(run: TrainRun) -> str:
+    cfg = run.cfg
+    if cfg.eval_only:
+        return "use a smaller --batch_size"
+    if cfg.batch_size % 2:
+        return "use a smaller --batch_size, --max_seq_len, --dim or --n_layers"
+    flags = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {2 * cfg.gradient_accumulation_steps}"
+    if not run.last_saved_step:
+        return f"the same steps take less memory with {flags}"
+    command = format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)
+    return f"the same steps take less memory with\n       {command} {flags}"
+
+
+# ---- numbers that are not finite ----------------------------------------------------------------
+
+def check_pending_steps(run: TrainRun) -> tuple[float, float]:
+    """Return loss and gradient norm of the newest step, after checking all steps since the last call.
+
+    They are read together, because reading a number waits for the device.
+
+    Raises:
+        UserError: when one is not finite. GradScaler skips such steps itself until its scale is used up.
+    """
+    metrics = torch.stack([torch.stack(pair) for pair in run.pending_metrics])      # (steps, 2)
+    metrics = (run.dist.sum(metrics) / run.dist.size).tolist()      # a loss differs between ranks, a norm does not
+    run.pending_metrics.clear()
+    may_skip = run.scaler.is_enabled() and run.scaler.get_scale() >= MIN_LOSS_SCALE
+    first_step = run.state.iter_num - len(metrics) + 1
+    for step, (loss, grad_norm) in enumerate(metrics, first_step):
+        if not may_skip and not math.isfinite(loss + grad_norm):
+            raise non_finite_error(run, step, f"the loss is {loss}, the gradient norm {grad_norm}")
+    return metrics[-1]
+
+
+def require_finite_weights(run: TrainRun) -> None:
+    for name, weight in run.model.named_parameters():
+        if not weight.isfinite().all():
+            raise non_finite_error(run, run.state.iter_num, f"{name} has values that are not finite")
+
+
+def non_finite_error(run: TrainRun, step: int, problem: str) -> UserError:
+    windows_end = run.state.position - (run.state.iter_num - step) * run.windows_per_step
+    windows = f"{windows_end - run.windows_per_step:,} to {windows_end - 1:,}"      # numbered in training order
+    path = Path(run.cfg.out_dir) / "last.pt"
+    command = format_command("train", run.dist.launch_command, init_from="resume", out_dir=run.cfg.out_dir,
+                             learning_rate=f"{run.cfg.learning_rate / 2:g}")
+    return UserError(f"step {step:,}, windows {windows}: {problem}; this state is not saved\n"
+                     f"       the last good state is step {run.last_saved_step:,}, in {path}; resume from it with a "
+                     f"lower learning rate:\n       {command}")
