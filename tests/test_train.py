@@ -341,7 +341,7 @@ def test_another_vocabulary_is_refused(train_small, run_in_process, project, tmp
         Path(name).mkdir()
     Path("data/mine/tok400.model").write_bytes(load_state("out")["tokenizer"])
     Path("data/other/tok300.model").write_bytes(load_state("output")["tokenizer"])
-    with pytest.raises(UserError, match="is it that of --data_dir data.mine. else give the text"):
+    with pytest.raises(UserError, match="name its --data_dir, or encode the text"):
         run_in_process("train", "--init_from", "out/ckpt.pt", "--vocab_size", 300)
 
 
@@ -378,7 +378,7 @@ def test_a_second_vocabulary_does_not_stop_a_run(train_small, run_in_process, pr
         run_in_process("train", "--out_dir", "out", "--init_from", "resume", *args)
     run_in_process("train", "--eval_only", "--out_dir", "out", "--data_dir", data)
     assert load_state("out")["iter_num"] == 6 and not Path("out/old-1").exists()
-    with pytest.raises(UserError, match="not that of the run"):
+    with pytest.raises(UserError, match="trained with another vocabulary"):
         run_in_process("preprocess", "--data_dir", data, "--vocab_size", 300, "--data", project / "stories.jsonl")
         run_in_process("train", "--out_dir", "out", "--init_from", "resume", "--vocab_size", 300)
 

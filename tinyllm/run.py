@@ -82,7 +82,7 @@ class TrainRun:
     def __init__(self, plan: RunPlan):
         self.cfg, self.backend, self.dist = plan.cfg, plan.backend, plan.dist
         self.data = plan.data
-        self.tokenizer = plan.vocabulary
+        self.tokenizer = plan.tokenizer
         torch.manual_seed(self.cfg.seed)
         with self.dist.all_or_none():
             self.model = build_model(plan)
