@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,16 +18,17 @@ import train_vocab
 from extras.formats import llama2c
 from tinyllm import corpus, demo_stories, documents, shards, words, workers
 from tinyllm.cli import UserError
-from tinyllm.files import save_json, sha256
+from tinyllm.files import save_json
 from tokenizer import Tokenizer
 
 STORIES = list(demo_stories.generate_stories(200))
 
 
-@pytest.fixture
-def texts(tmp_path, run_in_process, monkeypatch) -> Path:
-    """Four source files of different kinds, a shard each, and a vocabulary."""
-    folder = tmp_path / "texts"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Four source files of different kinds, and a vocabulary of them."""
+    root = tmp_path_factory.mktemp("trained")
+    folder = root / "texts"
     folder.mkdir()
     for i in range(0, 200, 50):
         part = STORIES[i:i + 50]
@@ -39,10 +39,20 @@ def texts(tmp_path, run_in_process, monkeypatch) -> Path:
         else:
             records = json.dumps([{"text": text} for text in part])
             (folder / f"{'ab'[i // 50]}.json").write_text(records, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(sys, "argv", ["train_vocab.py", "--data", "texts", "--vocab_size", "400"])
+        train_vocab.main()
+    return root
+
+
+@pytest.fixture
+def texts(trained, tmp_path, monkeypatch) -> Path:
+    """The same in the folder of the test; a shard for each file."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
-    monkeypatch.setattr(workers, "available_cores", lambda: 1)    # processes take time; tests that need them ask for them
-    run_in_process("train_vocab", "--data", folder, "--vocab_size", 400)
-    return folder
+    monkeypatch.setattr(workers, "available_cores", lambda: 1)    # processes take time; tests ask for those they need
+    return tmp_path / "texts"
 
 
 def load() -> tuple[shards.ShardSet, Tokenizer]:
@@ -78,10 +88,9 @@ def test_the_shards_hold_every_document_in_order(texts, run_in_process):
 
 
 def test_validation_text_never_reaches_the_vocabulary(texts, run_in_process, monkeypatch):
-    import tokenizer
     seen = {}
-    train = tokenizer.train_tokenizer
-    monkeypatch.setattr(tokenizer, "train_tokenizer", lambda counts, size: seen.update(counts) or train(counts, size))
+    train = train_vocab.train_tokenizer
+    monkeypatch.setattr(train_vocab, "train_tokenizer", lambda counts, size: seen.update(counts) or train(counts, size))
     run_in_process("train_vocab", "--data", texts, "--vocab_size", 400)
     run_in_process("preprocess")
     assert seen == count_words(decoded(*load(), "train")) != count_words(STORIES)
@@ -100,10 +109,10 @@ def test_the_number_of_workers_changes_nothing(texts, run_in_process):
 def test_the_words_that_are_left_out_do_not_depend_on_who_is_first(texts, monkeypatch):
     monkeypatch.setattr(words, "MAX_COUNT_BYTES", 100_000)
     jobs = [train_vocab.Job(i, [path], 0) for i, path in enumerate(corpus.find_files(texts))]
-    one, _ = train_vocab.count_words(jobs, 1, 0)
+    one, _ = train_vocab.count_words(jobs, 1)
     run = workers.run_jobs
     monkeypatch.setattr(workers, "run_jobs", lambda *args: reversed(list(run(*args))))
-    other, _ = train_vocab.count_words(jobs, 1, 0)
+    other, _ = train_vocab.count_words(jobs, 1)
     assert one.words.counts == other.words.counts and one.words.n_pruned == other.words.n_pruned > 0
     assert (one.documents, one.bytes) == (other.documents, other.bytes) == (200, sum(len(s.encode()) for s in STORIES))
 
@@ -128,9 +137,8 @@ def test_a_second_run_does_what_is_missing_or_changed(texts, run_in_process, mon
         Path("data/tok400/val_0001.bin").unlink()
     done = []
     run = workers.run_jobs
-    monkeypatch.setattr(workers, "run_jobs", lambda function, jobs, *args: done.extend(
-        jobs if function is preprocess.write_shards else []) or run(function, jobs, *args))
-    run_in_process("preprocess", "--verify")
+    monkeypatch.setattr(workers, "run_jobs", lambda write, jobs, *args: done.extend(jobs) or run(write, jobs, *args))
+    run_in_process("preprocess")
     assert [job.index for job in done] == [1]
     after = contents()
     assert after.keys() == before.keys() and (after == before) == (damage != "changed")
@@ -224,37 +232,32 @@ def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, run_in_proc
     assert "manifest.json" not in contents() and "manifest.part.json" in contents()
     assert not [name for name in contents() if name.endswith(".tmp")]
     (texts / "c.txt").write_bytes(good)
-    run_in_process("preprocess", "--verify")
+    run_in_process("preprocess")
     mended = contents()
     shutil.rmtree("data/tok400")
     run_in_process("preprocess")
     assert contents() == mended
 
 
-def test_verify_finds_a_wrong_shard(texts, run_in_process, capsys):
-    run_in_process("preprocess", "--verify")
-    assert "200 documents have the ids of the plain way" in capsys.readouterr().out
-    path = Path("data/tok400/train_0000.bin")
-    ids = np.fromfile(path, "<u2")
-    ids[-2] -= 1
-    ids.tofile(path)
-    manifest = Path("data/tok400/manifest.json")
-    found = shards.read_manifest(manifest.parent)
-    found.shards = [replace(shard, sha256=sha256(path)) if shard.file == path.name else shard for shard in found.shards]
-    found.save()                    # else the shard would be made again
-    with pytest.raises(UserError, match="train_0000.bin: the ids from [0-9,]+ on"):
-        run_in_process("preprocess", "--verify")
+HARD = ["小猫 坐在\n垫子上。", "▁a ▁ b", "Łódź, naïve café 🙂👍🏽", "  lead\ttab\r\n\n x", "الطائر والقط", "0123 4567",
+        "e\u0301 ﬁ½"]
 
 
-def test_verify_finds_ids_that_are_of_no_document(texts, run_in_process):
-    run_in_process("preprocess")
-    path, folder = Path("data/tok400/train_0000.bin"), Path("data/tok400")
-    found = shards.read_manifest(folder)
-    path.write_bytes(path.read_bytes() + bytes([5, 1] * 30))
-    found.shards = [replace(shard, sha256=sha256(path), tokens=shard.tokens + 30) if shard.file == path.name else shard
-                    for shard in found.shards]
-    found.save()
-    with pytest.raises(UserError, match="train_0000.bin has 30 ids that are of no document"):
+def test_the_shards_have_the_ids_of_the_plain_way(texts, run_in_process):
+    """Document by document with SentencePiece, for text in several languages. --verify says where it went."""
+    (texts / "e.json").write_text(json.dumps(HARD * 3 + STORIES[:5]), encoding="utf-8")
+    run_in_process("preprocess", "--data", texts)
+    shard_set, vocabulary = load()
+    threshold, expected = shard_set.val_threshold, {"train": [], "val": []}
+    for path in corpus.find_files(texts):
+        for text in documents.read_documents(path):
+            split = "val" if corpus.document_hash(text.encode()) <= threshold else "train"
+            ids = vocabulary.encode(text, bos=True, eos=True)
+            expected[split] += ids
+            assert vocabulary.decode(ids) == text
+    for split, ids in expected.items():
+        assert np.concatenate([shard_set.memmap(shard) for shard in shard_set.shards_of(split)]).tolist() == ids
+    with pytest.raises(UserError, match="bash test.sh -k preprocess"):
         run_in_process("preprocess", "--verify")
 
 
@@ -265,7 +268,7 @@ def test_what_is_held_out_of_step_1_is_bounded(run_in_process, capsys, monkeypat
     Path("a.jsonl").write_text("".join(f'"{text}"\n' for text in texts + 500 * [often]), encoding="utf-8")
     monkeypatch.setattr(corpus, "VAL_BYTES", 1000)
     held = []
-    monkeypatch.setattr(train_vocab, "check_round_trip", lambda vocabulary, found: held.extend(found.val_sample))
+    monkeypatch.setattr(train_vocab, "check_round_trip", lambda tokenizer, stats: held.extend(stats.val_sample))
     run_in_process("train_vocab", "--data", "a.jsonl", "--vocab_size", 300)
     assert set(held) == {often.encode()} and 1000 <= sum(map(len, held)) < 1000 + len(often)
     assert "note: 501 documents are for validation, and only 1 to learn from" in capsys.readouterr().out
@@ -323,7 +326,7 @@ def test_other_text_than_step_1_has_a_split_too(texts, run_in_process, tmp_path)
 def test_a_vocabulary_from_elsewhere(texts, run_in_process):
     shutil.move("data/tok400.model", "theirs.model")
     Path("data/tok400.json").unlink()
-    run_in_process("preprocess", "--tokenizer", "theirs.model", "--data", texts, "--verify")
+    run_in_process("preprocess", "--tokenizer", "theirs.model", "--data", texts)
     found, vocabulary = load()
     assert vocabulary.sha256 == Tokenizer("theirs.model").sha256 and found.total("train", "documents") > 150
     made = contents()
@@ -340,7 +343,8 @@ def test_what_is_next_depends_on_whether_there_were_weights_too(texts, byte_chec
     shutil.copy(byte_checkpoint, "weights.model")
     for name, expected in (("tokenizer.bin", "python train.py --data_dir own\n"),
                            ("weights.model", "python train.py --data_dir own2 --init_from weights.model --out_dir ")):
-        run_in_process("preprocess", "--tokenizer", name, "--data", texts, "--data_dir", "own2" if "init" in expected else "own")
+        data_dir = "own2" if "init" in expected else "own"
+        run_in_process("preprocess", "--tokenizer", name, "--data", texts, "--data_dir", data_dir)
         assert capsys.readouterr().out.partition("next: ")[2].startswith(expected)
 
 
@@ -383,7 +387,8 @@ def test_damaged_shards_are_refused_by_name(texts, run_in_process, name, change,
 
 def test_from_the_command_line(texts):
     (texts / "b.json").write_text("[1]", encoding="utf-8")
-    assert_user_error(run_subprocess("preprocess", "--num_workers", "2"), "b.json: record 1: expected a text, found int")
+    result = run_subprocess("preprocess", "--num_workers", "2")
+    assert_user_error(result, "b.json: record 1: expected a text, found int")
 
 
 def test_damaged_notes_of_step_1_are_refused(texts, run_in_process):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from worker_jobs import double, import_steps, killed_at_5
 
 import preprocess
 from tinyllm import corpus, machine, workers
@@ -27,7 +28,8 @@ def test_processes_follow_cores_parts_and_memory(monkeypatch):
         assert count == want and str(count) in why
     assert workers.choose_num_workers(99, 99)[1] == "60 processes (60 at most)"
     monkeypatch.setattr(workers, "free_memory", lambda: 10**7)
-    assert "0.0 GB of free memory" in workers.choose_num_workers(0, 99)[1] and "as requested" in workers.choose_num_workers(5, 9)[1]
+    assert "0.0 GB of free memory" in workers.choose_num_workers(0, 99)[1]
+    assert "as requested" in workers.choose_num_workers(5, 9)[1]
     with pytest.raises(UserError, match="num_workers must be"):
         workers.choose_num_workers(-1, 1)
 
@@ -46,13 +48,6 @@ def test_a_container_has_its_share_of_the_cores(monkeypatch, tmp_path, share, wa
     assert machine.available_cores() == 8
     (tmp_path / "cpu.max").write_text(share + "\n", encoding="utf-8")
     assert machine.available_cores() == want
-
-
-def double(job: int, progress) -> int:
-    progress(1)
-    if job < 0:
-        raise UserError(f"{job} is no job")
-    return 2 * job
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -108,7 +103,7 @@ def test_old_shards_give_their_room(tmp_path, run_in_process, monkeypatch):
     run_in_process("preprocess")
     (tmp_path / "a.txt").write_text("two<|endoftext|>one<|endoftext|>" * 50, encoding="utf-8")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
-    run_in_process("preprocess", "--verify")
+    run_in_process("preprocess")
 
 
 def test_a_text_that_cannot_be_tried_has_no_plan(tmp_path, run_in_process, capsys):
@@ -121,11 +116,8 @@ def test_a_text_that_cannot_be_tried_has_no_plan(tmp_path, run_in_process, capsy
     assert "plan:" not in capsys.readouterr().out
 
 
-def killed_at_5(job: int, progress) -> int:
-    if job == 5:
-        os._exit(1)
-    time.sleep(0.02)
-    return job
+def test_worker_processes_do_not_import_torch():
+    assert list(workers.run_jobs(import_steps, [1, 2], 2, 2, "importing"))[0][0] == []
 
 
 def test_a_killed_worker_is_told_and_what_was_done_is_kept():

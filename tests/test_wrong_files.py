@@ -16,7 +16,7 @@ from faults import fuzz
 
 import preprocess
 from extras import plots
-from tinyllm import checkpoint, documents, project, shards
+from tinyllm import checkpoint, corpus, documents, project, shards
 from tinyllm.cli import UserError
 from tinyllm.files import sha256
 
@@ -74,9 +74,9 @@ def load_shards() -> shards.ShardSet:
     return shards.load_shards(Path("data/tok300"), project.load_tokenizer(MODEL).sha256)
 
 
-def load_notes() -> tuple[Path, int, str]:
+def load_notes() -> corpus.TextSource:
     cfg = SimpleNamespace(data="", data_dir="data", tokenizer="", encoding="")
-    return preprocess.find_source(cfg, Path(MODEL), project.load_tokenizer(MODEL))
+    return preprocess.find_source(cfg, Path(MODEL), project.load_tokenizer(MODEL).sha256)
 
 
 def ids_of(order: tuple) -> str:

@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from tinyllm import demo_stories
 from tinyllm.cli import UserError, shell_quote, suggest_path
 from tinyllm.documents import SEPARATOR, chunks, read_documents
+from tinyllm.files import load_json, save_json
 from tinyllm.project import separate_data_dir
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
@@ -75,6 +77,38 @@ def check_not_nested(source: str | Path, data_dir: str | Path) -> None:
 def group_small_files(files: list[Path]) -> Iterator[list[Path]]:
     """Arrange files into groups for one process to work on; small ones share a group."""
     return chunks(files, lambda path: path.stat().st_size, GROUP_BYTES)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """The text that a tokenizer is used for: a file or folder, the rule of its validation split, and its encoding."""
+    path: Path
+    val_threshold: int
+    encoding: str = ""
+
+
+def save_source(model_path: Path, model_sha256: str, source: TextSource) -> None:
+    """Write the source of a tokenizer's text beside the tokenizer."""
+    save_json(model_path.with_suffix(".json"), {
+        "sha256": model_sha256, "source": source.path.as_posix(), "val_threshold": source.val_threshold,
+        "encoding": source.encoding})
+
+
+def load_source(model_path: Path, model_sha256: str) -> TextSource | None:
+    """Read what save_source wrote; None if it does not exist. Raises UserError if it is damaged or of another model."""
+    path = model_path.with_suffix(".json")
+    if not path.exists():
+        return None
+    try:
+        content = load_json(path)
+        recorded_sha256 = content["sha256"]
+        source = TextSource(Path(content["source"]), int(content["val_threshold"]), str(content.get("encoding", "")))
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{path} is damaged ({error})\n       run python train_vocab.py again") from error
+    if recorded_sha256 != model_sha256:
+        raise UserError(f"{model_path} is not as step 1 wrote it: {path} has another SHA-256\n"
+                        "       run python train_vocab.py again")
+    return source
 
 
 def default_source(data_dir: str | Path) -> Path:

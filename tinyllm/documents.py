@@ -2,8 +2,8 @@
 
     for text in read_documents(Path("stories.jsonl.gz")): ...
 
-`.txt` is split at `<|endoftext|>`, or is one document; `.json` is a list, `.jsonl` has a record per line; each record is
-a string, or an object with the key `story` or `text`. `.gz` is unpacked on the way.
+`.txt` is split at `<|endoftext|>`, or is one document; `.json` is a list, `.jsonl` has a record per line; each record
+is a string, or an object with the key `story` or `text`. `.gz` is unpacked on the way.
 """
 import gzip
 import io
@@ -193,6 +193,11 @@ def _is_utf8(path: Path) -> bool:
     except (OSError, EOFError, zlib.error):     # damaged in another way
         pass
     return True
+
+
+def read_batches(paths: Iterable[Path], progress: Callable[[int], None], encoding: str) -> Iterator[list[bytes]]:
+    """Yield the documents of several files in UTF-8, about BATCH_BYTES at a time."""
+    return text_batches(text for path in paths for text in read_documents(path, progress, encoding))
 
 
 def text_batches(texts: Iterable[str]) -> Iterator[list[bytes]]:

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyllm.cli import UserError, kill_child_processes
-from tinyllm.documents import read_documents, text_batches
+from tinyllm.documents import read_batches
 from tinyllm.machine import available_cores, free_memory, peak_memory
 
 BYTES_PER_WORKER = 400_000_000          # memory of a worker, with its imports
@@ -47,11 +47,10 @@ def measure_throughput(files: list[Path], work: Callable[[list[bytes]], None], e
     """Do `work` on the first texts of the files. Returns the number of bytes read from the files, and the seconds."""
     sizes: list[int] = []
     n_bytes, start = 0, time.perf_counter()
-    texts = (text for path in files for text in read_documents(path, sizes.append, encoding))
     try:
-        for batch in text_batches(texts):
-            work(batch)
-            n_bytes += sum(map(len, batch))
+        for texts in read_batches(files, sizes.append, encoding):
+            work(texts)
+            n_bytes += sum(map(len, texts))
             if n_bytes > PROBE_BYTES:
                 break
     except UserError:           # the worker that reads this file will report it

@@ -123,7 +123,7 @@ def read_vocabulary() -> None:
 
 def read_notes() -> None:
     cfg = SimpleNamespace(data="", data_dir="data", tokenizer="", encoding="")
-    preprocess.find_source(cfg, MODEL, project.load_tokenizer(MODEL))
+    preprocess.find_source(cfg, MODEL, project.load_tokenizer(MODEL).sha256)
 
 
 def read_texts() -> None:
