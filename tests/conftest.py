@@ -1,4 +1,4 @@
-"""Shared by the tests: the scripts as functions and as processes, and a small project to train on."""
+"""Fixtures and helpers of the tests: scripts as functions and as processes, small data, trained models."""
 import importlib
 import io
 import json
@@ -16,15 +16,15 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"         # models are tiny here, and forks of several threads may hang
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whose results are the same everywhere
 
-import torch
+import torch  # noqa: E402
 
-import tokenizer
-import train
-from extras import plots
-from extras.formats import common
-from extras.tokenizers import JsonTokenizer
-from model import ModelArgs, Transformer
-from tinyllm import (
+import tokenizer  # noqa: E402
+import train  # noqa: E402
+from extras import plots  # noqa: E402
+from extras.formats import common  # noqa: E402
+from extras.tokenizers import JsonTokenizer  # noqa: E402
+from model import ModelArgs, Transformer  # noqa: E402
+from tinyllm import (  # noqa: E402
     checkpoint,
     cli,
     demo_stories,
@@ -32,8 +32,8 @@ from tinyllm import (
     resume,
     words,
 )
-from tinyllm.files import atomic_write
-from tinyllm.run import TrainRun
+from tinyllm.files import atomic_write  # noqa: E402
+from tinyllm.run import TrainRun  # noqa: E402
 
 torch.backends.mps.is_available = cache(lambda: False)      # nor Apple's; PyTorch's own is a cache too
 
@@ -43,36 +43,42 @@ TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2",
         "--device", "cpu", "--log_interval", "1", "--compile", "False"]
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test works in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-
 SAVE_PICTURE = plots.save
 
 
+def save_empty_picture(figure, path):
+    with atomic_write(path):
+        pass
+
+
 @pytest.fixture(autouse=True)
-def pictures_without_ink(monkeypatch):
-    """Drawing would take a third of the time of all tests; those of pictures put SAVE_PICTURE back."""
-    def save(figure, path):
-        with atomic_write(path):
-            pass
-    monkeypatch.setattr(plots, "save", save)
+def empty_folder(tmp_path, monkeypatch):
+    """Run each test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """Skip drawing, a third of the time of all tests; tests of pictures put SAVE_PICTURE back."""
+    monkeypatch.setattr(plots, "save", save_empty_picture)
 
 
 def module_name(name: str) -> str:
-    """The module of a script, or of a tool."""
+    """Return the module of a script or of a tool."""
     return f"tools.{name}" if (ROOT / "tools" / f"{name}.py").exists() else name
 
 
-@pytest.fixture
-def run_in_process(monkeypatch):
-    """Run a script's main() in this process: run_in_process("train", "--max_iters", 10)."""
-    def run(name: str, *args) -> None:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+def run_main(name: str, *args) -> None:
+    """Run a script's main() in this process: run_main("train", "--max_iters", 10)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
         importlib.import_module(module_name(name)).main()
-    return run
+
+
+@pytest.fixture
+def run_in_process():
+    """Run a script's main() in this process, with the working directory of the test."""
+    return run_main
 
 
 def count_words(texts) -> dict[bytes, int]:
@@ -85,7 +91,7 @@ def count_words(texts) -> dict[bytes, int]:
 
 
 def learn_tokenizer(texts, vocab_size: int) -> tokenizer.Tokenizer:
-    """A vocabulary of texts, as step 1 makes it."""
+    """Train a tokenizer on texts, as step 1 does."""
     return tokenizer.train_tokenizer(count_words(texts), vocab_size)
 
 
@@ -96,7 +102,7 @@ def run_subprocess(name: str, *args, **options) -> subprocess.CompletedProcess:
 
 
 def run_captured(name: str, *args) -> subprocess.CompletedProcess:
-    """The same as `run_subprocess`, in this process: it saves the seconds that the imports take."""
+    """Do the same in this process, which saves the seconds of the imports."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n") for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
@@ -109,14 +115,14 @@ def run_captured(name: str, *args) -> subprocess.CompletedProcess:
             code = 1
             print(end.code, file=sys.stderr)
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)        # run ends with a deaf process
+            signal.signal(signal.SIGINT, signal.default_int_handler)        # run_script ignores SIGINT at its end
     for stream in streams:
         stream.flush()
     return subprocess.CompletedProcess(args, code, *(stream.buffer.getvalue().decode() for stream in streams))
 
 
 def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
-    """Status 1, a message that holds all parts, and no traceback."""
+    """Check for status 1, a message that holds all parts, and no traceback."""
     assert result.returncode == 1, (result.returncode, result.stderr)
     assert "Traceback" not in result.stderr, result.stderr
     assert "\nerror: " in "\n" + result.stderr, result.stderr
@@ -125,7 +131,7 @@ def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
 
 
 def assert_same(one, two, where="state") -> None:
-    """Equal to the last bit, tensors and all."""
+    """Check that two values are equal to the bit, tensors included."""
     assert type(one) is type(two), where
     if isinstance(one, torch.Tensor):
         assert one.dtype == two.dtype and torch.equal(one, two), where
@@ -148,12 +154,19 @@ def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     with open(folder / "stories.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"story": story}) + "\n" for story in demo_stories.generate_stories(300))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, args in [("train_vocab", ["--data", folder / "stories.jsonl", "--vocab_size", 512]),
-                           ("preprocess", [])]:
-            patch.setattr(sys, "argv", [f"{name}.py", "--data_dir", str(folder), *map(str, args)])
-            importlib.import_module(name).main()
+    run_main("train_vocab", "--data", folder / "stories.jsonl", "--vocab_size", 512, "--data_dir", folder)
+    run_main("preprocess", "--data_dir", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ckpt(project, tmp_path_factory) -> Path:
+    """A checkpoint after 30 steps, with its log beside it."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", save_empty_picture)
+        run_main("train", "--data_dir", project, "--out_dir", out, *TINY, "--max_iters", 30, "--learning_rate", 0.02)
+    return out / "ckpt.pt"
 
 
 @pytest.fixture
@@ -166,7 +179,7 @@ def train_small(run_in_process, project):
 
 @pytest.fixture
 def planned_run(project, monkeypatch):
-    """A Run as main() builds it, from command line settings."""
+    """Build a TrainRun from command line settings, as main() does."""
     def build(*args) -> TrainRun:
         cfg, given = cli.parse_settings(vars(train), ["--data_dir", str(project), *TINY, *map(str, args)])
         return TrainRun(resume.plan_run(cfg, given))
@@ -194,8 +207,8 @@ def byte_checkpoint(tmp_path_factory) -> Path:
     vocabulary = learn_tokenizer(["abc"], 300)
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, vocab_size=vocabulary.n_words))
     path = tmp_path_factory.mktemp("bytes") / "ckpt.pt"
-    checkpoint.save_checkpoint(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {}, "tokenizer": vocabulary.model,
-                           "tokenizer_sha256": vocabulary.sha256})
+    checkpoint.save_checkpoint(path, {**checkpoint.model_state(model), "iter_num": 0, "config": {},
+                                      "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256})
     return path
 
 
@@ -208,16 +221,17 @@ def byte_level() -> JsonTokenizer:
     entries = list(dict.fromkeys([*letters, *sorted(words, key=len), "<|im_start|>", "<|im_end|>"]))
     ids = {text: i for i, text in enumerate(entries)}
     special = {name: ids[name] for name in ("<|im_start|>", "<|im_end|>")}
-    content = common.byte_level_json(ids, common.merges_of(entries[256:-2], ids), special, common.GPT2, single_digits=True)
+    merges = common.merges_of(entries[256:-2], ids)
+    content = common.byte_level_json(ids, merges, special, common.GPT2, single_digits=True)
     return JsonTokenizer(common.tokenizer_json_with_meta(content, "<|im_start|>", "<|im_end|>", add_bos=False))
 
 
 @pytest.fixture(scope="session")
 def valid_files(tmp_path_factory) -> Path:
-    """A folder with a small sound file of each kind: texts, vocabulary, shards, checkpoints, models in other forms."""
+    """A folder with a small valid file of each kind: texts, tokenizer, shards, checkpoints, models in other formats."""
     from faults import fuzz
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder := tmp_path_factory.mktemp("sound"))
+        patch.chdir(folder := tmp_path_factory.mktemp("valid"))
         fuzz.make_files()
     return folder
 

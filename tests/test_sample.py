@@ -10,22 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_user_error, learn_tokenizer, run_captured, run_subprocess
+from conftest import ROOT, assert_user_error, learn_tokenizer, run_captured, run_subprocess
 
 from sample import Completion, TextGenerator
 from tinyllm import checkpoint, shards
 from tinyllm.cli import UserError
 from tinyllm.engine import Step
 from tinyllm.files import file_lock
-
-
-@pytest.fixture(scope="module")
-def trained(project, tmp_path_factory) -> Path:
-    """A checkpoint of a few steps, as train.py writes it."""
-    out = tmp_path_factory.mktemp("out")
-    result = run_subprocess("train", "--data_dir", project, "--out_dir", out, *TINY, "--max_iters", 30, "--learning_rate", 0.02)
-    assert result.returncode == 0, result.stderr
-    return out / "ckpt.pt"
 
 
 def fake_engine(monkeypatch, generator, *rows):
@@ -36,18 +27,18 @@ def fake_engine(monkeypatch, generator, *rows):
     monkeypatch.setattr(generator.engine, "generate", lambda *args: iter(steps))
 
 
-def test_samples_are_texts_that_begin_with_the_prompt(trained):
-    generator = TextGenerator(trained)
+def test_samples_are_texts_that_begin_with_the_prompt(ckpt):
+    generator = TextGenerator(ckpt)
     texts = generator.sample("Once upon a time", num_samples=3, max_new_tokens=40)
     assert len(texts) == 3 and all(text.startswith("Once upon a time") for text in texts) and len(set(texts)) == 3
     assert generator.sample("Once upon a time", 3, 40) == texts         # the same seed, in the same process
-    assert TextGenerator(trained).sample("Once upon a time", 3, 40) == texts
-    assert TextGenerator(trained, seed=5).sample("Once upon a time", 3, 40) != texts
+    assert TextGenerator(ckpt).sample("Once upon a time", 3, 40) == texts
+    assert TextGenerator(ckpt, seed=5).sample("Once upon a time", 3, 40) != texts
     assert generator.sample("Once upon a time", 1, 40) == texts[:1]     # alone as in company
 
 
-def test_greedy_needs_no_seed(trained):
-    generator = TextGenerator(trained)
+def test_greedy_needs_no_seed(ckpt):
+    generator = TextGenerator(ckpt)
     assert generator.sample("The", 2, 20, 0, seed=1) == generator.sample("The", 2, 20, temperature=0, seed=2)
     assert len(set(generator.sample("The", 2, 20, 0))) == 1
     assert generator.sample("The", 1, 20, 0) == generator.sample("The", 1, 20, 1.0, top_k=1)
@@ -75,8 +66,8 @@ def test_a_character_of_several_tokens_comes_whole(byte_checkpoint, monkeypatch)
     assert "".join(generator.stream("x", 9)) == "x\ufffd\ufffd"
 
 
-def test_stories_end_where_the_model_ends_them(trained, monkeypatch):
-    generator = TextGenerator(trained)
+def test_stories_end_where_the_model_ends_them(ckpt, monkeypatch):
+    generator = TextGenerator(ckpt)
     eos = torch.tensor(generator.tokenizer.eos_id)
     monkeypatch.setattr(generator.engine, "output", lambda x: 99.0 * (
         torch.nn.functional.one_hot(eos.expand(len(x)), generator.tokenizer.n_words)))
@@ -101,11 +92,11 @@ def test_a_stop_text_ends_a_story_and_is_not_shown(byte_checkpoint, monkeypatch)
 
 
 @torch.no_grad()
-def test_completions_tell_what_happened(trained):
-    generator = TextGenerator(trained, dtype="float32")
+def test_completions_tell_what_happened(ckpt):
+    generator = TextGenerator(ckpt, dtype="float32")
     prompts = ["Once upon a time", "", "The dog and the cat went out to play. They"]
     done = generator.completions(prompts, 12, temperature=1.0)
-    model = checkpoint.build_model(checkpoint.load_checkpoint(trained))
+    model = checkpoint.build_model(checkpoint.load_checkpoint(ckpt))
     for one, prompt in zip(done, prompts, strict=True):
         head = generator.tokenizer.encode(prompt, bos=True)
         assert one.prompt == prompt and (one.stop_reason == "length") == (len(one.tokens) == 12)
@@ -117,26 +108,26 @@ def test_completions_tell_what_happened(trained):
     assert generator.completions(prompts[1:2], 12, temperature=1.0, rows=[1])[0].tokens == done[1].tokens
 
 
-def test_a_text_is_scored_as_an_evaluation_scores_it(trained, project):
+def test_a_text_is_scored_as_an_evaluation_scores_it(ckpt, project):
     """Over the whole val split, by documents."""
-    state = checkpoint.load_checkpoint(trained)
+    state = checkpoint.load_checkpoint(ckpt)
     vocabulary = checkpoint.build_tokenizer(state)
     data = shards.load_shards(project / "tok512", vocabulary.sha256)
-    generator, nats, tokens = TextGenerator(trained, dtype="float32"), 0.0, 0
+    generator, nats, tokens = TextGenerator(ckpt, dtype="float32"), 0.0, 0
     for shard in data.shards_of("val"):
         ids = data.memmap(shard).tolist()
         begins = [at for at, id in enumerate(ids) if id == vocabulary.bos_id]
         for begin, end in zip(begins, [*begins[1:], len(ids)]):
             found = generator.read(ids[begin:end])
             nats, tokens = nats - sum(token.logprob for token in found), tokens + len(found)
-    assert nats / tokens == pytest.approx(json.loads((trained.parent / "log.jsonl").read_text(
+    assert nats / tokens == pytest.approx(json.loads((ckpt.parent / "log.jsonl").read_text(
         encoding="utf-8").splitlines()[-1])["val_loss"], rel=0.01)
 
 
-def test_a_score_from_the_command_line(trained):
+def test_a_score_from_the_command_line(ckpt):
     Path("story.txt").write_text("The dog and the cat went out — to play.", encoding="utf-8")
-    result = run_captured("sample", "--checkpoint", trained, "--score", "story.txt")
-    tokens = TextGenerator(trained).read(TextGenerator(trained).tokenizer.encode(
+    result = run_captured("sample", "--checkpoint", ckpt, "--score", "story.txt")
+    tokens = TextGenerator(ckpt).read(TextGenerator(ckpt).tokenizer.encode(
         "The dog and the cat went out — to play.", bos=True, eos=True))
     loss = -sum(token.logprob for token in tokens) / len(tokens)
     assert result.stdout.startswith(f"{len(tokens)} tokens, 41 bytes: loss {loss:.4f}  "), result.stderr
@@ -145,55 +136,55 @@ def test_a_score_from_the_command_line(trained):
     assert result.stdout.splitlines()[2].strip().startswith(f"{worst.logprob:.3f}")
 
 
-def test_tokens_are_listed_with_their_probability(trained):
-    plain = run_captured("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6")
-    listed = run_captured("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--logprobs")
+def test_tokens_are_listed_with_their_probability(ckpt):
+    plain = run_captured("sample", "--checkpoint", ckpt, "--prompt", "The dog", "--max_new_tokens", "6")
+    listed = run_captured("sample", "--checkpoint", ckpt, "--prompt", "The dog", "--max_new_tokens", "6", "--logprobs")
     pieces = [ast.literal_eval(line.split("  ")[-1]) for line in listed.stdout.splitlines()]
     assert "".join(pieces).replace("\u2581", " ").strip() == plain.stdout.strip()
-    shown = run_captured("sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "6", "--show_probs",
+    shown = run_captured("sample", "--checkpoint", ckpt, "--prompt", "The dog", "--max_new_tokens", "6", "--show_probs",
                    "--no_echo").stdout.splitlines()
     assert shown[0] == plain.stdout.rstrip("\n").removeprefix("The dog") and "likeliest:" in shown[1]
-    assert len(shown) == 1 + len(TextGenerator(trained).completions(["The dog"], 6)[0].tokens)
+    assert len(shown) == 1 + len(TextGenerator(ckpt).completions(["The dog"], 6)[0].tokens)
 
 
-def test_how_stories_are_shown(trained):
-    command = ["sample", "--checkpoint", trained, "--prompt", "The dog", "--max_new_tokens", "20", "--num_samples", "2"]
+def test_how_stories_are_shown(ckpt):
+    command = ["sample", "--checkpoint", ckpt, "--prompt", "The dog", "--max_new_tokens", "20", "--num_samples", "2"]
     plain = run_captured(*command).stdout
     assert run_captured(*command, "--stream", "False").stdout == plain
     assert run_captured(*command, "--echo", "False").stdout == plain.replace("The dog", "")
     assert run_captured(*command, "--quantize", "int8").stdout.count("The dog") == 2
 
 
-def test_texts_of_any_language_can_be_read_in_the_output_file(trained):
+def test_texts_of_any_language_can_be_read_in_the_output_file(ckpt):
     prompts = ["从前，", "line\u2028separator\x85"]
     Path("in.txt").write_text("\n".join(prompts), encoding="utf-8")
     for _ in range(2):                      # and it goes on
-        result = run_captured("sample", "--checkpoint", trained, "--input_file", "in.txt", "--output_file", "out.jsonl",
+        result = run_captured("sample", "--checkpoint", ckpt, "--input_file", "in.txt", "--output_file", "out.jsonl",
                               "--max_new_tokens", 3)
         assert result.returncode == 0, result.stderr
     text = Path("out.jsonl").read_text(encoding="utf-8")
     assert "从前，" in text and [json.loads(line)["prompt"] for line in text.splitlines()] == prompts
 
 
-def test_a_text_is_scored_as_texts_of_a_training_are_read(trained):
+def test_a_text_is_scored_as_texts_of_a_training_are_read(ckpt):
     """Without white space around it; and characters of several tokens are shown whole."""
     for name, text in ("a.txt", "Once 天 upon"), ("b.txt", "\n Once 天 upon\n"):
         Path(name).write_text(text, encoding="utf-8")
-    one, two = (run_captured("sample", "--checkpoint", trained, "--score", name).stdout for name in ("a.txt", "b.txt"))
+    one, two = (run_captured("sample", "--checkpoint", ckpt, "--score", name).stdout for name in ("a.txt", "b.txt"))
     assert one == two and "天" in one
 
 
-def test_prompts_from_a_file(trained):
+def test_prompts_from_a_file(ckpt):
     prompts = ["The dog", "", "Once upon a time there was", "A cat", "Tom ☃ and\u2028Mia"]
     Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    command = ["sample", "--checkpoint", trained, "--input_file", "prompts.txt", "--max_new_tokens", "9",
+    command = ["sample", "--checkpoint", ckpt, "--input_file", "prompts.txt", "--max_new_tokens", "9",
                "--batch_size", "2", "--output_file", "out.jsonl"]
     assert run_captured(*command).returncode == 0
     whole = Path("out.jsonl").read_bytes()
     records = [json.loads(line) for line in whole.decode().splitlines()]
     assert [record["prompt"] for record in records] == prompts
     assert set(records[0]) == {"prompt", "text", "tokens", "logprobs", "stop_reason"}
-    alone = TextGenerator(trained).completions(["A cat"], 9, rows=[3])[0]
+    alone = TextGenerator(ckpt).completions(["A cat"], 9, rows=[3])[0]
     assert records[3]["text"] == alone.text and records[3]["tokens"] == alone.tokens
     for size in (10, whole.index(b"\n") + 30, len(whole)):                     # as an interrupted run leaves it
         Path("out.jsonl").write_bytes(whole[:size])
@@ -215,14 +206,14 @@ def test_prompts_from_a_file(trained):
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes\n"
 
 
-def test_taking_turns(trained):
+def test_taking_turns(ckpt):
     """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
     lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x",
              "The dog", " and", "", "/clear", "The dog", "/what", "/exit", "never"]
-    result = run_subprocess("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", "--device", "cpu",
+    result = run_subprocess("sample", "--checkpoint", ckpt, "--interactive", "--max_new_tokens", "8", "--device", "cpu",
                             input="\n".join(lines))
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-    generator = TextGenerator(trained)
+    generator = TextGenerator(ckpt)
     first = generator.sample("The dog", 1, 8, temperature=0)[0]
     second = generator.sample(first + " The dog", 1, 8, temperature=0)[0]
     third = generator.sample(second + " and", 1, 8, temperature=0)[0]
@@ -233,17 +224,17 @@ def test_taking_turns(trained):
     assert "temperature = 0.0" in result.stdout and "/clear   " in result.stdout
 
 
-def test_a_line_that_is_no_text_does_not_end_the_turns(trained, monkeypatch):
+def test_a_line_that_is_no_text_does_not_end_the_turns(ckpt, monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"/set temperature 0\na\xff\nThe dog\n"), encoding="utf-8", errors="strict")
     monkeypatch.setattr(sys, "stdin", typed)
-    result = run_captured("sample", "--checkpoint", trained, "--interactive", "--max_new_tokens", "8", "--device", "cpu")
+    result = run_captured("sample", "--checkpoint", ckpt, "--interactive", "--max_new_tokens", "8", "--device", "cpu")
     assert result.returncode == 0 and "not text" in result.stderr, result.stderr
-    assert TextGenerator(trained).sample("The dog", 1, 8, temperature=0)[0].removeprefix("The dog") in result.stdout
+    assert TextGenerator(ckpt).sample("The dog", 1, 8, temperature=0)[0].removeprefix("The dog") in result.stdout
 
 
-def test_no_texts_ask_nothing_of_the_engine(trained, monkeypatch):
+def test_no_texts_ask_nothing_of_the_engine(ckpt, monkeypatch):
     """/set tries a value so; it is not the time to compile anything."""
-    generator = TextGenerator(trained)
+    generator = TextGenerator(ckpt)
     monkeypatch.setattr(generator.engine, "generate", lambda *args: pytest.fail("asked"))
     assert generator.completions([]) == []
     with pytest.raises(UserError, match="top_p"):
@@ -258,8 +249,8 @@ def test_longer_than_the_window_is_said_once(byte_checkpoint, capsys, monkeypatc
         assert capsys.readouterr().err.count("note: the model sees 256 tokens") == notes
 
 
-def test_what_is_no_text_is_refused(trained):
-    generator = TextGenerator(trained)
+def test_what_is_no_text_is_refused(ckpt):
+    generator = TextGenerator(ckpt)
     with pytest.raises(UserError, match="not UTF-8"):
         generator.completions(["fine", "\ud800"])
     with pytest.raises(TypeError, match="list of texts"):
@@ -272,61 +263,61 @@ def test_what_is_no_text_is_refused(trained):
     ({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_p": 0}, "top_p"),
     ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"max_new_tokens": -1}, "max_new_tokens"),
     ({"min_p": 1.1}, "min_p"), ({"repetition_penalty": 0}, "repetition_penalty"), ({"num_samples": 0}, "num_samples")])
-def test_settings_out_of_range(trained, options, message):
+def test_settings_out_of_range(ckpt, options, message):
     with pytest.raises(UserError, match=message):
-        TextGenerator(trained).sample("x", **options)
+        TextGenerator(ckpt).sample("x", **options)
 
 
-def test_another_vocabulary_is_refused(trained, project):
+def test_another_vocabulary_is_refused(ckpt, project):
     other = learn_tokenizer(["other words"] * 3, 512)
     Path("other.model").write_bytes(other.model)
     with pytest.raises(UserError, match="other.model is not the tokenizer"):
-        TextGenerator(trained, "other.model")
-    assert TextGenerator(trained, project / "tok512.model").sample("a", 1, 3)
+        TextGenerator(ckpt, "other.model")
+    assert TextGenerator(ckpt, project / "tok512.model").sample("a", 1, 3)
 
 
-def test_stdout_holds_the_stories_and_nothing_else(trained):
-    result = run_subprocess("sample", "--checkpoint", trained, "--prompt", "One day, Lily met a Shoggoth", "--num_samples", "3",
-                            "--max_new_tokens", "20", "--device", "cpu")
+def test_stdout_holds_the_stories_and_nothing_else(ckpt):
+    result = run_subprocess("sample", "--checkpoint", ckpt, "--prompt", "One day, Lily met a Shoggoth",
+                            "--num_samples", "3", "--max_new_tokens", "20", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     texts = result.stdout.removesuffix("\n").split("\n---\n")
-    assert texts == TextGenerator(trained).sample("One day, Lily met a Shoggoth", 3, 20)
+    assert texts == TextGenerator(ckpt).sample("One day, Lily met a Shoggoth", 3, 20)
     assert "parameters" in result.stderr
-    again = run_subprocess("sample", "--checkpoint", trained, "--prompt=One day, Lily met a Shoggoth", "--num_samples=3",
+    again = run_subprocess("sample", "--checkpoint", ckpt, "--prompt=One day, Lily met a Shoggoth", "--num_samples=3",
                            "--max_new_tokens=20", "--device=cpu")
     assert again.stdout == result.stdout
 
 
-def test_a_prompt_from_a_file(trained):
+def test_a_prompt_from_a_file(ckpt):
     Path("prompt.txt").write_text("Tom — ein Bär\n雨", encoding="utf-8")
-    result = run_captured("sample", "--checkpoint", trained, "--prompt", "FILE:prompt.txt", "--max_new_tokens", "5")
+    result = run_captured("sample", "--checkpoint", ckpt, "--prompt", "FILE:prompt.txt", "--max_new_tokens", "5")
     assert result.stdout.startswith("Tom — ein Bär\n雨"), result.stderr
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--prompt", "FILE:nowhere.txt"), "nowhere.txt")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--prompt", "FILE:nowhere.txt"), "nowhere.txt")
 
 
-def test_mistakes_are_one_clear_line(trained, tmp_path):
+def test_mistakes_are_one_clear_line(ckpt, tmp_path):
     assert_user_error(run_captured("sample"), "no checkpoint", "python train.py")
     Path("junk.pt").write_bytes(b"junk")
     assert_user_error(run_captured("sample", "--checkpoint", "junk.pt"), "junk.pt", "damaged")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--temperature", "-1", "--top_p", "2"), "temperature",
-                      "top_p")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--device", "cuda:9"), "cuda:9")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--tokenizer", "none.model"), "none.model")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--quantize", "int3"), "int3", "int8")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--output_file", "x"), "--input_file")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--score", "none.txt"), "none.txt")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--score", "junk.pt", "--top_k", 3), "--top_k has no")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--compile", "--score", "junk.pt"), "--compile has no")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--input_file", "x" * 300), "x" * 300)
+    result = run_captured("sample", "--checkpoint", ckpt, "--temperature", "-1", "--top_p", "2")
+    assert_user_error(result, "temperature", "top_p")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--device", "cuda:9"), "cuda:9")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--tokenizer", "none.model"), "none.model")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--quantize", "int3"), "int3", "int8")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--output_file", "x"), "--input_file")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--score", "none.txt"), "none.txt")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--score", "junk.pt", "--top_k", 3), "--top_k has")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--compile", "--score", "junk.pt"), "--compile has")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--input_file", "x" * 300), "x" * 300)
     assert_user_error(run_captured("sample", "--prompt", "-x"), "--name=-value")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--system", "x"), "--interactive")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--system", "x", "--interactive"), "taught to talk")
-    assert_user_error(run_captured("sample", "--checkpoint", trained, "--interactive", "--prompt", "x"), "--prompt")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--system", "x"), "--interactive")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--system", "x", "--interactive"), "taught to talk")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--interactive", "--prompt", "x"), "--prompt")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows calls a pipe without a reader an invalid argument")
-def test_a_closed_pipe_ends_quietly(trained):
-    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", str(trained), "--max_new_tokens", "5000",
+def test_a_closed_pipe_ends_quietly(ckpt):
+    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", str(ckpt), "--max_new_tokens", "5000",
                "--temperature", "2", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     process.stdout.read(10)

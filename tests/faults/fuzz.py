@@ -33,12 +33,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import preprocess
-import sample
-import train
-import train_vocab
-from extras import formats
-from tinyllm import (
+import preprocess  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+import train_vocab  # noqa: E402
+from extras import formats  # noqa: E402
+from tinyllm import (  # noqa: E402
     checkpoint,
     cli,
     corpus,
@@ -50,7 +50,7 @@ from tinyllm import (
     runlog,
     shards,
 )
-from tinyllm.run import TrainRun
+from tinyllm.run import TrainRun  # noqa: E402
 
 SECONDS, MEMORY, BATCH = 10, 1 << 30, 1000      # what an input may take, and how many a child process reads
 DEEP, DEPTH = "@deep@", 100_000                 # a text that becomes a list in a list in a list ...
