@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same, assert_user_error, load_state, read_log, run_captured
+from conftest import ROOT, TINY, assert_user_error, load_state, read_log, run_captured
 
 import train
 from model import Transformer
-from tinyllm import checkpoint, files, run, runlog, stops
+from tinyllm import checkpoint, files, stops
 from tinyllm.cli import UserError
 from tinyllm.distributed import DistributedContext
 from tinyllm.files import folder_lock
@@ -152,24 +152,6 @@ def test_locks_are_for_one_folder_each_and_leave_nothing_of_their_own(locks):
     assert not Path("a/b").exists() and [path.name for path in Path("c").iterdir()] == ["file"]
 
 
-def test_an_old_run_that_was_put_aside_half_is_put_back(train_small, monkeypatch):
-    train_small("out", "--max_iters", 2)
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    moved = []
-
-    def dies(source, target):
-        if len(moved) == 2:
-            raise KeyboardInterrupt
-        moved.append(source)
-        source.rename(target)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runlog, "atomic_replace", dies)
-        train_small("out", "--max_iters", 2, "--seed", 5)
-    assert len(list(Path("out", runlog.ARCHIVE_TMP).iterdir())) == 2
-    runlog.undo_partial_archive("out")
-    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
-
-
 # ---- what a run goes on with --------------------------------------------------------------------
 
 @pytest.mark.parametrize("change", [
@@ -197,50 +179,6 @@ def test_moments_of_another_shape_are_refused(train_small):
         train_small("out", "--max_iters", 4)
 
 
-def test_a_first_save_that_fails_leaves_the_old_run_where_it_is(train_small, monkeypatch):
-    train_small("out", "--max_iters", 2)
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(checkpoint, "save_checkpoint", full)
-        train_small("out", "--max_iters", 2, "--seed", 5)
-    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
-
-
-def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(train_small, monkeypatch, capsys):
-    """Also when it begins with the weights of the old one, which are in another place then."""
-    command = ["out", "--max_iters", 2, "--init_from", "out/last.pt"]
-    train_small("out", "--max_iters", 2)
-    train_small("whole", "--max_iters", 2, "--init_from", "out/last.pt")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run, "atomic_replace", dies)
-        train_small(*command)
-    assert not Path("out/last.pt").exists() and Path("out/old-1/last.pt").exists()
-    runlog.undo_partial_archive("out")
-    train_small("out", "--init_from", "resume")
-    assert load_state("out")["iter_num"] == 2 and load_state("out")["config"]["init_from"] == "out/last.pt"
-    assert not Path("out", runlog.NEW_CHECKPOINT).exists() and not Path("out/old-2").exists()
-    assert_same(load_state("out")["model"], load_state("whole")["model"])
-
-
-def test_a_new_state_is_no_reason_to_lose_a_best_one():
-    Path("out").mkdir()
-    for name in ("ckpt.pt", runlog.NEW_CHECKPOINT):
-        Path("out", name).touch()
-    runlog.undo_partial_archive("out")
-    assert [path.name for path in Path("out").iterdir()] == ["ckpt.pt"]
-
-
-class Killed(BaseException):
-    pass
-
-
-def dies(*_):
-    raise Killed
-
-
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
 def test_a_best_checkpoint_that_is_gone_or_damaged_is_written_again(train_small, damage):
     train_small("out", "--max_iters", 2)
@@ -253,15 +191,3 @@ def test_settings_of_the_optimizer_may_change_while_a_run_goes_on(train_small):
     train_small("out", "--max_iters", 2)
     train_small("out", "--max_iters", 4, "--init_from", "resume", "--weight_decay", 0.7)
     assert load_state("out")["optimizer"][0]["param_groups"][0]["weight_decay"] == 0.7
-
-
-def test_a_damaged_log_is_put_aside(train_small, capsys):
-    train_small("out", "--max_iters", 4)
-    lines = Path("out/log.jsonl").read_text(encoding="utf-8").replace('"loss": ', '"loss": 1', 1)
-    Path("out/log.jsonl").write_text(lines, encoding="utf-8")
-    Path("out/clock.jsonl").write_text('{"iter": "x"}\n{"iter": 1}\n[]\n', encoding="utf-8")
-    train_small("out", "--max_iters", 8)
-    assert "log.jsonl is damaged or gone" in capsys.readouterr().out
-    assert Path("out/log.damaged-1.jsonl").read_text(encoding="utf-8") == lines
-    assert [entry["iter"] for entry in read_log("out")[1:]] == [5, 6, 7, 8, 8]       # and an evaluation
-    assert [json.loads(line)["iter"] for line in Path("out/clock.jsonl").read_text().splitlines()] == [5, 6, 7, 8, 8]

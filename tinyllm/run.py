@@ -17,7 +17,6 @@ from tinyllm import checkpoint, optional
 from tinyllm.cli import UserError, format_command
 from tinyllm.device import explain_oom
 from tinyllm.distributed import DistributedContext
-from tinyllm.files import atomic_replace
 from tinyllm.optim import build_optimizers
 from tinyllm.resume import RunPlan, init_checkpoint_path, is_finished, plan_run, run_settings
 from tinyllm.runlog import NEW_CHECKPOINT, archive_run
@@ -234,7 +233,6 @@ class TrainRun:
         self.save(NEW_CHECKPOINT)
         if self.dist.is_main:
             archive_run(self.cfg.out_dir)
-            atomic_replace(Path(self.cfg.out_dir, NEW_CHECKPOINT), Path(self.cfg.out_dir, "last.pt"))
 
     def checkpoint_dict(self) -> dict[str, Any]:
         """Return everything that a checkpoint holds; docs/formats.md describes the keys."""

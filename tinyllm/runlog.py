@@ -130,25 +130,26 @@ def unused_path(folder: Path, pattern: str) -> Path:
 # ---- the archive --------------------------------------------------------------------------------
 
 def archive_run(out_dir: str) -> None:
-    """Move the files of an old run to a folder old-1, old-2, ... so that nothing is lost."""
+    """Move the files of the old run to old-1, old-2, ... and make new.pt the last.pt of the new run."""
     folder = Path(out_dir)
-    files = [path for name in RUN_FILES for path in folder.glob(name)]
-    if any(path.suffix == ".pt" for path in files):
-        archive = unused_path(folder, "old-{}")
-        (half := folder / ARCHIVE_TMP).mkdir()
+    partial, new = folder / ARCHIVE_TMP, folder / NEW_CHECKPOINT
+    files = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    if partial.is_dir() or any(path.suffix == ".pt" for path in files):
+        partial.mkdir(exist_ok=True)
         for path in files:
-            atomic_replace(path, half / path.name)
-        atomic_replace(half, archive)
+            atomic_replace(path, partial / path.name)
+        archive = unused_path(folder, "old-{}")
+        atomic_replace(partial, archive)
         print(f"the old run is in {archive}")
-
-
-def undo_partial_archive(out_dir: str) -> None:
-    """Undo a set_aside that was killed half-way; after a whole one, finish what was to follow it."""
-    folder, half, new = Path(out_dir), Path(out_dir, ARCHIVE_TMP), Path(out_dir, NEW_CHECKPOINT)
-    if half.is_dir():
-        for path in half.iterdir():
-            atomic_replace(path, folder / path.name)
-        half.rmdir()
-    if new.exists() and not any(Path(folder, name).exists() for name in ("last.pt", "ckpt.pt")):
+    if new.exists():
         atomic_replace(new, folder / "last.pt")
+
+
+def finish_archive(out_dir: str) -> None:
+    """Finish archive_run if a kill interrupted it; if it had not begun, delete new.pt and keep the old run."""
+    folder = Path(out_dir)
+    new = folder / NEW_CHECKPOINT
+    has_run = (folder / "last.pt").exists() or (folder / "ckpt.pt").exists()
+    if (folder / ARCHIVE_TMP).is_dir() or (new.exists() and not has_run):
+        archive_run(out_dir)
     new.unlink(missing_ok=True)

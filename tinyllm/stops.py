@@ -17,7 +17,7 @@ from tinyllm.device import is_oom
 from tinyllm.distributed import DistributedContext
 from tinyllm.files import folder_lock
 from tinyllm.run import TrainRun
-from tinyllm.runlog import undo_partial_archive
+from tinyllm.runlog import finish_archive
 
 SIGHUP = getattr(signal, "SIGHUP", None)            # Windows has none
 STOP_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number]
@@ -31,7 +31,7 @@ def lock_output_dir(out_dir: str, dist: DistributedContext) -> Iterator[None]:
         with dist.all_or_none():
             if dist.is_main:
                 stack.enter_context(folder_lock(out_dir))
-                undo_partial_archive(out_dir)
+                finish_archive(out_dir)
         yield
 
 
