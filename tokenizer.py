@@ -63,7 +63,7 @@ class BaseTokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             for text in texts:
                 if re.search("[\ud800-\udfff]", text):
-                    raise ValueError(f"this is not text, some of its bytes are not UTF-8: {ascii(text[:60])}") from error
+                    raise ValueError(f"this is not text, some bytes are not UTF-8: {ascii(text[:60])}") from error
             raise
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -139,7 +139,7 @@ class Tokenizer(BaseTokenizer):
     def encode_continuation(self, text: str) -> list[int]:
         """Return the ids of a text without the space that SentencePiece puts in front.
 
-        A newline takes that space and merges with nothing, so "\\n" + text is encoded and the newline's ids are cut off.
+        A newline takes that space and merges with nothing: "\\n" + text is encoded and the newline's ids are cut off.
         """
         return self._sp.encode("\n" + text)[self._newline_length:]
 

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import LinearCrossEntropy, Transformer, causal_attention, init_weights, invalid_fields
+from model import Transformer, check_fields, init_weights
 from tinyllm.cli import UserError
 from tinyllm.engine import AttentionFn, Engine
+from tinyllm.kernels import LinearCrossEntropy, causal_attention
 from tinyllm.weights import LinearFn
 
 
 @dataclass(frozen=True)
 class GPT2Args:
-    """The shape of a GPT-2. Raises ValueError, naming the numbers, where they do not fit together."""
+    """The config of a GPT-2. Raises ValueError, with the names, if values do not fit together."""
     dim: int = 768
     n_layers: int = 12
     n_heads: int = 12
@@ -32,8 +33,7 @@ class GPT2Args:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if problems := invalid_fields(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",)):
-            raise ValueError("; ".join(problems))
+        check_fields(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",))
 
     @property
     def head_dim(self) -> int:
@@ -100,7 +100,7 @@ class GPT2(nn.Module):
         self.norm = nn.LayerNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.output.weight = self.tok_embeddings.weight
-        self.loss = LinearCrossEntropy()
+        self.loss_fn = LinearCrossEntropy()
         init_weights(self, args.n_layers)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -115,7 +115,7 @@ class GPT2(nn.Module):
         h = self.norm(h)
         if targets is None:
             return self.output(h)
-        return self.loss(h, self.output.weight, targets)
+        return self.loss_fn(h, self.output.weight, targets)
 
     def flops_per_token(self) -> int:
         """As Transformer.flops_per_token; positions are looked up, and cost nothing."""

@@ -137,8 +137,8 @@ def test_it_begins_as_gpt2_does():
 
 
 @pytest.mark.parametrize("change, message", [({"n_heads": 5}, "32 is not a multiple of n_heads 5"),
-                                             ({"dim": 0}, "dim must be a whole number"), ({"dropout": 1.0}, "dropout"),
-                                             *(({"norm_eps": value}, "norm_eps must be above 0 and a number")
+                                             ({"dim": 0}, "dim must be a positive integer"), ({"dropout": 1.0}, "dropout"),
+                                             *(({"norm_eps": value}, "norm_eps must be a positive number")
                                                for value in ("x", [1], float("nan"), 0))])
 def test_shapes_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

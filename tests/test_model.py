@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-import model as model_module
-from model import LinearCrossEntropy, ModelArgs, Transformer, causal_attention, rope_frequencies
+from model import ModelArgs, Transformer, rope_frequencies
 
 SMALL = dict(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=40, multiple_of=16)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -179,8 +178,8 @@ def test_feed_forward_width_follows_llama():
 
 @pytest.mark.parametrize("changes, message", [
     ({"n_heads": 7}, "dim 48 is not a multiple of n_heads 7"), ({"n_kv_heads": 4}, "n_heads 6 is not a multiple"),
-    ({"dim": 30, "n_heads": 2}, "odd"), ({"n_layers": 0}, "n_layers must be a whole number"),
-    ({"dropout": 1.0}, "dropout"), ({"norm_eps": "x"}, "norm_eps must be above 0 and a number that")])
+    ({"dim": 30, "n_heads": 2}, "odd"), ({"n_layers": 0}, "n_layers must be a positive integer"),
+    ({"dropout": 1.0}, "dropout"), ({"norm_eps": "x"}, "norm_eps must be a positive number of float32")])
 def test_shapes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs(**{**SMALL, **changes})
@@ -213,59 +212,3 @@ def test_generate_takes_the_likeliest_token_at_temperature_0(tokens):
     torch.manual_seed(4)
     assert torch.equal(model.generate(tokens[:, :5], 8, temperature=2.0, top_k=10**6), wild)    # more than there are
     assert wild.shape == (3, 13) and torch.equal(wild[:, :5], tokens[:, :5]) and not torch.equal(wild, story)
-
-
-@pytest.mark.parametrize("length", [1, 63, 64, 150])
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
-def test_attention_in_blocks_is_attention(length, heads, kv_heads):
-    """What a CPU does in bfloat16, against PyTorch's own in float64, forward and backward."""
-    torch.manual_seed(4)
-    q, k, v = (torch.randn(3, length, n, 16).bfloat16().transpose(1, 2) for n in (heads, kv_heads, kv_heads))
-    mine = [x.clone().requires_grad_() for x in (q, k, v)]
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    want = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
-    found = causal_attention(*mine)
-    want.square().sum().backward()
-    found.square().sum().backward()
-    for a, b in zip([found, *(x.grad for x in mine)], [want, *(x.grad for x in exact)]):
-        assert a.shape == b.shape and (a.double() - b).norm() <= 0.01 * b.norm()
-
-
-def test_dropout_in_blocks_drops_weights_of_attention():
-    torch.manual_seed(4)
-    q, k, v = (torch.randn(500, 2, 70, 16).bfloat16() for _ in range(3))
-    k[:], v[:] = k[0], v[0]
-    q[:] = q[0]
-    found, plain = causal_attention(q, k, v, dropout=0.5), causal_attention(q, k, v)
-    first = found[:, :, 0] / v[:, :, 0]                     # the first token has but itself to look at
-    assert set(first.unique().tolist()) == {0.0, 2.0} and 400 < first[..., 0].sum() / 2 < 600
-    assert ((found.double().mean(0) - plain[0].double()).norm() < 0.1 * plain[0].double().norm()
-            < found[0].double().sub(plain[0].double()).norm())
-
-
-@pytest.mark.parametrize("at_a_time", [1, 97 * 7, 1 << 20])
-def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
-    monkeypatch.setattr(model_module, "MAX_LOGITS_PER_CHUNK", (at_a_time, at_a_time))
-    torch.manual_seed(5)
-    targets = torch.randint(-1, 97, (40,))
-    one = [torch.randn(40, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)]
-    two = [x.detach().clone().requires_grad_() for x in one]
-    mine = LinearCrossEntropy()(one[0][None], one[1], targets[None])
-    want = torch.nn.functional.cross_entropy(two[0] @ two[1].T, targets, ignore_index=-1)
-    (3 * mine).backward()
-    (3 * want).backward()
-    for a, b in [(mine, want), (one[0].grad, two[0].grad), (one[1].grad, two[1].grad)]:
-        torch.testing.assert_close(a, b)
-
-
-def test_causal_in_blocks_too():
-    """As test_a_later_token_never_changes_an_earlier_logit, in the format in which a CPU trains."""
-    model = build(max_seq_len=200)
-    tokens = torch.randint(0, 97, (1, 200), generator=torch.Generator().manual_seed(6))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        before = model(tokens)
-        for at in (63, 64, 130, 199):
-            changed = tokens.clone()
-            changed[0, at] = (changed[0, at] + 1) % 97
-            after = model(changed)
-            assert torch.equal(after[:, :at], before[:, :at]) and not torch.equal(after[:, at], before[:, at])

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extras.compiled import CompiledAttention, CompiledLayers, CudaGraphStep
-from model import Transformer, causal_attention
+from model import Transformer
 from tinyllm import optional
+from tinyllm.kernels import causal_attention
 from tinyllm.sampling import SamplingParams, exponential_noise, sample_token, seen_token_mask
 from tinyllm.weights import (
     LinearFn,

@@ -340,11 +340,10 @@ def check_disk(cfg: SimpleNamespace, args: Any, resumed: bool) -> None:
 
 def count_parameters(args: Any) -> int:
     """Return the parameters of a model, counted in one and in two layers. Raises UserError if it is too large."""
-    model_class = checkpoint.find_architecture(checkpoint.architecture_of(args)).model
     try:
         with torch.device("meta"):
-            one_layer = model_class(replace(args, n_layers=1)).count_parameters()
-            two_layers = model_class(replace(args, n_layers=2)).count_parameters()
+            one_layer = checkpoint.new_model(replace(args, n_layers=1)).count_parameters()
+            two_layers = checkpoint.new_model(replace(args, n_layers=2)).count_parameters()
     except (RuntimeError, TypeError) as error:
         raise UserError("a matrix of the model would be larger than any memory; use a smaller --dim or --hidden_dim"
                         ) from error

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import Transformer
-from tinyllm import checkpoint, optional
+from tinyllm import checkpoint, kernels, optional
 from tinyllm.cli import UserError, format_command
 from tinyllm.device import explain_oom
 from tinyllm.distributed import DistributedContext
@@ -202,7 +201,7 @@ class TrainRun:
     def compile(self) -> None:
         """Compile the layers, which share one compilation because they are alike, and the chunks of the loss."""
         options = {"fallback_random": self.backend.device.type == "cpu"}    # faster dropout on a CPU
-        for part in (*self.model.layers, self.model.loss.part):
+        for part in kernels.parts_to_compile(self.model):
             part.compile(dynamic=False, options=options)
         self.state.compiled = True
 
@@ -295,7 +294,7 @@ class TrainRun:
 def build_model(plan: RunPlan) -> nn.Module:
     if plan.saved:
         return checkpoint.build_model(plan.saved, name=init_checkpoint_path(plan.cfg))
-    return Transformer(plan.args)
+    return checkpoint.new_model(plan.args)
 
 
 def load_state(saved: dict[str, Any]) -> State:

@@ -223,7 +223,7 @@ def bench_sample(cfg: SimpleNamespace) -> None:
     """Tokens per second from a prompt of 5 tokens to 256, the prompt's time included; a batch counts all its tokens."""
     where = devices.choose_backend(cfg.device, cfg.dtype, training=False)
     state = checkpoints.read_model(cfg.checkpoint) if cfg.checkpoint else None
-    model = (checkpoints.build_model(state) if state else Transformer(ModelArgs())).to(where.device)
+    model = (checkpoints.build_model(state) if state else checkpoints.new_model(ModelArgs())).to(where.device)
     name = str(where.dtype).removeprefix("torch.")
     build, on_cpu = partial(build_engine, model), where.device.type == "cpu"
     engines = {name: build(where.dtype)}

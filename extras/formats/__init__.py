@@ -71,7 +71,7 @@ def is_model(path: str | Path) -> bool:
     return bool(path.exists() and _reader(path)) or str(path) in gpt2_folder.RELEASED
 
 
-def read_vocabulary(path: str | Path) -> BaseTokenizer:
+def read_tokenizer(path: str | Path) -> BaseTokenizer:
     """A vocabulary from its file, or from a model that has it inside. Raises UserError when there is none."""
     path = Path(path)
     if is_model(path):

@@ -1,0 +1,180 @@
+"""Faster forms of two functions of model.py: attention in bfloat16 on a CPU, and the loss.
+
+They replace those functions only while model.py is the file they were written for. After an edit of model.py its own
+functions run, because nobody can tell whether these still compute the same.
+"""
+import ast
+import hashlib
+import math
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import model
+
+MODEL_FINGERPRINT = "78ec32f2bb9afd4c"                   # of model.py; tests/test_kernels.py keeps it current
+QUERY_BLOCK = 64                                # queries at a time in attention on a CPU
+MAX_BLOCKED_LEN = 1024                          # longer sequences take PyTorch's kernel
+MAX_LOGITS_PER_CHUNK = (1 << 20, 1 << 24)       # on a CPU: 4 MB in float32, about its cache; on a GPU: 64 MB
+
+
+# ---- which form runs ----------------------------------------------------------------------------
+
+def build_transformer(args: model.ModelArgs) -> model.Transformer:
+    """Build a model of model.py with these kernels, or with its own functions if it was edited."""
+    if model_is_original():
+        return model.Transformer(args, causal_attention, LinearCrossEntropy())
+    _print_note()
+    return model.Transformer(args)
+
+
+def parts_to_compile(transformer: nn.Module) -> list[nn.Module]:
+    """Return the parts that torch.compile takes one by one: layers, which are all alike, and a chunk of the loss."""
+    loss_fn = transformer.loss_fn
+    return [*transformer.layers, *([loss_fn.chunk] if isinstance(loss_fn, LinearCrossEntropy) else [])]
+
+
+@cache
+def model_is_original() -> bool:
+    """True if model.py is the file that the kernels, and the engine, were written for."""
+    try:
+        return fingerprint(Path(model.__file__).read_text(encoding="utf-8")) == MODEL_FINGERPRINT
+    except OSError:
+        return False
+
+
+@cache
+def _print_note() -> None:
+    print("note: model.py was edited, so its own functions run, which are slower than tinyllm/kernels.py and engine.py",
+          file=sys.stderr)
+
+
+def fingerprint(source: str) -> str:
+    """Return a digest of Python code that docstrings, comments, layout and the version of Python do not change."""
+    return hashlib.sha256(_dump(ast.parse(source)).encode()).hexdigest()[:16]
+
+
+def _dump(node: Any) -> str:
+    """Return a syntax tree as text, without empty fields: those differ between versions of Python, as in ast.dump."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        fields["body"] = node.body[1:]
+    children = [f"{name}={_dump(fields[name])}" for name in sorted(fields)]
+    return f"{type(node).__name__}({','.join(children)})"
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale: float | None = None) -> Tensor:
+    """Compute model.causal_attention with the fastest kernel of the device. scale: of the scores; None: 1 / sqrt(D)."""
+    n_rep = q.shape[1] // k.shape[1]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= MAX_BLOCKED_LEN:
+        return _blocked_attention(q, k, v, dropout, scale or q.shape[-1] ** -0.5)
+    if n_rep > 1 and q.device.type == "cuda" and q.dtype != torch.bfloat16:
+        # of GPUs without bfloat16: their kernel that stores no (T, T) scores cannot share heads
+        k = k.repeat_interleave(n_rep, 1)
+        v = v.repeat_interleave(n_rep, 1)
+        n_rep = 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_rep > 1, dropout_p=dropout, scale=scale)
+
+
+def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> Tensor:
+    """Compute a block of queries at a time, with the keys up to its end.
+
+    On a CPU, PyTorch's fused kernel is slow in bfloat16. Plain products are faster, and these leave out most of what
+    the mask would hide. Heads that share keys form one longer block.
+    """
+    n_rep = q.shape[1] // k.shape[1]
+    q = (q * scale).unflatten(1, (-1, n_rep))                                           # (B, K, H / K, T, D)
+    blocks = []
+    for start in range(0, q.shape[3], QUERY_BLOCK):
+        block = q[:, :, :, start:start + QUERY_BLOCK]                                   # (B, K, H / K, block, D)
+        end = start + block.shape[3]
+        hidden = torch.arange(end, device=q.device) > torch.arange(start, end, device=q.device)[:, None]
+        scores = block.flatten(2, 3) @ k[:, :, :end].mT                                 # (B, K, H / K * block, end)
+        scores = scores.float().unflatten(2, (n_rep, -1)).masked_fill(hidden, -math.inf)
+        weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout)                    # (B, K, H / K, block, end)
+        blocks.append((weights.flatten(2, 3) @ v[:, :, :end]).unflatten(2, (n_rep, -1)))
+    return torch.cat(blocks, 3).flatten(1, 2)                                           # (B, H, T, D)
+
+
+# ---- loss ---------------------------------------------------------------------------------------
+
+class LinearCrossEntropy(nn.Module):
+    """Compute model.linear_cross_entropy without ever storing all logits.
+
+    They are by far the largest array of a small model. Here they are computed for a few rows at a time and turned into
+    gradients at once, while they are in the cache (as in Liger Kernel, arXiv 2410.10989).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.chunk = CrossEntropyChunk()        # a module of its own, so that it is compiled once for all chunks
+
+    def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), -1 is not scored."""
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        h = h.flatten(0, 1).to(dtype)                                                   # (B * T, dim)
+        return _FusedLinearCrossEntropy.apply(h, weight.to(dtype), targets.flatten(), self.chunk)
+
+
+class CrossEntropyChunk(nn.Module):
+    def forward(self, h: Tensor, weight: Tensor, targets: Tensor, grad_weight: Tensor | None
+                ) -> tuple[Tensor, Tensor | None]:
+        """Return the sum of the losses of some rows and its gradient for h; add the one for weight to grad_weight.
+
+        h: (rows, dim); weight: (vocab_size, dim); targets: (rows,), -1 is not scored. grad_weight None: no gradients.
+        """
+        loss_mask = (targets >= 0)[:, None]                                             # (rows, 1)
+        target = targets.clamp(min=0)[:, None]                                          # (rows, 1)
+        logits = (h @ weight.T).float()                                                 # (rows, vocab_size)
+        max_logit = logits.amax(-1, keepdim=True)                                       # (rows, 1)
+        exp_logits = (logits - max_logit).exp()                                         # (rows, vocab_size)
+        sum_exp = exp_logits.sum(-1, keepdim=True)                                      # (rows, 1)
+        loss = ((sum_exp.log() + max_logit - logits.gather(1, target)) * loss_mask).sum()
+        if grad_weight is None:
+            return loss, None
+        # probabilities, minus 1 at the targets; a comparison, because a scatter would end the compiled loop
+        is_target = torch.arange(len(weight), device=h.device) == target                # (rows, vocab_size)
+        grad = (exp_logits * (loss_mask / sum_exp) - (is_target & loss_mask).float()).to(h.dtype)
+        grad_weight += grad.T @ h
+        return loss, grad @ weight
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: CrossEntropyChunk) -> Tensor:
+        rows = _rows_per_chunk(h.device.type, len(weight))
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
+        losses = []
+        grads = []
+        for h_chunk, target_chunk in zip(h.split(rows), targets.split(rows)):
+            loss, grad = chunk(h_chunk, weight, target_chunk, grad_weight)
+            losses.append(loss)
+            grads.append(grad)
+        count = (targets >= 0).sum()
+        if grad_weight is not None:
+            ctx.save_for_backward(torch.cat(grads), grad_weight.to(weight.dtype), count)
+        return torch.stack(losses).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_h, grad_weight, count = ctx.saved_tensors
+        scale = (grad / count).to(grad_h.dtype)
+        return grad_h * scale, grad_weight * scale, None, None
+
+
+def _rows_per_chunk(device: str, vocab_size: int) -> int:
+    """Return a power of two, so that nearly all chunks have the same size."""
+    rows = MAX_LOGITS_PER_CHUNK[device != "cpu"] // vocab_size
+    return 1 << max(rows, 1).bit_length() - 1
