@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from tinyllm import cli, presets
 from tinyllm.dataset import IGNORE_INDEX, Task
+from tinyllm.device import explain_oom
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
 from tinyllm.estimate import format_hms, print_run_summary
@@ -36,7 +37,7 @@ from tinyllm.resume import INIT_MODES, run_settings
 from tinyllm.run import TrainRun, build_run
 from tinyllm.runlog import NullRunLog, RunLog
 from tinyllm.sampling import SamplingParams
-from tinyllm.stops import check_pending_steps, explain_oom, lock_output_dir, require_finite_weights, save_on_signals
+from tinyllm.stops import check_pending_steps, lock_output_dir, oom_advice, require_finite_weights, save_on_signals
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # a tested set of hyperparameters, see the end of --help; flags override it
@@ -107,7 +108,7 @@ def main() -> None:
                                                 moved=MOVED_FLAGS)
         if cfg.eval_only:
             run = build_run(cfg, overrides, dist)
-            with explain_oom(run):
+            with explain_oom(oom_advice(run)):
                 print_scores(evaluate(run))
         else:
             with lock_output_dir(cfg.out_dir, dist):
@@ -121,13 +122,13 @@ def run_training(run: TrainRun) -> None:
             evaluate_and_keep_best(run, open_log(run))
         print_already_finished(run)
         return
-    with explain_oom(run):
+    with explain_oom(oom_advice(run)):
         print_run_summary(run)
         run.sync_clock_and_stop()
-        if not run.is_resumed:
+        if not run.can_resume:
             run.save_first_state()
-        with save_on_signals(run):
-            train(run)
+    with save_on_signals(run), explain_oom(oom_advice(run)):
+        train(run)
     print_result(run)
 
 
@@ -306,7 +307,8 @@ def open_log(run: TrainRun) -> RunLog | NullRunLog:
 
 def log_step(run: TrainRun, log: RunLog | NullRunLog, loss: float, lr: float, grad_norm: float,
              seconds_per_step: float) -> None:
-    step, speed = run.state.iter_num, run.tokens_per_step / seconds_per_step
+    step = run.state.iter_num
+    speed = run.tokens_per_step / seconds_per_step
     log.write({"iter": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens},
               {"seconds": run.seconds(), "tokens_per_second": speed})
     mfu = run.backend.mfu(speed / run.dist.size * run.model.flops_per_token())
@@ -327,7 +329,8 @@ def print_expected_score(run: TrainRun) -> None:
 
 def print_already_finished(run: TrainRun) -> None:
     """Say that the run has already finished, and how to extend it or start over."""
-    cfg, step = run.cfg, run.state.iter_num
+    cfg = run.cfg
+    step = run.state.iter_num
     minutes = run.state.seconds / 60
     longer = {}
     if run.has_ended and cfg.max_minutes:
@@ -347,7 +350,8 @@ def print_already_finished(run: TrainRun) -> None:
 
 def print_result(run: TrainRun) -> None:
     """Say what the run has reached and which command comes next. Exit with the status of a signal that stopped it."""
-    cfg, step = run.cfg, run.state.iter_num
+    cfg = run.cfg
+    step = run.state.iter_num
     print_peak_memory(run.backend.device)
     if run.stop_signal and not run.finished():
         resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)

@@ -62,12 +62,8 @@ class DistributedContext:
     def all_or_none(self, group: torch_dist.ProcessGroup | None = None) -> Iterator[None]:
         """Run a block on every rank. If it fails on any rank, all ranks exit, and the first that failed says why.
 
-        Collectives inside the block must come before anything that can fail on one rank alone.
-
-        Args:
-            group: a process group with another timeout.
-        Raises:
-            UserError, OSError: on the first rank that failed; SystemExit on the others.
+        Collectives inside the block must come before anything that can fail on one rank alone. A process group with
+        another timeout can be given.
         """
         if self.size == 1:
             yield
@@ -178,16 +174,13 @@ def init_process_group(dist: DistributedContext) -> None:
     """Connect to the other ranks: CPU tensors go through gloo, GPU tensors through NCCL."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, *_ = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
-    if agent_store_survives_restart():
+    if agent_store_survives_restart():          # the restart count tells old addresses apart, on one machine
         store = torch_dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=dist.rank, world_size=dist.size)
 
 
 def agent_store_survives_restart() -> bool:
-    """True if torchrun keeps the addresses of dead processes when it restarts them, as in PyTorch 2.13.
-
-    On one machine the restart count tells them apart; several machines count differently.
-    """
+    """True if torchrun keeps the addresses of dead processes when it restarts them, as in PyTorch 2.13."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -78,32 +78,38 @@ class TrainRun:
     is_sharded = False
 
     def __init__(self, plan: RunPlan):
-        self.cfg, self.backend, self.dist = plan.cfg, plan.backend, plan.dist
+        self.cfg = plan.cfg
+        self.backend = plan.backend
+        self.dist = plan.dist
         self.data = plan.data
         self.tokenizer = plan.tokenizer
-        torch.manual_seed(self.cfg.seed)
-        with self.dist.all_or_none():
-            self.model = build_model(plan)
-        self.ddp_model = self.wrap_model()
-        self.chat = plan.saved.get("chat", "") if plan.saved else ""        # chat template of the initial checkpoint
-        self.optimizers = self.build_optimizers()
-        self.scaler = self.backend.scaler()
         self.state = State()
-        self.synced_seconds = 0.0           # since start_time, when the ranks last compared their clocks
         self.eval_seconds = 0.0             # duration of an evaluation
-        self.pending_metrics: list[tuple[Tensor, Tensor]] = []      # loss and gradient norm of steps not yet checked
+        self.synced_seconds = 0.0           # since start_time, when the ranks last compared their clocks
         self.requested_signal = 0           # the signal that asked this process to stop
         self.stop_signal = 0                # the same, once all ranks know it
-        self.is_resumed = plan.resumed
+        self.pending_metrics: list[tuple[Tensor, Tensor]] = []      # loss and gradient norm of steps not yet checked
+        self.can_resume = plan.resumed      # True once last.pt belongs to this run
         self.has_ended = plan.resumed and is_finished(plan.saved)           # by the settings that it was saved with
+        self._build(plan)
         if plan.resumed:
-            with self.dist.all_or_none():
-                self.load_checkpoint_dict(plan.saved)
-            self.check_best_checkpoint()
+            self._resume(plan.saved)
         plan.saved = None                   # frees the memory: the model holds its own copy
         self.start_time = time.perf_counter()
-        self.saved_at = self.seconds()                  # time and step of the newest last.pt
+        self.saved_at = self.seconds()                  # time and step of last.pt
         self.last_saved_step = self.state.iter_num
+
+    def _build(self, plan: RunPlan) -> None:
+        torch.manual_seed(self.cfg.seed)
+        with self.dist.all_or_none():
+            if plan.saved:
+                self.model = checkpoint.build_model(plan.saved, name=init_checkpoint_path(plan.cfg))
+            else:
+                self.model = checkpoint.new_model(plan.args)
+        self.chat = plan.saved.get("chat", "") if plan.saved else ""        # chat template of the initial checkpoint
+        self.ddp_model = self.wrap_model()
+        self.optimizers = self.build_optimizers()
+        self.scaler = self.backend.scaler()
 
     # ---- overridden by ShardedRun ------------------------------------------------------------
 
@@ -174,9 +180,9 @@ class TrainRun:
 
     def seconds_left(self, seconds_per_step: float) -> float:
         """Return the time to the end of the run, with its remaining evaluations."""
-        cfg, step = self.cfg, self.state.iter_num
-        evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - step // cfg.eval_interval
-        seconds = (cfg.max_iters - step) * seconds_per_step + evaluations * self.eval_seconds
+        cfg = self.cfg
+        evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - self.state.iter_num // cfg.eval_interval
+        seconds = (cfg.max_iters - self.state.iter_num) * seconds_per_step + evaluations * self.eval_seconds
         return min(seconds, 60 * cfg.max_minutes - self.seconds()) if cfg.max_minutes else seconds
 
     def steps_left(self, seconds_per_step: float) -> int:
@@ -230,11 +236,13 @@ class TrainRun:
             print("note:   with --init_from scratch the same command starts over; --init_from resume resumes this run")
         self.state.setup = self.seconds()
         self.save(NEW_CHECKPOINT)
-        if self.dist.is_main:
-            archive_run(self.cfg.out_dir)
+        with self.dist.all_or_none():
+            if self.dist.is_main:
+                archive_run(self.cfg.out_dir)
+        self.can_resume = True
 
     def checkpoint_dict(self) -> dict[str, Any]:
-        """Return everything that a checkpoint holds; docs/formats.md describes the keys."""
+        """Return everything that a checkpoint holds."""
         state = replace(self.state, seconds=self.seconds())
         is_cuda = self.backend.device.type == "cuda"
         cuda_rng = [torch.cuda.get_rng_state(self.backend.device)] if is_cuda else []
@@ -253,21 +261,27 @@ class TrainRun:
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
         }
 
+    def _resume(self, saved: dict[str, Any]) -> None:
+        with self.dist.all_or_none():
+            try:
+                self.load_checkpoint_dict(saved)
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                last = f"{self.cfg.out_dir}/last.pt"
+                command = format_command("train", out_dir=self.cfg.out_dir, init_from=last)
+                raise UserError(f"{last} is from another version, or damaged ({error!r:.200})\n"
+                                f"       start a new run with its weights: {command}") from error
+        self.check_best_checkpoint()
+
     def load_checkpoint_dict(self, saved: dict[str, Any]) -> None:
-        """Restore everything but the model. Raise UserError if the checkpoint does not fit."""
-        try:
-            self.state = load_state(saved["state"])
-            for optimizer, moments in zip(self.optimizers, saved["optimizer"], strict=True):
-                self.restore_optimizer(optimizer, moments["state"])
-            if saved["scaler"]:             # empty unless the run was saved in float16
-                self.scaler.load_state_dict(saved["scaler"])
-            torch.set_rng_state(saved["rng"]["cpu"])
-            if saved["rng"]["cuda"] and self.backend.device.type == "cuda":
-                torch.cuda.set_rng_state(saved["rng"]["cuda"][0], self.backend.device)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            last = f"{self.cfg.out_dir}/last.pt"
-            raise UserError(f"{last} is from another version, or damaged ({error!r:.200})\n       use its weights: "
-                            + format_command("train", out_dir=self.cfg.out_dir, init_from=last)) from error
+        """Restore everything but the model. Raise an error of some kind if the checkpoint does not fit."""
+        self.state = load_state(saved["state"])
+        for optimizer, optimizer_state in zip(self.optimizers, saved["optimizer"], strict=True):
+            self.restore_optimizer(optimizer, optimizer_state["state"])
+        if saved["scaler"]:                 # empty unless the run was saved in float16
+            self.scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if saved["rng"]["cuda"] and self.backend.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng"]["cuda"][0], self.backend.device)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
         """Load saved moments. Rates and decay stay as set, since the settings may have changed."""
@@ -289,12 +303,6 @@ class TrainRun:
             print(f"note: {error}\n      the next evaluation writes it again")
             self.state.best_val_loss = math.inf
         self.state.best_val_loss = self.dist.broadcast_from_main(self.state.best_val_loss)
-
-
-def build_model(plan: RunPlan) -> nn.Module:
-    if plan.saved:
-        return checkpoint.build_model(plan.saved, name=init_checkpoint_path(plan.cfg))
-    return checkpoint.new_model(plan.args)
 
 
 def load_state(saved: dict[str, Any]) -> State:

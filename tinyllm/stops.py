@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from tinyllm.cli import UserError, format_command
-from tinyllm.device import is_oom
 from tinyllm.distributed import DistributedContext
 from tinyllm.files import folder_lock
 from tinyllm.run import TrainRun
@@ -85,33 +84,21 @@ def redirect_to_devnull(*descriptors: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-# ---- memory -------------------------------------------------------------------------------------
-
-@contextmanager
-def explain_oom(run: TrainRun) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory errors into a UserError with the settings that need less."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_oom(error):
-            raise
-        raise UserError(f"not enough memory for batch_size {run.cfg.batch_size}\n       {oom_advice(run)}") from error
-
+# ---- memory and numbers -------------------------------------------------------------------------
 
 def oom_advice(run: TrainRun) -> str:
+    """Say which settings need less memory; half as many windows at a time make the same steps."""
     cfg = run.cfg
     if cfg.eval_only:
         return "use a smaller --batch_size"
     if cfg.batch_size % 2:
         return "use a smaller --batch_size, --max_seq_len, --dim or --n_layers"
     flags = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {2 * cfg.gradient_accumulation_steps}"
-    if not run.last_saved_step:
+    if not run.can_resume:
         return f"the same steps take less memory with {flags}"
     command = format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)
     return f"the same steps take less memory with\n       {command} {flags}"
 
-
-# ---- numbers that are not finite ----------------------------------------------------------------
 
 def check_pending_steps(run: TrainRun) -> tuple[float, float]:
     """Return loss and gradient norm of the newest step, after checking all steps since the last call.
