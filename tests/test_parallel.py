@@ -24,19 +24,19 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="PyTorch's torchrun does
 
 OPTIONS = [*TINY, "--gradient_accumulation_steps", "4", "--dtype", "float32", "--lr_decay_iters", "12",
            "--eval_interval", "4"]
-HIT = '''
+TRAIN_WITH_SIGNAL = '''
 import os, sys
 sys.path.insert(0, {root!r})
 import train
 from tinyllm import cli
 
-def hit(run, batches, step=train.train_step):
+def send_signal(run, batches, step=train.train_step):
     """Send process 1 a signal before its step, unless torchrun has started it again."""
     if run.dist.rank == 1 and run.state.iter_num == {at} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), {number})
     return step(run, batches)
 
-train.train_step = hit
+train.train_step = send_signal
 cli.run_script(train.main)
 '''
 
@@ -47,10 +47,10 @@ def torchrun(processes: int, script: Path, *args, restarts: int = 0) -> subproce
     return subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", timeout=120)
 
 
-def hitting(number: int, at: int) -> Path:
-    """train.py, but process 1 is hit by a signal after so many steps."""
-    path = Path(f"hit_{number}.py")
-    path.write_text(HIT.format(root=str(ROOT), number=number, at=at), encoding="utf-8")
+def script_with_signal(number: int, at: int) -> Path:
+    """A script that trains as train.py does, and sends a signal to process 1 after `at` steps."""
+    path = Path(f"signal_{number}.py")
+    path.write_text(TRAIN_WITH_SIGNAL.format(root=str(ROOT), number=number, at=at), encoding="utf-8")
     return path
 
 
@@ -68,7 +68,7 @@ def test_one_two_and_four_processes_take_the_same_steps(train_small, project):
     """Two processes, of which one is asked to stop; one goes on with their run, and four end it."""
     train_small("whole", *OPTIONS, "--max_iters", 12)
     files = ["--data_dir", project, "--out_dir", "parts"]
-    two = torchrun(2, hitting(15, at=4), *files, *OPTIONS, "--max_iters", 12)
+    two = torchrun(2, script_with_signal(15, at=4), *files, *OPTIONS, "--max_iters", 12)
     assert "saved step 5 in parts/last.pt" in two.stdout and load_state("parts")["iter_num"] == 5, two.stderr
     assert two.stdout.count("step 3 ") == 1 and "error:" not in two.stderr
     train_small("parts", *OPTIONS, "--max_iters", 8)
@@ -78,10 +78,10 @@ def test_one_two_and_four_processes_take_the_same_steps(train_small, project):
     assert load_state("parts")["state"]["position"] == 12 * 16
 
 
-def test_a_killed_process_ends_all_and_torchrun_goes_on_exactly(project):
+def test_a_killed_process_ends_all_and_torchrun_resumes_exactly(project):
     options = ["--data_dir", project, *OPTIONS, "--max_iters", 8, "--dropout", 0.2]
     whole = torchrun(2, ROOT / "train.py", "--out_dir", "whole", *options)
-    parts = torchrun(2, hitting(9, at=6), "--out_dir", "parts", *options, restarts=1)
+    parts = torchrun(2, script_with_signal(9, at=6), "--out_dir", "parts", *options, restarts=1)
     assert whole.returncode == parts.returncode == 0, parts.stderr
     assert "process 0 of 2 ends, because another one has ended" in parts.stderr
     assert "after the 4 steps that are done" in parts.stdout and "Traceback" not in parts.stderr
@@ -89,7 +89,7 @@ def test_a_killed_process_ends_all_and_torchrun_goes_on_exactly(project):
     assert_same(load_state("whole", "ckpt.pt"), load_state("parts", "ckpt.pt"))
 
 
-def test_a_divided_model_takes_the_same_steps(train_small, project):
+def test_a_sharded_model_takes_the_same_steps(train_small, project):
     """One process with the whole model, then four with uneven parts of it, then one again."""
     options = [*OPTIONS, "--hidden_dim", 90, "--n_layers", 1]
     train_small("whole", *options, "--max_iters", 12)
@@ -172,12 +172,12 @@ def test_restarts_on_several_machines_need_a_new_store(monkeypatch):
             check_restarts(DistributedContext(0, 2))
 
 
-class Second(DistributedContext):
-    """Process 1 of two, that hears what the first one said."""
-    said: list[float] = []
+class SecondRank(DistributedContext):
+    """Rank 1 of two, which receives what rank 0 has broadcast."""
+    broadcasts: list[float] = []
 
     def broadcast_from_main(self, value):
-        return self.said.pop(0)
+        return self.broadcasts.pop(0)
 
 
 def test_processes_with_other_settings_or_files_are_refused():
@@ -186,13 +186,11 @@ def test_processes_with_other_settings_or_files_are_refused():
         saved = {"model": {"w": torch.full((3,), weight, dtype=torch.bfloat16)}, "optimizer": [{"m": torch.ones(2)}]}
         where = Backend(torch.device(device), dtype, "for a test")
         return resume.RunPlan(cfg, where, SimpleNamespace(sha256=text), None, None, saved, True, dist)
-    first, said = SimpleNamespace(size=2, rank=0, broadcast_from_main=lambda value: said.append(value) or value), []
-    for number in plan_fingerprint(planned(first)).values():
-        first.broadcast_from_main(number)
+    broadcasts = list(plan_fingerprint(planned(DistributedContext(0, 2))).values())
     for change, what in [({"device": "cuda"}, None), ({"rate": 0.2}, "other settings"), ({"text": "b"}, "other text"),
                          ({"weight": 1.5}, "another checkpoint"), ({"dtype": torch.float16}, "another dtype")]:
-        second = Second(1, 2)
-        second.said[:] = said
+        second = SecondRank(1, 2)
+        second.broadcasts[:] = broadcasts
         if what is None:
             second.check_same(plan_fingerprint(planned(second, **change)), "")
         else:

@@ -1,4 +1,4 @@
-"""A training notices when its numbers are none, when its loss jumps, when memory runs out, and that it is not alone."""
+"""What a run refuses to save, explains, locks, archives and restores."""
 import hashlib
 import json
 import math
@@ -21,8 +21,9 @@ from tinyllm.files import folder_lock
 from tinyllm.run import State
 
 
-def a_run(losses: list[float], norms: list[float] | None = None, scale: float | None = None) -> SimpleNamespace:
-    """What `look` sees of a run that has just taken so many steps."""
+def run_after_steps(losses: list[float], norms: list[float] | None = None, scale: float | None = None
+                    ) -> SimpleNamespace:
+    """The parts of a run that check_pending_steps reads, after a step for each loss."""
     scaler = SimpleNamespace(is_enabled=lambda: scale is not None, get_scale=lambda: scale)
     pairs = zip(losses, norms or [1.0] * len(losses))
     return SimpleNamespace(
@@ -33,28 +34,24 @@ def a_run(losses: list[float], norms: list[float] | None = None, scale: float | 
 
 
 @pytest.mark.parametrize("losses, norms", [([3.0, math.nan, 2.0, 2.0], None), ([3.0, 3.0, 2.0], [1, math.inf, 1])])
-def test_the_first_step_that_is_no_number_is_named(losses, norms):
+def test_the_first_step_that_is_not_finite_is_named(losses, norms):
     with pytest.raises(UserError, match="step 2, windows 8 to 15: .*\n.*last good state is step 0"):
-        stops.check_pending_steps(a_run(losses, norms))
+        stops.check_pending_steps(run_after_steps(losses, norms))
 
 
 def test_a_scaler_has_its_chance_before_the_run_stops():
-    assert stops.check_pending_steps(a_run([3.0, 2.0], [math.inf, math.inf], scale=64.0)) == [2.0, math.inf]
+    assert stops.check_pending_steps(run_after_steps([3.0, 2.0], [math.inf, math.inf], scale=64.0)) == [2.0, math.inf]
     with pytest.raises(UserError, match="step 1"):
-        stops.check_pending_steps(a_run([3.0, 2.0], [math.inf, math.inf], scale=0.5))
-
-
-def poison(monkeypatch, at: int, loss_times: float) -> None:
-    step = train.train_step
-
-    def poisoned(run, batches):
-        lr, loss, norm = step(run, batches)
-        return lr, loss * loss_times if run.state.iter_num == at else loss, norm
-    monkeypatch.setattr(train, "train_step", poisoned)
+        stops.check_pending_steps(run_after_steps([3.0, 2.0], [math.inf, math.inf], scale=0.5))
 
 
 def test_a_step_between_two_lines_of_the_log_is_named(train_small, monkeypatch):
-    poison(monkeypatch, 5, math.nan)
+    step = train.train_step
+
+    def nan_at_step_5(run, batches):
+        lr, loss, norm = step(run, batches)
+        return lr, loss * math.nan if run.state.iter_num == 5 else loss, norm
+    monkeypatch.setattr(train, "train_step", nan_at_step_5)
     with pytest.raises(UserError, match="step 5, windows 32 to 39.*\n.*last good state is step 4, in out.last.pt"):
         train_small("out", "--max_iters", 20, "--eval_interval", 4, "--log_interval", 20)
     assert load_state("out")["iter_num"] == 4
@@ -75,17 +72,17 @@ def test_fields_and_log_entries_of_older_versions_are_still_read(train_small):
     assert spike in read_log("out") and not list(Path("out").glob("log.damaged*"))
 
 
-def test_weights_that_are_no_numbers_are_not_saved(train_small, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(train_small, monkeypatch):
     train_small("out", "--max_iters", 4, "--eval_interval", 2)
     before = {name: Path("out", name).read_bytes() for name in ("last.pt", "ckpt.pt")}
     step = train.train_step
 
-    def spoils(run, batches):
-        numbers = step(run, batches)
+    def step_to_infinity(run, batches):
+        metrics = step(run, batches)
         with torch.no_grad():
             run.model.norm.weight[0] = math.inf
-        return numbers
-    monkeypatch.setattr(train, "train_step", spoils)
+        return metrics
+    monkeypatch.setattr(train, "train_step", step_to_infinity)
     with pytest.raises(UserError, match="norm.weight has values.*not saved\n.*step 4, in out.last.pt"):
         train_small("out", "--max_iters", 5, "--eval_interval", 2)
     assert before == {name: Path("out", name).read_bytes() for name in before}
@@ -151,7 +148,7 @@ def test_locks_are_for_one_folder_each_and_leave_nothing_of_their_own(locks):
     assert not Path("a/b").exists() and [path.name for path in Path("c").iterdir()] == ["file"]
 
 
-# ---- what a run goes on with --------------------------------------------------------------------
+# ---- resuming -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change", [
     {"state": {"iter_num": "two"}}, {"state": {"colour": 1}}, {"optimizer": []}, {"optimizer": {}},

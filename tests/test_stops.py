@@ -1,4 +1,4 @@
-"""What ends a training from outside lets it save what is done, and say how to go on."""
+"""Signals, a closed terminal and a closed pipe: the run saves and prints how to resume."""
 import os
 import signal
 import subprocess
@@ -13,7 +13,7 @@ import train
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(project, number):
+def test_a_signal_saves_and_prints_how_to_resume(project, number):
     command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     for line in process.stdout:
@@ -50,11 +50,12 @@ def test_ctrl_c_before_the_first_step(project):
 def test_a_signal_at_the_last_step_leaves_a_finished_run(train_small, monkeypatch, capsys):
     step = train.train_step
 
-    def asked(run, batches):
-        result = step(run, batches)
-        run.requested_signal = 2 * (run.state.iter_num == 3)
-        return result
-    monkeypatch.setattr(train, "train_step", asked)
+    def interrupted_at_step_3(run, batches):
+        metrics = step(run, batches)
+        if run.state.iter_num == 3:
+            run.requested_signal = signal.SIGINT
+        return metrics
+    monkeypatch.setattr(train, "train_step", interrupted_at_step_3)
     train_small("out", "--max_iters", 3)
     assert load_state("out", "ckpt.pt")["iter_num"] == 3 and "done: 3 steps" in capsys.readouterr().out
 
@@ -77,8 +78,8 @@ def test_a_closed_terminal_saves(project):
     assert load_state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
 
 
-def test_who_stops_reading_stops_the_run(project):
-    """As `| head` does; what is done is saved."""
+def test_a_closed_pipe_stops_the_run(project):
+    """As `| head` closes it; the finished steps are saved."""
     command = [sys.executable, ROOT / "train.py", "--data_dir", project, "--out_dir", "out", *TINY]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     next(line for line in process.stdout if line.startswith("step 3 "))
@@ -87,7 +88,7 @@ def test_who_stops_reading_stops_the_run(project):
     assert load_state("out")["iter_num"] >= 3
 
 
-def test_nohup_goes_on(project):
+def test_nohup_ignores_a_closed_terminal(project):
     """It has its processes ignore that the terminal was closed."""
     command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
                "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])", ROOT / "train.py", "--data_dir", project,
