@@ -80,7 +80,7 @@ def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {version}\ndate-released: {date}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-LEAVING = {"watch", "weights"}          # files that are being merged into others
+LEAVING = {"weights"}          # files that are being merged into others
 COMING = {"kernels"}     # and those that are being made
 
 
