@@ -46,7 +46,7 @@ from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
 from tinyllm.engine import Engine, build_engine
-from tinyllm.estimate import count_activations, describe_memory
+from tinyllm.estimate import describe_memory
 from tinyllm.presets import PRESETS
 from tinyllm.project import find_tokenizer
 from tinyllm.resume import RunPlan
@@ -109,7 +109,7 @@ def bench_train(cfg: SimpleNamespace) -> None:
         print(f"{name:24} {rows / seconds:10,.0f} tokens/s "
               f"{times['transformers, float32'] / seconds:6.2f} x transformers "
               f"{limit / seconds:6.0%} of what the matrix products allow")
-    print(f"memory: {describe_memory(runs['eager'], count_activations(runs['eager']))}")
+    print(f"memory: {describe_memory(runs['eager'])}")
     if where.device.type == "cuda":
         print(f"peak of all of them: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 
