@@ -138,9 +138,7 @@ def train(run: TrainRun) -> None:
     """Take steps until the run is finished or asked to stop."""
     cfg, state = run.cfg, run.state
     log = open_log(run)
-    batches = Task.iter_batches(run.data, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
-                                position=state.position, device=run.backend.device, num_workers=cfg.num_workers,
-                                rank=run.dist.rank, world_size=run.dist.size)
+    batches = training_batches(run)
     run.model.train()
     is_last_step = False
     timer_start, timer_step = time.perf_counter(), state.iter_num
@@ -170,6 +168,14 @@ def train(run: TrainRun) -> None:
         if should_save:
             save_latest(run, log, is_finished)
         timer_start, timer_step = time.perf_counter(), state.iter_num
+
+
+def training_batches(run: TrainRun) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield micro-batches x, y (batch_size, max_seq_len) on the device without end, from the run's position on."""
+    cfg = run.cfg
+    return Task.iter_batches(run.data, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
+                             position=run.state.position, device=run.backend.device, num_workers=cfg.num_workers,
+                             rank=run.dist.rank, world_size=run.dist.size)
 
 
 def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
@@ -229,10 +235,10 @@ def evaluate(run: TrainRun) -> dict[str, float]:
     """Score the whole val split, whose windows do not depend on the batch size. The ranks share it."""
     batches = Task.iter_split(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len,
                               device=run.backend.device, rank=run.dist.rank, world_size=run.dist.size)
-    is_quiet = None if run.dist.is_main else True               # None: quiet unless stderr is a terminal
+    hide_bar = None if run.dist.is_main else True               # None: tqdm hides it unless stderr is a terminal
     losses, counts = [], []                                     # read at the end, since reading waits for the device
     run.model.eval()
-    for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False, disable=is_quiet):
+    for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False, disable=hide_bar):
         with run.eager_mode(), run.backend.autocast():
             losses.append(run.model(x, y))
         counts.append((y != IGNORE_INDEX).sum())
