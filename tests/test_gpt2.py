@@ -323,5 +323,5 @@ def test_it_learns_on_from_its_folder(run_in_process, folder, capsys):
 def test_each_document_is_scored_with_its_end_where_bos_is_eos():
     ids = np.array([7, 1, 2, 7, 7, 3, 7], dtype=np.uint16)
     assert shards.document_starts(ids).tolist() == [0, 4]
-    assert [part.tolist() for part in dataset._windows(ids, 8)] == [[0, 4], [4, 7]]
+    assert [part.tolist() for part in dataset.find_windows(ids, 8)] == [[0, 4], [4, 7]]
     assert shards.document_starts(ids[:0]).tolist() == []

@@ -1,10 +1,10 @@
 """Windows of token ids, from the shards of step 2 to the device.
 
-    batches = Task.iter_batches(shards.load(folder, sha256), "train", batch_size=8, max_seq_len=256)
+    batches = Task.iter_batches(load_shards(folder, sha256), "train", batch_size=8, max_seq_len=256)
     x, y = next(batches)                        # each (8, 256); y is x one token later
 
-Training order is a function of (seed, epoch, position) and of nothing else: a run that goes on at a
-position sees what it would have seen, whatever the number of processes or loader workers.
+The training order is a function of (seed, epoch, position) alone: a run that resumes at a position sees the same
+batches as an uninterrupted one, with any number of processes or loader workers.
 """
 import os
 import signal
@@ -18,68 +18,78 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyllm.shards import ShardSet, document_starts
 
-IGNORE_INDEX = -1     # a target that is not scored
+IGNORE_INDEX = -1               # a target that is not scored
+GPU_SHARE = 1 / 4               # of a GPU's free memory that the token ids of a split may take
 
 
 class PretokDataset(IterableDataset):
     """An endless stream of training batches, each of shape (batch_size, max_seq_len + 1), int64.
 
-    A window begins at each document, so that the model sees it as it will write it, from its first
-    word; a longer document goes on in further windows, a shorter one is followed by its neighbours.
-    Every epoch takes each window once, in a new order. Batches are numbered from `position` (counted
-    in windows) on; rank r of `world_size` takes every world_size-th, and loader workers share a
-    rank's batches in turn, so that together they yield the same batches in the same order as one
-    process would. Where a shard ends in a window, IGNORE fills it.
+    Each document starts a new window, so the model sees documents from their first token, as it will generate them. A
+    longer document continues in further windows; a shorter one is followed by the next ones. At the end of a shard,
+    IGNORE_INDEX fills the window. Each epoch visits every window once, in a new random order. Batches are numbered
+    from `position` (counted in windows) on; rank r of `world_size` takes every world_size-th, and loader workers share
+    the batches of a rank in turn, so that together they yield the batches of a single process in the same order.
     """
 
     def __init__(self, shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *, seed: int = 0,
                  position: int = 0, rank: int = 0, world_size: int = 1):
         super().__init__()
-        self.shard_set, self.shards = shard_set, shard_set.shards_of(split)
-        self.batch_size, self.max_seq_len = batch_size, max_seq_len
-        self.seed, self.position, self.rank, self.world_size = seed, position, rank, world_size
-        self.window_starts = [_windows(shard_set.memmap(shard), max_seq_len)[0] for shard in self.shards]
-        self.first_window = np.cumsum([0, *map(len, self.window_starts)])      # of each shard; the last entry is the sum
-        self.n_windows = int(self.first_window[-1])                     # in an epoch
+        self.shard_set = shard_set
+        self.shards = shard_set.shards_of(split)
+        self.batch_size = batch_size
+        self.max_seq_len = max_seq_len
+        self.seed = seed
+        self.position = position
+        self.rank = rank
+        self.world_size = world_size
+        self.window_starts = [find_windows(shard_set.memmap(shard), max_seq_len)[0] for shard in self.shards]
+        self.first_window = np.cumsum([0, *map(len, self.window_starts)])       # of each shard; the last is the sum
+        self.n_windows = int(self.first_window[-1])                             # in an epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        ids = [self.shard_set.memmap(shard) for shard in self.shards]
-        for numbers in self.batch_indices():
-            yield torch.from_numpy(np.stack([self._window(ids, number) for number in numbers]))
+        shard_ids = [self.shard_set.memmap(shard) for shard in self.shards]
+        for indices in self.batch_indices():
+            windows = [self._window(shard_ids, index) for index in indices]
+            yield torch.from_numpy(np.stack(windows))                           # (batch_size, max_seq_len + 1)
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """Yield the numbers of the windows of each batch, without end."""
+        """Yield the indices of the windows of each batch, without end."""
         worker = get_worker_info()
-        turn, turns = (worker.id, worker.num_workers) if worker else (0, 1)
+        worker_id = worker.id if worker else 0
+        num_workers = worker.num_workers if worker else 1
+        first_batch = self.rank + worker_id * self.world_size
+        permutation = lru_cache(1)(self._permutation)
+        for batch in count(first_batch, num_workers * self.world_size):
+            start = self.position + batch * self.batch_size
+            places = [divmod(i, self.n_windows) for i in range(start, start + self.batch_size)]
+            yield [permutation(epoch)[i] for epoch, i in places]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
         # RandomState, because numpy promises that its stream will never change
-        order = lru_cache(1)(lambda epoch: np.random.RandomState([self.seed, epoch]).permutation(self.n_windows))
-        for batch in count(self.rank + turn * self.world_size, turns * self.world_size):
-            first = self.position + batch * self.batch_size
-            yield [order(place // self.n_windows)[place % self.n_windows]
-                   for place in range(first, first + self.batch_size)]
+        return np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
 
-    def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
-        """The same batches, cut on the device out of ids that all lie there: a step waits for no copy."""
-        parts = [self.shard_set.memmap(shard) for shard in self.shards]
-        offsets = np.cumsum([0, *map(len, parts)])
-        signed = np.dtype(f"i{parts[0].itemsize}")              # indexing knows no unsigned integers
-        ids = torch.empty(offsets[-1], dtype=getattr(torch, signed.name), device=device)
-        for part, begin in zip(parts, offsets):
-            ids[begin:begin + len(part)] = torch.from_numpy(np.array(part).view(signed))
-        starts = np.concatenate([start + offset for start, offset in zip(self.window_starts, offsets)])
-        stops = np.repeat(offsets[1:], [len(start) for start in self.window_starts])      # where the shard of each ends
-        starts, stops = torch.from_numpy(starts).to(device), torch.from_numpy(stops).to(device)
-        span = torch.arange(self.max_seq_len + 1, device=device)
-        for numbers in self.batch_indices():
-            numbers = _to_device(torch.tensor(numbers), device)
-            places = starts[numbers, None] + span                                   # (batch_size, max_seq_len + 1)
-            windows = ids[places.clamp(max=len(ids) - 1)].long() & (256 ** parts[0].itemsize - 1)
-            yield windows.where(places < stops[numbers, None], IGNORE_INDEX)
-
-    def _window(self, ids: list[np.ndarray], index: int) -> np.ndarray:
+    def _window(self, shard_ids: list[np.ndarray], index: int) -> np.ndarray:
         shard = int(np.searchsorted(self.first_window, index, side="right")) - 1
         start = self.window_starts[shard][index - self.first_window[shard]]
-        return _padded(ids[shard][start:start + self.max_seq_len + 1], self.max_seq_len)
+        return _pad(shard_ids[shard][start:start + self.max_seq_len + 1], self.max_seq_len)
+
+    def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield the same batches, cut on the device from ids that are all there: a step waits for no copy."""
+        shard_ids = [self.shard_set.memmap(shard) for shard in self.shards]
+        offsets = np.cumsum([0, *map(len, shard_ids)])                  # of each shard in `ids`
+        ids = _concatenate(shard_ids, device)                           # (tokens,)
+        id_mask = 256 ** shard_ids[0].itemsize - 1                      # makes the signed ids unsigned again
+        starts = np.concatenate([start + offset for start, offset in zip(self.window_starts, offsets)])
+        stops = np.repeat(offsets[1:], [len(start) for start in self.window_starts])    # end of each window's shard
+        starts = torch.from_numpy(starts).to(device)                    # (n_windows,)
+        stops = torch.from_numpy(stops).to(device)                      # (n_windows,)
+        span = torch.arange(self.max_seq_len + 1, device=device)
+        for indices in self.batch_indices():
+            rows = _to_device(torch.tensor(indices), device)            # (batch_size,)
+            positions = starts[rows, None] + span                       # (batch_size, max_seq_len + 1)
+            windows = ids[positions.clamp(max=len(ids) - 1)].long() & id_mask
+            yield windows.where(positions < stops[rows, None], IGNORE_INDEX)
 
 
 class Task:
@@ -100,68 +110,85 @@ class Task:
         if num_workers == 0 and fits_on_gpu(shard_set, split, device):
             batches = dataset.on_device(device)
         else:
-            batches = DataLoader(dataset, batch_size=None, num_workers=num_workers,
-                                 multiprocessing_context="spawn" if num_workers else None,
-                                 worker_init_fn=_start_worker,
-                                 generator=torch.Generator())   # else it would use up global random numbers
+            batches = _loader(dataset, num_workers)
         for windows in batches:                                 # (batch_size, max_seq_len + 1)
-            windows = _to_device(windows, device)
-            yield windows[:, :-1].clamp(min=0), windows[:, 1:]
+            yield _inputs_and_targets(windows, device)
 
     @staticmethod
     def iter_split(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
                   device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield a whole split in order: every token of every document once, after what its window has of it.
+        """Yield a whole split in order: every token of every document is a target once, with the context of its window.
 
-        No window holds two documents; the targets after the end of one are IGNORE. Rank r of `world_size` has every
-        world_size-th batch; all have equally many, the last of some is a window of which nothing is scored.
+        No window holds two documents; the targets after the end of one are IGNORE_INDEX. Rank r of `world_size` has
+        every world_size-th batch; all ranks have equally many, and the last of some is a window without targets.
         """
-        rows = _rows(shard_set, split, max_seq_len)
+        rows = _split_windows(shard_set, split, max_seq_len)
         batches = iter(lambda: list(islice(rows, batch_size)), [])
         while turn := list(islice(batches, world_size)):
             batch = turn[rank] if rank < len(turn) else [np.full(max_seq_len + 1, IGNORE_INDEX)]
-            windows = _to_device(torch.from_numpy(np.stack(batch)), torch.device(device))
-            yield windows[:, :-1].clamp(min=0), windows[:, 1:]
+            yield _inputs_and_targets(torch.from_numpy(np.stack(batch)), torch.device(device))
+
+
+def _loader(dataset: PretokDataset, num_workers: int) -> DataLoader:
+    return DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
+                      multiprocessing_context="spawn" if num_workers else None,
+                      generator=torch.Generator())      # without one, it would use up global random numbers
+
+
+def _inputs_and_targets(windows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    windows = _to_device(windows, device)                       # (B, max_seq_len + 1)
+    return windows[:, :-1].clamp(min=0), windows[:, 1:]         # 2 x (B, max_seq_len)
 
 
 def fits_on_gpu(shard_set: ShardSet, split: str, device: torch.device) -> bool:
-    """Whether the ids of a split take less than a quarter of a GPU's free memory."""
+    """True if the ids of a split take less than GPU_SHARE of a GPU's free memory."""
     if device.type != "cuda":
         return False
     size = sum(shard_set.memmap(shard).nbytes for shard in shard_set.shards_of(split))
-    return size < torch.cuda.mem_get_info(device)[0] / 4
+    return size < torch.cuda.mem_get_info(device)[0] * GPU_SHARE
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move a tensor to the device; to a GPU from pinned memory, so that nobody waits for the copy."""
+    """Move a tensor to the device; to a GPU from pinned memory, so that the step does not wait for the copy."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _start_worker(number: int) -> None:
+def _concatenate(shard_ids: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Copy the ids of all shards to the device, as signed integers: unsigned ones cannot be indexed."""
+    signed = np.dtype(f"i{shard_ids[0].itemsize}")
+    ids = torch.empty(sum(map(len, shard_ids)), dtype=getattr(torch, signed.name), device=device)
+    start = 0
+    for part in shard_ids:
+        ids[start:start + len(part)] = torch.from_numpy(np.array(part).view(signed))
+        start += len(part)
+    return ids
+
+
+def _start_worker(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process, which ends the workers
     if hasattr(os, "setpgrp"):
-        os.setpgrp()                                    # and so are torchrun's signals, to a whole group
+        os.setpgrp()                                    # torchrun sends signals to the whole process group
 
 
-def _rows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndarray]:
+def _split_windows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterator[np.ndarray]:
     for shard in shard_set.shards_of(split):
         ids = shard_set.memmap(shard)
-        for start, stop in zip(*_windows(ids, max_seq_len)):
-            yield _padded(ids[start:min(stop, start + max_seq_len + 1)], max_seq_len)
+        for start, stop in zip(*find_windows(ids, max_seq_len)):
+            yield _pad(ids[start:min(stop, start + max_seq_len + 1)], max_seq_len)
 
 
-def _windows(ids: np.ndarray, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the windows of a shard begin, and where the document of each ends."""
-    begins = document_starts(ids)
-    ends = np.append(begins[1:], len(ids))[:len(begins)]
-    counts = np.maximum(-(-(ends - begins - 1) // max_seq_len), 1)                      # windows of each document
-    number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)      # 0, 1, ... in each
-    return np.repeat(begins, counts) + number * max_seq_len, np.repeat(ends, counts)
+def find_windows(ids: np.ndarray, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the windows of a shard start, and where the document of each ends."""
+    starts = document_starts(ids)                                                       # (documents,)
+    stops = np.append(starts[1:], len(ids))[:len(starts)]                               # (documents,)
+    counts = np.maximum(-(-(stops - starts - 1) // max_seq_len), 1)                     # windows of each document
+    number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)      # 0, 1, ... in each document
+    return np.repeat(starts, counts) + number * max_seq_len, np.repeat(stops, counts)
 
 
-def _padded(window: np.ndarray, max_seq_len: int) -> np.ndarray:
+def _pad(window: np.ndarray, max_seq_len: int) -> np.ndarray:
     window = window.astype(np.int64)
     return np.pad(window, (0, max_seq_len + 1 - len(window)), constant_values=IGNORE_INDEX)

@@ -1,8 +1,8 @@
-"""The text as token ids on disk: flat arrays, and the manifest that lists them.
+"""Shards: the text as token ids on disk, in flat arrays, and the manifest that lists them.
 
-A folder `data/tok4096/` holds `train_0000.bin`, `val_0000.bin` and so on, each the documents of a
-few source files one after another, `bos ... eos` each, as uint16 (or uint32 for a large vocabulary);
-and `manifest.json`, written last: without it there is no data set.
+A folder `data/tok4096/` holds `train_0000.bin`, `val_0000.bin` and so on. Each holds the documents of a few source
+files one after another, `bos ... eos` each, as uint16 (or uint32 for a large vocabulary). `manifest.json` is written
+last: without it there is no data set.
 """
 import hashlib
 import json
@@ -24,7 +24,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Source:
-    """A file that text came from: its path, its size in bytes and its SHA-256."""
+    """A file of text: its path, its size in bytes and its SHA-256."""
     name: str
     size: int
     sha256: str
@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of token ids. `bytes` counts the UTF-8 text of its documents, and makes bits per byte exact."""
+    """A file of token ids. `bytes` is the size of its documents in UTF-8, and makes bits per byte exact."""
     file: str
     sha256: str
     split: str
@@ -44,7 +44,7 @@ class Shard:
 
 @dataclass
 class ShardSet:
-    """The shards of a folder, and what they were made with: a vocabulary and the rule of the split."""
+    """The shards of a folder, and the tokenizer and the rule of the split that they were made with."""
     folder: Path
     tokenizer_sha256: str
     vocab_size: int
@@ -53,7 +53,7 @@ class ShardSet:
     maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "maps": {}}       # another process maps them itself
+        return {**vars(self), "maps": {}}       # another process maps the files itself
 
     @property
     def dtype(self) -> np.dtype:
@@ -61,21 +61,21 @@ class ShardSet:
 
     @property
     def sha256(self) -> str:
-        """A digest of what the shards were made from: the text, its order, the split and the vocabulary."""
-        made_of = [self.tokenizer_sha256, self.val_threshold, [asdict(shard) for shard in self.shards]]
-        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        """Digest of the text, its order, the split and the tokenizer."""
+        identity = [self.tokenizer_sha256, self.val_threshold, [asdict(shard) for shard in self.shards]]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def shards_of(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
 
-    def total(self, split: str, what: str) -> int:
-        """Sum of `documents`, `tokens` or `bytes` over a split."""
-        return sum(getattr(shard, what) for shard in self.shards_of(split))
+    def total(self, split: str, field_name: str) -> int:
+        """Return the sum of `documents`, `tokens` or `bytes` over a split."""
+        return sum(getattr(shard, field_name) for shard in self.shards_of(split))
 
     def memmap(self, shard: Shard) -> np.ndarray:
         """Map a shard's ids into memory, read-only, of shape (tokens,).
 
-        It stays mapped, so that who has begun with a text keeps it, also when another takes its place in the folder.
+        The map is kept, so that a run continues with its text even if step 2 replaces the file.
         """
         if shard.file not in self.maps:
             path = self.folder / shard.file
@@ -83,16 +83,19 @@ class ShardSet:
         return self.maps[shard.file]
 
     def find_damage(self, shard: Shard) -> str:
-        """What is wrong with the file of a shard; empty when it is as it was written."""
-        path, size = self.folder / shard.file, shard.tokens * self.dtype.itemsize
+        """Return the problem of a shard's file; empty if the file is as it was written."""
+        path = self.folder / shard.file
         if not path.is_file():
             return "is missing"
-        if path.stat().st_size != size:
-            return f"is cut: {path.stat().st_size:,} bytes of {size:,}" if path.stat().st_size < size else "is too long"
+        size, expected_size = path.stat().st_size, shard.tokens * self.dtype.itemsize
+        if size < expected_size:
+            return f"is cut: {size:,} bytes of {expected_size:,}"
+        if size > expected_size:
+            return "is too long"
         return "" if sha256(path) == shard.sha256 else "is damaged: its bytes changed after they were written"
 
     def check_splits_not_empty(self) -> None:
-        """Raise UserError when a split has no document."""
+        """Raise UserError if a split has no document."""
         for split in SPLITS:
             if not self.total(split, "documents"):
                 raise UserError(f"no document in {self.folder} is for {split}; is this the text of step 1?\n"
@@ -106,82 +109,101 @@ class ShardSet:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type, little-endian, that holds the ids of a vocabulary."""
+    """Return the smallest type, little-endian, that holds the ids of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
-    """Where the documents of a shard begin: at each bos, or where eos is the same token, at every second one."""
-    return np.flatnonzero(ids == ids[:1])[::1 + np.array_equal(ids[:1], ids[-1:])]
+    """Return the positions where the documents of a shard begin: at each bos; at every second one if eos is bos."""
+    starts = np.flatnonzero(ids == ids[:1])
+    return starts[::2] if np.array_equal(ids[:1], ids[-1:]) else starts
 
 
 def rerun_hint(folder: Path) -> str:
-    """What to type when a folder of shards is not as it should be."""
+    """Return the end of an error message: the command that repairs a folder of shards."""
     return f"\n       run {format_command('preprocess', **path_flags(folder.with_suffix('.model')))} again"
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> ShardSet:
-    """Read a manifest. Raises UserError when it is missing, damaged or of another format."""
+    """Read a manifest. Raises UserError if it is missing, damaged or of another format."""
     path = folder / name
     if not path.is_file():
-        others = sorted({found.parent for found in folders_with(folder.parent, f"{folder.name}/{name}")})
-        text = "" if folder.with_suffix(".json").exists() else "PATH"
-        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it\n       "
-                        + (f"is it in another --data_dir: {shorten_list(others)}? else " if others else "")
-                        + f"run {format_command('preprocess', **path_flags(folder.with_suffix('.model')), data=text)}")
+        raise UserError(_missing_manifest_message(path))
     try:
         content = load_json(path)
         if content["format"] != FORMAT:
             raise UserError(f"{path} is of format {content['format']}, this code reads {FORMAT}{rerun_hint(folder)}")
-        found = ShardSet(folder, *(_check_type(content[key], kind, key) for key, kind in
-                                   (("tokenizer_sha256", str), ("vocab_size", int), ("val_threshold", int))),
-                         [_shard(entry) for entry in _check_type(content["shards"], list, "shards")])
-        if content["dtype"] != found.dtype.name or len({shard.file for shard in found.shards}) < len(found.shards):
-            raise ValueError(f"dtype {content['dtype']} for {found.vocab_size} ids, or a file that is listed twice")
+        return _parse_manifest(folder, content)
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}){rerun_hint(folder)}") from error
-    return found
 
 
-def _shard(entry: dict[str, Any]) -> Shard:
-    """An entry of the manifest. Raises TypeError or ValueError, also when it names a file outside its folder."""
-    shard = _load_dataclass(Shard, entry)
+def _missing_manifest_message(path: Path) -> str:
+    folder = path.parent
+    others = sorted({other.parent for other in folders_with(folder.parent, f"{folder.name}/{path.name}")})
+    elsewhere = f"is it in another --data_dir: {shorten_list(others)}? else " if others else ""
+    text = "" if folder.with_suffix(".json").exists() else "PATH"
+    command = format_command("preprocess", **path_flags(folder.with_suffix(".model")), data=text)
+    return f"no {path}: the text is not tokenised yet, or not all of it\n       {elsewhere}run {command}"
+
+
+def _parse_manifest(folder: Path, content: dict[str, Any]) -> ShardSet:
+    shard_set = ShardSet(folder, _check_type(content["tokenizer_sha256"], str, "tokenizer_sha256"),
+                         _check_type(content["vocab_size"], int, "vocab_size"),
+                         _check_type(content["val_threshold"], int, "val_threshold"),
+                         [_parse_shard(entry) for entry in _check_type(content["shards"], list, "shards")])
+    if content["dtype"] != shard_set.dtype.name:
+        raise ValueError(f"dtype {content['dtype']} for {shard_set.vocab_size} ids")
+    if len({shard.file for shard in shard_set.shards}) < len(shard_set.shards):
+        raise ValueError("a file is listed twice")
+    return shard_set
+
+
+def _parse_shard(entry: dict[str, Any]) -> Shard:
+    """Parse an entry of the manifest. Raises TypeError or ValueError, also if it names a file outside its folder."""
+    shard = _parse_dataclass(Shard, entry)
     if shard.split not in SPLITS or not re.fullmatch(rf"{shard.split}_\d+\.bin", shard.file, re.ASCII):
         raise ValueError(f"{shard.file!r} is no file name for the split {shard.split!r}")
-    return replace(shard, sources=[_load_dataclass(Source, source) for source in shard.sources])
+    return replace(shard, sources=[_parse_dataclass(Source, source) for source in shard.sources])
 
 
-def _load_dataclass(kind: type, entry: Any) -> Any:
-    """The dataclass `kind` of a JSON object that has just its fields, all of their types, and no negative number."""
-    made = kind(**_check_type(entry, dict, kind.__name__))
-    for each in fields(kind):
-        _check_type(getattr(made, each.name), get_origin(each.type) or each.type, each.name)
-    return made
+def _parse_dataclass(cls: type, entry: Any) -> Any:
+    """Return the dataclass of a JSON object with exactly its fields, all of their types, and no negative number."""
+    instance = cls(**_check_type(entry, dict, cls.__name__))
+    for each in fields(cls):
+        _check_type(getattr(instance, each.name), get_origin(each.type) or each.type, each.name)
+    return instance
 
 
-def _check_type(value: Any, kind: type, name: str) -> Any:
-    if type(value) is not kind or kind is int and not 0 <= value <= 2**64:
+def _check_type(value: Any, expected: type, name: str) -> Any:
+    if type(value) is not expected or expected is int and not 0 <= value <= 2**64:
         raise TypeError(f"{name} cannot be {value!r:.50}")
     return value
 
 
 def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
-    """Read a manifest for use: every shard must be as it was written, and of this vocabulary.
+    """Read a manifest, and check that every shard is as it was written, and of this tokenizer.
 
     Raises:
-        UserError: names the files that are wrong.
+        UserError: names the wrong files.
     """
-    found = read_manifest(folder)
-    if found.tokenizer_sha256 != tokenizer_sha256:
+    shard_set = read_manifest(folder)
+    if shard_set.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(f"{folder} was made with another vocabulary than {folder}.model{rerun_hint(folder)}")
     with ThreadPoolExecutor() as pool:
-        wrong = [f"{folder / shard.file} {damage}" for shard, damage in
-                 zip(found.shards, pool.map(found.find_damage, found.shards)) if damage]
-    if wrong:
-        raise UserError("\n       ".join(wrong) + rerun_hint(folder))
-    for shard in found.shards:
-        if shard.tokens and (largest := found.memmap(shard).max()) >= found.vocab_size:
-            raise UserError(f"{folder / shard.file} has an id {largest}, beyond the vocabulary of {found.vocab_size}\n"
-                            f"       delete {folder} and run python preprocess.py again")
-    found.check_splits_not_empty()
-    return found
+        problems = list(pool.map(shard_set.find_damage, shard_set.shards))
+    errors = [f"{folder / shard.file} {problem}" for shard, problem in zip(shard_set.shards, problems) if problem]
+    if errors:
+        raise UserError("\n       ".join(errors) + rerun_hint(folder))
+    _check_ids(shard_set)
+    shard_set.check_splits_not_empty()
+    return shard_set
+
+
+def _check_ids(shard_set: ShardSet) -> None:
+    for shard in shard_set.shards:
+        largest = shard_set.memmap(shard).max() if shard.tokens else 0
+        if largest >= shard_set.vocab_size:
+            raise UserError(f"{shard_set.folder / shard.file} has an id {largest}, beyond the vocabulary of "
+                            f"{shard_set.vocab_size}\n       delete {shard_set.folder} and run python preprocess.py "
+                            "again")
