@@ -47,7 +47,7 @@ def plain_ids(vocabulary: Tokenizer, texts: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("size", [400, 600, 2000])
 def test_the_pieces_are_those_of_the_text_itself(size):
-    assert plain.pieces(learn_tokenizer(STORIES + ODD, size).model) == plain.pieces(plain.learn(STORIES + ODD, size))
+    assert plain.pieces(learn_tokenizer(STORIES + ODD, size).model) == plain.pieces(plain.learn_tokenizer(STORIES + ODD, size))
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
@@ -55,12 +55,12 @@ def test_the_pieces_are_those_of_the_text_itself(size):
 def test_the_pieces_of_any_text_are_those_of_the_text_itself(texts):
     texts = [text for text in texts if text.strip("\n\t")]
     if texts:
-        assert plain.pieces(learn_tokenizer(texts, 320).model) == plain.pieces(plain.learn(texts, 320))
+        assert plain.pieces(learn_tokenizer(texts, 320).model) == plain.pieces(plain.learn_tokenizer(texts, 320))
 
 
 def test_the_file_says_that_a_space_is_put_in_front(vocabulary):
     """For all that read it, not only for us: the ids are those of the model that was trained on the text."""
-    model = plain.learn(STORIES, 600)
+    model = plain.learn_tokenizer(STORIES, 600)
     assert plain_ids(vocabulary, STORIES[:50] + HARD) == plain_ids(Tokenizer(model), STORIES[:50] + HARD)
 
 

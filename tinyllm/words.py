@@ -1,15 +1,15 @@
-"""Texts as words, so that each distinct word is worked on once: counted by step 1, encoded by step 2.
+"""Texts as words, so that each distinct word is processed once: counted by step 1, encoded by step 2.
 
     counts = WordCounts()
     counts.add([b"a cat saw a dog"])
     counts.flush()                                 # counts.counts is {b" a": 2, b" cat": 1, ...}
 
-A word begins where a space follows something else, and holds all spaces up to its letters; a newline is a word by
-itself. Every text gets a space in front, as SentencePiece puts one there. No piece of a vocabulary of step 1 crosses
-the border of a word, so that byte-pair encoding of a text is that of its words, one after another.
+A word starts where a space follows something else, and holds all spaces up to its letters; a newline is a word by
+itself. Every text gets a space in front, as SentencePiece puts one there. No piece of a tokenizer of step 1 crosses
+the border of a word, so the byte-pair encoding of a text is the encoding of its words, one after another.
 
-Text repeats itself: 3.4 million words of TinyStories are 36,000 distinct ones. What is left to do per word is done by
-numpy for 128 kB of text at a time.
+Text repeats itself: 3.4 million words of TinyStories are 36,000 distinct ones. The remaining work per word is done by
+numpy, for 128 kB of text at a time.
 """
 import io
 import re
@@ -24,143 +24,153 @@ import numpy as np
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, BaseTokenizer, Tokenizer
 
 SPACE_MARK = SPACE.encode()             # SentencePiece writes a space as this character
-MAX_WORDS = 1 << 17                    # numbers that are given before all is forgotten,
-MAX_WORD_BYTES = 1 << 23                    # and the length of the words that had them, so that long ones take no more
-MAX_COUNT_BYTES = 100 << 20                 # bytes that the counted words may take, about
+MAX_WORDS = 1 << 17                     # of a table; when it is full, a new one starts
+MAX_WORD_BYTES = 1 << 23                # of all words of a table, so that long words take no more memory
+MAX_COUNT_BYTES = 100 << 20             # memory of the counted words, about
 
 _SLOTS = 2 * MAX_WORDS
-_PROBES = 3                             # places where a word may be kept
-_LONGEST = 15                           # bytes of a word that is kept; its length takes the 16th
-_LOW_BYTES = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_LONGEST + 1)], np.uint64)
-_HIGH_BYTES = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_LONGEST + 1)], np.uint64)
-_ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)       # any two will do that are odd and mixed
+_PROBES = 3                             # slots that a word may be in
+_MAX_KEY_BYTES = 15                     # of a word in the table; its length takes the 16th byte of the key
+_LOW_MASK = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_MAX_KEY_BYTES + 1)], np.uint64)
+_HIGH_MASK = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_MAX_KEY_BYTES + 1)], np.uint64)
+_MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)        # any two odd, random numbers
 
 
 def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """The texts in one buffer with a space in front of each, and where its words and its texts begin.
+    """Join the texts, with a space in front of each, and find their words.
 
     Returns:
-        buffer; places where words begin, and that of the end (words + 1,); for each text its first word (texts,).
+        the buffer; where each word starts, and the end (words + 1,); the index of each text's first word (texts,).
     """
-    buffer = b" ".join([b"", *texts, bytes(_LONGEST)])          # zeros at the end, to read whole numbers there
-    end = len(buffer) - 1 - _LONGEST
+    buffer = b" ".join([b"", *texts, bytes(_MAX_KEY_BYTES)])        # zeros at the end, to read whole integers there
+    end = len(buffer) - 1 - _MAX_KEY_BYTES
     data = np.frombuffer(buffer, np.uint8, end)
     sizes = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
-    spaces, newlines = data == ord(" "), data == ord("\n")
-    begins = newlines.copy()
-    begins[1:] |= (spaces[1:] > spaces[:-1]) | newlines[:-1]
-    firsts = np.cumsum(sizes) - sizes
-    begins[firsts] = True
-    places = np.append(np.flatnonzero(begins), end)
-    return buffer, places, np.searchsorted(places, firsts)
+    text_starts = np.cumsum(sizes) - sizes
+    is_space = data == ord(" ")
+    is_newline = data == ord("\n")
+    is_start = is_newline.copy()
+    is_start[1:] |= (is_space[1:] > is_space[:-1]) | is_newline[:-1]
+    is_start[text_starts] = True
+    word_starts = np.append(np.flatnonzero(is_start), end)
+    return buffer, word_starts, np.searchsorted(word_starts, text_starts)
 
 
 class WordTable:
-    """Gives the distinct words of texts numbers: 1, 2, 3 and so on, as they come.
+    """Numbers the distinct words of texts: 1, 2, 3 and so on, in order of appearance.
 
-    A hash table with open addressing, worked on by numpy for all words of a batch at once. A word is its own key, as
-    two numbers of 64 bits, so that equal keys are equal words. One that is too long for that, or finds its places
-    taken, gets another number in each batch; where spaces are rare, as in Chinese, nearly all do, and the table is soon
-    full. That costs little more than not to have it.
+    A hash table with open addressing, in numpy for all words of a batch at once. A word is its own key, as two 64-bit
+    integers, so that equal keys are equal words. A word that is too long for a key, or finds its slots taken, gets
+    another number in each batch. Where spaces are rare, as in Chinese, nearly all words do, and the table is soon
+    full; that costs little more than having no table.
     """
 
     def __init__(self):
-        self.low, self.high = np.zeros(_SLOTS, np.uint64), np.zeros(_SLOTS, np.uint64)
-        self.numbers, self.known, self.size = np.zeros(_SLOTS, np.int32), 0, 0
+        self.low = np.zeros(_SLOTS, np.uint64)
+        self.high = np.zeros(_SLOTS, np.uint64)
+        self.ids = np.zeros(_SLOTS, np.int32)
+        self.n_words = 0
+        self.n_bytes = 0
 
     @property
     def full(self) -> bool:
-        """Whether it is time to begin anew with another one."""
-        return self.known >= MAX_WORDS or self.size >= MAX_WORD_BYTES
+        """True if a new table should take over."""
+        return self.n_words >= MAX_WORDS or self.n_bytes >= MAX_WORD_BYTES
 
     def assign_ids(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
         """Number the words of texts.
 
         Returns:
-            the number of each word (words,), int32; for each text its first word (texts,); the words that had none
-            before, in the order of their numbers.
+            the number of each word (words,), int32; the index of each text's first word (texts,); the new words, in
+            the order of their numbers.
         """
-        buffer, places, firsts = split_words(texts)
-        sizes = np.diff(places)
-        keys = _keys(buffer, places[:-1], sizes)
-        numbers = self._lookup(*keys)
-        unknown = np.flatnonzero(numbers == 0)
-        new: dict[bytes, int] = {}
-        to_keep = []
-        for at, begin, end in zip(unknown.tolist(), places[unknown].tolist(), places[unknown + 1].tolist()):
-            word = buffer[begin:end]
-            if word not in new:
-                new[word] = self.known + 1 + len(new)
-                if end - begin <= _LONGEST:
-                    to_keep.append(at)
-            numbers[at] = new[word]
-        self.known += len(new)
-        self.size += sum(map(len, new))
-        self._insert(*(key[to_keep] for key in keys), numbers[to_keep])
-        return numbers, firsts, list(new)
+        buffer, starts, text_starts = split_words(texts)
+        keys = _make_keys(buffer, starts[:-1], np.diff(starts))
+        ids = self._lookup(*keys)
+        unknown = np.flatnonzero(ids == 0)
+        new_ids: dict[bytes, int] = {}
+        to_insert = []
+        for index, start, end in zip(unknown.tolist(), starts[unknown].tolist(), starts[unknown + 1].tolist()):
+            word = buffer[start:end]
+            if word not in new_ids:
+                new_ids[word] = self.n_words + 1 + len(new_ids)
+                if end - start <= _MAX_KEY_BYTES:
+                    to_insert.append(index)
+            ids[index] = new_ids[word]
+        self.n_words += len(new_ids)
+        self.n_bytes += sum(map(len, new_ids))
+        self._insert(*(key[to_insert] for key in keys), ids[to_insert])
+        return ids, text_starts, list(new_ids)
 
-    def _lookup(self, low: np.ndarray, high: np.ndarray, mixed: np.ndarray, probe: int = 0) -> np.ndarray:
-        """The numbers of words; 0 for those that are not kept."""
-        slots = _slots(mixed, probe)
-        same = (self.low.take(slots) == low) & (self.high.take(slots) == high)      # take is twice as fast as [slots]
-        numbers = self.numbers.take(slots) * same
-        rest = np.flatnonzero(~same)
+    def _lookup(self, low: np.ndarray, high: np.ndarray, hashes: np.ndarray, probe: int = 0) -> np.ndarray:
+        """Return the numbers of words; 0 for words that are not in the table."""
+        slots = _choose_slots(hashes, probe)
+        is_equal = (self.low.take(slots) == low) & (self.high.take(slots) == high)      # take is twice as fast as []
+        ids = self.ids.take(slots) * is_equal
+        rest = np.flatnonzero(~is_equal)
         if probe + 1 < _PROBES and len(rest):
-            numbers[rest] = self._lookup(low[rest], high[rest], mixed[rest], probe + 1)
-        return numbers
+            ids[rest] = self._lookup(low[rest], high[rest], hashes[rest], probe + 1)
+        return ids
 
-    def _insert(self, low: np.ndarray, high: np.ndarray, mixed: np.ndarray, numbers: np.ndarray, probe: int = 0) -> None:
-        """Put words where there is room; where several want one slot, one of them gets it."""
-        slots = _slots(mixed, probe)
-        free = self.high[slots] == 0
-        self.numbers[slots[free]] = numbers[free]
-        won = free & (self.numbers[slots] == numbers)
-        self.low[slots[won]], self.high[slots[won]] = low[won], high[won]
+    def _insert(self, low: np.ndarray, high: np.ndarray, hashes: np.ndarray, ids: np.ndarray, probe: int = 0) -> None:
+        """Put words into free slots. Where several want one slot, the last one wins, and the others try the next."""
+        slots = _choose_slots(hashes, probe)
+        is_free = self.high[slots] == 0
+        self.ids[slots[is_free]] = ids[is_free]
+        won = is_free & (self.ids[slots] == ids)
+        self.low[slots[won]] = low[won]
+        self.high[slots[won]] = high[won]
         if probe + 1 < _PROBES and not won.all():
-            self._insert(low[~won], high[~won], mixed[~won], numbers[~won], probe + 1)
+            self._insert(low[~won], high[~won], hashes[~won], ids[~won], probe + 1)
 
 
-def _keys(buffer: bytes, places: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bytes of each word as two numbers, its length in the last byte; and both mixed. Of a long word, too few."""
-    eights = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))        # the 8 bytes from each place on
-    short = np.minimum(sizes, _LONGEST)
-    low = eights.take(places) & _LOW_BYTES.take(short)
-    high = eights.take(places + 8) & _HIGH_BYTES.take(short)
-    high |= np.minimum(sizes, _LONGEST + 1).astype(np.uint64) << np.uint64(56)
-    return low, high, (low ^ high * _ODD[0]) * _ODD[1]
+def _make_keys(buffer: bytes, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the key of each word, its bytes as two integers with its length in the last byte, and the key's hash.
+
+    The length in a key of a word of more than _MAX_KEY_BYTES is larger than all others, so that it is in no table.
+    """
+    integers = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))      # of the 8 bytes from each position on
+    key_sizes = np.minimum(sizes, _MAX_KEY_BYTES)
+    low = integers.take(starts) & _LOW_MASK.take(key_sizes)
+    high = integers.take(starts + 8) & _HIGH_MASK.take(key_sizes)
+    high |= np.minimum(sizes, _MAX_KEY_BYTES + 1).astype(np.uint64) << np.uint64(56)
+    return low, high, (low ^ high * _MULTIPLIERS[0]) * _MULTIPLIERS[1]
 
 
-def _slots(mixed: np.ndarray, probe: int) -> np.ndarray:
-    return (mixed >> np.uint64(46 - 18 * probe) & np.uint64(_SLOTS - 1)).astype(np.int64)
+def _choose_slots(hashes: np.ndarray, probe: int) -> np.ndarray:
+    return (hashes >> np.uint64(46 - 18 * probe) & np.uint64(_SLOTS - 1)).astype(np.int64)
 
 
 class WordEncoder:
     """Encodes texts by the ids of their words, each of which is encoded once."""
 
-    def __init__(self, encode: Callable[[list[bytes]], Iterable[list[int]]], between: list[int]):
-        """encode: gives the ids of words. between: the ids that stand between texts."""
-        self.encode_words, self.separator_ids = encode, between
-        self._forget()
+    def __init__(self, encode_words: Callable[[list[bytes]], Iterable[list[int]]], separator_ids: list[int]):
+        """encode_words: yields the ids of each word. separator_ids: the ids between texts."""
+        self.encode_words = encode_words
+        self.separator_ids = separator_ids
+        self._start_table()
 
-    def _forget(self) -> None:
-        """Number 0 is what stands between texts; then come the words."""
+    def _start_table(self) -> None:
+        """Forget all words. Number 0 stands for the separator."""
         self.words = WordTable()
-        self.ids, self.begins, self.sizes = array("i", self.separator_ids), array("i", [0]), array("i", [len(self.separator_ids)])
+        self.ids = array("i", self.separator_ids)               # of all words, one after another
+        self.starts = array("i", [0])                           # of each word in `ids`
+        self.sizes = array("i", [len(self.separator_ids)])
 
     def encode(self, texts: list[bytes]) -> np.ndarray:
-        """The ids of the texts one after another, int32, with `between` in front of each and at the end."""
+        """Return the ids of the texts, int32, with separator_ids before each and at the end."""
         if self.words.full:
-            self._forget()
-        numbers, firsts, new = self.words.assign_ids(texts)
-        for ids in self.encode_words(new):
-            self.begins.append(len(self.ids))
+            self._start_table()
+        words, text_starts, new_words = self.words.assign_ids(texts)
+        for ids in self.encode_words(new_words):
+            self.starts.append(len(self.ids))
             self.sizes.append(len(ids))
             self.ids.extend(ids)
-        numbers = np.append(np.insert(numbers, firsts, 0), 0)
-        sizes = np.frombuffer(self.sizes, np.int32).take(numbers)
-        ends = np.cumsum(sizes, dtype=np.int32)
-        # id j of the result, in word i, is ids[begins[i] + j - (where i begins in the result)]
-        shifts = np.frombuffer(self.begins, np.int32).take(numbers) - (ends - sizes)
+        words = np.append(np.insert(words, text_starts, 0), 0)
+        sizes = np.frombuffer(self.sizes, np.int32).take(words)
+        ends = np.cumsum(sizes, dtype=np.int32)                 # of each word in the result
+        # id j of the result, in word i, is ids[starts[i] + j - (start of i in the result)]
+        shifts = np.frombuffer(self.starts, np.int32).take(words) - (ends - sizes)
         return np.frombuffer(self.ids, np.int32).take(np.repeat(shifts, sizes) + np.arange(ends[-1], dtype=np.int32))
 
 
@@ -194,59 +204,67 @@ class DocumentEncoder:
 
 
 class WordCounts:
-    """How often each word comes. When they take more than MOST_MEMORY, those that came least are left out."""
+    """How often each word occurs. When the words take more than MAX_COUNT_BYTES, the rarest are left out."""
 
     def __init__(self):
         self.counts: dict[bytes, int] = {}
-        self.n_pruned = self._size = 0
-        self._numbered: tuple[WordTable, list[bytes], np.ndarray] | None = None
+        self.n_pruned = 0
+        self._n_bytes = 0
+        self._drop_table()
+
+    def _drop_table(self) -> None:
+        """Keep no table, which is large, in a flushed object, which is sent to another process."""
+        self._table: WordTable | None = None
+        self._words = [b""]                             # by number
+        self._table_counts = np.zeros(1, np.int64)      # by number
 
     def add(self, texts: list[bytes]) -> None:
-        """Count the words of texts. A character that SentencePiece takes for a space is one."""
-        words, names, seen = self._numbered or (WordTable(), [b""], np.zeros(0, np.int64))
-        numbers, _, new = words.assign_ids([text.replace(SPACE_MARK, b" ") for text in texts])
-        names += new
-        now = np.bincount(numbers, minlength=len(seen))
-        now[:len(seen)] += seen
-        self._numbered = words, names, now
-        if words.full:
+        """Count the words of texts. U+2581, which SentencePiece takes for a space, is one."""
+        self._table = self._table or WordTable()
+        numbers, _, new_words = self._table.assign_ids([text.replace(SPACE_MARK, b" ") for text in texts])
+        self._words += new_words
+        counts = np.bincount(numbers, minlength=len(self._words))
+        counts[:len(self._table_counts)] += self._table_counts
+        self._table_counts = counts
+        if self._table.full:
             self.flush()
 
     def flush(self) -> None:
-        """Bring what was counted by number into `counts`."""
-        if self._numbered:
-            _, names, seen = self._numbered
-            self._numbered = None
-            self._add_counts(zip(names[1:], seen[1:].tolist()))
+        """Move the counts by number into `counts`."""
+        words, counts = self._words[1:], self._table_counts[1:].tolist()
+        self._drop_table()
+        self._add_counts(zip(words, counts))
 
     def merge(self, other: "WordCounts") -> None:
-        """Take in what another one has settled."""
+        """Add the counts of another object that was flushed."""
         self.n_pruned += other.n_pruned
         self._add_counts(other.counts.items())
 
     def _add_counts(self, counts: Iterable[tuple[bytes, int]]) -> None:
         for word, count in counts:
             if word not in self.counts:
-                self._size += _entry_bytes(word)
+                self._n_bytes += _entry_bytes(word)
             self.counts[word] = self.counts.get(word, 0) + count
-        if self._size > MAX_COUNT_BYTES:
+        if self._n_bytes > MAX_COUNT_BYTES:
             self._prune()
 
     def _prune(self) -> None:
-        """Keep the commonest, in half of the memory. Among equally common ones chance decides, the same each time."""
-        every = sorted(self.counts.items(), key=lambda item: (-item[1], crc32(item[0])))
-        self.counts, self._size = {}, 0
-        for word, count in every:
-            if self._size + _entry_bytes(word) > MAX_COUNT_BYTES // 2:
+        """Keep the most common words, in half of the memory. The CRC decides between equally common ones."""
+        entries = sorted(self.counts.items(), key=lambda entry: (-entry[1], crc32(entry[0])))
+        self.counts = {}
+        self._n_bytes = 0
+        for word, count in entries:
+            if self._n_bytes + _entry_bytes(word) > MAX_COUNT_BYTES // 2:
                 break
             self.counts[word] = count
-            self._size += _entry_bytes(word)
-        self.n_pruned += len(every) - len(self.counts)
+            self._n_bytes += _entry_bytes(word)
+        self.n_pruned += len(entries) - len(self.counts)
 
 
 def _entry_bytes(word: bytes) -> int:
-    """Bytes that a word and its count take, about; long ones count more, for what training makes of each character."""
-    return max(150, 16 * len(word) * word.isascii()) + 8 * len(word)
+    """Estimate the memory of a word and its count, and for ASCII the memory of each character in training."""
+    training_bytes = 16 * len(word) if word.isascii() else 0
+    return max(150, training_bytes) + 8 * len(word)
 
 
 def why_not_wordwise(tokenizer: BaseTokenizer) -> str:
@@ -291,7 +309,7 @@ def _merged_message(fields: list[tuple[int, Any]], number: int) -> dict[int, Any
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The number and the value, an int or bytes, of each field of a protocol buffer."""
+    """Yield the number and the value, an int or bytes, of each field of a protocol buffer."""
     file = io.BytesIO(message)
     while file.tell() < len(message):
         number, kind = divmod(_varint(file), 8)
