@@ -187,7 +187,7 @@ def test_mistakes_are_one_clear_line(source):
     assert_user_error(run_captured("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
     assert_user_error(run_captured("convert", source, "a.gguf", "more"), "more")
     Path("tok300.model").write_bytes(b"pieces")
-    assert_user_error(run_captured("convert", "tok300.model", "a.gguf"), "tok300.model is a vocabulary", "ckpt.pt")
+    assert_user_error(run_captured("convert", "tok300.model", "a.gguf"), "tok300.model is a tokenizer", "ckpt.pt")
     Path("empty").mkdir()
     assert_user_error(run_captured("convert", "empty", "a.pt"), "config.json", "params.json")
     assert not Path("a.gguf").exists() and not list(Path().glob("*.tmp"))

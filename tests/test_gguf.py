@@ -143,7 +143,7 @@ def test_q6_k_is_read(write, monkeypatch):
 
 
 def test_types_that_are_not_read_are_named(state, write):
-    with pytest.raises(UserError, match="token_embd.weight is quantised as Q5_1"):
+    with pytest.raises(UserError, match="token_embd.weight is quantized as Q5_1"):
         formats.read_model(write(state, as_type="Q5_1"))
 
 
@@ -222,7 +222,7 @@ def test_a_state_without_a_vocabulary_says_what_to_do(state, write):
     ("general.architecture", "qwen2", "architecture 'qwen2'"), ("llama.rope.scaling.type", "yarn", "type 'yarn'"),
     ("llama.expert_count", 8, "expert_count 8"), ("llama.rope.dimension_count", 8, "dimension_count 8"),
     ("llama.attention.key_length", 32, "key_length 32"), ("llama.context_length", 1 << 30, "context_length 1073741824"),
-    ("llama.block_count", 1 << 23, "lacks"), ("llama.block_count", 1, "nothing here knows"),
+    ("llama.block_count", 1 << 23, "lacks"), ("llama.block_count", 1, "unknown tensors"),
     ("llama.feed_forward_length", [192, 96], r"feed_forward_length \[192, 96\]"),
     ("llama.attention.head_count", 0, "damaged"), ("tokenizer.ggml.model", "bert", "kind 'bert'"),
     ("tokenizer.ggml.add_space_prefix", False, "add_space_prefix"),

@@ -110,7 +110,7 @@ def test_logits_loss_and_gradients_equal_transformers(theirs, folder, tokens):
     theirs.zero_grad()
     loss.backward()
     other_loss.backward()
-    names = gpt2_folder.layer_names(ARGS.n_layers, gpt2_folder.OF_LAYER, gpt2_folder.OF_MODEL)
+    names = gpt2_folder.layer_names(ARGS.n_layers, gpt2_folder.LAYER_NAMES, gpt2_folder.MODEL_NAMES)
     for name, weight in model.named_parameters():
         grad = theirs.transformer.get_parameter(names[name]).grad
         torch.testing.assert_close(weight.grad, grad.T if name.endswith(gpt2_folder.TURNED) else grad, **CLOSE)

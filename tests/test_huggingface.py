@@ -111,7 +111,7 @@ def test_fine_tuning_begins_with_the_gradients_of_transformers(folder, vocabular
     ({"attention_bias": True}, "attention_bias True"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"head_dim": 16}, "head_dim 16"), ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "yarn"),
     ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"), ({"num_hidden_layers": 3}, "lacks 9 tensors"),
-    ({"num_hidden_layers": 1}, "nothing here knows"), ({"quantization_config": {"bits": 4}}, "quantization_config")])
+    ({"num_hidden_layers": 1}, "unknown tensors"), ({"quantization_config": {"bits": 4}}, "quantization_config")])
 def test_what_cannot_be_represented_is_named(folder, change, part):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | change), encoding="utf-8")

@@ -82,7 +82,7 @@ def test_the_vocabulary_comes_back_and_is_as_exact(state, vocabulary):
 
 
 def test_the_tokenizer_file_is_as_llama2_c_writes_it(vocabulary):
-    llama2c.write_vocabulary(vocabulary, Path("tokenizer.bin"))
+    llama2c.write_tokenizer(vocabulary, Path("tokenizer.bin"))
     content = Path("tokenizer.bin").read_bytes()
     assert content[4:].startswith(b"".join(struct.pack("<fi", 0, len(text)) + text
                                            for text in (b"<unk>", b"\n<s>\n", b"\n</s>\n", b"<0x00>", b"<0x01>")))
@@ -95,7 +95,7 @@ def test_a_vocabulary_beside_the_model_is_taken_if_its_size_fits(state, vocabula
     path, shared = write(state, 0), Path("tokenizer.bin")
     Path("story.tokenizer.bin").rename(shared)
     assert Tokenizer(formats.read_model(path)["tokenizer"]).pieces() == vocabulary.pieces()
-    llama2c.write_vocabulary(learn_tokenizer(STORIES, 390), shared)
+    llama2c.write_tokenizer(learn_tokenizer(STORIES, 390), shared)
     state = formats.read_model(path)
     with pytest.raises(UserError, match="--tokenizer"):
         checkpoint.build_tokenizer(state)
@@ -124,7 +124,7 @@ def test_vocabularies_that_run_c_would_read_wrongly_are_refused(vocabulary):
     other_order = Tokenizer(sentencepiece_model([*pieces[1:3], pieces[0], *pieces[3:]], bos_id=0, eos_id=1))
     for other in (tokenizer.BaseTokenizer(b"{}"), other_order):
         with pytest.raises(UserError, match="like Llama 2's"):
-            llama2c.write_vocabulary(other, Path("tokenizer.bin"))
+            llama2c.write_tokenizer(other, Path("tokenizer.bin"))
     assert not Path("tokenizer.bin").exists()
 
 
@@ -154,7 +154,7 @@ def test_no_damage_of_a_header_is_more_than_a_user_error(state, version):
 @pytest.mark.parametrize("content", [b"", b"24ka", b"hello" * 100, bytes(1000), struct.pack("<7i", *[1] * 7)])
 def test_foreign_files_are_neither_models_nor_vocabularies(content):
     Path("foreign").write_bytes(content)
-    assert not llama2c.is_legacy(Path("foreign")) and llama2c.read_vocabulary(Path("foreign")) is None
+    assert not llama2c.is_legacy(Path("foreign")) and llama2c.read_tokenizer(Path("foreign")) is None
     with pytest.raises(UserError, match="foreign"):
         formats.read_model("foreign")
 
@@ -197,7 +197,7 @@ def test_checkpoints_of_llama2_c_load(vocabulary):
     constants = {f"_orig_mod.{name}": torch.ones(1) for name in ("layers.0.attention.mask", "freqs_cos", "freqs_sin")}
     torch.save({"model": weights | constants, "optimizer": {"state": {}, "param_groups": []}, "model_args": args,
                 "iter_num": 7, "best_val_loss": torch.tensor(1.5), "config": {"out_dir": "out"}}, "ckpt.pt")
-    llama2c.write_vocabulary(vocabulary, Path("tokenizer.bin"))
+    llama2c.write_tokenizer(vocabulary, Path("tokenizer.bin"))
     found = formats.read_model("ckpt.pt", tokenizer="tokenizer.bin")
     assert found["model_args"] == asdict(ModelArgs(**{**state["model_args"], "n_kv_heads": 4}))
     assert all(torch.equal(found["model"][name], weight) for name, weight in state["model"].items())

@@ -339,7 +339,7 @@ def test_a_vocabulary_from_elsewhere(texts, run_in_process):
 
 
 def test_what_is_next_depends_on_whether_there_were_weights_too(texts, byte_checkpoint, run_in_process, capsys):
-    llama2c.write_vocabulary(Tokenizer("data/tok400.model"), Path("tokenizer.bin"))
+    llama2c.write_tokenizer(Tokenizer("data/tok400.model"), Path("tokenizer.bin"))
     shutil.copy(byte_checkpoint, "weights.model")
     for name, expected in (("tokenizer.bin", "python train.py --data_dir own\n"),
                            ("weights.model", "python train.py --data_dir own2 --init_from weights.model --out_dir ")):

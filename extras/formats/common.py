@@ -1,4 +1,4 @@
-"""What the readers and writers share: the state that they make, and vocabularies in the forms that they need."""
+"""What the readers and writers share: states, and tokenizers in the forms that they need."""
 import json
 import struct
 from collections.abc import Collection, Iterable
@@ -12,46 +12,54 @@ from tinyllm.cli import UserError
 from tinyllm.project import shorten_list
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, BaseTokenizer, Tokenizer
 
+# patterns that cut text before its bytes are merged
 LLAMA3 = TiktokenTokenizer.PATTERN
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def make_state(model: dict[str, Tensor], model_args: dict[str, Any], vocabulary: BaseTokenizer | None = None,
+def make_state(model: dict[str, Tensor], model_args: dict[str, Any], tokenizer: BaseTokenizer | None = None,
                chat: str = "", architecture: str = "llama") -> dict[str, Any]:
-    """A state as checkpoint.py has it, of a model that has not been trained here. Without an output, it is tied."""
+    """Return a state as in tinyllm/checkpoint.py. A model without an output layer shares its embedding."""
     model.setdefault("output.weight", model["tok_embeddings.weight"])
     state = {"model": model, "model_args": model_args, "iter_num": 0, "config": {}, "chat": chat,
              "architecture": architecture}
-    if vocabulary:
-        state |= {"tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256}
+    if tokenizer:
+        state |= {"tokenizer": tokenizer.model, "tokenizer_sha256": tokenizer.sha256}
     return state
 
 
-def layer_names(n_layers: int, of_layer: dict[str, str], of_model: dict[str, str]) -> dict[str, str]:
-    """All tensor names of a model, ours to theirs; a layer's names have {} for its number."""
+def layer_names(n_layers: int, layer: dict[str, str], model: dict[str, str]) -> dict[str, str]:
+    """Return all tensor names of a model, ours to theirs. layer: names with {} for the number of the layer."""
     if not 0 < n_layers < 10_000:
         raise ValueError(f"{n_layers} layers")
-    return of_model | {ours.format(i): theirs.format(i) for i in range(n_layers) for ours, theirs in of_layer.items()}
+    names = dict(model)
+    for i in range(n_layers):
+        names |= {ours.format(i): theirs.format(i) for ours, theirs in layer.items()}
+    return names
 
 
-def check_names(found: Iterable[str], expected: Iterable[str], source: Path) -> None:
-    """Raise UserError with all names that are missing or too many."""
-    found, expected = set(found), set(expected)
-    for names, problem in ((expected - found, "lacks"), (found - expected, "has, and nothing here knows,")):
-        if names:
-            raise UserError(f"{source} {problem} {len(names)} tensors: {shorten_list(sorted(names), 8)}")
+def check_names(names: Iterable[str], expected: Iterable[str], source: Path) -> None:
+    """Raise UserError with all tensors that are missing or unknown."""
+    missing = set(expected) - set(names)
+    unknown = set(names) - set(expected)
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} tensors: {shorten_list(sorted(missing), 8)}")
+    if unknown:
+        raise UserError(f"{source} has {len(unknown)} unknown tensors: {shorten_list(sorted(unknown), 8)}")
 
 
-def check_supported(values: dict[str, Any], known: dict[str, Collection[Any]], source: Path, model: str) -> None:
-    """Raise UserError with all values that a model cannot represent; those that are left out are as it has them."""
-    problems = [f"{name} {values[name]!r}" for name, possible in known.items()
-                if name in values and values[name] not in possible]
+def check_supported(values: dict[str, Any], supported: dict[str, Collection[Any]], source: Path, model: str) -> None:
+    """Raise UserError with all values that a model cannot represent; missing ones are its defaults."""
+    problems = []
+    for name, possible in supported.items():
+        if name in values and values[name] not in possible:
+            problems.append(f"{name} {values[name]!r}")
     if problems:
         raise UserError(f"{source} is a model that {model} cannot represent: {', '.join(problems)}")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError when it is none."""
+    """Read a JSON file. Raises UserError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -59,27 +67,31 @@ def read_json(path: Path) -> Any:
 
 
 def chat_of_template(template: Any) -> str:
-    """The chat format that a Hugging Face template writes, by its marks; "" for one that is not known here."""
+    """Return the name of the chat template that a Hugging Face template writes; "" for an unknown one."""
     text = json.dumps(template)
-    marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}
-    return next((name for mark, name in marks.items() if mark in text), "")
+    if "<|im_start|>" in text:
+        return "chatml"
+    return "llama3" if "<|start_header_id|>" in text else ""
 
 
 # ---- SentencePiece ------------------------------------------------------------------------------
 
 def sentencepiece_model(pieces: list[tuple[str, float, int]], bos_id: int = 1, eos_id: int = 2) -> bytes:
-    """The file of a byte-pair vocabulary from text, score and kind of each piece.
+    """Return the file of a byte-pair tokenizer from text, score and kind of each piece.
 
-    Written by hand as protocol buffers: fields and numbers are those of sentencepiece_model.proto.
+    It is a protocol buffer; fields and numbers are those of sentencepiece_model.proto.
     """
+    bpe, true = 2, 1
     unk_id = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), 0)
-    entries = (_field(1, text.encode()) + _key(2, 5) + struct.pack("<f", score) + _number(3, kind)
-               for text, score, kind in pieces)
-    bpe, yes = 2, 1
-    trainer = (_number(3, bpe) + _number(4, len(pieces)) + _number(35, yes) + _number(40, unk_id)
+    trainer = (_number(3, bpe) + _number(4, len(pieces)) + _number(35, true) + _number(40, unk_id)
                + _number(41, bos_id) + _number(42, eos_id) + _number(43, -1))
-    normalizer = _field(1, b"identity") + _number(3, yes) + _number(4, 0) + _number(5, yes)
-    return b"".join(_field(1, entry) for entry in entries) + _field(2, trainer) + _field(3, normalizer)
+    normalizer = _field(1, b"identity") + _number(3, true) + _number(4, 0) + _number(5, true)
+    entries = [_field(1, _piece(*piece)) for piece in pieces]
+    return b"".join(entries) + _field(2, trainer) + _field(3, normalizer)
+
+
+def _piece(text: str, score: float, kind: int) -> bytes:
+    return _field(1, text.encode()) + _key(2, 5) + struct.pack("<f", score) + _number(3, kind)
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -95,107 +107,122 @@ def _key(number: int, wire_type: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    found = bytearray()
+    encoded = bytearray()
     while value > 127:
-        found.append(value & 127 | 128)
+        encoded.append(value & 127 | 128)
         value >>= 7
-    return bytes([*found, value])
+    encoded.append(value)
+    return bytes(encoded)
 
 
 # ---- tokenizer.json -----------------------------------------------------------------------------
 
-def tokenizer_json(vocabulary: BaseTokenizer) -> dict[str, Any]:
-    """The vocabulary as the content of a tokenizer.json."""
-    if isinstance(vocabulary, JsonTokenizer):
-        return {key: value for key, value in json.loads(vocabulary.model).items() if key != JsonTokenizer.OWN}
-    if isinstance(vocabulary, TiktokenTokenizer):
-        return llama3_json(vocabulary)
-    return sentencepiece_json(vocabulary)
+def tokenizer_json(tokenizer: BaseTokenizer) -> dict[str, Any]:
+    """Return a tokenizer as the content of a tokenizer.json."""
+    if isinstance(tokenizer, JsonTokenizer):
+        content = json.loads(tokenizer.model)
+        content.pop(JsonTokenizer.OWN, None)
+        return content
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return llama3_json(tokenizer)
+    return sentencepiece_json(tokenizer)
 
 
-def sentencepiece_json(vocabulary: Tokenizer) -> dict[str, Any]:
-    """A byte-pair SentencePiece model in other words."""
-    pieces = vocabulary.pieces()
+def tokenizer_json_with_meta(content: dict[str, Any], bos: str, eos: str, add_bos: bool) -> bytes:
+    """Return a tokenizer.json with the values that JsonTokenizer needs besides."""
+    meta = {"bos": bos, "eos": eos, "add_bos": add_bos}
+    return json.dumps({**content, JsonTokenizer.OWN: meta}, ensure_ascii=False).encode()
+
+
+def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a SentencePiece model as a tokenizer.json."""
+    pieces = tokenizer.pieces()
     ids = {text: i for i, (text, _, _) in enumerate(pieces)}
-    learned = sorted((i for i, (_, _, kind) in enumerate(pieces) if kind == NORMAL), key=lambda i: -pieces[i][1])
-    merges = merges_of((pieces[i][0] for i in learned), ids)
-    special = {text: i for text, i in ids.items() if pieces[i][2] in (UNKNOWN, CONTROL)}
-    unknown = next(text for text, _, kind in pieces if kind == UNKNOWN)
+    kinds = [kind for _, _, kind in pieces]
+    unknown = pieces[kinds.index(UNKNOWN)][0]
+    special = {text: i for text, i in ids.items() if kinds[i] in (UNKNOWN, CONTROL)}
+    learned = [(text, score) for text, score, kind in pieces if kind == NORMAL]
+    learned.sort(key=lambda piece: -piece[1])           # by score, best first
+    merges = merges_of((text for text, _ in learned), ids)
+    normalizers = [{"type": "Prepend", "prepend": SPACE},
+                   {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(special),
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]},
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(special),
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "post_processor": _with_bos(pieces[vocabulary.bos_id][0], vocabulary.bos_id),
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
-            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": _bpe(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=any(k == BYTE for *_, k in pieces)),
+        "post_processor": _put_bos_in_front(pieces[tokenizer.bos_id][0], tokenizer.bos_id),
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in kinds),
     }
 
 
 def byte_level_json(ids: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int], pattern: str,
                     single_digits: bool = False, bos: str = "", whole_words: bool = False) -> dict[str, Any]:
-    """A vocabulary like GPT-2's: text is cut by a pattern, and its bytes are merged.
+    """Return the tokenizer.json of a tokenizer like GPT-2's: a pattern cuts the text, and its bytes are merged.
 
     Args:
-        ids: of each entry, bytes written as in `byte_letters`.
-        single_digits: cut every digit off before the pattern comes.
+        ids: of each entry, with bytes written as in `byte_letters`.
+        single_digits: cut off every digit before the pattern.
         bos: the special token that is put before a text.
-        whole_words: a word that is an entry is taken whole, whatever the merges say (Llama 3).
+        whole_words: a word that is an entry is one token, whatever the merges are (Llama 3).
     """
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    digits = [{"type": "Digits", "individual_digits": True}] if single_digits else []
+    steps = [split, byte_level]
+    if single_digits:
+        steps.insert(0, {"type": "Digits", "individual_digits": True})
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(special), "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*digits, split, byte_level]},
-        "post_processor": _with_bos(bos, special[bos]) if bos else None,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(special),
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": _put_bos_in_front(bos, special[bos]) if bos else None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": _bpe(ids, merges, ignore_merges=whole_words),
     }
 
 
-def tokenizer_json_with_meta(content: dict[str, Any], bos: str, eos: str, add_bos: bool) -> bytes:
-    """A tokenizer.json with what JsonTokenizer wants to know beside it."""
-    own = {"bos": bos, "eos": eos, "add_bos": add_bos}
-    return json.dumps({**content, JsonTokenizer.OWN: own}, ensure_ascii=False).encode()
-
-
-def llama3_json(vocabulary: TiktokenTokenizer) -> dict[str, Any]:
+def llama3_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     letters = byte_letters()
-    ids = {"".join(letters[byte] for byte in token): rank for token, rank in vocabulary.ranks.items()}
-    return byte_level_json(ids, merges_of(ids, ids), vocabulary.special, LLAMA3, bos=vocabulary.SPECIAL[0],
-                           whole_words=True)
+    ids = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
+    merges = merges_of(ids, ids)
+    return byte_level_json(ids, merges, tokenizer.special, LLAMA3, bos=tokenizer.SPECIAL[0], whole_words=True)
 
 
 def merges_of(entries: Iterable[str], known: Collection[str]) -> list[tuple[str, str]]:
-    """All ways to make the entries, best first, of two that are known."""
-    halves = ((entry[:cut], entry[cut:]) for entry in entries for cut in range(1, len(entry)))
-    return [(left, right) for left, right in halves if left in known and right in known]
+    """Return all pairs of known entries that make the entries, best first."""
+    merges = []
+    for entry in entries:
+        for cut in range(1, len(entry)):
+            if entry[:cut] in known and entry[cut:] in known:
+                merges.append((entry[:cut], entry[cut:]))
+    return merges
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's letter for each byte: printable ones stand for themselves, the others for letters from U+0100 on."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    """Return GPT-2's letter for each byte: itself if it is printable, else a letter from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
-    return [chr(byte if byte in plain else next(others)) for byte in range(256)]
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _bpe(ids: dict[str, int], merges: list[tuple[str, str]], **more: Any) -> dict[str, Any]:
+def _bpe(ids: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> dict[str, Any]:
     return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **more,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **options,
             "vocab": ids, "merges": [list(pair) for pair in merges]}
 
 
-def _added(special: dict[str, int]) -> list[dict[str, Any]]:
-    return [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True} for text, i in sorted(special.items(), key=lambda item: item[1])]
+def _added_tokens(special: dict[str, int]) -> list[dict[str, Any]]:
+    in_order = sorted(special.items(), key=lambda item: item[1])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [{"id": i, "content": text, **flags} for text, i in in_order]
 
 
-def _with_bos(token: str, token_id: int) -> dict[str, Any]:
-    """Put bos before a text; who calls the file from elsewhere expects that."""
-    def sequence(name: str, kind: int) -> list[dict[str, Any]]:
-        return [{"SpecialToken": {"id": token, "type_id": kind}}, {"Sequence": {"id": name, "type_id": kind}}]
+def _put_bos_in_front(token: str, token_id: int) -> dict[str, Any]:
+    """Return the post-processor that puts bos before a text, as other programs expect."""
+    def sequence(name: str, type_id: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": token, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
+
     return {"type": "TemplateProcessing", "single": sequence("A", 0), "pair": sequence("A", 0) + sequence("B", 1),
             "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}}}
