@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_user_error, run_captured
 
 from model import ModelArgs
 from tinyllm import cli, demo_stories, shards
@@ -26,14 +26,14 @@ def batch():
 
 
 @pytest.fixture
-def where():
+def backend():
     return devices.choose_backend("cpu", "float32")
 
 
-def test_a_step_of_each_contender_trains_its_model(batch, where):
+def test_a_step_of_each_contender_trains_its_model(batch, backend):
     pytest.importorskip("transformers")
-    block, _ = cli.parse_settings(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
-    run = bench.build_run(block, where, ARGS, False)
+    train_cfg, _ = cli.parse_settings(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
+    run = bench.build_run(train_cfg, backend, ARGS, compiled=False)
     losses = [bench.train.train_step(run, repeat(batch))[1].item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1
     Path("peer").mkdir()
@@ -41,7 +41,7 @@ def test_a_step_of_each_contender_trains_its_model(batch, where):
                                      "    def forward(self, x, y):\n        y.view(-1)\n"
                                      "        return super().forward(x, y)\n", encoding="utf-8")
     for make in (bench.transformers_step, lambda *args: bench.peer_step(Path("peer"), *args)):
-        step = make(where, ARGS, batch)
+        step = make(backend, ARGS, batch)
         model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
         before = [weight.clone() for weight in model.parameters()]
         step()
@@ -54,24 +54,23 @@ def block_model():
     return Transformer(ARGS)
 
 
-def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, where):
+def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, backend):
     calls, now = [], [0.0]
 
     def step(name, seconds):
         calls.append(name)
         now[0] += seconds if len(calls) > 4 else 100.0
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = bench.time_interleaved({"a": lambda: step("a", 1.0), "b": lambda: step("b", 3.0)}, where, 3)
+    found = bench.time_interleaved({"a": lambda: step("a", 1.0), "b": lambda: step("b", 3.0)}, backend, 3)
     assert calls == ["a", "b"] * 5 and found == {"a": 1.0, "b": 3.0}
 
 
 @pytest.mark.parametrize("argv, message", [([], "tools.bench train | quality"), (["quality"], "--data PATH"),
-                                           (["scale"], "torchrun"),
                                            (["quality", "--data", "x", "--minutes", "1"], "--minutes 3"),
                                            (["train", "--rounds", "0"], "rounds must be"),
                                            (["train", "--peer", "nowhere"], "no model.py in"),
                                            (["train", "--preset", "cpu_3min", "--peer", "nowhere"], "no model.py in"),
-                                           (["train", "--preset", "cpu_4"], "no preset 'cpu_4'")])
+                                           (["train", "--preset", "cpu_4"], "unknown preset 'cpu_4'")])
 def test_mistakes_are_said(monkeypatch, argv, message):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
     monkeypatch.setattr(bench, "build_run", lambda *args, **changes: None)
@@ -83,7 +82,8 @@ def test_mistakes_are_said(monkeypatch, argv, message):
 def test_text_is_measured_against_the_plain_way(run_in_process, capsys, monkeypatch):
     """Both run to their ends, on the same text, and give as many tokens."""
     monkeypatch.setattr(bench, "PROCESSES", 1)
-    Path("mine.json").write_text(json.dumps([{"story": story} for story in demo_stories.generate_stories(50)]), encoding="utf-8")
+    stories = [{"story": story} for story in demo_stories.generate_stories(50)]
+    Path("mine.json").write_text(json.dumps(stories), encoding="utf-8")
     tokens = []
     took = bench.time_process
 
@@ -104,3 +104,7 @@ def test_text_is_measured_against_the_plain_way(run_in_process, capsys, monkeypa
 def test_a_contender_that_fails_is_said():
     with pytest.raises(UserError, match="no text in|no file or folder"):
         bench.time_process([sys.executable, ROOT / "train_vocab.py", "--data", "nowhere"])
+
+
+def test_scaling_needs_several_processes():
+    assert_user_error(run_captured("bench_scale"), "torchrun --nproc_per_node=2 -m tools.bench_scale")

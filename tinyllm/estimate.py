@@ -15,7 +15,7 @@ from tinyllm.resume import CHECKPOINT_BYTES_PER_PARAM
 from tinyllm.run import TrainRun
 
 STATE_BYTES_PER_PARAM = 16          # weight, gradient and two moments in float32
-ACTIVATION_BYTES = 90               # per token, layer and dimension, kept for the backward pass; measured without dropout
+ACTIVATION_BYTES = 90               # kept for the backward pass, per token, layer and dimension; without dropout
 PEAK_FACTOR = 2                     # peak memory of a micro-batch, in multiples of what it keeps
 LONG_RUN_SECONDS = 2 * 86400        # a run on a CPU that takes longer is probably not meant
 USEFUL_EPOCHS = 5                   # up to 4 epochs are nearly as good as new text (arXiv 2305.16264)

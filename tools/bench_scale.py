@@ -1,9 +1,10 @@
-"""bench.py scale: what several processes gain, and what their messages cost.
+"""Measure what several processes gain, and what their messages cost.
 
-    torchrun --nproc_per_node=2 -m tools.bench scale
+    torchrun --nproc_per_node=2 -m tools.bench_scale
+    torchrun --nproc_per_node=2 -m tools.bench_scale --preset cpu_3min
 
-All take turns at the same step of the defaults or of a preset: one process alone, with one share of the cores and with
-all of them; the processes of torchrun with DDP, and with `shard`. Then at writing with the model whole and divided.
+The contenders take turns at the same training step: one process alone, with its share of the cores and with all; the
+processes of torchrun with DDP, and with --shard. Then at generation, with the model whole and divided.
 """
 import time
 from collections.abc import Callable
@@ -16,97 +17,127 @@ import torch
 
 import train
 from extras.tensor_parallel import TensorParallelGroup, check_divisible
-from model import ModelArgs, Transformer
-from tinyllm import device as devices
+from model import ModelArgs
+from tinyllm import checkpoint, cli
 from tinyllm.cli import UserError
-from tinyllm.distributed import DistributedContext, distributed_context
+from tinyllm.device import Backend, choose_backend
+from tinyllm.distributed import SINGLE_PROCESS, DistributedContext, distributed_context
 from tinyllm.engine import Engine
 from tinyllm.machine import available_cores
-from tools import bench
+from tools.bench import N_NEW_TOKENS, build_run, default_shape, generate, time_interleaved
+
+# ---- settings -----------------------------------------------------------------------------------
+preset = ""             # the model and batch of a preset; empty: the defaults of train.py
+rounds = 10             # turns of each contender
+device = "auto"
+dtype = "auto"
+# ---- end of settings ----------------------------------------------------------------------------
+
+COMMAND = "torchrun --nproc_per_node=2 -m tools.bench_scale"
 
 
-def bench_scale(cfg: SimpleNamespace) -> None:
-    """Called by bench.py in each of the processes; the first one prints."""
+def main() -> None:
     with distributed_context() as dist:
-        if dist.size == 1:
-            raise UserError("several processes are to be measured: torchrun --nproc_per_node=2 -m tools.bench scale")
-        where = devices.choose_backend(dist.device(cfg.device), cfg.dtype)
-        block, args = bench.default_shape(cfg)
-        compare_steps(cfg, block, args, where, dist)
-        if problem := cannot_divide(args, dist):
-            print(f"writing is left out: {problem}")
+        with dist.all_or_none():
+            cfg, _ = cli.parse_settings(globals())
+            if dist.size == 1:
+                raise UserError(f"this measures several processes\n       {COMMAND}")
+            backend = choose_backend(dist.device(cfg.device), cfg.dtype)
+            train_cfg, args = default_shape(cfg)
+        cores = max(available_cores() // dist.size, 1)
+        bench_steps(cfg, train_cfg, args, backend, dist, cores)
+        try:
+            check_divisible(args, dist)
+        except UserError as error:
+            print(f"generation is left out: {error}")
             return
-        torch.manual_seed(0)
-        whole = Engine(Transformer(args).to(where.device), where.dtype)
-        divided = TensorParallelGroup(dist).engine(Transformer(args), where, "")
-        divided.run(lambda: compare_writing(cfg, whole, divided, where, dist))
+        bench_generation(cfg, args, backend, dist, cores)
 
 
-def cannot_divide(args: ModelArgs, dist: DistributedContext) -> str:
-    try:
-        check_divisible(args, dist)
-    except UserError as error:
-        return str(error)
-    return ""
+def bench_steps(cfg: SimpleNamespace, train_cfg: SimpleNamespace, args: ModelArgs, backend: Backend,
+                dist: DistributedContext, cores: int) -> None:
+    """Measure a step with one micro-batch for each process. `cores` is the share of a process."""
+    tokens = torch.randint(0, args.vocab_size, (train_cfg.batch_size, args.max_seq_len + 1), device=backend.device)
+    batch = (tokens[:, :-1], tokens[:, 1:])                     # x, y: (batch_size, max_seq_len)
 
+    def build_step(context: DistributedContext, shard: bool) -> Callable[[], object]:
+        run = build_run(train_cfg, backend, args, False, context, gradient_accumulation_steps=dist.size, shard=shard)
+        return partial(train.train_step, run, repeat(batch))
+    alone = build_step(SINGLE_PROCESS, False) if dist.is_main else do_nothing       # the other ranks wait for it
+    n_params = checkpoint.new_model(args).count_parameters()
+    gradients = torch.zeros(n_params, device=backend.device)
+    steps = {
+        f"alone, {cores} of {available_cores()} cores": (alone, cores),
+        "alone, all cores": (alone, available_cores()),
+        f"{dist.size} processes, DDP": (build_step(dist, False), cores),
+        f"{dist.size} processes, shard": (build_step(dist, True), cores),
+        "mean of the gradients": (partial(torch.distributed.all_reduce, gradients), cores)}
+    timed = {name: partial(time_together, step, threads, backend, dist) for name, (step, threads) in steps.items()}
+    times = time_interleaved(timed, backend, cfg.rounds)
 
-def compare_steps(cfg: SimpleNamespace, block: SimpleNamespace, args: ModelArgs, where: devices.Backend, dist: DistributedContext
-                  ) -> None:
-    """A step of as many micro-batches as there are processes."""
-    tokens = torch.randint(0, args.vocab_size, (block.batch_size, args.max_seq_len + 1), device=where.device)
-    rows = dist.size * tokens[:, 1:].numel()
-
-    def stepper(own: DistributedContext, shard: bool) -> Callable[[], object]:
-        run = bench.build_run(block, where, args, False, own, gradient_accumulation_steps=dist.size, shard=shard)
-        return partial(train.train_step, run, repeat((tokens[:, :-1], tokens[:, 1:])))
-    alone = stepper(DistributedContext(), False) if dist.is_main else int         # int() does nothing, while the first one works
-    gradients = torch.zeros(Transformer(args).count_parameters(), device=where.device)
-    share = max(available_cores() // dist.size, 1)
-    contenders = [(f"alone, {share} of {available_cores()} cores", alone, share), ("alone, all cores", alone, available_cores()),
-                  (f"{dist.size} processes, DDP", stepper(dist, False), share),
-                  (f"{dist.size} processes, shard", stepper(dist, True), share),
-                  ("mean of the gradients", partial(torch.distributed.all_reduce, gradients), share)]
-    times = bench.time_interleaved({name: partial(timed, step, threads, where, dist) for name, step, threads in contenders},
-                             where, cfg.rounds)
-    first, second, *_, sending = times.values()
-    print(f"{where}: dim {args.dim}, {args.n_layers} layers, {len(gradients):,} parameters, {rows:,} tokens a step\n"
+    n_tokens = dist.size * batch[0].numel()
+    share_seconds, all_cores_seconds, *_, mean_seconds = times.values()
+    print(f"{backend}: dim {args.dim}, {args.n_layers} layers, {n_params:,} parameters, {n_tokens:,} tokens a step\n"
           f"{'':24}   tokens/s   x the first   x the second   MB sent by all")
-    for name, step, _ in contenders:
-        print(f"{name:24} {rows / times[name]:10,.0f} {first / times[name]:13.2f} {second / times[name]:14.2f} "
-              f"{sent(step, dist) / 1e6:16.1f}")
-    print(f"with this mean, the formula for DDP says {rows / (first / dist.size + sending):,.0f} tokens/s", flush=True)
+    for name, (step, _) in steps.items():
+        print(f"{name:24} {n_tokens / times[name]:10,.0f} {share_seconds / times[name]:13.2f} "
+              f"{all_cores_seconds / times[name]:14.2f} {bytes_sent(step, dist) / 1e6:16.1f}")
+    expected = n_tokens / (share_seconds / dist.size + mean_seconds)
+    print(f"with this mean, the formula for DDP says {expected:,.0f} tokens/s", flush=True)
 
 
-def compare_writing(cfg: SimpleNamespace, whole: Engine, divided: Engine, where: devices.Backend, dist: DistributedContext) -> None:
-    """For the first process; the others compute along with the divided engine."""
-    share = max(available_cores() // dist.size, 1)
-    for batch in (1, 32):
-        contenders = [(f"alone, {share} of {available_cores()} cores", whole, share), ("alone, all cores", whole, available_cores()),
-                      (f"divided among {dist.size}", divided, share)]
-        times = bench.time_interleaved({name: partial(timed, partial(bench.generate, engine, batch), threads, where, DistributedContext())
-                                  for name, engine, threads in contenders}, where, cfg.rounds)
-        new = batch * (bench.LENGTH - len(bench.PROMPT))
-        print(f"writing, {batch} at a time: " + "; ".join(f"{name} {new / seconds:,.0f} tokens/s"
-                                                          for name, seconds in times.items()), flush=True)
+def bench_generation(cfg: SimpleNamespace, args: ModelArgs, backend: Backend, dist: DistributedContext, cores: int
+                     ) -> None:
+    """Measure generation by one process and by all; the other processes follow the divided engine."""
+    torch.manual_seed(0)
+    whole = Engine(checkpoint.new_model(args).to(backend.device), backend.dtype)
+    divided = TensorParallelGroup(dist).engine(checkpoint.new_model(args), backend, "")
+    engines = {f"alone, {cores} of {available_cores()} cores": (whole, cores),
+               "alone, all cores": (whole, available_cores()),
+               f"divided among {dist.size}": (divided, cores)}
+
+    def measure() -> None:
+        for batch_size in (1, 32):
+            steps = {}
+            for name, (engine, threads) in engines.items():
+                step = partial(generate, engine, batch_size)
+                steps[name] = partial(time_together, step, threads, backend, SINGLE_PROCESS)
+            times = time_interleaved(steps, backend, cfg.rounds)
+            n_tokens = batch_size * N_NEW_TOKENS
+            speeds = [f"{name} {n_tokens / seconds:,.0f} tokens/s" for name, seconds in times.items()]
+            print(f"generation, {batch_size} at a time: {'; '.join(speeds)}", flush=True)
+    divided.run(measure)
 
 
-def sent(step: Callable[[], object], dist: DistributedContext) -> int:
-    """The bytes of a step's messages, where they go through the loopback of Linux; else 0."""
-    def so_far() -> int:
-        dist.max(0)
-        counters = Path("/proc/net/dev").read_text(encoding="utf-8") if Path("/proc/net/dev").exists() else ""
-        return int((counters.partition("lo:")[2].split() or [0])[0])
-    begin = so_far()
+def do_nothing() -> None:
+    pass
+
+
+def bytes_sent(step: Callable[[], object], dist: DistributedContext) -> int:
+    """Return the bytes of a step's messages through the loopback of Linux; elsewhere 0."""
+    before = loopback_bytes(dist)
     step()
-    return so_far() - begin
+    return loopback_bytes(dist) - before
 
 
-def timed(step: Callable[[], object], threads: int, where: devices.Backend, dist: DistributedContext) -> float:
-    """Seconds of a step that all begin at the same time."""
+def loopback_bytes(dist: DistributedContext) -> int:
+    dist.max(0)                         # waits for all ranks
+    path = Path("/proc/net/dev")
+    counters = path.read_text(encoding="utf-8") if path.exists() else ""
+    fields = counters.partition("lo:")[2].split()
+    return int(fields[0]) if fields else 0
+
+
+def time_together(step: Callable[[], object], threads: int, backend: Backend, dist: DistributedContext) -> float:
+    """Return the seconds of a step that all ranks begin at the same time."""
     torch.set_num_threads(threads)
     dist.max(0)
-    began = time.perf_counter()
+    start = time.perf_counter()
     step()
-    if where.device.type != "cpu":
+    if backend.device.type != "cpu":
         torch.accelerator.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    cli.run_script(main)
