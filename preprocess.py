@@ -84,12 +84,6 @@ def main() -> None:
     print_next_step(cfg, model_path)
 
 
-def is_model(path: str) -> bool:
-    """True for a model, False for a tokenizer file."""
-    from tinyllm import checkpoint  # loads torch, which workers do not need
-    return checkpoint.is_model(path)
-
-
 def import_tokenizer(path: Path, data_dir: str) -> Path:
     """Copy a tokenizer from elsewhere to <data_dir>/tok<size>.model, where all steps look for it."""
     from tinyllm import checkpoint  # loads torch, which workers do not need
@@ -153,7 +147,8 @@ def build_shards(target: ShardSet, jobs: list[Job], num_workers: int, encoder: D
     num_workers, reason = workers.choose_num_workers(num_workers, len(todo))
     if todo:
         print_plan(target, todo, encoder, num_workers, reason)
-        hide_manifest(target.folder)
+        if (target.folder / MANIFEST).exists():
+            atomic_replace(target.folder / MANIFEST, target.folder / PARTIAL_MANIFEST)
     start = time.perf_counter()
     peak = 0
     for (index, pair), memory in workers.run_jobs(write_shards, todo, num_workers, total_bytes(todo), "tokenizing"):
@@ -211,11 +206,6 @@ def in_order(finished: dict[int, list[Shard]]) -> list[Shard]:
 
 def total_bytes(jobs: list[Job]) -> int:
     return sum(source.size for job in jobs for source in job.sources.values())
-
-
-def hide_manifest(folder: Path) -> None:
-    if (folder / MANIFEST).exists():
-        atomic_replace(folder / MANIFEST, folder / PARTIAL_MANIFEST)
 
 
 def publish(target: ShardSet) -> None:
@@ -283,7 +273,7 @@ def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
     """Print the command that trains on the shards; with a model's tokenizer, one that starts from the model."""
     flags = path_flags(model_path)
     train = cli.format_command("train", **flags)
-    if cfg.tokenizer and is_model(cfg.tokenizer):
+    if cfg.tokenizer and _is_model(cfg.tokenizer):
         out_dir = Path("output") / ("tuned" if Path(cfg.data_dir) == DATA else Path(cfg.data_dir).name)
         if out_dir.exists():
             out_dir = Path(f"{out_dir}-tuned")
@@ -294,6 +284,11 @@ def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
     if cfg.tokenizer:
         print(f"      to start from a model that has this tokenizer: {train} --init_from CKPT --out_dir output/tuned "
               "--batch_size 4 --learning_rate 3e-4 --max_iters 200")
+
+
+def _is_model(path: str) -> bool:
+    from tinyllm import checkpoint  # loads torch, which workers do not need
+    return checkpoint.is_model(path)
 
 
 if __name__ == "__main__":
