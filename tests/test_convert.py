@@ -21,7 +21,8 @@ def source():
     vocabulary = learn_tokenizer(["a few words of a story, and of another"], 300)
     model = Transformer(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocabulary.n_words,
                                   max_seq_len=48))
-    checkpoint.save_checkpoint("ckpt.pt", {**checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "chatml",
+    checkpoint.save_checkpoint("ckpt.pt", {
+        **checkpoint.model_state(model), "iter_num": 7, "config": {}, "chat": "chatml",
                                 "tokenizer": vocabulary.model, "tokenizer_sha256": vocabulary.sha256})
     return "ckpt.pt"
 
@@ -60,7 +61,7 @@ def test_no_force_deletes_a_folder_of_other_things(source):
     for name in ("a", "b.gguf"):
         Path(name).mkdir()
         Path(name, "mine").write_text("x", encoding="utf-8")
-        assert_user_error(run_captured("convert", source, name, "--force"), f"{name} is a folder with other things in it")
+        assert_user_error(run_captured("convert", source, name, "--force"), f"{name} is a folder with other things")
         assert Path(name, "mine").exists() and not Path(f"{name}.tmp").exists()
 
 
@@ -116,7 +117,8 @@ def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
         raise error
     monkeypatch.setitem(formats.WRITERS, to, full)
     before = set(Path().iterdir())
-    assert_user_error(run_captured("convert", source, "target", "--to", to), "target cannot be written", "is the disk full?")
+    result = run_captured("convert", source, "target", "--to", to)
+    assert_user_error(result, "target cannot be written", "is the disk full?")
     assert set(Path().iterdir()) == before
 
 
@@ -134,7 +136,8 @@ def test_more_embeddings_than_entries(source):
     state["model"] |= {"tok_embeddings.weight": weight, "output.weight": weight}
     state["model_args"]["vocab_size"] = entries + 20
     checkpoint.save_checkpoint("padded.pt", state)
-    assert_user_error(run_captured("convert", "padded.pt", "p.bin"), f"{entries + 20} embeddings, and there are {entries}")
+    result = run_captured("convert", "padded.pt", "p.bin")
+    assert_user_error(result, f"{entries + 20} embeddings, and there are {entries}")
     for name in ("p.gguf", "p"):
         assert run_captured("convert", "padded.pt", name).returncode == 0
     generator = TextGenerator("padded.pt")
@@ -183,7 +186,7 @@ def test_mistakes_are_one_clear_line(source):
     Path("output/mine/ckpt.pt").touch()
     found = str(Path("output/mine/ckpt.pt"))
     assert_user_error(run_captured("convert", "outptu/ckpt.pt", "a.gguf"), f"there is {found}")
-    assert_user_error(run_captured("convert", "output/mine", "a.gguf"), f"the folder of a training; its model is {found}")
+    assert_user_error(run_captured("convert", "output/mine", "a.gguf"), f"a training; its model is {found}")
     assert_user_error(run_captured("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
     assert_user_error(run_captured("convert", source, "a.gguf", "more"), "more")
     Path("tok300.model").write_bytes(b"pieces")
@@ -200,7 +203,8 @@ def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, run_in_process
     run_in_process("convert", source, "theirs")
     run_in_process("preprocess", "--tokenizer", "theirs", "--data", "s.jsonl", "--data_dir", "tuned")
     run_in_process("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "out", "--max_iters", 3,
-                   "--eval_interval", 3, "--batch_size", 4, "--learning_rate", 1e-3, "--sample_tokens", 0, "--device", "cpu",
+                   "--eval_interval", 3, "--batch_size", 4, "--learning_rate", 1e-3, "--sample_tokens", 0,
+                   "--device", "cpu",
                    "--compile", "False", "--max_seq_len", 32)
     with pytest.raises(UserError, match="has dim 64; leave"):
         run_in_process("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "new", "--dim", 32)

@@ -138,7 +138,8 @@ def test_q6_k_is_read(write, monkeypatch):
     block = np.array([*low, *high, *[3] * 16, *np.float16([0.5]).tobytes()], np.uint8)
     monkeypatch.setattr(gguf.quants, "quantize", lambda array, kind: np.tile(block, (len(array), array.shape[1] // 256))
                         if kind == gguf.GGMLQuantizationType.Q6_K else quantize(array, kind))
-    found = formats.read_model(write(make_state(dim=256, hidden_dim=256), as_type="Q6_K"))["model"]["tok_embeddings.weight"]
+    state = formats.read_model(write(make_state(dim=256, hidden_dim=256), as_type="Q6_K"))
+    found = state["model"]["tok_embeddings.weight"]
     assert torch.equal(found[7], torch.tensor([(1 - 32) * 1.5] * 64 + [(2 - 32) * 1.5] * 64).repeat(2))
 
 
@@ -191,7 +192,8 @@ def test_spellings_of_hugging_face_have_the_same_name(write):
 
 def test_entries_that_the_vocabulary_lacks_become_unused(write):
     vocabulary = byte_level(gguf_file.PRETOKENIZERS["gpt-2"])
-    found = checkpoint.build_tokenizer(formats.read_model(write(make_state(vocabulary, vocab_size=vocabulary.n_words + 5))))
+    path = write(make_state(vocabulary, vocab_size=vocabulary.n_words + 5))
+    found = checkpoint.build_tokenizer(formats.read_model(path))
     assert found.n_words == vocabulary.n_words + 5 and found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS)
 
 
@@ -240,7 +242,8 @@ def test_a_vocabulary_of_another_size_is_refused(write):
 
 def test_a_cut_that_is_not_known_is_named(write):
     with pytest.raises(UserError, match="cuts text by 'default'"):
-        formats.read_model(write(make_state(byte_level(gguf_file.PRETOKENIZERS["gpt-2"])), values={"tokenizer.ggml.pre": "default"}))
+        state = make_state(byte_level(gguf_file.PRETOKENIZERS["gpt-2"]))
+        formats.read_model(write(state, values={"tokenizer.ggml.pre": "default"}))
 
 
 def test_cut_and_foreign_files_are_refused(state, write, tmp_path):

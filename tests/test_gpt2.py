@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from extras import formats
-from extras.formats import gpt2_folder
+from extras.formats import common, gpt2_folder
 from extras.gpt2 import GPT2, GPT2Args
 from sample import TextGenerator
 from tinyllm import checkpoint, dataset, demo_stories, device, download, shards
@@ -50,7 +50,8 @@ def folder(theirs, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("gpt2") / "model"
     theirs.save_pretrained(path)
     learner = tokenizers.ByteLevelBPETokenizer()
-    learner.train_from_iterator([*demo_stories.generate_stories(50), *TEXTS], ARGS.vocab_size, 1, False, ["<|endoftext|>"])
+    texts = [*demo_stories.generate_stories(50), *TEXTS]
+    learner.train_from_iterator(texts, ARGS.vocab_size, 1, False, ["<|endoftext|>"])
     learner.save_model(str(path))
     transformers.GPT2Tokenizer(str(path / "vocab.json"), str(path / "merges.txt")).save_pretrained(path)
     return path
@@ -110,10 +111,10 @@ def test_logits_loss_and_gradients_equal_transformers(theirs, folder, tokens):
     theirs.zero_grad()
     loss.backward()
     other_loss.backward()
-    names = gpt2_folder.layer_names(ARGS.n_layers, gpt2_folder.LAYER_NAMES, gpt2_folder.MODEL_NAMES)
+    names = common.layer_names(ARGS.n_layers, gpt2_folder.LAYER_NAMES, gpt2_folder.MODEL_NAMES)
     for name, weight in model.named_parameters():
         grad = theirs.transformer.get_parameter(names[name]).grad
-        torch.testing.assert_close(weight.grad, grad.T if name.endswith(gpt2_folder.TURNED) else grad, **CLOSE)
+        torch.testing.assert_close(weight.grad, grad.T if name.endswith(gpt2_folder.TRANSPOSED) else grad, **CLOSE)
 
 
 def test_its_size_is_that_of_the_release():
@@ -137,7 +138,8 @@ def test_it_begins_as_gpt2_does():
 
 
 @pytest.mark.parametrize("change, message", [({"n_heads": 5}, "32 is not a multiple of n_heads 5"),
-                                             ({"dim": 0}, "dim must be a positive integer"), ({"dropout": 1.0}, "dropout"),
+                                             ({"dim": 0}, "dim must be a positive integer"),
+                                             ({"dropout": 1.0}, "dropout"),
                                              *(({"norm_eps": value}, "norm_eps must be a positive number")
                                                for value in ("x", [1], float("nan"), 0))])
 def test_shapes_that_cannot_be_are_refused(change, message):
@@ -311,12 +313,13 @@ def test_it_learns_on_from_its_folder(run_in_process, folder, capsys):
     few = ("--device", "cpu", "--compile", "False", "--batch_size", 8, "--sample_tokens", 5)
     run_in_process("train", "--eval_only", "--init_from", folder, *few)
     before = float(capsys.readouterr().out.rpartition("bits per byte ")[2])
-    run_in_process("train", "--init_from", folder, "--max_iters", 15, "--warmup_iters", 2, "--learning_rate", 1e-2, *few)
+    run_in_process("train", "--init_from", folder, "--max_iters", 15, "--warmup_iters", 2, "--learning_rate", 1e-2,
+                   *few)
     run_in_process("train", "--eval_only", *few)
     assert float(capsys.readouterr().out.rpartition("bits per byte ")[2]) < before - 1
     generator = TextGenerator("output/ckpt.pt", device="cpu")
     assert generator.engine.args == ARGS and generator.sample("One day", max_new_tokens=5)[0].startswith("One day")
-    with pytest.raises(UserError, match="weights for each of its 24 places; --max_seq_len can be that, or less"):
+    with pytest.raises(UserError, match="weights for 24 positions; --max_seq_len must be at most that"):
         run_in_process("train", "--init_from", folder, "--max_seq_len", 25, *few)
 
 

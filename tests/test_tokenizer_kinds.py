@@ -68,7 +68,8 @@ def test_long_runs_are_cut_and_change_nothing(llama3):
 def test_llama3s_layout(llama3):
     n = len(llama3.ranks)
     assert llama3.n_words == n + 256 and (llama3.bos_id, llama3.eos_id) == (n, n + 1)
-    assert [llama3.special_token_id(f"<|{name}|>") - n for name in ("start_header_id", "end_header_id", "eot_id")] == [6, 7, 9]
+    names = ("start_header_id", "end_header_id", "eot_id")
+    assert [llama3.special_token_id(f"<|{name}|>") - n for name in names] == [6, 7, 9]
     assert llama3.special_token_id("<|reserved_special_token_250|>") == n + 255
     assert llama3.id_to_piece(llama3.encode(" the")[0]) == "\u2581the"
 
@@ -142,7 +143,8 @@ def test_which_kind_it_is_the_content_says(llama3, byte_level):
 def test_the_beginning_is_what_the_model_knows(byte_level):
     content = json.loads(byte_level.model) | {JsonTokenizer.OWN: {"bos": "<|im_end|>", "eos": "<|im_end|>"}}
     found = JsonTokenizer(json.dumps(content).encode())
-    assert found.encode_prompt("a") == found.encode("a", bos=True) and byte_level.encode_prompt("a") == byte_level.encode("a")
+    assert found.encode_prompt("a") == found.encode("a", bos=True)
+    assert byte_level.encode_prompt("a") == byte_level.encode("a")
     assert byte_level.encode_prompt("") == [byte_level.bos_id]
 
 

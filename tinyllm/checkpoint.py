@@ -152,11 +152,9 @@ def state_checksum(state: Any) -> int:
     """Return a checksum of all tensors in a state."""
     if isinstance(state, torch.Tensor):
         return zlib.crc32(state.detach().contiguous().flatten().view(torch.uint8).numpy())
-    values = []
     if isinstance(state, dict):
-        values = state.values()
-    elif isinstance(state, list):
-        values = state
+        state = list(state.values())
+    values = state if isinstance(state, list) else []
     return zlib.crc32(repr([state_checksum(value) for value in values]).encode())
 
 

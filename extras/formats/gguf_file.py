@@ -15,19 +15,7 @@ import torch
 from torch import Tensor
 
 from extras.chat import TEMPLATES
-from extras.formats.common import (
-    GPT2,
-    LLAMA3,
-    byte_level_json,
-    chat_of_template,
-    check_names,
-    check_supported,
-    layer_names,
-    make_state,
-    sentencepiece_model,
-    tokenizer_json,
-    tokenizer_json_with_meta,
-)
+from extras.formats import common
 from model import ModelArgs, rope_frequencies
 from tinyllm.checkpoint import build_tokenizer
 from tinyllm.cli import UserError
@@ -54,9 +42,9 @@ VALUE_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 1
 TEXT, ARRAY = 8, 9                      # the other types of values
 USER_DEFINED = 4                        # kind of added tokens that are text; the other kinds as in tokenizer.py
 # tokenizer.ggml.pre: how text is cut before the merges
-LLAMA_BPE = {"pattern": LLAMA3, "whole_words": True}
-PRETOKENIZERS = {"llama-bpe": LLAMA_BPE, "llama3": LLAMA_BPE, "llama-v3": LLAMA_BPE, "gpt-2": {"pattern": GPT2},
-                 "smollm": {"pattern": GPT2, "single_digits": True}}
+LLAMA_BPE = {"pattern": common.LLAMA3, "whole_words": True}
+PRETOKENIZERS = {"llama-bpe": LLAMA_BPE, "llama3": LLAMA_BPE, "llama-v3": LLAMA_BPE, "gpt-2": {"pattern": common.GPT2},
+                 "smollm": {"pattern": common.GPT2, "single_digits": True}}
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -124,15 +112,16 @@ def read(path: Path) -> dict[str, Any]:
     tensors = header.tensors
     factors = read_tensor(data, ROPE_FACTORS, *tensors.pop(ROPE_FACTORS)) if ROPE_FACTORS in tensors else None
     args = read_args(header.meta, factors, path)
-    names = layer_names(min(args["n_layers"], len(tensors)), LAYER_NAMES, MODEL_NAMES)
+    names = common.layer_names(min(args["n_layers"], len(tensors)), LAYER_NAMES, MODEL_NAMES)
     is_tied = "output.weight" not in tensors
     if is_tied:
         del names["output.weight"]
-    check_names(tensors, names.values(), path)
+    common.check_names(tensors, names.values(), path)
     args |= {"vocab_size": tensors["token_embd.weight"][0][0], "tie_embeddings": is_tied}
     tokenizer = read_tokenizer(header.meta, args["vocab_size"], path)
     model = {ours: read_tensor(data, theirs, *tensors[theirs]) for ours, theirs in names.items()}
-    return make_state(model, args, tokenizer, chat_of_template(header.meta.get("tokenizer.chat_template")))
+    chat = common.chat_of_template(header.meta.get("tokenizer.chat_template"))
+    return common.make_state(model, args, tokenizer, chat)
 
 
 def read_tensor(data: np.ndarray, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
@@ -155,7 +144,7 @@ def read_args(meta: dict[str, Any], factors: Tensor | None, path: Path) -> dict[
     llama = {"attention.head_count_kv": llama["attention.head_count"], "rope.freq_base": 10000.0, **llama}
     args = {ours: llama[theirs] for ours, theirs in (INT_FIELDS | FLOAT_FIELDS).items()}
     head_dim = (llama["embedding_length"] // llama["attention.head_count"],)
-    check_supported(llama, {
+    common.check_supported(llama, {
         **dict.fromkeys(INT_FIELDS.values(), range(1, 1 << 24)),
         "expert_count": (0,), "rope.scaling.type": ("none", "linear"), "rope.scale_linear": (1,),
         "rope.dimension_count": head_dim, "attention.key_length": head_dim, "attention.value_length": head_dim,
@@ -187,7 +176,8 @@ def read_sentencepiece(values: dict[str, Any], path: Path) -> BaseTokenizer:
         if not values.get(name, True):
             raise UserError(f"{path} has {name} false, which tokenizer.py cannot represent for SentencePiece")
     pieces = list(zip(values["tokens"], values["scores"], values["token_type"]))
-    return load_tokenizer(sentencepiece_model(pieces, values.get("bos_token_id", 1), values.get("eos_token_id", 2)))
+    model = common.sentencepiece_model(pieces, values.get("bos_token_id", 1), values.get("eos_token_id", 2))
+    return load_tokenizer(model)
 
 
 def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
@@ -205,10 +195,10 @@ def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
             special[token] = i
     ids = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(pair.split(" ")) for pair in values["merges"]]
-    content = byte_level_json(ids, merges, special, bos=bos if add_bos else "", **PRETOKENIZERS[name])
+    content = common.byte_level_json(ids, merges, special, bos=bos if add_bos else "", **PRETOKENIZERS[name])
     for token in content["added_tokens"]:
         token["special"] = kinds[token["id"]] != USER_DEFINED
-    return load_tokenizer(tokenizer_json_with_meta(content, bos, eos, add_bos))
+    return load_tokenizer(common.tokenizer_json_with_meta(content, bos, eos, add_bos))
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -222,7 +212,7 @@ def write(state: dict[str, Any], path: Path, kind: str) -> None:
     gguf = require_package("gguf", "a file for llama.cpp")
     args = ModelArgs(**state["model_args"])
     tokenizer = build_tokenizer(state)
-    names = layer_names(args.n_layers, LAYER_NAMES, MODEL_NAMES)
+    names = common.layer_names(args.n_layers, LAYER_NAMES, MODEL_NAMES)
     if args.tie_embeddings:
         del names["output.weight"]
     tensors = {theirs: state["model"][ours] for ours, theirs in names.items()}
@@ -278,8 +268,19 @@ def add_args(writer: Any, args: ModelArgs) -> dict[str, Tensor]:
 
 def add_tokenizer(writer: Any, tokenizer: BaseTokenizer, vocab_size: int) -> None:
     is_sentencepiece = isinstance(tokenizer, Tokenizer)
-    add_entries = add_sentencepiece if is_sentencepiece else add_byte_level
-    tokens, kinds = add_entries(writer, tokenizer, vocab_size)
+    if is_sentencepiece:
+        unused = [(f"[PAD{i}]", 0.0, UNUSED) for i in range(tokenizer.n_words, vocab_size)]
+        tokens, scores, kinds = zip(*tokenizer.pieces(), *unused)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(scores)
+        writer.add_unk_token_id(0)
+    else:
+        content = common.tokenizer_json(tokenizer)
+        tokens, kinds = zip(*tokens_of(content, vocab_size))
+        merges = content["model"]["merges"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pretokenizer_name(content))
+        writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_add_bos_token(tokenizer.add_bos)
@@ -289,27 +290,6 @@ def add_tokenizer(writer: Any, tokenizer: BaseTokenizer, vocab_size: int) -> Non
         writer.add_bos_token_id(tokenizer.bos_id)
     if tokenizer.eos_id >= 0:
         writer.add_eos_token_id(tokenizer.eos_id)
-
-
-def add_sentencepiece(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Write the values of a SentencePiece model. Return text and kind of each entry."""
-    unused = [(f"[PAD{i}]", 0.0, UNUSED) for i in range(tokenizer.n_words, vocab_size)]
-    tokens, scores, kinds = zip(*tokenizer.pieces(), *unused)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_scores(scores)
-    writer.add_unk_token_id(0)
-    return tokens, kinds
-
-
-def add_byte_level(writer: Any, tokenizer: BaseTokenizer, vocab_size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Write the values of a byte-level tokenizer. Return text and kind of each entry."""
-    content = tokenizer_json(tokenizer)
-    tokens, kinds = zip(*tokens_of(content, vocab_size))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pretokenizer_name(content))
-    merges = content["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    return tokens, kinds
 
 
 def tokens_of(content: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]:
@@ -323,7 +303,7 @@ def tokens_of(content: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]
 def pretokenizer_name(content: dict[str, Any]) -> str:
     """Return GGUF's name for how a tokenizer.json cuts text. Raises UserError if it has none."""
     for name, options in PRETOKENIZERS.items():
-        if pretokenizer_steps(content) == pretokenizer_steps(byte_level_json({}, [], {}, **options)):
+        if pretokenizer_steps(content) == pretokenizer_steps(common.byte_level_json({}, [], {}, **options)):
             return name
     raise UserError("this tokenizer cuts text in another way than those that can be written: "
                     f"{', '.join(PRETOKENIZERS)}\n       --to hf writes a folder for transformers")
@@ -338,6 +318,6 @@ def pretokenizer_steps(content: dict[str, Any]) -> list[Any]:
             steps.append(step.get("pattern", step))
             continue
         if step.get("use_regex", True):
-            steps.append({"Regex": GPT2})
+            steps.append({"Regex": common.GPT2})
         steps.append(("ByteLevel", step["add_prefix_space"]))
     return [*steps, content.get("normalizer"), content["model"].get("ignore_merges", False)]

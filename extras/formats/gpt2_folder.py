@@ -8,17 +8,7 @@ weights as (in, out).
 from pathlib import Path
 from typing import Any
 
-from extras.formats import huggingface
-from extras.formats.common import (
-    GPT2,
-    byte_level_json,
-    check_names,
-    check_supported,
-    layer_names,
-    make_state,
-    read_json,
-    tokenizer_json_with_meta,
-)
+from extras.formats import common, huggingface
 from tinyllm import download as downloads
 from tinyllm.cli import UserError
 from tinyllm.project import load_tokenizer
@@ -59,23 +49,23 @@ def download(name: str, data_dir: str | Path) -> Path:
 
 def read(folder: Path) -> dict[str, Any]:
     """Read a folder. Raises UserError for what extras/gpt2.py cannot represent, by name."""
-    args = read_config(read_json(folder / "config.json"), folder)
+    args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {}
     for name, tensor in huggingface.read_tensors(folder).items():
         if not name.endswith(NOT_READ):
             tensors[name.removeprefix("transformer.")] = tensor
-    names = layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
-    check_names(tensors, names.values(), folder)
+    names = common.layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
+    common.check_names(tensors, names.values(), folder)
     model = {}
     for ours, theirs in names.items():
         model[ours] = tensors[theirs].T if ours.endswith(TRANSPOSED) else tensors[theirs]
     tokenizer, chat = read_tokenizer(folder, args["vocab_size"])
-    return make_state(model, args, tokenizer, chat, architecture="gpt2")
+    return common.make_state(model, args, tokenizer, chat, architecture="gpt2")
 
 
 def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the model_args of a config.json."""
-    check_supported(config, {
+    common.check_supported(config, {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "n_inner": (None, 4 * config["n_embd"]),
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
         "tie_word_embeddings": (True,), "quantization_config": (None,),
@@ -96,10 +86,10 @@ def read_tokenizer(folder: Path, vocab_size: int) -> tuple[BaseTokenizer | None,
 
 def read_openai_tokenizer(ids_path: Path, merges_path: Path) -> BaseTokenizer:
     """Read a tokenizer from its entries, and its merges, one a line in the order in which they were learned."""
-    ids = read_json(ids_path)
+    ids = common.read_json(ids_path)
     if END not in ids:
         raise UserError(f"{ids_path} has no {END}, so it is not the tokenizer of a GPT-2")
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    content = byte_level_json(ids, merges, {END: ids[END]}, GPT2)
-    return load_tokenizer(tokenizer_json_with_meta(content, END, END, add_bos=False))
+    content = common.byte_level_json(ids, merges, {END: ids[END]}, common.GPT2)
+    return load_tokenizer(common.tokenizer_json_with_meta(content, END, END, add_bos=False))

@@ -10,16 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from extras.chat import TEMPLATES, detect_format
-from extras.formats.common import (
-    chat_of_template,
-    check_names,
-    check_supported,
-    layer_names,
-    make_state,
-    read_json,
-    tokenizer_json,
-    tokenizer_json_with_meta,
-)
+from extras.formats import common
 from model import ModelArgs
 from tinyllm.checkpoint import build_tokenizer
 from tinyllm.cli import UserError
@@ -49,20 +40,20 @@ def read(folder: Path) -> dict[str, Any]:
     architecture = architecture_of(folder)
     if architecture != "LlamaForCausalLM":
         raise UserError(f"{folder} holds a {architecture}; LlamaForCausalLM and GPT2LMHeadModel are what can be read")
-    args = read_config(read_json(folder / "config.json"), folder)
+    args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
-    names = layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
+    names = common.layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
     if args["tie_embeddings"] and "lm_head.weight" not in tensors:
         del names["output.weight"]
-    check_names(tensors, names.values(), folder)
+    common.check_names(tensors, names.values(), folder)
     model = {}
     for ours, theirs in names.items():
         model[ours] = hf_to_meta_rope(tensors[theirs], args) if has_rope_order(ours) else tensors[theirs]
-    return make_state(model, args, *read_tokenizer(folder, args["vocab_size"]))
+    return common.make_state(model, args, *read_tokenizer(folder, args["vocab_size"]))
 
 
 def architecture_of(folder: Path) -> str:
-    return (read_json(folder / "config.json").get("architectures") or ["nothing"])[0]
+    return (common.read_json(folder / "config.json").get("architectures") or ["nothing"])[0]
 
 
 def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -71,7 +62,7 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     rope_theta = config.get("rope_theta", 10000.0)
     rope = config.get("rope_parameters") or {"rope_theta": rope_theta, **(config.get("rope_scaling") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    check_supported({**config, "rope_type": rope_type}, {
+    common.check_supported({**config, "rope_type": rope_type}, {
         "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",), "head_dim": (None, dim // heads),
         "quantization_config": (None,), "rope_type": ("default", *SCALING_KEYS),
     }, folder, "model.py")
@@ -87,7 +78,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Map all tensors of a folder from their files."""
     require_package("safetensors", f"{folder}")
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    files = sorted(set(common.read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     tensors = {}
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
@@ -115,22 +106,23 @@ def read_tokenizer(folder: Path, vocab_size: int, special: str = "") -> tuple[Ba
     special: the token that is bos and eos if the folder does not name them.
     """
     path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = common.read_json(path) if path.is_file() else {}
     template = folder / "chat_template.jinja"
-    chat = chat_of_template(template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template"))
+    has_file = template.is_file()
+    chat = common.chat_of_template(template.read_text(encoding="utf-8") if has_file else config.get("chat_template"))
     if (folder / "tokenizer.model").is_file():
         tokenizer = load_tokenizer(folder / "tokenizer.model")
         if tokenizer.n_words == vocab_size:
             return tokenizer, chat
     if not (folder / "tokenizer.json").is_file():
         return None, chat
-    content = read_json(folder / "tokenizer.json")
+    content = common.read_json(folder / "tokenizer.json")
     bos = token_text(config.get("bos_token", special))
     eos = token_text(config.get("eos_token", special))
     add_bos = config.get("add_bos_token")
     if add_bos is None:
         add_bos = bool(bos) and json.dumps(bos) in json.dumps(content.get("post_processor"))
-    return load_tokenizer(tokenizer_json_with_meta(content, bos, eos, add_bos)), chat
+    return load_tokenizer(common.tokenizer_json_with_meta(content, bos, eos, add_bos)), chat
 
 
 def token_text(token: str | dict[str, Any] | None) -> str:
@@ -154,7 +146,7 @@ def write(state: dict[str, Any], folder: Path) -> None:
 def write_tensors(model: dict[str, Tensor], args: dict[str, Any], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    names = layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
+    names = common.layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
     if args["tie_embeddings"]:
         del names["output.weight"]
     tensors = {}
@@ -198,7 +190,7 @@ def make_config(model_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tokenizer(tokenizer: BaseTokenizer, chat: str, max_seq_len: int, folder: Path) -> None:
-    content = tokenizer_json(tokenizer)
+    content = common.tokenizer_json(tokenizer)
     write_json(folder / "tokenizer.json", content)
     if isinstance(tokenizer, Tokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.model)
