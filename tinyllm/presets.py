@@ -1,7 +1,6 @@
-"""Settings for a machine and a span of time, found by measuring (docs/benchmarks.md), and what they gave.
+"""Settings for a machine and a time, found by measuring (docs/benchmarks.md), and what a run with them reaches.
 
-`python train.py --preset cpu_3min` uses one; any setting beside it takes precedence. A curve tells what to expect
-of such a run, minute by minute: bits per byte on held-out TinyStories, and what it writes.
+`python train.py --preset cpu_3min` uses a preset; settings on the command line take precedence over it.
 """
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ MEASURED_ON = "17 MB of TinyStories, 2 cores of an AMD EPYC 9004"
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of train.py. `vocab_size` is the one of step 1 that they were measured with."""
+    """Settings of train.py, and the curve of a run on held-out TinyStories."""
     about: str
-    vocab_size: int
+    vocab_size: int                                         # of the tokenizer that they were measured with
     settings: dict[str, Any]
-    curve: tuple[tuple[float, float, str], ...] = ()        # minutes, bits per byte, how a story began then
+    curve: tuple[tuple[float, float, str], ...] = ()        # minutes, bits per byte, the beginning of a story
 
 
 PRESETS = {
@@ -61,12 +60,14 @@ PRESETS = {
 
 
 def expected_curve(name: str) -> list[tuple[float, float]]:
-    """Minutes and bits per byte of a preset; empty where there is no preset."""
-    return [(minutes, bpb) for minutes, bpb, _ in PRESETS[name].curve] if name in PRESETS else []
+    """Return minutes and bits per byte of a preset, or an empty list without a preset."""
+    if name not in PRESETS:
+        return []
+    return [(minutes, bpb) for minutes, bpb, _ in PRESETS[name].curve]
 
 
 def expected_bpb(name: str, minutes: float) -> float | None:
-    """Bits per byte that a preset had reached by then, read off its curve; None before its first point."""
+    """Return the bits per byte of a preset after some minutes; None before the first point of its curve."""
     points = expected_curve(name)
     if not points or minutes < points[0][0]:
         return None
@@ -74,11 +75,12 @@ def expected_bpb(name: str, minutes: float) -> float | None:
 
 
 def presets_table() -> str:
-    """The list of presets for --help."""
+    """Return the list of presets for --help."""
     lines = [f"presets (measured with {MEASURED_ON}):"]
     for name, preset in PRESETS.items():
-        lines += [f"  {name:10} {preset.about}; made for train_vocab.py --vocab_size {preset.vocab_size}",
-                  f"             {' '.join(f'--{key} {value}' for key, value in preset.settings.items())}"]
-        lines += [f"             after {minutes:g} minutes {bpb:.2f} bits per byte: {story}"
-                  for minutes, bpb, story in preset.curve]
+        flags = " ".join(f"--{key} {value}" for key, value in preset.settings.items())
+        lines.append(f"  {name:10} {preset.about}; made for train_vocab.py --vocab_size {preset.vocab_size}")
+        lines.append(f"             {flags}")
+        for minutes, bpb, story in preset.curve:
+            lines.append(f"             after {minutes:g} minutes {bpb:.2f} bits per byte: {story}")
     return "\n".join(lines)
