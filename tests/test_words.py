@@ -47,7 +47,8 @@ def plain_ids(vocabulary: Tokenizer, texts: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("size", [400, 600, 2000])
 def test_the_pieces_are_those_of_the_text_itself(size):
-    assert plain.pieces(learn_tokenizer(STORIES + ODD, size).model) == plain.pieces(plain.learn_tokenizer(STORIES + ODD, size))
+    texts = STORIES + ODD
+    assert plain.pieces(learn_tokenizer(texts, size).model) == plain.pieces(plain.learn_tokenizer(texts, size))
 
 
 @hypothesis_settings(max_examples=100, deadline=None)

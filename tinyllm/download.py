@@ -132,8 +132,8 @@ def _write_body(response: requests.Response, part: Path, offset: int) -> None:
     if length > free:
         raise UserError(f"no room: {length:,} bytes are to come, {free:,} are free on the disk of "
                         f"{part.parent.resolve()}")
-    with (open(part, "ab" if offset else "wb") as file,
-          tqdm(total=offset + length or None, initial=offset, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar):
+    bar = tqdm(total=offset + length or None, initial=offset, unit="B", unit_scale=True, desc=part.stem, disable=None)
+    with open(part, "ab" if offset else "wb") as file, bar:
         for chunk in response.iter_content(_CHUNK_BYTES):
             file.write(chunk)
             bar.update(len(chunk))
