@@ -80,7 +80,7 @@ def build_optimizers(model: nn.Module, cfg: SimpleNamespace, backend: Backend, m
                      ) -> list[torch.optim.Optimizer]:
     """Return AdamW (arXiv 1711.05101) and, with optimizer "muon", Muon for the matrices of the layers.
 
-    Each group's ratio is its multiple of the learning rate. Vectors, the gains of the norms, do not decay.
+    A group's ratio (a key stored in checkpoints) multiplies the learning rate. Vectors, the norm weights, do not decay.
     """
     matrices = [weight for weight in model.layers.parameters() if weight.dim() > 1]
     matrix_ids = {id(weight) for weight in matrices}
