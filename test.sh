@@ -6,4 +6,4 @@ bash quickstart.sh --setup_only
 python=.venv/bin/python
 [ -x "$python" ] || python=.venv/Scripts/python.exe
 "$python" -m pip install --quiet -r tests/requirements.txt
-exec "$python" -m pytest -q -n 2 tests "$@"
+exec "$python" -m pytest -q -n 2 --dist loadgroup tests "$@"

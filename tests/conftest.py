@@ -1,4 +1,5 @@
 """Fixtures and helpers of the tests: scripts as functions and as processes, small data, trained models."""
+import atexit
 import importlib
 import io
 import json
@@ -6,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from functools import cache
+import traceback
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -99,6 +102,40 @@ def run_subprocess(name: str, *args, **options) -> subprocess.CompletedProcess:
     """Run a script as a user does, in a process of its own."""
     return subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, args)], capture_output=True,
                           encoding="utf-8", timeout=120, **options)
+
+
+def start_script(name: str, *args, **options) -> subprocess.Popen:
+    """Start a script in a process of its own: on Linux a fork of this one, which saves the seconds of the imports."""
+    import torch._dynamo  # noqa: F401    the optimizers do; once here is faster than in each fork
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, args)]
+    fork = partial(run_in_fork, name, args) if sys.platform == "linux" else None
+    return subprocess.Popen(command, preexec_fn=fork, encoding="utf-8", **options)
+
+
+def run_in_fork(name: str, args: tuple) -> None:
+    """Run a script in the new process, where Popen would execute a program."""
+    os.closerange(3, 1024)              # Popen waits until its error pipe is closed
+    sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
+    sys.stderr = open(2, "w", encoding="utf-8")
+    sys.argv = [f"{name}.py", *map(str, args)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)           # as in each new Python
+    atexit._clear()
+    status = 1
+    try:
+        cli.run_script(importlib.import_module(module_name(name)).main)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        if status != end.code:
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    with suppress(OSError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
 
 
 def run_captured(name: str, *args) -> subprocess.CompletedProcess:

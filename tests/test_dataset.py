@@ -96,12 +96,11 @@ def test_ranks_share_the_batches(numbers):
     assert all(torch.equal(alone[i], shares[i % 3][i // 3]) for i in range(12))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_loader_workers_yield_the_same_batches(numbers, workers):
+def test_loader_workers_yield_the_same_batches(numbers):
     def batches(count):
         found = Task.iter_batches(numbers, "train", 2, T, seed=5, position=2, num_workers=count)
         return [x for x, _ in islice(found, 9)]
-    assert all(torch.equal(a, b) for a, b in zip(batches(0), batches(workers), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(batches(0), batches(2), strict=True))
 
 
 def test_targets_are_the_next_tokens(numbers):

@@ -10,5 +10,5 @@ from faults import fuzz
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_damaged_files_are_refused_or_read(valid_files, name):
     shutil.copytree(valid_files, ".", dirs_exist_ok=True)
-    found = list(fuzz.fuzz(name, range(50), seed=0))
-    assert len(found) == 50 and {one.verdict for one in found} <= {"read", "refused"}, fuzz.report(name, found, 0)
+    found = list(fuzz.fuzz(name, range(25), seed=0))
+    assert len(found) == 25 and {one.verdict for one in found} <= {"read", "refused"}, fuzz.report(name, found, 0)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, load_state, read_log
+from conftest import ROOT, TINY, load_state, read_log, start_script
 
 import train
 
@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_prints_how_to_resume(project, number):
-    command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+    process = start_script("train", "--data_dir", project, "--out_dir", "out", *TINY, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
     for line in process.stdout:
         if line.startswith("step 3 "):
             process.send_signal(number)
             break
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number and "Traceback" not in rest
+    assert process.returncode == 128 + number and "Traceback" not in rest, rest
     assert "python train.py --init_from resume --out_dir out" in rest
     assert load_state("out")["iter_num"] >= 3 and not Path("out/ckpt.pt").exists()
     assert read_log("out")[-1]["iter"] == load_state("out")["iter_num"]
@@ -38,8 +38,8 @@ def test_closed_streams_are_no_error(project):
 
 
 def test_ctrl_c_before_the_first_step(project):
-    command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    process = start_script("train", "--data_dir", project, "--out_dir", "out", *TINY, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
     next(line for line in process.stdout if line.startswith("device: "))
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
@@ -80,8 +80,8 @@ def test_a_closed_terminal_saves(project):
 
 def test_a_closed_pipe_stops_the_run(project):
     """As `| head` closes it; the finished steps are saved."""
-    command = [sys.executable, ROOT / "train.py", "--data_dir", project, "--out_dir", "out", *TINY]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    process = start_script("train", "--data_dir", project, "--out_dir", "out", *TINY, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
     next(line for line in process.stdout if line.startswith("step 3 "))
     process.stdout.close()
     assert process.wait(60) == 128 + signal.SIGTERM and process.stderr.read() == ""
@@ -89,11 +89,13 @@ def test_a_closed_pipe_stops_the_run(project):
 
 
 def test_nohup_ignores_a_closed_terminal(project):
-    """It has its processes ignore that the terminal was closed."""
-    command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
-               "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])", ROOT / "train.py", "--data_dir", project,
-               "--out_dir", "out", *TINY, "--max_iters", 30]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, encoding="utf-8")
+    """It starts its processes with SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start_script("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 30,
+                               stdout=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     next(line for line in process.stdout if line.startswith("step 3 "))
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=60)

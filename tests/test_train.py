@@ -422,7 +422,7 @@ def test_too_little_memory_is_said_with_what_fits(train_small, monkeypatch):
 @pytest.mark.skipif(bool(WHY_NOT := estimate.why_not_compilable(torch.device("cpu"))), reason=WHY_NOT)
 def test_a_compiled_run_is_the_same_run(train_small):
     """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
-    options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1]
+    options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1, "--n_layers", 1]
     train_small("eager", "--max_iters", 8, *options)
     train_small("whole", "--max_iters", 8, *options, "--compile", "True")
     train_small("parts", "--max_iters", 4, *options, "--compile", "True")

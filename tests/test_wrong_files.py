@@ -118,7 +118,7 @@ def test_a_file_that_may_not_be_read(files, name, order):
 def test_a_file_cut_anywhere(files, name, load):
     """At every length where the file is small; large ones at every length of their beginning, and at some others."""
     whole = Path(name).read_bytes()
-    lengths = {*range(min(len(whole), 4096)), *random.Random(1).sample(range(len(whole)), min(len(whole), 200))}
+    lengths = {*range(min(len(whole), 1024)), *random.Random(1).sample(range(len(whole)), min(len(whole), 200))}
     for length in sorted(lengths):
         Path(name).write_bytes(whole[:length])
         with pytest.raises(UserError, match=Path(name).stem):
@@ -137,7 +137,7 @@ def test_a_cut_file_through_the_scripts(files, name, order):
 def test_a_flipped_bit_is_refused_or_changes_nothing(files, target):
     name, load = fuzz.TARGETS[target].files[-1], fuzz.TARGETS[target].read
     whole, content = Path(name).read_bytes(), load()
-    for place in random.Random(1).sample(range(8 * len(whole)), 100):
+    for place in random.Random(1).sample(range(8 * len(whole)), 50):
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << place % 8
         Path(name).write_bytes(damaged)
@@ -374,7 +374,8 @@ def test_half_a_character_in_json_becomes_a_mark(files):
 @pytest.mark.parametrize("content", [*WRONG.values(), *(json.dumps(value).encode() + b"\n" for value in VALUES[::3]),
                                      b'{}\n{}\n{}\n', b'{"iter": "1"}\n' * 4, b'{"iter": 1, "val_loss": 1}\n' * 4])
 def test_a_run_whose_log_is_wrong_goes_on_or_says_so(files, name, content, monkeypatch):
-    monkeypatch.setattr(plots, "save", SAVE_PICTURE)        # what a log holds is drawn too
+    if b"iter" in content:
+        monkeypatch.setattr(plots, "save", SAVE_PICTURE)        # what such a log holds is drawn too
     Path("output", name).write_bytes(content)
     result = run_captured("train", "--init_from", "resume", "--max_iters", 3)
     assert "Traceback" not in result.stderr

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, ExitStack, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def save_on_signals(run: TrainRun) -> Iterator[None]:
         if number == SIGHUP:
             signal.signal(SIGHUP, signal.SIG_IGN)       # a closing terminal sends it twice
             redirect_to_devnull(1, 2)
-        print("\nstopping after this step, then saving", flush=True)
+        if run.dist.is_main:
+            with suppress(OSError):                     # print() could be in the middle of its own buffer
+                os.write(1, b"\nstopping after this step, then saving\n")
 
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:                   # nohup ignores SIGHUP
