@@ -8,7 +8,7 @@
     python sample.py --show_probs                                     # how sure the model was of each token
     python sample.py --show_probs probs.html                          # the same as a page for the browser
     python sample.py --score story.txt                                # how well it expects a text that is there
-    python sample.py --quantize int8 --compile                        # faster on a CPU, and nearly the same
+    python sample.py --compile                                        # faster on a CPU; or --quantize int8
     python sample.py --checkpoint gpt2 --prompt "The meaning of"      # GPT-2, which is downloaded
     torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf       # a model that is too large for one GPU
 

@@ -2,7 +2,7 @@
 
     model = GPT2(GPT2Args())                            # 124 million parameters
     logits = model(tokens)                              # (B, T, vocab_size)
-    engine = GPT2Engine(model)                          # writes as engine.py does
+    engine = GPT2Engine(model)                          # generates as engine.py does
 
 What differs from model.py: positions are learned, the norms take away the mean, the feed-forward has a GELU and no
 gate, and everything has a bias. Shapes as in model.py.
@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Transformer, check_fields, init_weights
-from tinyllm.cli import UserError
-from tinyllm.engine import AttentionFn, Engine
+from tinyllm.engine import AttentionFn, Engine, LinearFn
 from tinyllm.kernels import LinearCrossEntropy, causal_attention
-from tinyllm.weights import LinearFn
 
 
 @dataclass(frozen=True)
@@ -124,48 +122,48 @@ class GPT2(nn.Module):
 
 
 class GPT2Engine(Engine):
-    """A GPT-2 arranged for writing; what belongs to a position is a row of its embedding here, not a turn."""
+    """A GPT-2 prepared for generation. Positions are rows of an embedding here, not rotations."""
 
-    def __init__(self, model: GPT2, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
-                 device: torch.device | None = None):
-        """As Engine. Raises UserError for compiled on a CPU, where one token's layer is that of a Llama."""
-        if compiled and (device or model.tok_embeddings.weight.device).type == "cpu":
-            raise UserError("--compile is for Llama models on a CPU, and this is a GPT-2; leave it out")
-        super().__init__(model, dtype, quantize, compiled, device)
+    def _fuse_weights(self, model: GPT2, make_linear: Callable[[Tensor], LinearFn]) -> None:
+        self.embeddings = self._on_device(model.tok_embeddings.weight)
+        self.positions = self._on_device(model.positions.weight)
+        q_scale = torch.ones(3 * self.args.dim, device=model.tok_embeddings.weight.device)
+        q_scale[:self.args.dim] = self.args.head_dim ** -0.5
+        for layer in model.layers:
+            attention, feed_forward = layer.attention, layer.feed_forward
+            qkv_weight = attention.wqkv.weight * q_scale[:, None]
+            qkv_bias = attention.wqkv.bias * q_scale
+            self.layers.append([
+                self._affine(make_linear, qkv_weight, qkv_bias, layer.attention_norm),
+                self._affine(make_linear, attention.wo.weight, attention.wo.bias),
+                self._affine(make_linear, feed_forward.w1.weight, feed_forward.w1.bias, layer.ffn_norm),
+                self._affine(make_linear, feed_forward.w2.weight, feed_forward.w2.bias)])
+        self.output = self._affine(make_linear, model.output.weight, torch.zeros(1), model.norm)
 
-    def _pack_weights(self, model: GPT2, pack: Callable[[Tensor], LinearFn]) -> None:
-        def on(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, torch.float32)
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, torch.float32)
 
-        def product(weight: Tensor, bias: Tensor, norm: nn.LayerNorm | None = None) -> LinearFn:
-            weight, bias = on(weight), on(bias)
-            if norm:
-                weight, bias = weight * on(norm.weight), bias + weight @ on(norm.bias)
-            packed = pack(weight.contiguous())
-            return lambda x: packed(x) + bias
+    def _affine(self, make_linear: Callable[[Tensor], LinearFn], weight: Tensor, bias: Tensor,
+                norm: nn.LayerNorm | None = None) -> LinearFn:
+        """Return the function x @ weight.T + bias, with the weight and bias of the norm before it folded in."""
+        weight = self._on_device(weight)
+        bias = self._on_device(bias)
+        if norm:
+            bias = bias + weight @ self._on_device(norm.bias)
+            weight = weight * self._on_device(norm.weight)
+        linear = make_linear(weight.contiguous())
+        return lambda x: linear(x) + bias
 
-        with torch.no_grad():
-            self.embeddings, self.positions = on(model.tok_embeddings.weight), on(model.positions.weight)
-            scale = torch.ones(3 * self.args.dim, device=model.tok_embeddings.weight.device)
-            scale[:self.args.dim] = self.args.head_dim ** -0.5              # of the queries
-            for layer in model.layers:
-                attention, feed_forward = layer.attention, layer.feed_forward
-                self.layers.append([
-                    product(attention.wqkv.weight * scale[:, None], attention.wqkv.bias * scale, layer.attention_norm),
-                    product(attention.wo.weight, attention.wo.bias),
-                    product(feed_forward.w1.weight, feed_forward.w1.bias, layer.ffn_norm),
-                    product(feed_forward.w2.weight, feed_forward.w2.bias)])
-            self.output = product(model.output.weight, torch.zeros(1), model.norm)
+    def _rope_factors(self, positions: slice | Tensor) -> Tensor:
+        """Return the embeddings of positions, (..., dim), in the place of rotations."""
+        return self.positions[positions]
 
-    def _rope_factors(self, at: slice | Tensor) -> Tensor:
-        return self.positions[at]                                                           # (..., dim)
-
-    def _layers(self, tokens: Tensor, positions: Tensor, attend: AttentionFn) -> Tensor:
-        """What the layers make of tokens (B, T): (B * T, dim), before the last norm."""
-        x = (F.embedding(tokens, self.embeddings) + positions).flatten(0, 1)
-        for number, (qkv, out, up, down) in enumerate(self.layers):
-            heads = qkv(self._norm(x)).unflatten(-1, (-1, self.args.head_dim)).to(self.cache_dtype)  # (B * T, 3 H, D)
-            x = x + out(attend(number, heads))
+    def _run_layers(self, tokens: Tensor, positions: Tensor, attend: AttentionFn) -> Tensor:
+        """Run all layers on tokens (B, T). Returns (B * T, dim), before the final norm."""
+        x = (F.embedding(tokens, self.embeddings) + positions).flatten(0, 1)        # (B * T, dim)
+        for layer, (qkv, out, up, down) in enumerate(self.layers):
+            heads = qkv(self._norm(x)).unflatten(-1, (-1, self.args.head_dim))      # (B * T, 3 H, D)
+            x = x + out(attend(layer, heads.to(self.cache_dtype)))
             x = x + down(F.gelu(up(self._norm(x)), approximate="tanh"))
         return x
 
@@ -173,5 +171,5 @@ class GPT2Engine(Engine):
         return self.output(self._norm(x)).float()
 
     def _norm(self, x: Tensor) -> Tensor:
-        """LayerNorm (arXiv 1607.06450) but for gain and bias, which are inside the products."""
+        """LayerNorm (arXiv 1607.06450) without weight and bias, which `_affine` folds in."""
         return F.layer_norm(x, x.shape[-1:], eps=self.args.norm_eps)

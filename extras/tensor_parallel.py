@@ -1,23 +1,21 @@
-"""Answering with several processes, each with a part of every matrix: tensor parallelism (arXiv 1909.08053).
+"""Tensor parallelism (arXiv 1909.08053): several processes generate, each with a part of every matrix.
 
     torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf --interactive
 
-Of each layer a process has some of the heads, with their keys and values, and some of the feed-forward: rows of
-wq, wk, wv, w1 and w3, columns of wo and w2. What it makes with these two is a part of a sum: twice in a layer, all add
-up what they have. The output layer is divided by rows; embeddings and norms are small, and whole in each.
+A process has some heads of each layer, with their keys and values, and a part of the feed-forward: rows of wq, wk, wv,
+w1 and w3, columns of wo and w2. The products with wo and w2 are parts of a sum, so the processes add them up twice per
+layer. The output layer is divided by rows; embeddings and norms are small, and complete in each process.
 
-The first process reads, chooses the tokens, prints and writes files. The others get from it what they need to compute
-along: the ids of the prompts, then each token. So nobody can disagree about a token, and the others never ask how a
-token is chosen, nor when a text is over.
+The main process reads, chooses the tokens, prints and writes files. It sends each request to its engine to the others:
+ids of prompts, new tokens. So processes cannot disagree about a token, and the others know nothing of sampling.
 
-PyTorch's parallelize_module is not used: what engine.py computes with are packed matrices, in float16 and int8 of a
-kind that no DTensor can hold, and wq, wk and wv in one, which it could not divide by heads. With plain matrices in
-float32, a feed-forward of dim 288 took about three times the processor's time with DTensors (a throw-away script).
+PyTorch's parallelize_module is not used: no DTensor can hold the engine's packed float16 and int8 matrices, nor divide
+wq, wk and wv in one matrix by heads. With float32 matrices, a feed-forward of dim 288 took about three times the
+processor's time with DTensors (a throw-away script).
 """
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -30,119 +28,104 @@ from model import ModelArgs, Transformer
 from tinyllm.cli import UserError
 from tinyllm.device import Backend
 from tinyllm.distributed import DistributedContext
-from tinyllm.engine import Engine, Step
-from tinyllm.sampling import SamplingParams, sample_token
-from tinyllm.weights import LinearFn
+from tinyllm.engine import Engine, KVCache, LinearFn
+from tinyllm.kernels import model_is_original
 
-NO_TIMEOUT = timedelta(days=1000)          # how long the others wait for the next prompt; a dead one is noticed at once
-GREEDY = SamplingParams(temperature=0)        # needs no random numbers
-STOP_TOKEN = -1                               # said in place of a token
+NO_TIMEOUT = timedelta(days=1000)       # how long the others wait for the next prompt; a dead peer is noticed at once
 
 
 class TensorParallelGroup:
-    """The processes that answer together, and what they say to each other besides sums."""
+    """The processes that share a model, and their messages besides sums."""
 
     def __init__(self, dist: DistributedContext):
-        self.dist, self.is_main = dist, dist.is_main
+        self.dist = dist
+        self.is_main = dist.is_main
         self.control_group = torch_dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
 
     def broadcast_request(self, *request: Any) -> tuple[Any, ...]:
-        """What the first process requests, in all of them; the others give nothing."""
-        said = [request]
-        torch_dist.broadcast_object_list(said, 0, self.control_group, torch.device("cpu"))
-        return said[0]
+        """Return the main process's request in all processes; the others pass nothing."""
+        message = [request]
+        torch_dist.broadcast_object_list(message, 0, self.control_group, torch.device("cpu"))
+        return message[0]
 
-    def engine(self, model: Transformer, where: Backend, quantize: str) -> "TensorParallelEngine":
-        return TensorParallelEngine(model, self, where, quantize)
-
-    def tokens(self, tokens: list[int] | int) -> list[int]:
-        """The tokens of the first process, in all of them; the others give how many there are."""
-        said = torch.tensor(tokens) if self.is_main else torch.empty(tokens, dtype=torch.int64)
-        torch_dist.broadcast(said, 0, self.control_group)
-        return said.tolist()
-
-
-class _StopGeneration(Exception):
-    """The first process wants no further tokens."""
+    def engine(self, model: Transformer, backend: Backend, quantize: str) -> "TensorParallelEngine":
+        return TensorParallelEngine(model, self, backend, quantize)
 
 
 class TensorParallelEngine(Engine):
-    """An engine with a part of the weights: the first process uses it as any other, all call `work`."""
+    """An engine with a part of the weights. The main process uses it as any other; all processes call `run`."""
 
-    def __init__(self, model: Transformer, team: TensorParallelGroup, where: Backend, quantize: str = ""):
-        """Takes most of its weights away from the model. Raises UserError when the team cannot divide them."""
-        self.team, self.writing = team, 0               # how many texts are being written
-        shard_weights(model, team.dist)
-        super().__init__(model, where.dtype, quantize, device=where.device)
-        self.n_heads, self.n_kv_heads = (number // team.dist.size for number in (self.n_heads, self.n_kv_heads))
-
-    def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], LinearFn]) -> None:
-        super()._pack_weights(model, pack)
-        self.layers = [[qkv, _all_reduced(out), up, _all_reduced(down)] for qkv, out, up, down in self.layers]
+    def __init__(self, model: Transformer, group: TensorParallelGroup, backend: Backend, quantize: str = ""):
+        """Take this process's part of the weights, and the rest away from the model. Raises UserError if they cannot
+        be divided evenly."""
+        self.group = group
+        shard_weights(model, group.dist)
+        super().__init__(model, backend.dtype, quantize, backend.device)
+        self.n_heads //= group.dist.size
+        self.n_kv_heads //= group.dist.size
         self.output = self._gathered(self.output)
 
-    def _gathered(self, product: LinearFn) -> LinearFn:
-        """In the first process, all columns of what each has a part of; the others go on with their part."""
+    def _add_layer(self, matrices: tuple[Tensor, ...], make_linear: Callable[[Tensor], LinearFn]) -> None:
+        qkv, out, gate_and_up, down = map(make_linear, matrices)
+        self.layers.append([qkv, _all_reduced(out), gate_and_up, _all_reduced(down)])
+
+    def _gathered(self, linear: LinearFn) -> LinearFn:
+        """Return a function that gathers the columns of all processes in the main one."""
         def gathered(x: Tensor) -> Tensor:
-            part = product(x).float()
-            parts = [torch.empty_like(part) for _ in range(self.team.dist.size)] if self.team.is_main else None
+            part = linear(x).float()
+            if not self.group.is_main:
+                torch_dist.gather(part)
+                return part
+            parts = [torch.empty_like(part) for _ in range(self.group.dist.size)]
             torch_dist.gather(part, parts)
-            return torch.cat(parts, 1)[:, :self.args.vocab_size] if parts else part
+            return torch.cat(parts, 1)[:, :self.args.vocab_size]
         return gathered
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingParams = SamplingParams(),
-                 ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:
-        """As Engine.generate, for the first process."""
-        self.team.broadcast_request(prompts, max_new_tokens)
-        self.writing = len(prompts)
-        try:
-            for step in super().generate(prompts, max_new_tokens, sampling, ends, rows):
-                yield step
-                self.team.tokens([token or 0 for token in step.tokens])     # of what has ended, nothing is used
-        finally:
-            self._say_over()
+    def new_cache(self, batch: int, cache_len: int) -> KVCache:
+        self.group.broadcast_request("new_cache", batch, cache_len)
+        return super().new_cache(batch, cache_len)
 
-    def _say_over(self) -> None:
-        """End the texts that the others compute along with, if there are any."""
-        if count := self.writing:
-            self.writing = 0
-            self.team.tokens([STOP_TOKEN] * count)
+    def prefill(self, prompts: list[list[int]], cache: KVCache, rows: list[int] | None = None) -> Tensor:
+        self.group.broadcast_request("prefill", prompts, rows)
+        return super().prefill(prompts, cache, rows)
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        self.group.broadcast_request("decode", tokens.tolist())
+        return super().decode(tokens, cache)
 
     def read(self, ids: list[int]) -> Iterator[Tensor]:
-        """As Engine.read, for the first process."""
-        self.team.broadcast_request(ids)
+        self.group.broadcast_request("read", ids)
         yield from super().read(ids)
 
-    def run(self, lead: Callable[[], None]) -> None:
-        """Call lead() in the first process; the others compute along until it has returned."""
-        if not self.team.is_main:
-            return self._worker_loop()
+    def run(self, main_fn: Callable[[], None]) -> None:
+        """Call main_fn() in the main process; the others compute with it until it returns."""
+        if not self.group.is_main:
+            self._worker_loop()
+            return
         try:
-            lead()
+            main_fn()
         finally:
-            self._say_over()                            # an error may keep what was being written from being closed
-            self.team.broadcast_request()
+            self.group.broadcast_request()
 
+    @torch.inference_mode()
     def _worker_loop(self) -> None:
-        while request := self.team.broadcast_request():
-            if len(request) == 1:                       # ids to read
-                deque(super().read(*request), 0)
-                continue
-            with suppress(_StopGeneration):
-                deque(super().generate(*request, GREEDY), 0)
-                self._choose(*request)                  # the last thing that is said is OVER
-
-    def _choose(self, logits: Tensor, *how: Any) -> Tensor:
-        if self.team.is_main:
-            return sample_token(logits, *how)
-        tokens = self.team.tokens(len(logits))
-        if tokens[0] == STOP_TOKEN:
-            raise _StopGeneration
-        return torch.tensor(tokens, device=self.device)
+        """Do what the main process requests, each time with the cache that it requested last."""
+        cache = None
+        while request := self.group.broadcast_request():
+            name, *args = request
+            if name == "new_cache":
+                cache = super().new_cache(*args)
+            elif name == "prefill":
+                prompts, rows = args
+                super().prefill(prompts, cache, rows)
+            elif name == "decode":
+                super().decode(torch.tensor(args[0], device=self.device), cache)
+            else:
+                deque(super().read(*args), 0)
 
 
 def shard_weights(model: Transformer, dist: DistributedContext) -> None:
-    """Leave a model the part of its weights that this process computes with."""
+    """Replace the weights of a model by this process's part of them."""
     check_divisible(model.args, dist)
     for layer in model.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
@@ -154,9 +137,11 @@ def shard_weights(model: Transformer, dist: DistributedContext) -> None:
 
 
 def check_divisible(args: ModelArgs, dist: DistributedContext) -> None:
-    """Raise UserError when there is no equal part for each process."""
+    """Raise UserError if the processes cannot have equal parts."""
     if not isinstance(args, ModelArgs):
         raise UserError("a GPT-2 is not divided among processes; use python sample.py, without torchrun")
+    if not model_is_original():
+        raise UserError("model.py was edited, so it cannot be divided; use python sample.py, without torchrun")
     parts = math.gcd(args.n_kv_heads, args.ffn_dim)         # n_heads is a multiple of n_kv_heads
     if parts % dist.size:
         fitting = [str(number) for number in range(1, parts + 1) if parts % number == 0]
@@ -166,19 +151,20 @@ def check_divisible(args: ModelArgs, dist: DistributedContext) -> None:
 
 
 def _shard(weight: Tensor, dist: DistributedContext, dim: int) -> nn.Parameter:
-    """This process's part of the rows (dim 0) or columns (1). A vocabulary may come out uneven: zeros fill it up."""
+    """Return this process's part of the rows (dim 0) or columns (1). Zeros fill up an uneven vocabulary."""
     width = -(-weight.shape[dim] // dist.size)
     begin = min(width * dist.rank, weight.shape[dim])
     part = weight.detach().narrow(dim, begin, min(width, weight.shape[dim] - begin))
-    if missing := width - part.shape[dim]:
+    missing = width - part.shape[dim]
+    if missing:
         part = F.pad(part, (0, 0, 0, missing))
     return nn.Parameter(part.contiguous(), requires_grad=False)
 
 
-def _all_reduced(product: LinearFn) -> LinearFn:
-    """The sum of what the processes make of their parts, in float32."""
-    def summed(x: Tensor) -> Tensor:
-        part = product(x).float()
+def _all_reduced(linear: LinearFn) -> LinearFn:
+    """Return a function that adds up what the processes compute from their parts, in float32."""
+    def reduced(x: Tensor) -> Tensor:
+        part = linear(x).float()
         torch_dist.all_reduce(part)
         return part
-    return summed
+    return reduced

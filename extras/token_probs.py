@@ -1,12 +1,12 @@
-"""How likely the model found each token: lines in the terminal, or a page for the browser.
+"""Show how probable the model found each token: lines in the terminal, or a page for the browser.
 
     python sample.py --prompt "The dog" --show_probs                # in the terminal
     python sample.py --prompt "The dog" --show_probs probs.html     # a page
-    python sample.py --score story.txt                              # a text that is there, in figures
+    python sample.py --score story.txt                              # loss and perplexity of an existing text
 
-The page is one file that asks for no other and runs no script: what appears beside a token is an attribute of it that
-the style sheet shows, so that the text is the story and nothing else, and can be copied. The colours run from orange
-to pale blue, and their lightness with them, so that they say the same to every eye and on paper.
+The page is one file without scripts that loads no other file. Tooltips are attributes that the style sheet shows, so
+the text of the page is the story alone and can be copied. The colors run from orange to pale blue, and their lightness
+runs with them, so that they can be told apart by color-blind readers and on paper.
 """
 import math
 import sys
@@ -23,72 +23,86 @@ from tinyllm.generator import Completion, StreamDecoder, TextGenerator, Token
 from tokenizer import SPACE, BaseTokenizer
 
 
-def tokens_with_alternatives(generator: TextGenerator, one: Completion, alternatives: int) -> tuple[list[int], list[Token]]:
-    """The ids of the prompt, and all tokens of the text but the first, which nothing comes before."""
-    head = generator.tokenizer.encode_prompt(one.prompt)
-    tokens = generator.read(head + one.tokens, alternatives)
-    for place, logprob in enumerate(one.logprobs, len(head) - 1):
-        seen = place < generator.engine.args.max_seq_len    # beyond, it was written after another text than is read
-        tokens[place] = Token(tokens[place].piece, logprob, tokens[place].top_tokens if seen else [])
-    return head, tokens
+def tokens_with_alternatives(generator: TextGenerator, completion: Completion, alternatives: int
+                             ) -> tuple[list[int], list[Token]]:
+    """Return the ids of the prompt, and all tokens of prompt and text except the first."""
+    prompt_ids = generator.tokenizer.encode_prompt(completion.prompt)
+    tokens = generator.read(prompt_ids + completion.tokens, alternatives)
+    for i, logprob in enumerate(completion.logprobs, len(prompt_ids) - 1):
+        # Beyond the window, the token came from another context than `read` has, so the alternatives are not its own.
+        top_tokens = tokens[i].top_tokens if i < generator.engine.args.max_seq_len else []
+        tokens[i] = Token(tokens[i].piece, logprob, top_tokens)
+    return prompt_ids, tokens
 
 
-def token_texts(tokenizer: BaseTokenizer, before: list[int], ids: list[int]) -> list[str]:
-    """The text of each id. A character that is spread over several is with the last of them."""
-    reader = StreamDecoder(tokenizer, before, [])
-    texts = [reader.add(i) for i in ids]
-    return [*texts[:-1], texts[-1] + reader.flush()] if texts else []
+def token_texts(tokenizer: BaseTokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
+    """Return the text of each id. A character of several tokens belongs to the last of them."""
+    decoder = StreamDecoder(tokenizer, prompt_ids, [])
+    texts = [decoder.add(i) for i in ids]
+    if texts:
+        texts[-1] += decoder.flush()
+    return texts
 
 
 def loss_and_perplexity(tokens: list[Token]) -> tuple[float, float]:
-    """Loss in nats for a token, and perplexity."""
+    """Return the loss in nats per token, and the perplexity."""
     loss = -sum(token.logprob for token in tokens) / len(tokens)
     return loss, math.exp(loss) if loss < 700 else math.inf
 
 
-# ---- the terminal -------------------------------------------------------------------------------
+# ---- terminal -----------------------------------------------------------------------------------
 
-def print_token_table(generator: TextGenerator, one: Completion, cfg: SimpleNamespace) -> None:
-    """A line for each token, in colours if asked for."""
-    coloured = cfg.show_probs is True
-    head, tokens = tokens_with_alternatives(generator, one, alternatives=3)
-    first = 1 if cfg.echo else len(head)
-    if coloured:
-        texts = token_texts(generator.tokenizer, head[:first], (head + one.tokens)[first:])
-        print(escape_for_terminal(generator.tokenizer.decode(head[:1]) if cfg.echo else "")
-              + "".join(colorize(text, token.logprob) for text, token in zip(texts, tokens[first - 1:])))
-    for token in tokens[first - 1:]:
-        others = ", ".join(f"{piece!r} {chance:.0%}" for piece, chance in token.top_tokens)
-        print(f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"
-              + (f"   likeliest: {others}" if coloured else ""), flush=True)
+def print_token_table(generator: TextGenerator, completion: Completion, cfg: SimpleNamespace) -> None:
+    """Print a line for each token; with show_probs also the text in colors, and alternatives."""
+    prompt_ids, tokens = tokens_with_alternatives(generator, completion, alternatives=3)
+    first = 1 if cfg.echo else len(prompt_ids)
+    tokens = tokens[first - 1:]
+    if cfg.show_probs is True:
+        ids = (prompt_ids + completion.tokens)[first:]
+        texts = token_texts(generator.tokenizer, prompt_ids[:first], ids)
+        first_text = generator.tokenizer.decode(prompt_ids[:1]) if cfg.echo else ""
+        colored = [colorize(text, token.logprob) for text, token in zip(texts, tokens)]
+        print(escape_for_terminal(first_text) + "".join(colored))
+    for token in tokens:
+        line = f"{token.logprob:8.3f} {math.exp(token.logprob):4.0%}  {token.piece!r}"
+        if cfg.show_probs is True:
+            alternatives = [f"{piece!r} {probability:.0%}" for piece, probability in token.top_tokens]
+            line += f"   likeliest: {', '.join(alternatives)}"
+        print(line, flush=True)
 
 
 def colorize(text: str, logprob: float) -> str:
-    """The text of a token, red where the model did not expect it, green where it did."""
+    """Return a token's text, on a terminal in colors from red (improbable) to green."""
+    if not sys.stdout.isatty():
+        return text
     level = min(int(6 * math.exp(logprob)), 5)
-    return f"\033[38;5;{16 + 36 * (5 - level) + 6 * level}m{escape_control_chars(text)}\033[0m" if sys.stdout.isatty() else text
+    color = 16 + 36 * (5 - level) + 6 * level
+    return f"\033[38;5;{color}m{escape_control_chars(text)}\033[0m"
 
 
 def print_score(generator: TextGenerator, text: str) -> None:
+    """Print loss, perplexity and bits per byte of a text, and its least expected tokens."""
     if not text:
         raise UserError("there is no text in the file to score")
-    vocabulary = generator.tokenizer
-    ids = vocabulary.encode(text, bos=vocabulary.bos_id >= 0, eos=vocabulary.eos_id >= 0)
-    unread = vocabulary.decode(ids[:1])             # without bos, what nothing comes before is not expected
-    size = len(text.encode()) - len(unread.encode())
-    if len(ids) < 2 or size < 1:
-        raise UserError("the text is one token, and this vocabulary has no bos to expect it after; score a longer one")
+    tokenizer = generator.tokenizer
+    ids = tokenizer.encode(text, bos=tokenizer.bos_id >= 0, eos=tokenizer.eos_id >= 0)
+    first_text = tokenizer.decode(ids[:1])          # without bos, the first token of the text is not scored
+    n_bytes = len(text.encode()) - len(first_text.encode())
+    if len(ids) < 2 or n_bytes < 1:
+        raise UserError("the text is one token, and this tokenizer has no bos token before it; score a longer text")
     tokens = generator.read(ids, alternatives=0)
     loss, perplexity = loss_and_perplexity(tokens)
-    print(f"{len(tokens)} tokens, {size} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
-          f"bits per byte {loss * len(tokens) / math.log(2) / size:.4f}")
+    bits_per_byte = loss * len(tokens) / math.log(2) / n_bytes
+    print(f"{len(tokens)} tokens, {n_bytes} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
+          f"bits per byte {bits_per_byte:.4f}")
     print("least expected:")
-    for place in sorted(range(len(tokens)), key=lambda place: tokens[place].logprob)[:10]:
-        before = vocabulary.decode(ids[max(place - 7, 0 if unread else 1):place + 1])
-        print(f"{tokens[place].logprob:8.3f}  {before!r} -> {tokens[place].piece!r}")
+    first_shown = 0 if first_text else 1            # bos has no text
+    for i in sorted(range(len(tokens)), key=lambda i: tokens[i].logprob)[:10]:
+        context = tokenizer.decode(ids[max(i - 7, first_shown):i + 1])
+        print(f"{tokens[i].logprob:8.3f}  {context!r} -> {tokens[i].piece!r}")
 
 
-# ---- the page -----------------------------------------------------------------------------------
+# ---- HTML page ----------------------------------------------------------------------------------
 
 TITLE = "How likely the model found each token"
 LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # between two of them, a probability has the same colour
@@ -138,79 +152,96 @@ Point at a token, tap it, or go from one to the next with Tab.</p>
 """
 
 
-def check_html_path(name: bool | str) -> None:
-    """Raise UserError for the name of a page that cannot be written."""
-    if isinstance(name, bool):
-        return
+def check_html_path(name: str) -> None:
+    """Raise UserError if no page can be written there."""
     path = Path(name)
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--show_probs {name} is neither True, False nor a page to write; name it {name}.html")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name another page for --show_probs")
-    if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
-        raise UserError(f"{blocked} is a file, so that {path} cannot be in it; name another page for --show_probs")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{parent} is a file, so that {path} cannot be in it; name another page for --show_probs")
 
 
-def write_html_page(generator: TextGenerator, done: list[Completion], cfg: SimpleNamespace,
-               options: Iterable[str]) -> None:
-    """Write the page that cfg.show_probs names. options: names of the settings that the stories depend on."""
-    stories = [story_html(generator, one, f"Story {number}" if len(done) > 1 else "", cfg.echo)
-               for number, one in enumerate(done, 1)]
-    how = ", ".join(f"{name} {value}" for name in options if (value := getattr(cfg, name)) != "")
-    legend = "\n".join(f'<span class="p{level}">{100 * low:g} to {100 * high:g}%</span>'
-                       for level, (low, high) in enumerate(pairwise([0, *LEVELS, 1])))
-    page = PAGE.format(title=TITLE, style=STYLE, legend=legend, stories="".join(stories),
+def write_html_page(generator: TextGenerator, completions: list[Completion], cfg: SimpleNamespace,
+                    setting_names: Iterable[str]) -> None:
+    """Write the page that cfg.show_probs names, with the values of the settings that the stories depend on."""
+    stories = []
+    for number, completion in enumerate(completions, 1):
+        title = f"Story {number}" if len(completions) > 1 else ""
+        stories.append(story_html(generator, completion, title, cfg.echo))
+    settings = {name: getattr(cfg, name) for name in setting_names}
+    how = ", ".join(f"{name} {value}" for name, value in settings.items() if value != "")
+    page = PAGE.format(title=TITLE, style=STYLE, legend=legend_html(), stories="".join(stories),
                        model=escape_html(generator.description), how=escape_html(how))
     with atomic_write(cfg.show_probs) as file:
-        file.write(page.encode(errors="replace"))       # the name of a checkpoint may be no text
+        file.write(page.encode(errors="replace"))       # a checkpoint's name may not be valid text
     print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)
 
 
-def story_html(generator: TextGenerator, one: Completion, title: str, echo: bool) -> str:
-    head, tokens = tokens_with_alternatives(generator, one, alternatives=5)
-    parts = {"Prompt": tokens[:len(head) - 1] if echo else [], "Written": tokens[len(head) - 1:]}
-    facts = "<br>".join(summary_line(what, part) for what, part in parts.items() if part)
-    given = prompt_html(generator.tokenizer, head, parts["Prompt"]) if echo else ""
-    texts = token_texts(generator.tokenizer, head, one.tokens)
-    begins = accumulate(map(len, texts), initial=0)
-    written = "".join(token_span(text[:max(len(one.text) - begin, 0)], token)      # without a text that ends the story
-                      for text, token, begin in zip(texts, parts["Written"], begins))
+def legend_html() -> str:
+    spans = []
+    for level, (low, high) in enumerate(pairwise([0, *LEVELS, 1])):
+        spans.append(f'<span class="p{level}">{100 * low:g} to {100 * high:g}%</span>')
+    return "\n".join(spans)
+
+
+def story_html(generator: TextGenerator, completion: Completion, title: str, echo: bool) -> str:
+    prompt_ids, tokens = tokens_with_alternatives(generator, completion, alternatives=5)
+    n_prompt = len(prompt_ids) - 1
+    prompt_tokens = tokens[:n_prompt] if echo else []
+    new_tokens = tokens[n_prompt:]
+    facts = [summary_line(name, part) for name, part in (("Prompt", prompt_tokens), ("Written", new_tokens)) if part]
     heading = f"<h2>{title}</h2>\n" if title else ""
-    return f'<article>\n{heading}<p class="facts">{facts}</p>\n<p class="story">{given}{written}</p>\n</article>\n'
+    prompt = prompt_html(generator.tokenizer, prompt_ids, prompt_tokens) if echo else ""
+    texts = token_texts(generator.tokenizer, prompt_ids, completion.tokens)
+    starts = accumulate(map(len, texts), initial=0)
+    story = ""
+    for text, token, start in zip(texts, new_tokens, starts):
+        shown = text[:max(len(completion.text) - start, 0)]         # the text ends before a stop string
+        story += token_span(shown, token)
+    return (f'<article>\n{heading}<p class="facts">{"<br>".join(facts)}</p>\n<p class="story">{prompt}{story}</p>\n'
+            "</article>\n")
 
 
-def prompt_html(tokenizer: BaseTokenizer, head: list[int], tokens: list[Token]) -> str:
-    """The elements of a prompt; its first token has no probability where no bos is before it."""
-    first, texts = tokenizer.decode(head[:1]), token_texts(tokenizer, head[:1], head[1:])
-    rest = "".join(token_span(text, token, " prompt") for text, token in zip(texts, tokens))
-    return f'<span class="prompt">{escape_html(first)}</span>{rest}' if first else rest
+def prompt_html(tokenizer: BaseTokenizer, prompt_ids: list[int], tokens: list[Token]) -> str:
+    """Return the elements of a prompt. Its first token has no probability: it is bos, or nothing comes before it."""
+    first_text = tokenizer.decode(prompt_ids[:1])
+    texts = token_texts(tokenizer, prompt_ids[:1], prompt_ids[1:])
+    spans = [token_span(text, token, " prompt") for text, token in zip(texts, tokens)]
+    if first_text:
+        spans.insert(0, f'<span class="prompt">{escape_html(first_text)}</span>')
+    return "".join(spans)
 
 
-def summary_line(what: str, tokens: list[Token]) -> str:
+def summary_line(name: str, tokens: list[Token]) -> str:
     loss, perplexity = loss_and_perplexity(tokens)
-    return f"{what}: {len(tokens)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}"
+    return f"{name}: {len(tokens)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}"
 
 
-def token_span(text: str, token: Token, kind: str = "") -> str:
-    """A token in its colour. Spaces in front of it stand before the element, where a line can end."""
+def token_span(text: str, token: Token, css_class: str = "") -> str:
+    """Return a token in its color. Leading spaces stand before the element, where a line can break."""
     bare = text.lstrip(" ") or text
+    spaces = text[:len(text) - len(bare)]
     level = bisect(LEVELS, math.exp(token.logprob))
-    line = " line" if "\n" in bare else ""
-    return (f'{text[:len(text) - len(bare)]}<span class="p{level}{kind}{line}" tabindex="0" '
+    line_class = " line" if "\n" in bare else ""
+    return (f'{spaces}<span class="p{level}{css_class}{line_class}" tabindex="0" '
             f'data-tip="{escape(tooltip(token))}">{escape_html(bare)}</span>')
 
 
 def tooltip(token: Token) -> str:
-    """What appears beside a token."""
-    lines = [quote_piece(token.piece), f"probability      {format_percent(math.exp(token.logprob)).strip()}",
-             f"log-probability  {token.logprob:.3f} nats"]
+    probability = format_percent(math.exp(token.logprob)).strip()
+    lines = [quote_piece(token.piece), f"probability      {probability}", f"log-probability  {token.logprob:.3f} nats"]
     if token.top_tokens:
-        lines += ["likeliest here:"] + [f"{format_percent(chance)}  {quote_piece(piece)}" for piece, chance in token.top_tokens]
+        lines.append("likeliest here:")
+    for piece, probability in token.top_tokens:
+        lines.append(f"{format_percent(probability)}  {quote_piece(piece)}")
     return "\n".join(lines)
 
 
-def format_percent(chance: float) -> str:
-    return f"{chance:7.2%}" if chance >= 1e-4 else f"{100 * chance:6.0e}%"
+def format_percent(probability: float) -> str:
+    return f"{probability:7.2%}" if probability >= 1e-4 else f"{100 * probability:6.0e}%"
 
 
 def quote_piece(piece: str) -> str:

@@ -1,10 +1,16 @@
 """The engine: the model's logits, and rows of a batch that do not disturb each other."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import ROOT
 
 from model import ModelArgs, Transformer
-from tinyllm import checkpoint, device, weights
-from tinyllm.engine import Engine
+from tinyllm import checkpoint, device
+from tinyllm.engine import Engine, PlainEngine, linear_int8, quantize_int8
 from tinyllm.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -24,23 +30,24 @@ def engine(model):
     return Engine(model)
 
 
-def rows(steps, count):
-    found = [[] for _ in range(count)]
+def tokens_by_row(steps, count):
+    rows = [[] for _ in range(count)]
     for step in steps:
-        for row, token in zip(found, step.tokens, strict=True):
-            row += [token] if token is not None else []
-    return found
+        for row, token in zip(rows, step.tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
 
 
-def plain(model, context, count):
-    """What the likeliest tokens are by the model's own forward, beyond the window too."""
-    window, found = model.args.max_seq_len, []
+def greedy_tokens(model, context, count):
+    """The most probable tokens by the model's own forward, also beyond the window."""
+    window, tokens = model.args.max_seq_len, []
     for _ in range(count):
         if len(context) > window:
             context = context[:1] + context[-(window // 2):]
-        found.append(model(torch.tensor([context]))[0, -1].argmax().item())
-        context = context + found[-1:]
-    return found
+        tokens.append(model(torch.tensor([context]))[0, -1].argmax().item())
+        context = context + tokens[-1:]
+    return tokens
 
 
 @torch.no_grad()
@@ -64,7 +71,7 @@ def test_the_engine_computes_what_the_model_does(tied, kv_heads, scaling):
 def test_greedy_equals_the_plain_form(model, engine):
     prompts = [[1, 5, 9], [1, 7, 3]]
     want = model.generate(torch.tensor(prompts), 15, temperature=0)[:, 3:].tolist()
-    assert rows(engine.generate(prompts, 15, GREEDY), 2) == want
+    assert tokens_by_row(engine.generate(prompts, 15, GREEDY), 2) == want
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -79,25 +86,25 @@ def test_weights_in_half_precision_are_not_rounded_once_more(dtype):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_ragged_prompts_give_what_each_gives_alone(engine, temperature):
-    prompts, how = [[1], [1, 4, 8, 15, 16, 23, 42], [1, 30, 31], [1, 2, 2]], SamplingParams(temperature, seed=4)
-    together = rows(engine.generate(prompts, 60, how, [7]), 4)
+    prompts, params = [[1], [1, 4, 8, 15, 16, 23, 42], [1, 30, 31], [1, 2, 2]], SamplingParams(temperature, seed=4)
+    together = tokens_by_row(engine.generate(prompts, 60, params, [7]), 4)
     for i, prompt in enumerate(prompts):
-        assert rows(engine.generate([prompt], 60, how, [7], rows=[i]), 1)[0] == together[i]
+        assert tokens_by_row(engine.generate([prompt], 60, params, [7], sample_ids=[i]), 1)[0] == together[i]
     assert len({len(row) for row in together}) > 1 and max(map(len, together)) > engine.args.max_seq_len
 
 
 def test_a_row_stops_at_eos_by_itself(engine):
-    prompts, how = [[1, i] for i in range(10, 30)], SamplingParams(seed=3)
-    free = rows(engine.generate(prompts, 20, how), 20)
+    prompts, params = [[1, i] for i in range(10, 30)], SamplingParams(seed=3)
+    free = tokens_by_row(engine.generate(prompts, 20, params), 20)
     eos = free[0][5]
-    stopped = rows(engine.generate(prompts, 20, how, [eos]), 20)
+    stopped = tokens_by_row(engine.generate(prompts, 20, params, [eos]), 20)
     for long, short in zip(free, stopped):
         assert short == (long[:long.index(eos)] if eos in long else long)
     assert len({len(row) for row in stopped}) > 1
 
 
 def test_steps_end_when_all_rows_have(engine):
-    first = rows(engine.generate([[1, 2]], 1, GREEDY), 1)[0][0]
+    first = tokens_by_row(engine.generate([[1, 2]], 1, GREEDY), 1)[0][0]
     assert list(engine.generate([[1, 2]], 50, GREEDY, [first])) == []
     assert len(list(engine.generate([[1, 2]], 7))) == 7 and list(engine.generate([[1, 2]], 0)) == []
 
@@ -105,24 +112,26 @@ def test_steps_end_when_all_rows_have(engine):
 @torch.no_grad()
 def test_beyond_the_window_bos_and_the_newer_half_stay(model, engine):
     prompts = [[1, 5, 9], [1, 6], [1, 7, 7, 7, 7, 7]]           # which get there at different times
-    assert rows(engine.generate(prompts, 70, GREEDY), 3) == [plain(model, prompt, 70) for prompt in prompts]
+    want = [greedy_tokens(model, prompt, 70) for prompt in prompts]
+    assert tokens_by_row(engine.generate(prompts, 70, GREEDY), 3) == want
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("more", [0, 1, 60])
 def test_a_prompt_longer_than_the_window_is_shortened_the_same_way(model, engine, more):
     prompts = [[1] + [i % 40 + 5 for i in range(1, model.args.max_seq_len + more)], [1, 3]]
-    assert rows(engine.generate(prompts, 5, GREEDY), 2) == [plain(model, prompt, 5) for prompt in prompts]
+    want = [greedy_tokens(model, prompt, 5) for prompt in prompts]
+    assert tokens_by_row(engine.generate(prompts, 5, GREEDY), 2) == want
 
 
 def test_seeds(engine):
     prompts = [[1, 5]] * 3
-    first = rows(engine.generate(prompts, 20, SamplingParams(seed=1)), 3)
-    assert rows(engine.generate(prompts, 20, SamplingParams(seed=1)), 3) == first
-    assert rows(engine.generate(prompts, 20, SamplingParams(seed=2)), 3) != first and first[0] != first[1]
+    first = tokens_by_row(engine.generate(prompts, 20, SamplingParams(seed=1)), 3)
+    assert tokens_by_row(engine.generate(prompts, 20, SamplingParams(seed=1)), 3) == first
+    assert tokens_by_row(engine.generate(prompts, 20, SamplingParams(seed=2)), 3) != first and first[0] != first[1]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert rows(engine.generate(prompts[:1], 20, SamplingParams(seed=1)), 1) == first[:1]
+    assert tokens_by_row(engine.generate(prompts[:1], 20, SamplingParams(seed=1)), 1) == first[:1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -130,7 +139,7 @@ def test_each_token_of_a_row_has_random_numbers_of_its_own():
     """A model without an opinion draws evenly, over many tokens of one row and over rows."""
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=8, max_seq_len=16))
     torch.nn.init.zeros_(model.output.weight)
-    found = torch.tensor(rows(Engine(model).generate([[1]] * 20, 400), 20))
+    found = torch.tensor(tokens_by_row(Engine(model).generate([[1]] * 20, 400), 20))
     for counts in (torch.bincount(found.flatten(), minlength=8), torch.bincount(found[0], minlength=8) * 20):
         assert (counts - 1000).abs().max() < 350
     pairs = torch.bincount((8 * found[:, :-1] + found[:, 1:]).flatten(), minlength=64)
@@ -142,7 +151,7 @@ def test_integers_are_near_the_weights(width):
     """Rounding to 255 levels moves a product by well under a hundredth of its size; and alone is as in company."""
     torch.manual_seed(0)
     weight, x = torch.randn(96, width) * torch.rand(96, 1), torch.randn(200, width)
-    product, want = weights.linear_int8(weight, torch.float32), x @ weight.T
+    product, want = linear_int8(weight), x @ weight.T
     found = product(x)
     assert found.shape == want.shape and (found - want).norm() < 0.015 * want.norm()
     assert (product(x[:3]) - found[:3]).abs().max() < 1e-4
@@ -151,7 +160,7 @@ def test_integers_are_near_the_weights(width):
 def test_no_weight_is_further_from_its_integer_than_half_a_level():
     """Also the largest of each row: rounding the scale to bfloat16 moves it by 1/4 of a level, and not beyond 127."""
     weight = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
-    levels, scale = weights.quantize_int8(weight)
+    levels, scale = quantize_int8(weight)
     moved = (weight / scale.float()[:, None] - levels).abs()
     assert moved.max() < 0.75 and moved.quantile(0.99) < 0.5
 
@@ -163,3 +172,44 @@ def test_formats_agree(model):
                            *[({"dtype": torch.float16}, 0.005)] * device._has_fbgemm()]:
         found = next(Engine(model, **options).generate(prompts, 1)).logits
         assert (found - want).norm() < share * want.norm() and not torch.equal(found, want), options
+
+
+def test_the_plain_engine_generates_the_same(model, engine):
+    prompts, params = [[1, 5, 9], [1, 6], [1] + [7] * 30], SamplingParams(seed=3, repetition_penalty=1.2)
+    plain = PlainEngine(model)
+    want = tokens_by_row(engine.generate(prompts, 40, params, [7]), 3)
+    assert tokens_by_row(plain.generate(prompts, 40, params, [7]), 3) == want
+    for one, two in zip(engine.read([1] * 30), plain.read([1] * 30), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+USE_EDITED_MODEL = """
+import torch
+from model import ModelArgs, Transformer
+from tinyllm.cli import UserError
+from tinyllm.engine import build_engine
+model = Transformer(ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, max_seq_len=24))
+model.output.weight.data.mul_(50)
+for step in build_engine(model).generate([[1, 5, 9, 3]], 1):
+    want = model(torch.tensor([[1, 5, 9, 3]]))[:, -1]
+    assert torch.equal(step.logits, want)
+    assert torch.equal(want, model(torch.tensor([[1, 7, 7, 3]]))[:, -1])      # nothing but the last token counts
+try:
+    build_engine(model, quantize="int8")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_an_edited_model_is_sampled_by_its_own_functions():
+    """In a copy, attention gives zeros."""
+    for name in ("tinyllm", "extras"):
+        shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, path.name)
+    source = Path("model.py").read_text(encoding="utf-8")
+    edited = source.replace("return F.scaled_dot_product_attention(", "return 0 * F.scaled_dot_product_attention(")
+    assert edited != source
+    Path("model.py").write_text(edited, encoding="utf-8")
+    result = subprocess.run([sys.executable, "-c", USE_EDITED_MODEL], capture_output=True, encoding="utf-8", timeout=60)
+    assert result.returncode == 0 and "model.py was edited" in result.stdout, result.stderr

@@ -30,15 +30,16 @@ def test_a_step_of_training_looks_at_no_number(planned_run):
             (loss + norm).item()
 
 
-@pytest.mark.parametrize("places", [5, [[3], [0]]])
-def test_a_step_of_writing_makes_all_it_needs_on_the_device(places):
-    """Also where the model is on another one, and texts are of different lengths."""
+@pytest.mark.parametrize("lengths", [[5, 5], [3, 0]])
+def test_a_decode_step_makes_all_it_needs_on_the_device(lengths):
+    """Also if the model is on another one, and sequences differ in length."""
     engine = Engine(Transformer(ARGS), torch.bfloat16, device=GPU)
-    cache = torch.zeros(2, 2, 4, 16, 8, device=GPU, dtype=engine.cache_dtype)
-    assert engine._prefill([[1, 2, 3], [4]], [0, 1], cache).shape == (2, 300)
-    at = places if isinstance(places, int) else torch.tensor(places, device=GPU)
-    logits = engine._extend(cache, torch.zeros(2, dtype=torch.int64, device=GPU), at)
+    cache = engine.new_cache(2, 16)
+    assert engine.prefill([[1, 2, 3], [4]], cache).shape == (2, 300)
+    cache.lengths = lengths
+    tokens = torch.zeros(2, dtype=torch.int64, device=GPU)
+    logits = engine.decode(tokens, cache)
     assert logits.shape == (2, 300) and logits.device == GPU and engine.cache_dtype == torch.bfloat16
     engine.rope = torch.ones(32, 1, 4, dtype=torch.complex64)           # a table that was left behind
     with pytest.raises(RuntimeError, match="device"):
-        engine._extend(cache, torch.zeros(2, dtype=torch.int64, device=GPU), at)
+        engine.decode(tokens, cache)

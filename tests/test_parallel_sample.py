@@ -200,21 +200,21 @@ def fails_while_writing() -> str:
         engine = TensorParallelGroup(dist).engine(make(), Backend(CPU, torch.float32, ""), "")
 
         def lead():
-            for step in (steps := engine.generate(PROMPTS, 1000)):
-                raise UserError(f"{steps.__name__} {len(step.tokens)}")
+            for step in engine.generate(PROMPTS, 1000):
+                raise UserError(f"stopped after {len(step.tokens)} tokens")
         engine.run(lead)
     return "fine"
 
 
 def test_an_error_of_the_first_process_lets_the_others_end():
-    assert side_by_side(2, fails_while_writing) == ["generate 3", "fine"]
+    assert side_by_side(2, fails_while_writing) == ["stopped after 3 tokens", "fine"]
 
 
 def dies_while_writing() -> None:
     with distributed.distributed_context() as dist:
         engine = TensorParallelGroup(dist).engine(make(), Backend(CPU, torch.float32, ""), "")
         if dist.rank == 1:
-            engine._choose = lambda *how: os._exit(1)
+            engine.output = lambda x: os._exit(1)
         engine.run(lambda: list(engine.generate(PROMPTS, 1000)))
 
 

@@ -1,15 +1,16 @@
-"""Sampling: prompts in, and one new token for each of them at a time.
+"""Inference engine: prompts in, one new token for each sequence and step out.
 
-    engine = Engine(model)                              # or Engine(model, quantize="int8")
-    for step in engine.generate([[1, 403, 407], [1, 291]], max_new_tokens=100, ends=[2]):
+    engine = build_engine(model)                        # or build_engine(model, quantize="int8")
+    for step in engine.generate([[1, 403, 407], [1, 291]], max_new_tokens=100, stop_ids=[2]):
         print(step.tokens)                              # e.g. [378, 17], then [261, None] once the second has ended
 
-The weights are those of model.py, arranged for few and large operations, because a token costs as much time for
-starting them as for their arithmetic: matrices with the same input are one (wq, wk, wv; w1, w3), and the gains of
-the norms and the scale of attention are multiplied into them.
+Same weights as in model.py, fused into fewer and larger matrices: at batch size 1, launching an operation costs as much
+as computing it. Matrices with the same input become one (wq, wk, wv; w1, w3); the weights of the norms and the scale of
+attention are multiplied into them.
 
 Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,252 +19,369 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.compiled import CompiledAttention, CompiledLayers, CudaGraphStep
-from model import Transformer
+from model import RMSNorm, Transformer, TransformerBlock
 from tinyllm import optional
-from tinyllm.kernels import causal_attention
+from tinyllm.cli import UserError
+from tinyllm.kernels import causal_attention, model_is_original
 from tinyllm.sampling import SamplingParams, exponential_noise, sample_token, seen_token_mask
-from tinyllm.weights import (
-    LinearFn,
-    folded_norm_weight,
-    fuse_layer_weights,
-    linear,
-    linear_fp16,
-    linear_int8,
-    to_float32_on,
-)
 
-# PyTorch asks every argument of a call whether it overrides the call. For the packed weights of `half`, the answer
-# comes as a C++ exception, which takes longer than the product; so the engine asks nobody.
+# Skip __torch_function__ dispatch: for packed float16 weights, PyTorch's check of each argument throws a C++ exception
+# that costs more than the product.
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 
-AttentionFn = Callable[[int, Tensor], Tensor]            # layer, (B * T, H + 2 K, D) -> (B * T, dim)
+LinearFn = Callable[[Tensor], Tensor]                   # (rows, in) -> (rows, out)
+AttentionFn = Callable[[int, Tensor], Tensor]           # layer, (B * T, H + 2 K, D) -> (B * T, dim)
 
 
 class Step(NamedTuple):
-    """A token for each sequence, None where one has ended; and the logits (B, vocab_size) that they were drawn from."""
+    """A token for each sequence, None if it has ended; and the logits (B, vocab_size) that the tokens come from."""
     tokens: list[int | None]
     logits: Tensor
 
 
+class KVCache:
+    """Keys and values of all layers; row i holds lengths[i] tokens of sequence i.
+
+    kv: (n_layers, B, 2 K, cache_len, D), keys and then values.
+    """
+
+    def __init__(self, kv: Tensor):
+        self.kv = kv
+        self.cache_len = kv.shape[3]
+        self.lengths = [0] * kv.shape[1]
+
+    def rows_to_prefill(self) -> list[int]:
+        """Return the rows without space for another token, and those that are empty."""
+        return [row for row, length in enumerate(self.lengths) if length in (0, self.cache_len)]
+
+    def prefill(self, layer: int, rows: slice | Tensor, kv: Tensor) -> None:
+        """Write the first T tokens of some rows. kv: (rows, T, 2 K, D)."""
+        self.kv[layer, rows, :, :kv.shape[1]] = kv.transpose(1, 2)
+
+    def next_positions(self) -> list[int]:
+        """Count one more token in each row, and return its position. In a full row it replaces the last one."""
+        positions = [min(length, self.cache_len - 1) for length in self.lengths]
+        self.lengths = [length + 1 for length in self.lengths]
+        return positions
+
+    def advance(self) -> None:
+        """Move to the position after the last token of each row."""
+        positions = self.next_positions()
+        end = max(positions) + 1
+        if min(positions) == end - 1:
+            self.move_to(end - 1, end)
+        else:
+            self.move_to(torch.tensor(positions, device=self.kv.device)[:, None], end)
+
+    def move_to(self, position: int | Tensor, end: int) -> None:
+        """Set the position that `write` writes to, one for all rows or (B, 1), and the end of what `read` returns."""
+        self.position = position
+        keys, values = self.kv[:, :, :, :end].chunk(2, 2)       # (n_layers, B, K, end, D); views of all layers at once
+        self._keys = keys.unbind()
+        self._values = values.unbind()
+        if isinstance(position, int):
+            self.mask = None
+            self._slots = self.kv[:, :, :, position].unbind()                           # each (B, 2 K, D)
+        else:
+            self.mask = (torch.arange(end, device=self.kv.device) <= position)[:, None, None]       # (B, 1, 1, end)
+            self._index = position[:, None, :, None].expand(-1, self.kv.shape[2], -1, self.kv.shape[4])
+
+    def write(self, layer: int, kv: Tensor) -> None:
+        """Write one token of each row. kv: (B, 2 K, D)."""
+        if isinstance(self.position, int):
+            self._slots[layer].copy_(kv)
+        else:
+            self.kv[layer].scatter_(2, self._index, kv[:, :, None])
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values, each (B, K, end, D)."""
+        return self._keys[layer], self._values[layer]
+
+
 class Engine:
-    """A model arranged for writing. Some weights are copies: when the model learns on, make another engine."""
+    """A model prepared for generation. Some weights are copies: after more training, build another engine."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32, quantize: str = "",
-                 compiled: bool = False, device: torch.device | None = None):
-        """Arrange the weights: in `dtype`, or with quantize "int8" as 8-bit integers with a scale for each row.
+                 device: torch.device | None = None):
+        """Fuse the weights and convert them to `dtype`, or with quantize "int8" to 8-bit integers.
 
-        compiled: write with extras/compiled.py.
-        device: where to write; that of the model when None.
+        device: the model's device when None.
         """
-        self.args, self.device = model.args, device or model.tok_embeddings.weight.device
-        self.n_heads, self.n_kv_heads = self.args.n_heads, self.args.n_kv_heads
-        on_cpu = self.device.type == "cpu"
-        self.uses_cuda_graph = compiled and not on_cpu
-        self.cache_dtype = torch.float32 if on_cpu else dtype
-        pack = linear_int8 if quantize == "int8" else linear_fp16 if on_cpu and dtype == torch.float16 else linear
+        self.args = model.args
+        self.device = device or model.tok_embeddings.weight.device
+        self.n_heads = self.args.n_heads
+        self.n_kv_heads = self.args.n_kv_heads
+        self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.layers: list[list[LinearFn]] = []
-        self.compiled_layers = CompiledLayers(self.args, model.rope, dtype, quantize) if compiled and on_cpu else None
-        self.compiled_attention = CompiledAttention(self.args) if compiled and on_cpu else None
-        self._pack_weights(model, partial(pack, dtype=dtype))
-
-    def _pack_weights(self, model: Transformer, pack: Callable[[Tensor], LinearFn]) -> None:
-        """Set embeddings, layers, output, and what `_rope_factors` needs."""
         with torch.no_grad():
-            # one number more than dim, which makes the norm of such a row that of RMSNorm, with its eps
-            floor = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5,
-                               device=self.device)
-            self.embeddings = torch.cat((model.tok_embeddings.weight.to(self.device), floor), 1)
-            for layer in model.layers:
-                matrices = fuse_layer_weights(layer, self.device)
-                self.layers.append([pack(weight) for weight in matrices])
-                if self.compiled_layers:
-                    self.compiled_layers.add(matrices)
-            self.output = pack(to_float32_on(self.device, model.output) * folded_norm_weight(model.norm, self.device))
-            # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
-            self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
+            self._fuse_weights(model, choose_linear(dtype, quantize, self.device))
 
-    _choose = staticmethod(sample_token)          # extras/tensor_parallel.py has its own
+    def _fuse_weights(self, model: Transformer, make_linear: Callable[[Tensor], LinearFn]) -> None:
+        """Set the embeddings, the layers, the output layer, and the table of `_rope_factors`."""
+        # A last column of sqrt(dim * norm_eps) makes the vector norm of a row the denominator of RMSNorm.
+        eps_column = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5,
+                                device=self.device)
+        self.embeddings = torch.cat((model.tok_embeddings.weight.to(self.device), eps_column), 1)
+        for layer in model.layers:
+            self._add_layer(fuse_layer_weights(layer, self.device), make_linear)
+        self.output = make_linear(weight_on(self.device, model.output) * folded_norm_weight(model.norm, self.device))
+        # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
+        self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingParams = SamplingParams(),
-                 ends: Collection[int] = (), rows: list[int] | None = None) -> Iterator[Step]:
+    def _add_layer(self, matrices: tuple[Tensor, ...], make_linear: Callable[[Tensor], LinearFn]) -> None:
+        self.layers.append([make_linear(matrix) for matrix in matrices])
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams = SamplingParams(),
+                 stop_ids: Collection[int] = (), sample_ids: list[int] | None = None) -> Iterator[Step]:
         """Continue prompts that may differ in length.
 
-        A sequence ends at one of the ids `ends`, which is not yielded. What it gets depends on its prompt, the seed
-        and its row number, and not on its neighbours (but for roundings of int8 and bfloat16). When it fills the
-        model's window, it goes on with its first token (bos) and the newer half.
+        A sequence ends at one of stop_ids, which is not yielded. Its tokens depend on its prompt, the seed and its
+        sample id, and not on its neighbours (except for rounding in int8 and bfloat16). When a sequence fills the
+        model's window, it continues from its first token (bos) and the newer half.
 
         Args:
             prompts: ids, at least one each.
-            rows: the number of each sequence, which chooses its random numbers; 0, 1, ... when left out.
+            sample_ids: numbers that choose the random numbers of each sequence; 0, 1, ... when None.
         Raises:
-            ValueError: when a prompt has no ids, or some that the vocabulary has not.
-            UserError: when it cannot be compiled.
+            ValueError: if a prompt has no ids, or ids that are not in the vocabulary.
         """
-        _check(prompts, self.args.vocab_size)
-        if self.compiled_layers:
-            (self.compiled_layers if len(prompts) == 1 else self.compiled_attention).load()
-        return self._generate(prompts, max_new_tokens, sampling, ends, rows or range(len(prompts)))
+        for prompt in prompts:
+            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.args.vocab_size:
+                raise ValueError(f"a prompt needs ids from 0 to {self.args.vocab_size - 1}, not {prompt[:20]}")
+        return self._generate(prompts, max_new_tokens, params, stop_ids, sample_ids or range(len(prompts)))
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingParams, ends: Collection[int],
-               rows: Sequence[int]) -> Iterator[Step]:
-        texts = [list(prompt) for prompt in prompts]
-        noise = exponential_noise(sampling, rows, self.args.vocab_size, self.device)
-        seen = seen_token_mask(prompts, self.args.vocab_size, self.device) if sampling.repetition_penalty != 1 else None
-        room = min(self.args.max_seq_len, max(map(len, prompts)) + max_new_tokens)
-        cache = torch.zeros(self.args.n_layers, len(prompts), 2 * self.n_kv_heads, room, self.args.head_dim,
-                            device=self.device, dtype=self.cache_dtype)     # keys, and then values
-        step = CudaGraphStep(self._extend, cache) if self.uses_cuda_graph else partial(self._step, cache)
-        # how many tokens of each text the cache holds. A full cache is filled anew from the text, and so is one
-        # that holds nothing yet, which therefore begins as full
-        lengths = [self.args.max_seq_len] * len(prompts)
-        tokens, ended = torch.empty(0), [False] * len(prompts)
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams,
+                  stop_ids: Collection[int], sample_ids: Sequence[int]) -> Iterator[Step]:
+        window = self.args.max_seq_len
+        sequences = [crop_to_window(prompt, window) for prompt in prompts]
+        noise = exponential_noise(params, sample_ids, self.args.vocab_size, self.device)
+        seen = None
+        if params.repetition_penalty != 1:
+            seen = seen_token_mask(prompts, self.args.vocab_size, self.device)      # (B, vocab_size)
+        cache = self.new_cache(len(prompts), min(window, max(map(len, prompts)) + max_new_tokens))
+        tokens = torch.empty(0)             # the first step has only the prompts
+        ended = [False] * len(prompts)
         for _ in range(max_new_tokens):
             with _NO_TORCH_FUNCTION():
-                logits = self._next_logits(texts, tokens, lengths, cache, step)
-            tokens = self._choose(logits, sampling, next(noise), seen)      # (B,)
-            found = tokens.tolist()
-            ended = [end or token in ends for end, token in zip(ended, found)]
+                logits = self._next_logits(sequences, tokens, cache)
+            tokens = sample_token(logits, params, next(noise), seen)        # (B,)
+            new_tokens = tokens.tolist()
+            ended = [end or token in stop_ids for end, token in zip(ended, new_tokens)]
             if all(ended):
                 return
-            yield Step([None if end else token for end, token in zip(ended, found)], logits)
-            for text, token in zip(texts, found):
-                text.append(token)
+            yield Step([None if end else token for end, token in zip(ended, new_tokens)], logits)
+            sequences = [crop_to_window([*ids, token], window) for ids, token in zip(sequences, new_tokens)]
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
 
-    def _next_logits(self, texts: list[list[int]], tokens: Tensor, lengths: list[int], cache: Tensor,
-                     step: Callable[[Tensor, list[int]], Tensor]) -> Tensor:
-        """The logits (B, vocab_size) after texts: by one more token where the cache has room, else from the beginning.
-
-        tokens: (B,), the newest of each. lengths: how many tokens of each the cache holds; brought up to date.
-        """
-        window = self.args.max_seq_len
-        full = [row for row, length in enumerate(lengths) if length == window]
-        if len(full) < len(texts):
-            logits = step(tokens, [min(length, window - 1) for length in lengths])
-            lengths[:] = [length + 1 for length in lengths]
-        if full:
-            contexts = [_crop_to_window(texts[row], window) for row in full]
-            fresh = self._prefill(contexts, full, cache)
-            logits = fresh if len(full) == len(texts) else logits.index_copy(
-                0, torch.tensor(full, device=self.device), fresh)
-            for row, context in zip(full, contexts):
-                lengths[row] = len(context)
+    def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits (B, vocab_size) after sequences that fit the window; tokens (B,) are their last ones."""
+        rows = cache.rows_to_prefill()
+        if len(rows) == len(sequences):
+            return self.prefill(sequences, cache)
+        logits = self.decode(tokens, cache)
+        if rows:
+            new_logits = self.prefill([sequences[row] for row in rows], cache, rows)
+            logits = logits.index_copy(0, torch.tensor(rows, device=self.device), new_logits)
         return logits
+
+    def new_cache(self, batch: int, cache_len: int) -> KVCache:
+        return KVCache(torch.zeros(self.args.n_layers, batch, 2 * self.n_kv_heads, cache_len, self.args.head_dim,
+                                   device=self.device, dtype=self.cache_dtype))
+
+    def prefill(self, prompts: list[list[int]], cache: KVCache, rows: list[int] | None = None) -> Tensor:
+        """Run prompts from their first token, and store them in these rows of the cache, or in all.
+
+        Returns the logits (rows, vocab_size) after each prompt.
+        """
+        width = max(map(len, prompts))
+        padded = [ids + ids[:1] * (width - len(ids)) for ids in prompts]
+        tokens = torch.tensor(padded, device=self.device)                           # (rows, width)
+        index = slice(None) if rows is None else torch.tensor(rows, device=self.device)
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            heads = heads.unflatten(0, (-1, width))                                 # (rows, width, H + 2 K, D)
+            cache.prefill(layer, index, heads[:, :, self.n_heads:])
+            return self._causal_attention(heads)
+
+        x = self._run_layers(tokens, self._rope_factors(slice(width)), attend)      # (rows * width, dim + 1)
+        for row, ids in zip(range(len(prompts)) if rows is None else rows, prompts):
+            cache.lengths[row] = len(ids)
+        last = [i * width + len(ids) - 1 for i, ids in enumerate(prompts)]
+        return self._logits(x[torch.tensor(last, device=self.device)])
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Run one more token (B,) of each sequence. Returns the logits (B, vocab_size) after it."""
+        cache.advance()
+        return self._decode_at_position(tokens, cache)
+
+    def _decode_at_position(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            q, kv = heads.split_with_sizes((self.n_heads, 2 * self.n_kv_heads), 1)
+            cache.write(layer, kv)
+            keys, values = cache.read(layer)                                        # (B, K, end, D)
+            # heads that share keys become queries of one head
+            q = q.unflatten(1, (self.n_kv_heads, -1))                               # (B, K, H / K, D)
+            out = F.scaled_dot_product_attention(q, keys, values, cache.mask, scale=1.0)
+            return out.reshape(len(tokens), -1)
+
+        return self._run_one_token(tokens, cache, attend)
+
+    def _run_one_token(self, tokens: Tensor, cache: KVCache, attend: AttentionFn) -> Tensor:
+        position = cache.position
+        if isinstance(position, int):
+            position = slice(position, position + 1)
+        return self._logits(self._run_layers(tokens[:, None], self._rope_factors(position), attend))
 
     @torch.inference_mode()
     def read(self, ids: list[int]) -> Iterator[Tensor]:
-        """Yield the log-probabilities (n, vocab_size) of what comes after each id but the last, a window at a time."""
-        before = ids[:-1]
-        for begin in range(0, len(before), self.args.max_seq_len):
-            tokens = torch.tensor([before[begin:begin + self.args.max_seq_len]], device=self.device)
+        """Yield the log-probabilities (n, vocab_size) after each id but the last, one window at a time."""
+        for begin in range(0, len(ids) - 1, self.args.max_seq_len):
+            window = ids[:-1][begin:begin + self.args.max_seq_len]
             with _NO_TORCH_FUNCTION():
-                turns = self._rope_factors(slice(tokens.shape[1]))
-                x = self._layers(tokens, turns, lambda _, heads: self._causal(heads[None]))
-                logprobs = self._logits(x).log_softmax(-1)
+                logprobs = self._logits_of_window(window).log_softmax(-1)
             yield logprobs
 
-    def _prefill(self, contexts: list[list[int]], rows: list[int], cache: Tensor) -> Tensor:
-        """Run contexts from their beginning; return the logits (rows, vocab_size) after each."""
-        width = max(map(len, contexts))
-        places = slice(None) if len(rows) == cache.shape[1] else torch.tensor(rows, device=self.device)
+    def _logits_of_window(self, ids: list[int]) -> Tensor:
+        tokens = torch.tensor([ids], device=self.device)
+        rope = self._rope_factors(slice(len(ids)))
+        x = self._run_layers(tokens, rope, lambda _, heads: self._causal_attention(heads[None]))
+        return self._logits(x)
 
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            heads = heads.unflatten(0, (-1, width))
-            cache[layer, places, :, :width] = heads[:, :, self.n_heads:].transpose(1, 2)
-            return self._causal(heads)
-
-        tokens = torch.tensor([ids + ids[:1] * (width - len(ids)) for ids in contexts], device=self.device)
-        x = self._layers(tokens, self._rope_factors(slice(width)), attend)
-        last = torch.tensor([row * width + len(ids) - 1 for row, ids in enumerate(contexts)], device=self.device)
-        return self._logits(x[last])
-
-    def _step(self, cache: Tensor, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Run one more token (B,) of each sequence; return the logits (B, vocab_size) after it."""
-        if self.compiled_layers and len(tokens) == 1:
-            return self._logits(self.compiled_layers(F.embedding(tokens, self.embeddings), lengths[0], cache))
-        end = max(lengths) + 1
-        known = cache if self.compiled_attention else cache[:, :, :, :end]
-        at = end - 1 if min(lengths) == end - 1 else torch.tensor(lengths, device=self.device)[:, None]
-        return self._extend(known, tokens, at)
-
-    def _extend(self, cache: Tensor, tokens: Tensor, at: int | Tensor) -> Tensor:
-        """Run tokens that come at a place of the cache: the last one for all, or one for each (B, 1)."""
-        batch, groups = len(tokens), self.n_heads // self.n_kv_heads
-        keys, values = (part.unbind() for part in cache.chunk(2, 2))            # of each layer, (B, K, end, D)
-        if isinstance(at, int):
-            turns, mask, fresh = self._rope_factors(slice(at, at + 1)), None, cache[:, :, :, at].unbind()
-        else:
-            turns, mask = self._rope_factors(at), (torch.arange(cache.shape[3], device=self.device) <= at)[:, None, None]
-            places = at[:, None, :, None].expand(-1, cache.shape[2], -1, cache.shape[4])    # (B, 2 K, 1, D)
-        if self.compiled_attention:
-            lengths = torch.full((batch,), at) if mask is None else at.flatten()
-
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            q, kv = heads.split_with_sizes((self.n_heads, cache.shape[2]), 1)
-            if mask is None:
-                fresh[layer].copy_(kv)
-            else:
-                cache[layer].scatter_(2, places, kv[:, :, None])
-            if self.compiled_attention:
-                return self.compiled_attention(heads, lengths, cache[layer])
-            # heads that share keys are taken as queries of one head
-            q = q.unflatten(1, (-1, groups))                                                # (B, K, H / K, D)
-            return F.scaled_dot_product_attention(q, keys[layer], values[layer], mask, scale=1.0).reshape(batch, -1)
-
-        return self._logits(self._layers(tokens[:, None], turns, attend))
-
-    def _causal(self, heads: Tensor) -> Tensor:
+    def _causal_attention(self, heads: Tensor) -> Tensor:
         """Attention of whole sequences: (B, T, H + 2 K, D) -> (B * T, dim)."""
         q, k, v = heads.transpose(1, 2).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
         return causal_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def _rope_factors(self, at: slice | Tensor) -> Tensor:
-        """What heads at some places are multiplied with: (..., H + 2 K, D / 2). Values are not turned."""
-        turns = self.rope[at]                                                               # (..., 1, D / 2)
-        both = [turns.expand(*turns.shape[:-2], self.n_heads + self.n_kv_heads, -1),
-                torch.ones_like(turns).expand(*turns.shape[:-2], self.n_kv_heads, -1)]
-        return torch.cat(both, -2)
+    def _rope_factors(self, positions: slice | Tensor) -> Tensor:
+        """Return the factors of the heads at some positions, (..., H + 2 K, D / 2). Those of values are 1."""
+        rope = self.rope[positions]                                                 # (..., 1, D / 2)
+        rotations = rope.expand(*rope.shape[:-2], self.n_heads + self.n_kv_heads, -1)
+        ones = torch.ones_like(rope).expand(*rope.shape[:-2], self.n_kv_heads, -1)
+        return torch.cat((rotations, ones), -2)
 
-    def _layers(self, tokens: Tensor, turns: Tensor, attend: AttentionFn) -> Tensor:
-        """What the layers make of tokens (B, T): (B * T, dim + 1), before the last norm."""
-        pairs_of = (*tokens.shape, -1, self.args.head_dim // 2, 2)
-        x = F.embedding(tokens.flatten(), self.embeddings)                                  # (B * T, dim + 1)
-        stream = x[:, :-1]
-        for number, (qkv, out, up, down) in enumerate(self.layers):
-            pairs = torch.view_as_complex(qkv(_norm(stream, x)).float().view(pairs_of))     # (B, T, H + 2 K, D / 2)
-            heads = torch.view_as_real(pairs * turns).view(len(x), -1, self.args.head_dim).to(self.cache_dtype)
-            stream += out(attend(number, heads))
-            gate, value = up(_norm(stream, x)).chunk(2, -1)
-            stream += down(F.silu(gate).mul_(value))
+    def _run_layers(self, tokens: Tensor, rope: Tensor, attend: AttentionFn) -> Tensor:
+        """Run all layers on tokens (B, T). Returns (B * T, dim + 1), before the final norm."""
+        pairs_shape = (*tokens.shape, -1, self.args.head_dim // 2, 2)
+        x = F.embedding(tokens.flatten(), self.embeddings)                          # (B * T, dim + 1)
+        residual = x[:, :-1]
+        for layer, (qkv, out, gate_and_up, down) in enumerate(self.layers):
+            pairs = qkv(_rms_norm(residual, x)).float().view(pairs_shape)
+            rotated = torch.view_as_complex(pairs) * rope                           # (B, T, H + 2 K, D / 2)
+            heads = torch.view_as_real(rotated).view(len(x), -1, self.args.head_dim)        # (B * T, H + 2 K, D)
+            residual += out(attend(layer, heads.to(self.cache_dtype)))
+            gate, up = gate_and_up(_rms_norm(residual, x)).chunk(2, -1)
+            residual += down(F.silu(gate).mul_(up))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        """x: (rows, dim + 1), from `_layers`."""
-        return self.output(_norm(x[:, :-1], x)).float()
+        """Return logits in float32 of rows from `_run_layers`."""
+        return self.output(_rms_norm(x[:, :-1], x)).float()
 
 
-def _norm(stream: Tensor, x: Tensor) -> Tensor:
-    """RMSNorm of (rows, dim) but for gain and factor, which are inside the matrices (`gain`).
+def _rms_norm(residual: Tensor, x: Tensor) -> Tensor:
+    """RMSNorm of (rows, dim), but for the weight and the factor in `folded_norm_weight`.
 
-    x: (rows, dim + 1), the stream with a last column that adds norm_eps to the sum of squares.
+    x: (rows, dim + 1), the residual stream with a last column that adds norm_eps.
     """
-    return stream / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return residual / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-def build_engine(model: nn.Module, *options, **more) -> Engine:
-    """Make the engine of a model. Takes the further arguments of Engine."""
-    engine = Engine if isinstance(model, Transformer) else optional.load("gpt2").GPT2Engine
-    return engine(model, *options, **more)
+class PlainEngine(Engine):
+    """Runs the model's own forward over all tokens for each new one: slow, but right after any edit of model.py."""
+
+    def __init__(self, model: Transformer, device: torch.device | None = None):
+        self.args = model.args
+        self.device = device or next(model.parameters()).device
+        self.model = copy.deepcopy(model).to(self.device, torch.float32).eval()
+
+    def new_cache(self, batch: int, cache_len: int) -> None:
+        return None
+
+    def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: None) -> Tensor:
+        return torch.cat([self._logits_of_window(ids)[-1:] for ids in sequences])
+
+    def _logits_of_window(self, ids: list[int]) -> Tensor:
+        return self.model(torch.tensor([ids], device=self.device))[0].float()
 
 
-def _check(prompts: list[list[int]], vocab_size: int) -> None:
-    for prompt in prompts:
-        if not prompt or not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(f"a prompt needs ids from 0 to {vocab_size - 1}, not {prompt[:20]}")
+def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
+                 device: torch.device | None = None) -> Engine:
+    """Make the engine of a model. Takes the arguments of Engine.
+
+    compiled: decode with extras/compiled.py.
+    """
+    engine_class = Engine if isinstance(model, Transformer) else optional.load("gpt2").GPT2Engine
+    if engine_class is Engine and not model_is_original():
+        if quantize or compiled:
+            raise UserError("model.py was edited, so --quantize and --compile do not work; leave them out")
+        return PlainEngine(model, device)
+    if compiled:
+        device = device or next(model.parameters()).device
+        engine_class = optional.load("compiled").compiled_engine_class(engine_class, quantize, device)
+    return engine_class(model, dtype, quantize, device)
 
 
-def _crop_to_window(context: list[int], window: int) -> list[int]:
-    return context if len(context) <= window else context[:1] + context[len(context) - window // 2:]
+def crop_to_window(ids: list[int], window: int) -> list[int]:
+    """Return ids, or if there are more than the window takes, the first one and the newer half."""
+    return ids if len(ids) <= window else ids[:1] + ids[len(ids) - window // 2:]
+
+
+# ---- fused weights ------------------------------------------------------------------------------
+
+def fuse_layer_weights(layer: TransformerBlock, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return four matrices of a layer: to queries, keys and values; wo; w1 and w3; w2."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    wq = weight_on(device, attention.wq) * attention.args.head_dim ** -0.5
+    wqkv = torch.cat((wq, weight_on(device, attention.wk), weight_on(device, attention.wv)))
+    wqkv = wqkv * folded_norm_weight(layer.attention_norm, device)
+    w13 = torch.cat((weight_on(device, feed_forward.w1), weight_on(device, feed_forward.w3)))
+    w13 = w13 * folded_norm_weight(layer.ffn_norm, device)
+    return wqkv, weight_on(device, attention.wo), w13, weight_on(device, feed_forward.w2)
+
+
+def folded_norm_weight(norm: RMSNorm, device: torch.device) -> Tensor:
+    """Return what `_rms_norm` leaves out: the weight, and the factor that turns a sum of squares into a mean."""
+    return weight_on(device, norm) * norm.weight.numel() ** 0.5
+
+
+def weight_on(device: torch.device, module: nn.Module) -> Tensor:
+    """Return a module's weight on a device, in float32 before any product."""
+    return module.weight.to(device, torch.float32)
+
+
+def choose_linear(dtype: torch.dtype, quantize: str, device: torch.device) -> Callable[[Tensor], LinearFn]:
+    """Return the function that turns a weight (out, in) into a linear layer."""
+    if quantize == "int8":
+        return linear_int8
+    if device.type == "cpu" and dtype == torch.float16:
+        return linear_fp16
+    return partial(linear, dtype=dtype)
+
+
+def linear(weight: Tensor, dtype: torch.dtype) -> LinearFn:
+    """Weights, inputs and results in `dtype`."""
+    weight = weight.to(dtype)
+    return lambda x: F.linear(x.to(dtype), weight)
+
+
+def linear_fp16(weight: Tensor) -> LinearFn:
+    """Weights in float16, everything else in float32, on a CPU (FBGEMM, arXiv 2101.05615)."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
+    product = torch.ops.quantized.linear_dynamic_fp16.default._op       # skips PyTorch's checks in Python
+    return lambda x: product(x, packed)
+
+
+def linear_int8(weight: Tensor) -> LinearFn:
+    """Weights as 8-bit integers with a scale for each row, inputs and results in bfloat16."""
+    if weight.shape[1] % 16:                # PyTorch's kernel reads beyond the end of such rows
+        return linear(weight, torch.float32)
+    levels, scale = quantize_int8(weight)
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), levels, scale)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to 255 levels. Returns levels (int8) and the scale of each row (bfloat16)."""
+    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+    return (weight / scale[:, None]).round().to(torch.int8), scale
