@@ -119,7 +119,8 @@ def test_a_text_bomb_is_read_in_little_memory():
 
 
 def test_a_packed_checkpoint_is_not_unpacked():
-    checkpoint.save_checkpoint("a.pt", {"model": {"w": torch.zeros(1_000_000)}, "model_args": {}, "iter_num": 0, "config": {}})
+    state = {"model": {"w": torch.zeros(1_000_000)}, "model_args": {}, "iter_num": 0, "config": {}}
+    checkpoint.save_checkpoint("a.pt", state)
     with zipfile.ZipFile("a.pt") as plain, zipfile.ZipFile("b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
