@@ -33,7 +33,8 @@ def draw_losses(path: Path, entries: list[dict[str, Any]], clock: list[dict[str,
     if expected:
         minute_panel.plot(*zip(*expected), color="0.6", label="val of the preset, where it was measured")
     zoom_y_axis(token_panel, [curve(entries, "loss", tokens), curve(entries, "val_loss", tokens), expected])
-    add_right_axis(minute_panel, bpb_per_nat, "bits per byte (bpb) of val")
+    to_bpb, to_nats = (lambda y: y * bpb_per_nat), (lambda y: y / bpb_per_nat)
+    minute_panel.secondary_yaxis("right", functions=(to_bpb, to_nats)).set_ylabel("bits per byte (bpb) of val")
     save(figure, path)
 
 
@@ -95,11 +96,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     ends = np.minimum(indices + reach + 1, len(values))
     sums = np.concatenate([[0], np.cumsum(values)])
     return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def add_right_axis(panel: Any, ratio: float, label: str) -> None:
-    """Add a scale on the right whose numbers are `ratio` times those on the left."""
-    panel.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio)).set_ylabel(label)
 
 
 def zoom_y_axis(panel: Any, curves: Sequence[Points]) -> None:

@@ -40,7 +40,8 @@ def test_what_to_expect_is_read_off_the_curve(monkeypatch):
 
 def test_help_lists_them(capsys):
     with pytest.raises(SystemExit):
-        cli.parse_settings(vars(importlib.import_module("train")), ["--help"], presets=KNOWN, epilog=presets.presets_table())
+        train = importlib.import_module("train")
+        cli.parse_settings(vars(train), ["--help"], presets=KNOWN, epilog=presets.presets_table())
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in PRESETS) and "--dim 128 --n_layers 4" in shown
 
