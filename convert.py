@@ -113,7 +113,7 @@ def describe(state: dict[str, Any]) -> str:
 @torch.inference_mode()
 def reference_logits(state: dict[str, Any]) -> Tensor:
     """Return the model's logits for fixed ids, (1, T, vocab_size), computed in float32 whatever its dtype is."""
-    model = checkpoint.build_model(state, copy_weights=False)
+    model = checkpoint.build_model(state, copy_weights=False).eval()        # without dropout
     for part in model.modules():
         if list(part.parameters(recurse=False)):
             upcast_during_forward(part)

@@ -40,6 +40,12 @@ def test_there_and_back_writes_the_same_story(source, to):
     assert torch.tensor(found.logprobs[:3]).sub(torch.tensor(want.logprobs[:3])).abs().max() < (1e-5 if exact else 0.05)
 
 
+def test_a_model_that_was_trained_with_dropout_is_compared_without_it(source):
+    state = checkpoint.load_checkpoint(source)
+    checkpoint.save_checkpoint("dropout.pt", {**state, "model_args": {**state["model_args"], "dropout": 0.5}})
+    assert run_captured("convert", "dropout.pt", "a.gguf").returncode == 0
+
+
 def test_the_name_of_the_target_tells_the_format(source):
     for name in ("a.gguf", "a.bin", "a", "a.pt"):
         assert run_captured("convert", source, name).returncode == 0
