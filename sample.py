@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tinyllm import cli, distributed, optional
 from tinyllm.cli import UserError, escape_for_terminal, suggest_path
@@ -33,9 +33,6 @@ from tinyllm.files import file_lock, json_line
 from tinyllm.generator import Completion
 from tinyllm.generator import TextGenerator as BaseTextGenerator
 from tinyllm.sampling import SamplingParams, validate_sampling
-
-if TYPE_CHECKING:
-    from extras.tensor_parallel import TensorParallelGroup
 
 # ---- settings -----------------------------------------------------------------------------------
 checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
@@ -82,7 +79,7 @@ class TextGenerator(BaseTextGenerator):
 
     def __init__(self, checkpoint: str | Path = checkpoint, tokenizer_model_path: str | Path | None = tokenizer,
                  seed: int = seed, device: str = device, dtype: str = dtype, quantize: str = quantize,
-                 compile: bool = compile, chat: str = chat, team: "TensorParallelGroup | None" = None):
+                 compile: bool = compile, chat: str = chat, team: Any = None):
         super().__init__(checkpoint, tokenizer_model_path, seed, device, dtype, quantize, compile, chat, team)
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *args, **options) -> list[str]:
@@ -160,7 +157,7 @@ def read_text_file(name: str) -> str:
         raise UserError(f"{name} is not UTF-8 text; save it as such with an editor") from error
 
 
-def load_generator(cfg: SimpleNamespace, team: "TensorParallelGroup | None" = None) -> TextGenerator:
+def load_generator(cfg: SimpleNamespace, team: Any = None) -> TextGenerator:
     check_settings(cfg)
     return TextGenerator(cfg.checkpoint, cfg.tokenizer, cfg.seed, cfg.device, cfg.dtype, cfg.quantize, cfg.compile,
                          cfg.chat, team)

@@ -14,11 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
-from tinyllm.generator import TextGenerator
+from tinyllm.generator import Message, TextGenerator
 from tinyllm.project import tokenizer_errors
 from tokenizer import BaseTokenizer
 
-Message = dict[str, str]
 SamplingKwargs = Callable[[SimpleNamespace], dict[str, Any]]        # settings to arguments of TextGenerator.generate
 
 HELP = """    >>> {prompt:32}{reply}, then it is your turn again

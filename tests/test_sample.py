@@ -1,5 +1,6 @@
 """Step 4: what a user sees, from Python and from the command line."""
 import ast
+import inspect
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, learn_tokenizer, run_captured, run_subprocess
 
+import sample
 from sample import Completion, TextGenerator
 from tinyllm import checkpoint, shards
 from tinyllm.cli import UserError
@@ -35,6 +37,18 @@ def test_samples_are_texts_that_begin_with_the_prompt(ckpt):
     assert TextGenerator(ckpt).sample("Once upon a time", 3, 40) == texts
     assert TextGenerator(ckpt, seed=5).sample("Once upon a time", 3, 40) != texts
     assert generator.sample("Once upon a time", 1, 40) == texts[:1]     # alone as in company
+
+
+def test_the_settings_block_is_the_one_definition_of_the_defaults():
+    """tinyllm/generator.py has none, and every default of the subclass is the setting of that name."""
+    old_names = {"start": "prompt", "tokenizer_model_path": "tokenizer"}
+    for method in ("__init__", "sample", "stream", "generate"):
+        defaults = {name: parameter.default for name, parameter
+                    in inspect.signature(getattr(TextGenerator, method)).parameters.items()
+                    if parameter.default is not parameter.empty and name != "team"}
+        assert defaults == {name: getattr(sample, old_names.get(name, name)) for name in defaults} and defaults
+    base = inspect.signature(TextGenerator.__base__.generate).parameters
+    assert base["temperature"].default is inspect.Parameter.empty
 
 
 def test_greedy_needs_no_seed(ckpt):

@@ -56,7 +56,8 @@ class Page(HTMLParser):
 
 
 def page_of(path: Path, *args) -> Page:
-    result = run_captured("sample", "--checkpoint", path, "--max_new_tokens", 30, *args, "--show_probs=new/folder/page.html")
+    result = run_captured("sample", "--checkpoint", path, "--max_new_tokens", 30, *args,
+                          "--show_probs=new/folder/page.html")
     assert result.returncode == 0, result.stderr
     return Page(Path("new/folder/page.html").read_text(encoding="utf-8"))
 
@@ -71,7 +72,8 @@ def test_the_page_has_the_stories_and_what_was_read_of_each_token(byte_checkpoin
             assert lines[0] == quote_piece(token.piece)
             assert float(lines[1].split()[1].rstrip("%")) == pytest.approx(100 * math.exp(token.logprob), abs=0.006)
             assert float(lines[2].split()[1]) == pytest.approx(token.logprob, abs=0.002)
-            assert lines[4:] == [f"{format_percent(chance)}  {quote_piece(piece)}" for piece, chance in token.top_tokens]
+            top = [f"{format_percent(chance)}  {quote_piece(piece)}" for piece, chance in token.top_tokens]
+            assert lines[4:] == top
             assert len(lines) == 4 + 5
         given = ["prompt" in kinds for _, kinds, _ in found]
         assert given == [True] * (len(head) - 1) + [False] * len(one.tokens)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,9 +25,7 @@ from tinyllm.project import tokenizer_errors
 from tinyllm.sampling import SamplingParams, validate_sampling
 from tokenizer import BaseTokenizer
 
-if TYPE_CHECKING:
-    from extras.chat import ChatFormat, Message
-    from extras.tensor_parallel import TensorParallelGroup
+Message = dict[str, str]            # with role (system, user or assistant) and content
 
 
 class Token(NamedTuple):
@@ -126,8 +124,11 @@ class TextGenerator:
     """A trained model with its tokenizer. sample.py has a subclass with defaults for the settings."""
 
     def __init__(self, checkpoint: str | Path, tokenizer_model_path: str | Path | None, seed: int, device: str,
-                 dtype: str, quantize: str, compile: bool, chat: str, team: "TensorParallelGroup | None" = None):
-        """Load a checkpoint, or with `team` this process's part of it. Raises UserError if something cannot be used."""
+                 dtype: str, quantize: str, compile: bool, chat: str, team: Any = None):
+        """Load a checkpoint. Raises UserError if something cannot be used.
+
+        team: a TensorParallelGroup, to load this process's part.
+        """
         self.backend = choose_backend(device, dtype, training=False)
         self._check_options(quantize, compile, team)
         state = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
@@ -148,7 +149,7 @@ class TextGenerator:
         else:
             self.engine = build_engine(model, self.backend.dtype, quantize, compile, self.backend.device)
 
-    def _check_options(self, quantize: str, compile: bool, team: "TensorParallelGroup | None") -> None:
+    def _check_options(self, quantize: str, compile: bool, team: Any) -> None:
         device = self.backend.device
         if quantize and (quantize != "int8" or device.type != "cpu"):
             raise UserError(f"--quantize {quantize} is not for {device}; there is int8, for a CPU")
@@ -157,7 +158,8 @@ class TextGenerator:
         if compile and team:
             raise UserError("--compile is for one process, without torchrun; leave it out")
 
-    def _find_chat_format(self, name: str, name_in_checkpoint: str) -> "ChatFormat | None":
+    def _find_chat_format(self, name: str, name_in_checkpoint: str) -> Any:
+        """Return a ChatFormat of extras/chat.py, or None."""
         if name == "none" or name == "auto" and not name_in_checkpoint:
             return None
         formats = optional.load("chat")
@@ -178,7 +180,7 @@ class TextGenerator:
         pieces = self.generate([Completion(start)], *args, **options)
         return chain([start], (piece for _, piece in pieces))
 
-    def answer(self, dialog: list["Message"], *args, **options) -> Iterator[str]:
+    def answer(self, dialog: list[Message], *args, **options) -> Iterator[str]:
         """Yield the answer to a dialog as it grows. Takes the further arguments of `generate`.
 
         dialog: dicts with role (system, user, assistant) and content.
@@ -192,7 +194,7 @@ class TextGenerator:
         pieces = self.generate([Completion("")], *args, **options)
         return (piece for _, piece in pieces)
 
-    def _encode_dialog(self, dialog: list["Message"]) -> list[int]:
+    def _encode_dialog(self, dialog: list[Message]) -> list[int]:
         """Encode a dialog, without its oldest turns if it would take more than 3/4 of the window."""
         ids = self.chat.encode_dialog_prompt(dialog)
         oldest = 1 if dialog and dialog[0]["role"] == "system" else 0
