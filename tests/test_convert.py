@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, learn_tokenizer, run_captured, run_subprocess
+from conftest import assert_user_error, learn_tokenizer, run_captured
 
 import convert
 from extras import formats
@@ -187,7 +187,7 @@ def test_the_comparison_is_of_the_models_own_logits(source):
 
 def test_mistakes_are_one_clear_line(source):
     assert_user_error(run_captured("convert"), "name a model", "python convert.py")
-    assert_user_error(run_subprocess("convert", "nowhere.pt", "a.gguf"), "no checkpoint at")
+    assert_user_error(run_captured("convert", "nowhere.pt", "a.gguf"), "no checkpoint at")
     Path("output/mine").mkdir(parents=True)
     Path("output/mine/ckpt.pt").touch()
     found = str(Path("output/mine/ckpt.pt"))

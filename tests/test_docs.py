@@ -69,7 +69,8 @@ def test_what_contributing_names_is_there():
     named = set(re.findall(r"`([\w/.-]+\.(?:py|md|txt|toml|yml))`", text))
     assert len(named) > 9 and not [name for name in named if not (ROOT / name).exists()]
     names = {"tinyllm.optional": ("require_package",), "tinyllm.resume": ("MAY_CHANGE_ON_RESUME",),
-             "extras.formats": ("choose_reader", "choose_folder_reader", "WRITERS"), "convert": ("FORMAT_BY_SUFFIX", "TOLERANCE")}
+             "extras.formats": ("choose_reader", "choose_folder_reader", "WRITERS"),
+             "convert": ("FORMAT_BY_SUFFIX", "TOLERANCE")}
     for module in names:
         for name in names[module]:
             assert re.search(rf"`(\w+\.)?{name}`", text) and hasattr(importlib.import_module(module), name), name

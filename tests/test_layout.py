@@ -46,7 +46,10 @@ def imported_names(node: ast.AST) -> list[str]:
 
 def imports_of(module: str) -> set[str]:
     """The modules of the repository that a module imports, also inside functions."""
-    names = [name for node in ast.walk(TREES[module]) for name in imported_names(node)]
+    nodes = list(ast.walk(TREES[module]))
+    type_blocks = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    never_run = {node for block in type_blocks for node in ast.walk(block)}
+    names = [name for node in nodes if node not in never_run for name in imported_names(node)]
     parts = {name if name in TREES else name.rpartition(".")[0] for name in names}
     return parts & TREES.keys() - {module, "tinyllm"}
 

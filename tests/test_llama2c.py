@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import learn_tokenizer, run_subprocess
+from conftest import learn_tokenizer, run_captured
 
 import tokenizer
 from extras import formats
@@ -201,8 +201,8 @@ def test_checkpoints_of_llama2_c_load(vocabulary):
     found = formats.read_model("ckpt.pt", tokenizer="tokenizer.bin")
     assert found["model_args"] == asdict(ModelArgs(**{**state["model_args"], "n_kv_heads": 4}))
     assert all(torch.equal(found["model"][name], weight) for name, weight in state["model"].items())
-    done = run_subprocess("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3,
-                          "--device", "cpu")
+    done = run_captured("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3,
+                        "--device", "cpu")
     assert done.returncode == 0 and done.stdout, done.stderr
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, learn_tokenizer, run_captured, run_subprocess
+from conftest import assert_user_error, learn_tokenizer, run_captured, run_subprocess, start_script
 
 import sample
 from sample import Completion, TextGenerator
@@ -220,12 +220,12 @@ def test_prompts_from_a_file(ckpt):
     assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes\n"
 
 
-def test_taking_turns(ckpt):
+def test_taking_turns(ckpt, monkeypatch):
     """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
     lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x",
              "The dog", " and", "", "/clear", "The dog", "/what", "/exit", "never"]
-    result = run_subprocess("sample", "--checkpoint", ckpt, "--interactive", "--max_new_tokens", "8", "--device", "cpu",
-                            input="\n".join(lines))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()), encoding="utf-8"))
+    result = run_captured("sample", "--checkpoint", ckpt, "--interactive", "--max_new_tokens", "8", "--device", "cpu")
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     generator = TextGenerator(ckpt)
     first = generator.sample("The dog", 1, 8, temperature=0)[0]
@@ -297,8 +297,8 @@ def test_stdout_holds_the_stories_and_nothing_else(ckpt):
     texts = result.stdout.removesuffix("\n").split("\n---\n")
     assert texts == TextGenerator(ckpt).sample("One day, Lily met a Shoggoth", 3, 20)
     assert "parameters" in result.stderr
-    again = run_subprocess("sample", "--checkpoint", ckpt, "--prompt=One day, Lily met a Shoggoth", "--num_samples=3",
-                           "--max_new_tokens=20", "--device=cpu")
+    again = run_captured("sample", "--checkpoint", ckpt, "--prompt=One day, Lily met a Shoggoth", "--num_samples=3",
+                         "--max_new_tokens=20", "--device=cpu")
     assert again.stdout == result.stdout
 
 
@@ -331,9 +331,8 @@ def test_mistakes_are_one_clear_line(ckpt, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows calls a pipe without a reader an invalid argument")
 def test_a_closed_pipe_ends_quietly(ckpt):
-    command = [sys.executable, str(ROOT / "sample.py"), "--checkpoint", str(ckpt), "--max_new_tokens", "5000",
-               "--temperature", "2", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    process = start_script("sample", "--checkpoint", ckpt, "--max_new_tokens", "5000", "--temperature", "2",
+                           "--device", "cpu", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()
     errors = process.stderr.read()

@@ -20,7 +20,6 @@ from conftest import (
     load_state,
     read_log,
     run_captured,
-    run_subprocess,
 )
 
 import train
@@ -361,7 +360,7 @@ def test_from_the_command_line(project):
     assert_user_error(run_captured("train", "--data_dir", "empty"), "no vocabulary", "python train_vocab.py")
     Path("a_file").write_text("x", encoding="utf-8")
     assert_user_error(run_captured("train", "--data_dir", project, *TINY, "--out_dir", "a_file"), "a_file is a file")
-    result = run_subprocess("train", "--data_dir", project, *TINY, "--max_iters", "2", "--compile", "False")
+    result = run_captured("train", "--data_dir", project, *TINY, "--max_iters", "2", "--compile", "False")
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):
         assert part in result.stdout, part
