@@ -81,10 +81,6 @@ def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {version}\ndate-released: {date}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-LEAVING = {"weights"}          # files that are being merged into others
-COMING = {"kernels"}     # and those that are being made
-
-
 def module_names(folder: str) -> set[str]:
     return {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
 
@@ -95,7 +91,7 @@ def test_the_readme_names_every_file():
     named = re.findall(r"(?m)^ *(\w+)\.py +# \w", tree)
     modules = module_names(".") | module_names("tinyllm") | module_names("tools")
     assert len(named) == len(set(named)) > 30
-    assert set(named) - COMING == modules - LEAVING - COMING
+    assert set(named) == modules
     assert all(f"\n{folder}/ " in tree for folder in (*FOLDERS, "data", "output", "docs", "tests"))
 
 
@@ -103,7 +99,7 @@ def test_the_page_of_extras_names_every_file():
     page = (ROOT / "extras" / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"(?m)^\| `([\w/]+)\.py`", page))
     modules = module_names("extras") | {f"formats/{name}" for name in module_names("extras/formats")}
-    assert named - COMING == modules - LEAVING - COMING
+    assert named == modules
 
 
 def test_the_chinese_readme_has_the_commands_names_and_figures_of_the_english_one():
