@@ -13,7 +13,8 @@ def draw(logits, count, seen=(), **options):
     noise = torch.empty(count, options.get("top_k") or len(logits)).exponential_(
         generator=torch.Generator().manual_seed(5))[:, :len(logits)]
     was = torch.tensor([token in seen for token in range(len(logits))]).expand(count, -1)
-    return sample_token(torch.tensor(logits).expand(count, -1), SamplingParams(**options), noise, was if seen else None).tolist()
+    params = SamplingParams(**options)
+    return sample_token(torch.tensor(logits).expand(count, -1), params, noise, was if seen else None).tolist()
 
 
 def test_draws_follow_the_distribution():
@@ -68,7 +69,8 @@ def test_filters_apply_to_each_row_by_itself():
 
 def test_noise_is_exponentially_distributed():
     """Kolmogorov-Smirnov over 16,000 numbers; the 99.99 % point is 2.23 / sqrt(n)."""
-    noise = torch.stack([row for row, _ in zip(sampling.exponential_noise(SamplingParams(), [0], 100, torch.device("cpu")), range(160))])
+    rows = sampling.exponential_noise(SamplingParams(), [0], 100, torch.device("cpu"))
+    noise = torch.stack([next(rows) for _ in range(160)])
     found = noise.flatten().sort().values
     assert (found > 0).all()
     steps = torch.arange(1, len(found) + 1) / len(found)
