@@ -44,7 +44,7 @@ def main() -> None:
     kind = choose_format(cfg, formats)
     targets = formats.output_files(Path(cfg.target), kind)
     check_targets(targets, kind, cfg.force, formats.huggingface.OUTPUT_FILES)
-    state = formats.read_model(cfg.source, cfg.tokenizer)
+    state = checkpoint.read_model(cfg.source, cfg.tokenizer)
     if state.get("architecture", "llama") != "llama" and kind != "pt":
         raise UserError(f"{cfg.source} is a GPT-2, which can be written as .pt alone, not as {kind}")
     print(f"{cfg.source}: {describe(state)}")
@@ -143,7 +143,7 @@ def read_back(path: Path, formats: ModuleType) -> tuple[dict[str, Any], Tensor]:
 
     The file does not stay mapped into memory, since Windows would neither rename nor delete it.
     """
-    state = formats.read_model(path)
+    state = checkpoint.read_model(path)
     logits = reference_logits(state)
     del state["model"]
     return state, logits

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Transformer, check_fields, init_weights
+from model import Transformer, check_sizes, init_weights
 from tinyllm.engine import AttentionFn, Engine, LinearFn
 from tinyllm.kernels import LinearCrossEntropy, causal_attention
 
 
 @dataclass(frozen=True)
 class GPT2Args:
-    """The config of a GPT-2. Raises ValueError, with the names, if values do not fit together."""
+    """The config of a GPT-2. Raises ValueError if the numbers do not fit together."""
     dim: int = 768
     n_layers: int = 12
     n_heads: int = 12
@@ -31,7 +31,7 @@ class GPT2Args:
     dropout: float = 0.0
 
     def __post_init__(self):
-        check_fields(self, ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"), ("norm_eps",))
+        check_sizes(self, "dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
 
     @property
     def head_dim(self) -> int:
@@ -100,6 +100,9 @@ class GPT2(nn.Module):
         self.output.weight = self.tok_embeddings.weight
         self.loss_fn = LinearCrossEntropy()
         init_weights(self, args.n_layers)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) of tokens (B, T), or the loss if there are targets: as Transformer.forward."""

@@ -73,14 +73,14 @@ def test_no_force_deletes_a_folder_of_other_things(source):
 
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
 def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
-    read = formats.read_model
+    read = checkpoint.read_model
 
     def worse(path, *rest):
         state = read(path, *rest)
         if str(path) != source:
             state["model"]["layers.1.feed_forward.w2.weight"] = state["model"]["layers.1.feed_forward.w2.weight"] + 0.01
         return state
-    monkeypatch.setattr(formats, "read_model", worse)
+    monkeypatch.setattr(checkpoint, "read_model", worse)
     Path(f"{name}.tmp").write_text("mine", encoding="utf-8")        # is nobody's but the user's
     before = set(Path().iterdir())
     assert_user_error(run_captured("convert", source, name), "more than", "not kept")
@@ -129,7 +129,7 @@ def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
 
 
 def test_the_vocabulary_is_compared_too(source):
-    state = formats.read_model(source)
+    state = checkpoint.read_model(source)
     other = learn_tokenizer(["other words, other ids"], 300)
     with pytest.raises(UserError, match="gives other ids"):
         convert.compare_tokenizers(state, {**state, "tokenizer": other.model})
@@ -161,18 +161,18 @@ def test_a_damaged_config_is_one_clear_line(source, change):
     content = {**config, **change} if isinstance(change, dict) else change
     Path("a/config.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError):
-        formats.read_model("a")
+        checkpoint.read_model("a")
 
 
 @pytest.mark.parametrize("change", [{"model": 5}, {"model": None}, {"model_args": None}, {"tokenizer": "/etc/passwd"}])
 def test_a_damaged_state_is_one_clear_line(source, change):
     checkpoint.save_checkpoint("bad.pt", checkpoint.load_checkpoint(source) | change)
     with pytest.raises(UserError):
-        checkpoint.build_tokenizer(formats.read_model("bad.pt"))
+        checkpoint.build_tokenizer(checkpoint.read_model("bad.pt"))
 
 
 def test_the_comparison_is_of_the_models_own_logits(source):
-    state = formats.read_model(source)
+    state = checkpoint.read_model(source)
     ids = torch.arange(48) * 7919 % state["model_args"]["vocab_size"]
     with torch.no_grad():
         want = checkpoint.build_model(state)(ids[None])
@@ -216,4 +216,4 @@ def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, run_in_process
         run_in_process("train", "--data_dir", "tuned", "--init_from", "theirs", "--out_dir", "new", "--dim", 32)
     tuned = checkpoint.load_checkpoint("out/last.pt")
     assert tuned["iter_num"] == 3 and (tuned["model_args"]["dim"], tuned["model_args"]["max_seq_len"]) == (64, 32)
-    assert tuned["tokenizer_sha256"] == formats.read_model(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"
+    assert tuned["tokenizer_sha256"] == checkpoint.read_model(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"

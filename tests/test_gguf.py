@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import learn_tokenizer
 
-from extras import formats
 from extras.formats import common
 from extras.tokenizers import JsonTokenizer, TiktokenTokenizer
 from model import ModelArgs, Transformer
@@ -78,7 +77,7 @@ def largest(found, expected):
 
 
 def test_float32_comes_back_as_it_was(state, write):
-    found = formats.read_model(write(state))
+    found = checkpoint.read_model(write(state))
     assert found["model"].keys() == state["model"].keys() and largest(found, state) == 0
     assert found["chat"] == "chatml" and found["model_args"]["tie_embeddings"]
     assert ids(found) == ids(state) and checkpoint.build_tokenizer(found).is_lossless
@@ -87,7 +86,7 @@ def test_float32_comes_back_as_it_was(state, write):
 
 @pytest.mark.parametrize("kind, dtype, tolerance", [("F16", torch.float16, 3e-4), ("Q8_0", torch.float32, 3e-3)])
 def test_smaller_formats_come_back_nearly(state, write, kind, dtype, tolerance):
-    found = formats.read_model(write(state, kind))
+    found = checkpoint.read_model(write(state, kind))
     assert 0 < largest(found, state) < tolerance
     assert found["model"]["layers.0.attention.wq.weight"].dtype == dtype
     assert torch.equal(found["model"]["norm.weight"], state["model"]["norm.weight"])
@@ -95,7 +94,7 @@ def test_smaller_formats_come_back_nearly(state, write, kind, dtype, tolerance):
 
 def test_rows_that_blocks_do_not_fit_stay_float16(write):
     state = make_state(dim=48, hidden_dim=64)
-    found = formats.read_model(write(state, "Q8_0"))["model"]
+    found = checkpoint.read_model(write(state, "Q8_0"))["model"]
     assert found["layers.0.attention.wq.weight"].dtype == torch.float16
     assert found["layers.0.feed_forward.w2.weight"].dtype == torch.float32
 
@@ -105,7 +104,7 @@ def test_rows_that_blocks_do_not_fit_stay_float16(write):
                                   {"rope_scaling": {"factors": [1.0, 1.5] + [4.0] * 6}}], ids=str)
 def test_every_shape_computes_the_same(args, write):
     state = make_state(**args)
-    found = formats.read_model(write(state))
+    found = checkpoint.read_model(write(state))
     torch.testing.assert_close(logits(found), logits(state), rtol=0, atol=2e-5)
     assert found["model_args"]["tie_embeddings"] == args.get("tie_embeddings", True)
 
@@ -127,7 +126,7 @@ def test_transformers_computes_the_same_from_the_file(args, write):
 @pytest.mark.parametrize("name, dtype, tolerance", [("BF16", torch.bfloat16, 0.003), ("Q4_0", torch.float32, 0.08),
                                                     ("Q4_1", torch.float32, 0.08)])
 def test_other_types_are_read(state, write, name, dtype, tolerance):
-    found = formats.read_model(write(state, as_type=name))
+    found = checkpoint.read_model(write(state, as_type=name))
     assert 0 < largest(found, state) < tolerance
     assert found["model"]["tok_embeddings.weight"].dtype == dtype
 
@@ -138,14 +137,14 @@ def test_q6_k_is_read(write, monkeypatch):
     block = np.array([*low, *high, *[3] * 16, *np.float16([0.5]).tobytes()], np.uint8)
     monkeypatch.setattr(gguf.quants, "quantize", lambda array, kind: np.tile(block, (len(array), array.shape[1] // 256))
                         if kind == gguf.GGMLQuantizationType.Q6_K else quantize(array, kind))
-    state = formats.read_model(write(make_state(dim=256, hidden_dim=256), as_type="Q6_K"))
+    state = checkpoint.read_model(write(make_state(dim=256, hidden_dim=256), as_type="Q6_K"))
     found = state["model"]["tok_embeddings.weight"]
     assert torch.equal(found[7], torch.tensor([(1 - 32) * 1.5] * 64 + [(2 - 32) * 1.5] * 64).repeat(2))
 
 
 def test_types_that_are_not_read_are_named(state, write):
     with pytest.raises(UserError, match="token_embd.weight is quantized as Q5_1"):
-        formats.read_model(write(state, as_type="Q5_1"))
+        checkpoint.read_model(write(state, as_type="Q5_1"))
 
 
 # ---- vocabularies -------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ def byte_level(cut, bos="<|begin|>", add_bos=True):
 def test_byte_level_vocabularies_come_back(name, add_bos, write):
     vocabulary = byte_level(gguf_file.PRETOKENIZERS[name], add_bos=add_bos)
     path = write(make_state(vocabulary))
-    found = checkpoint.build_tokenizer(formats.read_model(path))
+    found = checkpoint.build_tokenizer(checkpoint.read_model(path))
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == name
     assert found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS)
     assert (found.bos_id, found.eos_id, found.add_bos) == (vocabulary.bos_id, vocabulary.eos_id, add_bos)
@@ -186,14 +185,14 @@ def test_spellings_of_hugging_face_have_the_same_name(write):
                                                       "trim_offsets": True, "use_regex": True}]
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     other = JsonTokenizer(common.tokenizer_json_with_meta(content, "", "<|im_end|>", False))
-    found = checkpoint.build_tokenizer(formats.read_model(write(make_state(other))))
+    found = checkpoint.build_tokenizer(checkpoint.read_model(write(make_state(other))))
     assert found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS) and found.bos_id == -1
 
 
 def test_entries_that_the_vocabulary_lacks_become_unused(write):
     vocabulary = byte_level(gguf_file.PRETOKENIZERS["gpt-2"])
     path = write(make_state(vocabulary, vocab_size=vocabulary.n_words + 5))
-    found = checkpoint.build_tokenizer(formats.read_model(path))
+    found = checkpoint.build_tokenizer(checkpoint.read_model(path))
     assert found.n_words == vocabulary.n_words + 5 and found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS)
 
 
@@ -203,7 +202,7 @@ def test_llama_3_comes_back(write):
     tokens = [bytes([byte]) for byte in range(256)] + merged
     lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
     vocabulary = TiktokenTokenizer(b"".join(lines))
-    found = checkpoint.build_tokenizer(formats.read_model(write(make_state(vocabulary))))
+    found = checkpoint.build_tokenizer(checkpoint.read_model(write(make_state(vocabulary))))
     assert found.encode_batch(TEXTS, bos=True) == vocabulary.encode_batch(TEXTS, bos=True)
     assert (found.n_words, found.eos_id) == (vocabulary.n_words, vocabulary.eos_id)
 
@@ -231,19 +230,19 @@ def test_a_state_without_a_vocabulary_says_what_to_do(state, write):
 ])
 def test_what_cannot_be_represented_is_named(state, write, key, value, message):
     with pytest.raises(UserError, match=f"a.gguf.*{message}"):
-        formats.read_model(write(state, values={key: value}))
+        checkpoint.read_model(write(state, values={key: value}))
 
 
 def test_a_vocabulary_of_another_size_is_refused(write):
     size = sentencepiece().n_words
     with pytest.raises(UserError, match=f"{size} entries, and {size - 1} embeddings"):
-        formats.read_model(write(make_state(vocab_size=size - 1)))
+        checkpoint.read_model(write(make_state(vocab_size=size - 1)))
 
 
 def test_a_cut_that_is_not_known_is_named(write):
     with pytest.raises(UserError, match="cuts text by 'default'"):
         state = make_state(byte_level(gguf_file.PRETOKENIZERS["gpt-2"]))
-        formats.read_model(write(state, values={"tokenizer.ggml.pre": "default"}))
+        checkpoint.read_model(write(state, values={"tokenizer.ggml.pre": "default"}))
 
 
 def test_cut_and_foreign_files_are_refused(state, write, tmp_path):
@@ -253,7 +252,7 @@ def test_cut_and_foreign_files_are_refused(state, write, tmp_path):
                     whole[:4] + b"\1" + whole[5:]]:
         bad.write_bytes(content)
         with pytest.raises(UserError, match="bad.gguf"):
-            formats.read_model(bad)
+            checkpoint.read_model(bad)
 
 
 def test_damaged_headers_are_read_or_refused(state, write, tmp_path):
@@ -262,7 +261,7 @@ def test_damaged_headers_are_read_or_refused(state, write, tmp_path):
     for place in random.Random(1).sample(range(4, end), 300):
         bad.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
         try:
-            formats.read_model(bad)
+            checkpoint.read_model(bad)
         except UserError:
             pass
 

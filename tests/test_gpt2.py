@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from extras import formats
 from extras.formats import common, gpt2_folder
 from extras.gpt2 import GPT2, GPT2Args
 from sample import TextGenerator
@@ -59,7 +58,7 @@ def folder(theirs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> GPT2:
-    return checkpoint.build_model(formats.read_model(folder), copy_weights=False).eval()
+    return checkpoint.build_model(checkpoint.read_model(folder), copy_weights=False).eval()
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ def changed(folder: Path, **config) -> Path:
 # ---- the model ----------------------------------------------------------------------------------
 
 def test_logits_loss_and_gradients_equal_transformers(theirs, folder, tokens):
-    model = checkpoint.build_model(formats.read_model(folder))
+    model = checkpoint.build_model(checkpoint.read_model(folder))
     assert model.args == ARGS and model.count_parameters() == theirs.num_parameters()
     logits, loss = model(tokens[:, :-1]), model(tokens[:, :-1], tokens[:, 1:])
     other = theirs(tokens[:, :-1]).logits
@@ -139,12 +138,17 @@ def test_it_begins_as_gpt2_does():
 
 @pytest.mark.parametrize("change, message", [({"n_heads": 5}, "32 is not a multiple of n_heads 5"),
                                              ({"dim": 0}, "dim must be a positive integer"),
-                                             ({"dropout": 1.0}, "dropout"),
-                                             *(({"norm_eps": value}, "norm_eps must be a positive number")
-                                               for value in ("x", [1], float("nan"), 0))])
+                                             ({"dropout": 1.0}, "dropout")])
 def test_shapes_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(ARGS, **change)
+
+
+@pytest.mark.parametrize("value", ["x", [1], float("nan"), 0])
+def test_a_stored_norm_eps_that_cannot_be_is_refused(value):
+    args = {**vars(ARGS), "norm_eps": value}
+    with pytest.raises(UserError, match="model_args do not fit together"):
+        checkpoint.build_args({"architecture": "gpt2", "model_args": args, "model": {}})
 
 
 def test_more_tokens_than_positions_are_refused(model):
@@ -209,7 +213,7 @@ def test_ids_equal_transformers(folder, names):
         (copy / "tokenizer.json").unlink()
         for old, new in names.items():
             (copy / old).rename(copy / new)
-    vocabulary = checkpoint.build_tokenizer(formats.read_model(copy))
+    vocabulary = checkpoint.build_tokenizer(checkpoint.read_model(copy))
     end = theirs.convert_tokens_to_ids("<|endoftext|>")
     assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.add_bos) == (end, end, False)
     assert vocabulary.n_words == len(theirs) == ARGS.vocab_size
@@ -223,7 +227,7 @@ def test_names_without_a_prefix_and_masks_are_read(theirs, folder, tokens):
     tensors = {name.removeprefix("transformer."): tensor.clone() for name, tensor in theirs.state_dict().items()}
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 24, 24), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     safetensors.save_file(tensors, copy / "model.safetensors")
-    model = checkpoint.build_model(formats.read_model(copy), copy_weights=False)
+    model = checkpoint.build_model(checkpoint.read_model(copy), copy_weights=False)
     torch.testing.assert_close(model(tokens[:, :-1]), theirs(tokens[:, :-1]).logits, **CLOSE)
 
 
@@ -231,7 +235,7 @@ def test_names_without_a_prefix_and_masks_are_read(theirs, folder, tokens):
                                     {"n_inner": 50}, {"tie_word_embeddings": False}, {"scale_attn_weights": False}])
 def test_what_cannot_be_represented_is_refused_by_name(folder, config):
     with pytest.raises(UserError, match=" ".join(f"{name} {value!r}" for name, value in config.items())):
-        formats.read_model(changed(folder, **config))
+        checkpoint.read_model(changed(folder, **config))
 
 
 def test_missing_tensors_are_listed(folder):
@@ -240,12 +244,12 @@ def test_missing_tensors_are_listed(folder):
     del tensors["transformer.h.1.mlp.c_fc.bias"], tensors["transformer.wpe.weight"]
     safetensors.save_file(tensors, copy / "model.safetensors")
     with pytest.raises(UserError, match="lacks 2 tensors: h.1.mlp.c_fc.bias, wpe.weight"):
-        formats.read_model(copy)
+        checkpoint.read_model(copy)
 
 
 def test_it_is_converted_to_a_checkpoint_and_to_nothing_else(run_in_process, folder, tokens, model):
     run_in_process("convert", folder, "gpt2.pt")
-    again = checkpoint.build_model(formats.read_model("gpt2.pt"))
+    again = checkpoint.build_model(checkpoint.read_model("gpt2.pt"))
     assert torch.equal(again(tokens[:, :-1]), model(tokens[:, :-1]))
     assert checkpoint.model_state(again)["architecture"] == "gpt2"
     with pytest.raises(UserError, match="is a GPT-2, which can be written as .pt alone, not as gguf"):
@@ -283,13 +287,13 @@ def test_a_released_model_is_downloaded_once(released, capsys, run_in_process):
     assert "parameters" in capsys.readouterr().err
     before = len(released)
     Path("data/gpt2/config.json").unlink()
-    formats.read_model("gpt2")
+    checkpoint.read_model("gpt2")
     assert [name for name, code in released[before:] if code == 200] == ["config.json"]
 
 
 def test_a_folder_of_that_name_goes_first(released, folder):
     shutil.copytree(folder, "gpt2")
-    formats.read_model("gpt2")
+    checkpoint.read_model("gpt2")
     assert not released and not Path("data").exists()
 
 
@@ -297,7 +301,7 @@ def test_offline_it_says_which_files_belong_where(monkeypatch):
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"gone": "http://127.0.0.1:9"})
     monkeypatch.setattr(download, "RETRIES", 0)
     with pytest.raises(UserError) as found:
-        formats.read_model("gpt2-medium")
+        checkpoint.read_model("gpt2-medium")
     for part in (str(Path("data/gpt2-medium/config.json").resolve()), *gpt2_folder.FILES,
                  "http://127.0.0.1:9/openai-community/gpt2-medium/resolve/main/config.json"):
         assert part in str(found.value)

@@ -52,7 +52,7 @@ def test_what_we_write_transformers_reads(vocabulary, shape):
     formats.WRITERS["hf"](state, Path("out"))
     ids = torch.arange(40)[None] * 7 % vocabulary.n_words
     torch.testing.assert_close(theirs("out", ids), ours(state, ids), atol=1e-5, rtol=1e-5)
-    back = formats.read_model("out")
+    back = checkpoint.read_model("out")
     assert all(torch.equal(back["model"][name], weight) for name, weight in state["model"].items())
     assert ModelArgs(**back["model_args"]).ffn_dim == ModelArgs(**state["model_args"]).ffn_dim
     assert back["tokenizer_sha256"] == vocabulary.sha256
@@ -66,7 +66,7 @@ def test_their_tokenizer_gives_our_ids(vocabulary):
         assert found.decode(vocabulary.encode(text), skip_special_tokens=True) == text
     assert (found.bos_token_id, found.eos_token_id) == (vocabulary.bos_id, vocabulary.eos_id)
     Path("out/tokenizer.model").unlink()
-    again = checkpoint.build_tokenizer(formats.read_model("out"))
+    again = checkpoint.build_tokenizer(checkpoint.read_model("out"))
     assert isinstance(again, JsonTokenizer) and again.add_bos
     for text in TEXTS:
         assert again.encode(text, bos=True, eos=True) == vocabulary.encode(text, bos=True, eos=True)
@@ -87,12 +87,12 @@ def folder(vocabulary):
 
 def test_what_transformers_writes_we_read(folder, vocabulary):
     ids = torch.arange(40)[None] * 7 % vocabulary.n_words
-    torch.testing.assert_close(ours(formats.read_model(folder), ids), theirs(folder, ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(checkpoint.read_model(folder), ids), theirs(folder, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_fine_tuning_begins_with_the_gradients_of_transformers(folder, vocabulary):
     tokens, targets = torch.arange(80).view(2, 40) * 7 % vocabulary.n_words, torch.arange(80).view(2, 40) % 50
-    state, model = formats.read_model(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state, model = checkpoint.read_model(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     own = checkpoint.build_model(state)
     own(tokens, targets).backward()
     torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten()).backward()
@@ -116,7 +116,7 @@ def test_what_cannot_be_represented_is_named(folder, change, part):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(UserError, match=part):
-        formats.read_model(folder)
+        checkpoint.read_model(folder)
 
 
 def test_damaged_folders_are_one_clear_line(folder):
@@ -125,16 +125,16 @@ def test_damaged_folders_are_one_clear_line(folder):
     last = folder / sorted(set(names["weight_map"].values()))[-1]
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged"):
-        formats.read_model(folder)
+        checkpoint.read_model(folder)
     last.unlink()
     with pytest.raises(UserError, match=f"has no {last.name}"):
-        formats.read_model(folder)
+        checkpoint.read_model(folder)
     index.write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}}), encoding="utf-8")
     with pytest.raises(UserError, match="has no ../../secret"):
-        formats.read_model(folder)
+        checkpoint.read_model(folder)
     (folder / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="config.json is damaged"):
-        formats.read_model(folder)
+        checkpoint.read_model(folder)
 
 
 def test_half_precision_is_kept(vocabulary):
@@ -143,8 +143,8 @@ def test_half_precision_is_kept(vocabulary):
     formats.WRITERS["hf"](state, Path("out"))
     assert {tensor.dtype for tensor in load_file("out/model.safetensors").values()} == {torch.bfloat16}
     assert json.loads(Path("out/config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
-    assert formats.read_model("out")["model"]["norm.weight"].dtype == torch.bfloat16
-    assert checkpoint.build_model(formats.read_model("out")).norm.weight.dtype == torch.float32
+    assert checkpoint.read_model("out")["model"]["norm.weight"].dtype == torch.bfloat16
+    assert checkpoint.build_model(checkpoint.read_model("out")).norm.weight.dtype == torch.float32
 
 
 def test_a_tied_output_may_be_in_the_file_or_not(vocabulary):
@@ -152,7 +152,7 @@ def test_a_tied_output_may_be_in_the_file_or_not(vocabulary):
     tensors = load_file("out/model.safetensors")
     assert "lm_head.weight" not in tensors
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, "out/model.safetensors")
-    assert formats.read_model("out")["model_args"]["tie_embeddings"]
+    assert checkpoint.read_model("out")["model_args"]["tie_embeddings"]
 
 
 def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
@@ -188,9 +188,9 @@ def test_one_token_is_not_scored_where_only_eos_is_known(vocabulary):
 
 def test_a_chat_template_is_known_by_its_marks(vocabulary):
     formats.WRITERS["hf"](make_state(vocabulary) | {"chat": "alpaca"}, Path("other"))      # is nothing to write
-    assert not formats.read_model("other")["chat"]
+    assert not checkpoint.read_model("other")["chat"]
     formats.WRITERS["hf"](make_state(vocabulary) | {"chat": "chatml"}, Path("out"))
-    assert formats.read_model("out")["chat"] == "chatml"
+    assert checkpoint.read_model("out")["chat"] == "chatml"
     found = AutoTokenizer.from_pretrained("out")
     found = found.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert found == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

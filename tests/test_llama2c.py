@@ -55,7 +55,7 @@ def write(state, version, name="story.bin"):
 def test_weights_and_shape_come_back(vocabulary, version, tied):
     state = make_state(vocabulary, tie_embeddings=tied, dim=48, multiple_of=8, n_heads=6)
     state["model"]["layers.0.attention.wq.weight"][:2] = 0          # a group of zeros has no scale
-    found = formats.read_model(write(state, version))
+    found = checkpoint.read_model(write(state, version))
     assert found["model"].keys() == state["model"].keys()
     assert found["model_args"] == {**state["model_args"], "hidden_dim": 128, "multiple_of": 32}
     for name, weight in state["model"].items():
@@ -67,14 +67,14 @@ def test_weights_and_shape_come_back(vocabulary, version, tied):
 @pytest.mark.parametrize("version, header", [(0, 28), (1, 256)])
 def test_weights_are_mapped_from_the_file(state, version, header):
     path = write(state, version)
-    weights, whole = formats.read_model(path)["model"].values(), path.read_bytes()
+    weights, whole = checkpoint.read_model(path)["model"].values(), path.read_bytes()
     begin = min(weight.data_ptr() for weight in weights) - header
     for weight in weights:
         assert whole[weight.data_ptr() - begin:].startswith(weight.numpy().tobytes())
 
 
 def test_the_vocabulary_comes_back_and_is_as_exact(state, vocabulary):
-    found = checkpoint.build_tokenizer(formats.read_model(write(state, 0)))
+    found = checkpoint.build_tokenizer(checkpoint.read_model(write(state, 0)))
     assert found.is_lossless and found.pieces() == vocabulary.pieces()
     for text in TEXTS:
         ids = found.encode(text)
@@ -94,20 +94,20 @@ def test_the_tokenizer_file_is_as_llama2_c_writes_it(vocabulary):
 def test_a_vocabulary_beside_the_model_is_taken_if_its_size_fits(state, vocabulary):
     path, shared = write(state, 0), Path("tokenizer.bin")
     Path("story.tokenizer.bin").rename(shared)
-    assert Tokenizer(formats.read_model(path)["tokenizer"]).pieces() == vocabulary.pieces()
+    assert Tokenizer(checkpoint.read_model(path)["tokenizer"]).pieces() == vocabulary.pieces()
     llama2c.write_tokenizer(learn_tokenizer(STORIES, 390), shared)
-    state = formats.read_model(path)
+    state = checkpoint.read_model(path)
     with pytest.raises(UserError, match="--tokenizer"):
         checkpoint.build_tokenizer(state)
     with pytest.raises(UserError, match="390 entries, the model 400"):
-        formats.read_model(path, shared)
+        checkpoint.read_model(path, shared)
 
 
 def test_a_vocabulary_may_be_given_in_either_form(state, vocabulary):
     path = write(state, 0)
     Path("story.model").write_bytes(vocabulary.model)
     for name in ("story.model", "story.tokenizer.bin"):
-        assert checkpoint.build_tokenizer(formats.read_model(path, name)).pieces() == vocabulary.pieces()
+        assert checkpoint.build_tokenizer(checkpoint.read_model(path, name)).pieces() == vocabulary.pieces()
 
 
 @pytest.mark.parametrize("shape, reason", [({"rope_theta": 5e5}, "rope_theta 500000"),
@@ -136,7 +136,7 @@ def test_cut_and_overlong_files_are_refused_with_their_sizes(state, version):
         with pytest.raises(UserError, match=f"{len(content):,} bytes.* {len(whole):,}"):
             llama2c.read(Path("bad.bin"))
         with pytest.raises(UserError, match="bad.bin"):
-            formats.read_model("bad.bin")
+            checkpoint.read_model("bad.bin")
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
@@ -156,7 +156,7 @@ def test_foreign_files_are_neither_models_nor_vocabularies(content):
     Path("foreign").write_bytes(content)
     assert not llama2c.is_legacy(Path("foreign")) and llama2c.read_tokenizer(Path("foreign")) is None
     with pytest.raises(UserError, match="foreign"):
-        formats.read_model("foreign")
+        checkpoint.read_model("foreign")
 
 
 @pytest.mark.parametrize("kind", VERSIONS.values())
@@ -178,7 +178,7 @@ def test_convert_keeps_both_files_unless_forced(state, run_in_process, there):
     assert Path(there).read_text(encoding="utf-8") == "precious" and sorted(os.listdir()) == ["ckpt.pt", there]
     run_in_process("convert", "ckpt.pt", "story.bin", "--force")
     assert sorted(os.listdir()) == ["ckpt.pt", "story.bin", "story.tokenizer.bin"]
-    assert formats.read_model("story.bin")["tokenizer"]
+    assert checkpoint.read_model("story.bin")["tokenizer"]
 
 
 def test_a_failed_conversion_leaves_nothing(state, run_in_process):
@@ -198,7 +198,7 @@ def test_checkpoints_of_llama2_c_load(vocabulary):
     torch.save({"model": weights | constants, "optimizer": {"state": {}, "param_groups": []}, "model_args": args,
                 "iter_num": 7, "best_val_loss": torch.tensor(1.5), "config": {"out_dir": "out"}}, "ckpt.pt")
     llama2c.write_tokenizer(vocabulary, Path("tokenizer.bin"))
-    found = formats.read_model("ckpt.pt", tokenizer="tokenizer.bin")
+    found = checkpoint.read_model("ckpt.pt", tokenizer="tokenizer.bin")
     assert found["model_args"] == asdict(ModelArgs(**{**state["model_args"], "n_kv_heads": 4}))
     assert all(torch.equal(found["model"][name], weight) for name, weight in state["model"].items())
     done = run_captured("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3,

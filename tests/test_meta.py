@@ -48,7 +48,7 @@ def publish(vocabulary, parts: int, tie: bool = False, axis_of_embedding: int = 
     (1, {}), (2, {"axis_of_embedding": 1}), (4, {"rope_theta": 500000.0}), (2, {"tie": True, "use_scaled_rope": True,
                                                                                "rope_scaling_factor": 8})])
 def test_a_model_in_parts_is_the_model(vocabulary, parts, options):
-    model, state = publish(vocabulary, parts, **options), formats.read_model("llama")
+    model, state = publish(vocabulary, parts, **options), checkpoint.read_model("llama")
     assert all(torch.equal(state["model"][name], weight.bfloat16()) for name, weight in model.state_dict().items())
     ids = torch.arange(50)[None] * 3 % vocabulary.n_words
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_a_model_in_parts_is_the_model(vocabulary, parts, options):
 
 def test_what_the_files_do_not_say(vocabulary):
     publish(vocabulary, 1, use_scaled_rope=True, rope_theta=500000.0)
-    args = formats.read_model("llama")["model_args"]
+    args = checkpoint.read_model("llama")["model_args"]
     assert args["max_seq_len"] == 131072 and args["rope_scaling"]["factor"] == 32           # as small as Llama 3.2
     params = json.loads(Path("llama/params.json").read_text(encoding="utf-8"))
     assert formats.meta.read_params(params | {"dim": 4096}, [{}], 9)["rope_scaling"] == SCALED
@@ -81,7 +81,7 @@ def test_wrong_folders_are_one_clear_line(vocabulary):
 
     def refused(part: str) -> None:
         with pytest.raises(UserError, match=part):
-            formats.read_model("llama")
+            checkpoint.read_model("llama")
     second.unlink()
     refused("has 1 parts of")
     second.write_bytes(whole[:-500])

@@ -179,7 +179,7 @@ def test_feed_forward_width_follows_llama():
 @pytest.mark.parametrize("changes, message", [
     ({"n_heads": 7}, "dim 48 is not a multiple of n_heads 7"), ({"n_kv_heads": 4}, "n_heads 6 is not a multiple"),
     ({"dim": 30, "n_heads": 2}, "odd"), ({"n_layers": 0}, "n_layers must be a positive integer"),
-    ({"dropout": 1.0}, "dropout"), ({"norm_eps": "x"}, "norm_eps must be a positive number of float32")])
+    ({"dropout": 1.0}, "dropout"), ({"max_seq_len": 64.0}, "max_seq_len must be a positive integer")])
 def test_shapes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs(**{**SMALL, **changes})

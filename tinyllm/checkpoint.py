@@ -5,8 +5,8 @@
     tokenizer = build_tokenizer(state)
 
 llama2c's tools know the keys model, optimizer, model_args, iter_num, best_val_loss and config. Further keys are
-tokenizer, the bytes of its file; architecture, llama if missing; chat, the name of the chat template if any; and in
-last.pt what an exact resume needs.
+tokenizer (the bytes of its file), architecture (llama if missing), chat (the name of the chat template), and in last.pt
+the state that an exact resume needs.
 """
 import os
 import zipfile
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from model import ModelArgs
+from model import ModelArgs, rope_frequencies
 from tinyllm import kernels, optional
 from tinyllm.cli import UserError, format_command
 from tinyllm.files import atomic_write
@@ -39,6 +39,7 @@ EXPECTED_TYPES = {
     "model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict, "state": dict,
     "tokenizer": bytes, "tokenizer_sha256": str, "data_sha256": str, "architecture": str, "chat": str, "format": int}
 LLAMA2C_CONSTANTS = (".mask", "freqs_cos", "freqs_sin", "freqs_cis")      # llama2.c stores them among the weights
+MAX_ROPE_ELEMENTS = 1 << 27                     # max_seq_len x head_dim: a million tokens with heads of 128
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -90,8 +91,7 @@ def find_problem(state: Any, required: tuple[str, ...]) -> str:
 
 
 def upgrade(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state of llama2.c, or of an older version, as one of today: without the names of compiled parts, without
-    llama2.c's constants, and with all of model_args, of which None is the default."""
+    """Return a state of llama2.c, or of an older version, with the keys and names of this version."""
     weights = {str(name).removeprefix("_orig_mod."): weight for name, weight in state["model"].items()}
     if "architecture" in state:
         return {**state, "model": weights}
@@ -102,10 +102,7 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, mmap: bool = False) -> Any:
-    """Read what torch.save wrote, if it holds nothing but tensors and plain values, and none of it has changed.
-
-    Raises UserError when it is damaged, or would run code.
-    """
+    """Read a file of torch.save. Raises UserError if it is damaged, or holds anything but tensors and plain values."""
     try:
         _verify_zip_crc(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and os.name == "posix")
@@ -163,13 +160,10 @@ def state_checksum(state: Any) -> int:
 def read_model(source: str | Path, tokenizer: str | Path = "") -> dict[str, Any]:
     """Read a model of any format: a checkpoint of this project here, all others through extras/formats.
 
-    tokenizer: file of the tokenizer, if the source has none.
-    Raises UserError as `load_checkpoint` and `formats.read_model` do.
+    tokenizer: file of the tokenizer, if the source has none. Raises UserError for a missing or damaged model.
     """
     path = Path(source)
-    if not is_checkpoint(path):
-        return optional.load("formats").read_model(source, tokenizer)
-    state = load_checkpoint(path, mmap=True)
+    state = load_checkpoint(path, mmap=True) if is_checkpoint(path) else optional.load("formats").read_model(path)
     build_args(state, path)
     return with_tokenizer(state, source, tokenizer) if tokenizer else state
 
@@ -189,12 +183,10 @@ def with_tokenizer(state: dict[str, Any], source: str | Path, tokenizer_source: 
 
 def read_tokenizer(source: str | Path) -> BaseTokenizer:
     """Read a tokenizer file, or the tokenizer inside a model of any format. Raises UserError."""
+    if is_model(source):
+        return build_tokenizer(read_model(source))
     path = Path(source)
-    if is_checkpoint(path):
-        return build_tokenizer(load_checkpoint(path, mmap=True))
-    if path.suffix in TOKENIZER_SUFFIXES:
-        return load_tokenizer(path)
-    return optional.load("formats").read_tokenizer(path)
+    return load_tokenizer(path) if path.suffix in TOKENIZER_SUFFIXES else optional.load("formats").read_tokenizer(path)
 
 
 def is_model(source: str | Path) -> bool:
@@ -221,14 +213,9 @@ def new_model(args: Any) -> nn.Module:
 
 
 def build_model(state: dict[str, Any], copy_weights: bool = True, name: str | Path = "the checkpoint") -> nn.Module:
-    """Build the model of a state.
+    """Build the model of a state. Raises UserError if its weights are damaged or do not fit, with the file's name.
 
-    Args:
-        copy_weights: copy the weights in float32, for training; else share the state's, in their dtype, so that they
-            are in memory only once.
-        name: of the file, for error messages.
-    Raises:
-        UserError: when weights and config do not belong together, or a weight is not finite.
+    copy_weights: copy the weights in float32, for training; else the model shares the tensors of the state.
     """
     args = build_args(state, name)
     weights = state["model"]
@@ -259,20 +246,35 @@ class _SkipInit(TorchFunctionMode):
 
 
 def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> Any:
-    """Build the config of a state's model. Raises UserError, about the file `name`, if no model can have it."""
+    """Build the config of a state's model. Raises UserError, with the file's name, if no model can have it."""
     architecture = state.get("architecture", "llama")
     if architecture not in ARCHITECTURES:
         raise UserError(f"{name} has the architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
     args_class = ModelArgs if architecture == "llama" else optional.load("gpt2").GPT2Args
     try:
         args = args_class(**state["model_args"])
-    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        _check_stored_args(args)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{name}: its model_args do not fit together: {error}") from error
     table = state["model"].get("tok_embeddings.weight")
     if table is None or table.shape != (args.vocab_size, args.dim) or args.n_layers > len(state["model"]):
         raise UserError(f"{name}: its weights do not fit its model_args: {args.n_layers} layers, embeddings of "
                         f"{args.vocab_size} x {args.dim}")
     return args
+
+
+def _check_stored_args(args: Any) -> None:
+    """Raise ValueError, or what an operation on wrong types raises, for numbers that only a damaged file has."""
+    if not 0 < args.norm_eps < 1e38:
+        raise ValueError(f"norm_eps {args.norm_eps}")
+    if args.max_seq_len * args.head_dim > MAX_ROPE_ELEMENTS:
+        raise ValueError(f"max_seq_len {args.max_seq_len}")
+    if isinstance(args, ModelArgs):
+        if args.ffn_dim < 1:
+            raise ValueError(f"hidden_dim {args.hidden_dim}")
+        inv_freq = rope_frequencies(args).float()
+        if inv_freq.shape != (args.head_dim // 2,) or not (inv_freq.isfinite() & (inv_freq > 0)).all():
+            raise ValueError(f"rope_theta {args.rope_theta}, rope_scaling {args.rope_scaling!r:.80}")
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:

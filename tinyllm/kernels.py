@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import model
 
-MODEL_FINGERPRINT = "78ec32f2bb9afd4c"                   # of model.py; tests/test_kernels.py keeps it current
+MODEL_FINGERPRINT = "a5095ffe6e06dbf9"                   # of model.py; tests/test_kernels.py keeps it current
 QUERY_BLOCK = 64                                # queries at a time in attention on a CPU
 MAX_BLOCKED_LEN = 1024                          # longer sequences take PyTorch's kernel
 MAX_LOGITS_PER_CHUNK = (1 << 20, 1 << 24)       # on a CPU: 4 MB in float32, about its cache; on a GPU: 64 MB

@@ -35,7 +35,8 @@ RANGES = {                                          # lowest value, and the limi
     "sample_tokens": (0, 2**31), "warmup_iters": (0, 2**31), "lr_decay_iters": (0, 2**31), "seed": (0, 2**32),
     "max_minutes": (0, math.inf), "checkpoint_minutes": (0, math.inf), "learning_rate": (1e-30, math.inf),
     "min_lr": (0, math.inf), "embedding_lr_ratio": (0, math.inf), "weight_decay": (0, math.inf),
-    "grad_clip": (0, math.inf), "beta1": (0, 1), "beta2": (0, 1), "momentum": (0, 1)}
+    "grad_clip": (0, math.inf), "beta1": (0, 1), "beta2": (0, 1), "momentum": (0, 1), "max_seq_len": (1, 2**20),
+    "hidden_dim": (0, 2**31), "norm_eps": (1e-30, 1), "rope_theta": (1e-30, 1e38)}
 CHOICES = {"optimizer": ("muon", "adamw"), "compile": ("auto", True, False)}
 
 

@@ -3,8 +3,8 @@
     state = formats.read_model("SmolLM2-135M-Instruct.Q4_1.gguf")
     formats.WRITERS["hf"](state, Path("output/smol"))
 
-Beside `model` and `model_args`, with the names of model.py, a reader returns the tokenizer and the name of the chat
-template. Tensors stay in their file, mapped into memory, unless they must change.
+A reader returns `model` and `model_args`, with the names of model.py, the tokenizer, and the name of the chat template.
+Tensors stay in their file, mapped into memory, unless they must change.
 """
 import struct
 from collections.abc import Callable
@@ -41,30 +41,24 @@ WRITERS: dict[str, Callable[[State, Path], None]] = {
 }
 
 
-def read_model(source: str | Path, tokenizer: str | Path = "") -> State:
-    """Read a model of any format, which its content tells.
+def read_model(source: Path) -> State:
+    """Read another project's model: a file, a folder, or a model of gpt2_folder.RELEASED, which is downloaded to data/.
 
-    Args:
-        source: a file or folder; or a model of gpt2_folder.RELEASED, which is downloaded to data/.
-        tokenizer: file of its tokenizer, if the source has none.
-    Raises:
-        UserError: when the source is missing, damaged, or of a kind that cannot be represented.
+    Raises UserError when the source is missing, damaged, or of a kind that cannot be represented.
     """
-    path = find_source(str(source))
+    path = find_source(source)
     try:
         reader = choose_reader(path)
         if not reader and path.suffix == ".model":
             raise UserError(f"{path} is a tokenizer, which step 1 writes; a model is the ckpt.pt that step 3 writes")
-        state = (reader or checkpoint.load_checkpoint)(path)
-        checkpoint.build_args(state, path)
+        return (reader or checkpoint.load_checkpoint)(path)
     except FAILURES as error:
         raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error
-    return checkpoint.with_tokenizer(state, source, tokenizer) if tokenizer else state
 
 
-def find_source(name: str) -> Path:
+def find_source(path: Path) -> Path:
     """Return the path of a model, downloaded if it is a released one."""
-    path = Path(name)
+    name = str(path)
     if path.exists():
         return path
     if name in gpt2_folder.RELEASED:
@@ -72,7 +66,7 @@ def find_source(name: str) -> Path:
     similar = get_close_matches(name, gpt2_folder.RELEASED, 1)
     if similar:
         raise UserError(f"no checkpoint at {path.resolve()}; did you mean {similar[0]}, which is downloaded?")
-    return path
+    raise checkpoint.missing_checkpoint_error(path)
 
 
 def output_files(path: Path, kind: str) -> list[Path]:
@@ -80,17 +74,13 @@ def output_files(path: Path, kind: str) -> list[Path]:
     return [path, llama2c.tokenizer_path(path)] if kind.startswith("llama2c") else [path]
 
 
-def is_model(path: str | Path) -> bool:
+def is_model(path: Path) -> bool:
     """True for a model, by its content, or a name of RELEASED. Raises UserError for a folder that is no model."""
-    path = Path(path)
     return str(path) in gpt2_folder.RELEASED or path.exists() and choose_reader(path) is not None
 
 
-def read_tokenizer(path: str | Path) -> BaseTokenizer:
-    """Read a tokenizer from its file, or from a model that has one inside. Raises UserError if there is none."""
-    path = Path(path)
-    if is_model(path):
-        return checkpoint.build_tokenizer(read_model(path))
+def read_tokenizer(path: Path) -> BaseTokenizer:
+    """Read a tokenizer file of any kind. Raises UserError if it is none."""
     return load_tokenizer(llama2c.read_tokenizer(path) or path)
 
 
@@ -98,12 +88,8 @@ def choose_reader(path: Path) -> Callable[[Path], State] | None:
     """Return the reader of a file or folder, by its content; None for a file that does not look like a model."""
     if path.is_dir():
         return choose_folder_reader(path)
-    if not path.is_file():
-        raise checkpoint.missing_checkpoint_error(path)
     with open(path, "rb") as file:
         magic = file.read(4)
-    if magic == b"PK\3\4":
-        return partial(checkpoint.load_checkpoint, mmap=True)
     if magic == b"GGUF":
         return gguf_file.read
     return llama2c.read if magic == llama2c.MAGIC or llama2c.is_legacy(path) else None
