@@ -1,16 +1,13 @@
 """Estimate a run before its first step, and print it: memory, time, and whether to compile."""
 import importlib.util
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from tinyllm import device as devices
 from tinyllm.cli import UserError
-from tinyllm.dataset import PretokDataset, fits_on_gpu
+from tinyllm.dataset import PretokDataset
 from tinyllm.machine import free_memory
-from tinyllm.presets import PRESETS
 from tinyllm.resume import CHECKPOINT_BYTES_PER_PARAM
 from tinyllm.run import TrainRun
 
@@ -28,6 +25,7 @@ def print_run_summary(run: TrainRun) -> None:
     A micro-batch is timed for that, which leaves no trace in the run.
     """
     print_config_summary(run)
+    warn_of_memory(run)
     seconds = time_micro_batch(run)
     n_windows = PretokDataset(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
     eval_seconds = run.dist.broadcast_from_main(seconds / 3 * n_windows / run.cfg.batch_size / run.dist.size)
@@ -43,19 +41,43 @@ def print_run_summary(run: TrainRun) -> None:
 
 def print_config_summary(run: TrainRun) -> None:
     args, data = run.model.args, run.data
-    print(f"device: {run.backend}")
-    print(f"model:  {run.model.count_parameters():,} parameters: dim {args.dim}, {args.n_layers} layers, "
-          f"{args.n_heads} heads, {args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
-    on_gpu = not run.cfg.num_workers and fits_on_gpu(data, "train", run.backend.device)
-    print(f"data:   {data.folder}: {data.total('train', 'tokens'):,} tokens to train on, "
-          f"{data.total('val', 'tokens'):,} to evaluate on{', all in GPU memory' if on_gpu else ''}")
+    n_params = run.model.count_parameters()
+    megabytes = CHECKPOINT_BYTES_PER_PARAM * n_params / 1e6
     shared = f", shared by {run.dist.size} processes" if run.dist.size > 1 else ""
     sharded = ", each with a part of the model" if run.is_sharded else ""
-    print(f"step:   {run.cfg.batch_size} windows x {run.cfg.gradient_accumulation_steps} = "
-          f"{run.tokens_per_step:,} tokens{shared}{sharded}")
-    megabytes = CHECKPOINT_BYTES_PER_PARAM * run.model.count_parameters() / 1e6
-    print(f"memory: {describe_memory(run)}\ndisk:   up to {megabytes:,.0f} MB each for last.pt and ckpt.pt", flush=True)
-    warn_of_memory(run)
+    print(f"device: {run.backend}\n"
+          f"model:  {n_params:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
+          f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}\n"
+          f"data:   {data.folder}: {data.total('train', 'tokens'):,} tokens to train on, "
+          f"{data.total('val', 'tokens'):,} to evaluate on\n"
+          f"step:   {run.cfg.batch_size} windows x {run.cfg.gradient_accumulation_steps} = "
+          f"{run.tokens_per_step:,} tokens{shared}{sharded}\n"
+          f"memory: {describe_memory(run)}\n"
+          f"disk:   up to {megabytes:,.0f} MB each for last.pt and ckpt.pt", flush=True)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+def describe_memory(run: TrainRun) -> str:
+    n_shards = run.dist.size if run.is_sharded else 1
+    state = STATE_BYTES_PER_PARAM * run.model.count_parameters() / n_shards
+    return (f"{state / 1e6:,.0f} MB for weights, gradients and optimizer, about {activation_bytes(run) / 1e6:,.0f} MB "
+            f"for {run.cfg.batch_size} windows")
+
+
+def activation_bytes(run: TrainRun) -> int:
+    """Estimate what a micro-batch keeps for its backward pass."""
+    args = run.model.args
+    return ACTIVATION_BYTES * run.cfg.batch_size * args.max_seq_len * args.n_layers * args.dim
+
+
+def warn_of_memory(run: TrainRun) -> None:
+    """Warn when a run on a CPU may not fit, since the system kills such a process without a message."""
+    free = free_memory() if run.backend.device.type == "cpu" else None
+    needed = STATE_BYTES_PER_PARAM * run.model.count_parameters() + PEAK_FACTOR * activation_bytes(run)
+    if free is not None and needed > free:
+        print(f"note:   {free / 1e9:.1f} GB of memory are free, and the run may need {needed / 1e9:.1f} GB; halve "
+              "--batch_size and double --gradient_accumulation_steps for the same steps in less", flush=True)
 
 
 # ---- time ---------------------------------------------------------------------------------------
@@ -63,7 +85,8 @@ def print_config_summary(run: TrainRun) -> None:
 def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:
     """Print how long the run will take, and warn of a length that is probably not meant."""
     step = run.state.iter_num
-    seconds, steps = run.seconds_left(seconds_per_step), run.steps_left(seconds_per_step)
+    seconds = run.seconds_left(seconds_per_step)
+    steps = run.steps_left(seconds_per_step)
     epochs = steps * run.tokens_per_step / run.data.total("train", "tokens")
     done = f", after the {step:,} steps that are done" if step else ""
     print(f"time:   about {format_hms(seconds)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations{done}")
@@ -71,46 +94,25 @@ def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:
         print(f"note:   that is {seconds / 86400:.1f} days; --preset cpu_3min or --max_minutes 60 fit a run to the "
               "time you have")
     if epochs > USEFUL_EPOCHS:
-        print(f"note:   {describe_overfitting(run, steps, epochs)}")
-    preset = PRESETS.get(run.cfg.preset)
-    if preset and preset.vocab_size != run.model.args.vocab_size:
-        print(f"note:   {run.cfg.preset} was measured with a vocabulary of {preset.vocab_size}, this one has "
-              f"{run.model.args.vocab_size}")
-    if not step and run.cfg.warmup_iters > steps / 2:
-        print(f"note:   the learning rate grows over {run.cfg.warmup_iters} steps, which is most of the run; use "
-              f"--warmup_iters {steps // 10}")
+        print(f"note:   the text is read {epochs:.0f} times, and memorized after {USEFUL_EPOCHS}; use more text, fewer "
+              "steps or --dropout 0.1")
     print(end="", flush=True)
 
 
-def describe_overfitting(run: TrainRun, steps: int, epochs: float) -> str:
-    advice = "" if run.cfg.dropout else ", --dropout 0.1 too"
-    steps_per_epoch = max(round(steps / epochs), 1)
-    if run.cfg.eval_interval > 2 * steps_per_epoch:
-        advice += f"; --eval_interval {steps_per_epoch} lets ckpt.pt keep the best model"
-    return (f"the text is read {epochs:.0f} times, and memorized after {USEFUL_EPOCHS}; more text or fewer steps help "
-            f"most{advice}")
-
-
 def time_micro_batch(run: TrainRun) -> float:
-    """Return the seconds that a micro-batch takes, forward and backward."""
+    """Return the seconds of a micro-batch, forward and backward. Random numbers and gradients stay as they were."""
     shape = (run.cfg.batch_size, run.model.args.max_seq_len)
     tokens = torch.zeros(shape, dtype=torch.long, device=run.backend.device)
-    with preserve_rng_and_grads(run):
+    with torch.random.fork_rng([run.backend.device] if run.backend.device.type == "cuda" else []):
         for _ in range(2):                                  # the first one warms up, or compiles
             start = time.perf_counter()
             with run.backend.autocast():
                 loss = run.ddp_model(tokens, tokens)
             loss.backward()
             loss.item()
-        return time.perf_counter() - start
-
-
-@contextmanager
-def preserve_rng_and_grads(run: TrainRun) -> Iterator[None]:
-    """Restore the random numbers after the block, and drop its gradients."""
-    with torch.random.fork_rng([run.backend.device] if run.backend.device.type == "cuda" else []):
-        yield
+        seconds = time.perf_counter() - start
     run.model.zero_grad(set_to_none=True)
+    return seconds
 
 
 def format_hms(seconds: float) -> str:
@@ -137,8 +139,7 @@ def should_compile(run: TrainRun, seconds_per_step: float) -> tuple[bool, str]:
 def why_not_compilable(device: torch.device) -> str:
     """Return why a model cannot be compiled for a device; "" if it can."""
     if device.type == "cpu":
-        reason = devices.why_no_compiler() or devices.why_no_headers()
-        return f"{reason}; compiled, training is faster" if reason else ""
+        return devices.why_no_compiler() or devices.why_no_headers()
     if device.type != "cuda":
         return f"not for {device.type}"
     if not importlib.util.find_spec("triton"):
@@ -149,61 +150,22 @@ def why_not_compilable(device: torch.device) -> str:
 def compile_or_fall_back(run: TrainRun) -> float:
     """Compile the model, and return the seconds of a micro-batch.
 
-    With --compile auto a failure is only a note, except in several processes, which have to do the same.
+    With --compile auto a failure is only a note, except in several processes, which have to do the same. Any error is
+    the compiler's, since the same model has just run uncompiled; a kill may have cut off a file in its cache.
     """
     try:
-        with explain_compiler_errors():
-            run.compile()
-            return time_micro_batch(run)
-    except UserError as error:
-        if run.cfg.compile != "auto" or run.dist.size > 1:
-            raise
-        print(f"note:   {str(error).splitlines()[0]}\n        this run continues without compiling", flush=True)
-        torch.compiler.set_stance("force_eager")
-        run.state.compiled = False
+        run.compile()
         return time_micro_batch(run)
-
-
-@contextmanager
-def explain_compiler_errors() -> Iterator[None]:
-    """Turn any error into a UserError, since the same model has just run uncompiled.
-
-    One cause is a file in the compiler's cache that a kill has cut off, or that is for another processor.
-    """
-    try:
-        yield
     except Exception as error:
         if devices.is_oom(error):
             raise
-        from torch._inductor.runtime.cache_dir_utils import cache_dir  # a slow import
         cause = getattr(error, "inner_exception", error)
         line = devices.NOT_UTF8 if isinstance(cause, UnicodeError) else str(cause).strip().split("\n")[0]
-        raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete the "
-                        f"compiler's cache, {cache_dir()}, and try again") from error
-
-
-# ---- memory -------------------------------------------------------------------------------------
-
-def activation_bytes(run: TrainRun) -> int:
-    """Estimate what a micro-batch keeps for its backward pass."""
-    args = run.model.args
-    return ACTIVATION_BYTES * run.cfg.batch_size * args.max_seq_len * args.n_layers * args.dim
-
-
-def describe_memory(run: TrainRun) -> str:
-    has_ddp_buffers = run.dist.size > 1 and run.micro_steps_per_rank > 1 and not run.is_sharded
-    bytes_per_param = STATE_BYTES_PER_PARAM + (4 if has_ddp_buffers else 0)     # DDP sums gradients in its own buffers
-    megabytes = bytes_per_param * run.model.count_parameters() / 1e6
-    if run.is_sharded:
-        return f"{megabytes / run.dist.size:,.0f} MB per process for weights, gradients and optimizer, more for windows"
-    windows = f"about {activation_bytes(run) / 1e6:,.0f} MB for {run.cfg.batch_size} windows"
-    return f"{megabytes:,.0f} MB for weights, gradients and optimizer, {windows}"
-
-
-def warn_of_memory(run: TrainRun) -> None:
-    """Warn when a run on a CPU may not fit, since the system kills such a process without a message."""
-    free = free_memory() if run.backend.device.type == "cpu" else None
-    needed = STATE_BYTES_PER_PARAM * run.model.count_parameters() + PEAK_FACTOR * activation_bytes(run)
-    if free is not None and needed > free:
-        print(f"note:   {free / 1e9:.1f} GB of memory are free, and the run may need {needed / 1e9:.1f} GB; halve "
-              "--batch_size and double --gradient_accumulation_steps for the same steps in less", flush=True)
+        if run.cfg.compile != "auto" or run.dist.size > 1:
+            from torch._inductor.runtime.cache_dir_utils import cache_dir  # a slow import
+            raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete the "
+                            f"compiler's cache, {cache_dir()}, and try again") from error
+    print(f"note:   compiling failed: {line:.200}\n        this run continues without compiling", flush=True)
+    torch.compiler.set_stance("force_eager")
+    run.state.compiled = False
+    return time_micro_batch(run)

@@ -2,20 +2,20 @@
 import math
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model import ModelArgs
 from tinyllm import checkpoint
 from tinyllm.cli import UserError, format_command, parse_bool_or_str
 from tinyllm.device import Backend, choose_backend
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
-from tinyllm.project import find_tokenizer, folders_with, load_tokenizer, shorten_list
+from tinyllm.project import find_tokenizer, load_tokenizer
 from tinyllm.shards import ShardSet, load_shards
 from tokenizer import BaseTokenizer
 
@@ -63,38 +63,29 @@ def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedC
     Raises:
         UserError: with all invalid settings at once, or with what is wrong with a file.
     """
-    if cfg.init_from == "resume" and not cfg.eval_only:
+    must_resume = cfg.init_from == "resume" and not cfg.eval_only
+    if must_resume:
         last = load_last(cfg)
         restore_settings(cfg, overrides, last)
-        backend = check_settings(cfg, dist)
-        data, tokenizer = load_data(cfg, last)
-        plan = build_plan(cfg, backend, data, tokenizer, last, True, dist)
-        check_same_data(cfg, last, data)
-        return plan
-
     backend = check_settings(cfg, dist)
-    last = find_last(cfg)
-    changes = changed_settings(cfg, last) if last else []
-    if last and not changes:
-        data, tokenizer = load_data(cfg, last)
-        if data.sha256 == last["data_sha256"]:
-            check_shape(cfg, overrides, last)
-            return build_plan(cfg, backend, data, tokenizer, last, True, dist)
-        changes = ["another text or vocabulary"]
-    saved = load_init_checkpoint(cfg, overrides)
+    if not must_resume:
+        last = find_last(cfg)
+    changes = changed_settings(cfg, last) if last and not must_resume else []
+    resumed = last is not None and not changes
+    if resumed:
+        check_shape(cfg, overrides, last)
+    saved = last if resumed else load_init_checkpoint(cfg, overrides)
     data, tokenizer = load_data(cfg, saved or last)
-    plan = build_plan(cfg, backend, data, tokenizer, saved, False, dist)
+    args = build_model_args(cfg, saved, tokenizer)
+    if must_resume and data.sha256 != last["data_sha256"]:
+        command = format_command("train", init_from=Path(cfg.out_dir) / "last.pt")
+        raise UserError(f"the text or the vocabulary in {cfg.data_dir} has changed since the run began\n"
+                        f"       train on it with the weights of the run: {command}")
+    if not cfg.eval_only:
+        check_disk(cfg, args, resumed)
     if changes:
         print(f"a new run: the one in {cfg.out_dir}, at step {last['iter_num']:,}, has other settings: "
               f"{', '.join(changes)}")
-    return plan
-
-
-def build_plan(cfg: SimpleNamespace, backend: Backend, data: ShardSet, tokenizer: BaseTokenizer,
-               saved: Checkpoint | None, resumed: bool, dist: DistributedContext) -> RunPlan:
-    args = build_model_args(cfg, saved, tokenizer)
-    if not cfg.eval_only:
-        check_disk(cfg, args, resumed)
     return RunPlan(cfg, backend, data, tokenizer, args, saved, resumed, dist)
 
 
@@ -107,8 +98,15 @@ def run_settings(cfg: SimpleNamespace) -> dict[str, Any]:
 
 def check_settings(cfg: SimpleNamespace, dist: DistributedContext) -> Backend:
     """Return the device and dtype. Raises UserError with all invalid settings."""
-    errors = invalid_settings(cfg) or check_accumulation_divides(cfg, dist)
-    errors += invalid_shape(cfg)
+    errors = invalid_settings(cfg)
+    if not cfg.eval_only and cfg.gradient_accumulation_steps % dist.size:
+        errors.append(f"gradient_accumulation_steps must be a multiple of {dist.size}, the number of processes, not "
+                      f"{cfg.gradient_accumulation_steps}")
+    if not cfg.eval_only and cfg.init_from in ("auto", "scratch"):          # else a checkpoint has the shape
+        try:
+            shape_from_settings(cfg, ModelArgs.vocab_size)
+        except ValueError as error:
+            errors.append(f"model: {error}")
     try:
         backend = choose_backend(dist.device(cfg.device), cfg.dtype)
     except UserError as error:
@@ -137,30 +135,6 @@ def invalid_settings(cfg: SimpleNamespace) -> list[str]:
     return errors
 
 
-def check_accumulation_divides(cfg: SimpleNamespace, dist: DistributedContext) -> list[str]:
-    """Return a message if the micro-batches of a step cannot be shared equally by the processes."""
-    n_micro = cfg.gradient_accumulation_steps
-    if cfg.eval_only or n_micro % dist.size == 0:
-        return []
-    multiple = math.ceil(n_micro / dist.size) * dist.size
-    flags = f"--gradient_accumulation_steps {multiple}, which is a larger step"
-    if n_micro * cfg.batch_size % multiple == 0:
-        batch_size = n_micro * cfg.batch_size // multiple
-        flags = f"--gradient_accumulation_steps {multiple} --batch_size {batch_size}, which is the same step"
-    return [f"gradient_accumulation_steps {n_micro} cannot be divided among {dist.size} processes\n       use {flags}"]
-
-
-def invalid_shape(cfg: SimpleNamespace) -> list[str]:
-    """Return a message if the settings describe no model, where the model is not a checkpoint's."""
-    if cfg.eval_only or cfg.init_from not in ("auto", "scratch"):
-        return []
-    try:
-        shape_from_settings(cfg, ModelArgs.vocab_size)
-    except ValueError as error:
-        return [f"model: {error}"]
-    return []
-
-
 def shape_from_settings(cfg: SimpleNamespace, vocab_size: int) -> ModelArgs:
     shape = {field.name: getattr(cfg, field.name) for field in fields(ModelArgs) if hasattr(cfg, field.name)}
     return ModelArgs(**{**shape, "vocab_size": vocab_size})
@@ -171,8 +145,11 @@ def check_shape(cfg: SimpleNamespace, overrides: dict[str, Any], saved: Checkpoi
     if cfg.init_from in INIT_MODES:
         return
     args = checkpoint.build_args(saved, init_checkpoint_path(cfg))
-    wrong = [name for name, value in overrides.items() if value != getattr(args, name, value)]
-    wrong = [f"{name} {getattr(args, name)}" for name in wrong if name not in ("max_seq_len", "dropout", "vocab_size")]
+    wrong = []
+    for name, value in overrides.items():
+        actual = getattr(args, name, value)
+        if actual != value and name not in ("max_seq_len", "dropout", "vocab_size"):
+            wrong.append(f"{name} {actual}")
     if wrong:
         raise UserError(f"the model of --init_from has {', '.join(wrong)}; leave those settings out")
 
@@ -184,22 +161,17 @@ def find_last(cfg: SimpleNamespace) -> Checkpoint | None:
     exists = (Path(cfg.out_dir) / "last.pt").is_file()
     if cfg.eval_only or cfg.init_from == "scratch" or not exists:
         return None
-    if cfg.init_from == "auto":
+    try:
         return load_last(cfg)
-    with suppress(UserError):           # a damaged one is archived: the run starts with another checkpoint
-        return load_last(cfg)
-    return None
+    except UserError:
+        if cfg.init_from == "auto":
+            raise
+        return None                         # a damaged run is archived: the new one starts with another checkpoint
 
 
 def load_last(cfg: SimpleNamespace) -> Checkpoint:
-    """Return the latest checkpoint in out_dir. Raises UserError, with the alternatives, if it cannot be resumed."""
+    """Return the latest checkpoint in out_dir. Raises UserError if it cannot be resumed."""
     last = Path(cfg.out_dir) / "last.pt"
-    if not last.is_file():
-        others = folders_with(cfg.out_dir, "last.pt")
-        advice = "begin one, without --init_from"
-        if others:
-            advice = f"there are runs in {shorten_list(others)}; name one: --out_dir"
-        raise UserError(f"no {last}, so there is no run to resume\n       {advice}")
     try:
         return checkpoint.load_checkpoint(last, checkpoint.REQUIRED_TO_RESUME)
     except UserError as error:
@@ -224,6 +196,8 @@ def changed_settings(cfg: SimpleNamespace, last: Checkpoint) -> list[str]:
             changes.append(f"{name} {old.get(name)!r} (now {value!r})")
     if cfg.init_from not in ("auto", old.get("init_from")):
         changes.append(f"init_from {old.get('init_from')!r} (now {cfg.init_from!r})")
+    if not changes and load_data(cfg, last)[0].sha256 != last["data_sha256"]:
+        changes.append("another text or vocabulary")
     return changes
 
 
@@ -252,23 +226,7 @@ def restore_settings(cfg: SimpleNamespace, overrides: dict[str, Any], saved: Che
             setattr(cfg, name, value)
 
 
-def check_same_data(cfg: SimpleNamespace, saved: Checkpoint, data: ShardSet) -> None:
-    if saved["data_sha256"] != data.sha256:
-        command = format_command("train", init_from=Path(cfg.out_dir) / "last.pt")
-        raise UserError(f"the text or the vocabulary in {cfg.data_dir} has changed since the run began\n"
-                        f"       train on it with the weights of the run: {command}")
-
-
 # ---- the initial checkpoint, the data and the model ---------------------------------------------
-
-def load_init_checkpoint(cfg: SimpleNamespace, overrides: dict[str, Any]) -> Checkpoint | None:
-    """Return the checkpoint that init_from names, with its model adapted to the settings."""
-    if cfg.eval_only:
-        return checkpoint.read_model(init_checkpoint_path(cfg))
-    if cfg.init_from in INIT_MODES:
-        return None
-    return adapt_checkpoint(cfg, overrides, checkpoint.read_model(init_checkpoint_path(cfg)))
-
 
 def init_checkpoint_path(cfg: SimpleNamespace) -> Path:
     """Return the path of the checkpoint that the run starts with, or that is evaluated."""
@@ -277,29 +235,39 @@ def init_checkpoint_path(cfg: SimpleNamespace) -> Path:
     return Path(cfg.out_dir) / ("ckpt.pt" if cfg.eval_only else "last.pt")
 
 
-def adapt_checkpoint(cfg: SimpleNamespace, overrides: dict[str, Any], saved: Checkpoint) -> Checkpoint:
-    """Give a saved model the dropout of the settings, and their window where it may change.
+def load_init_checkpoint(cfg: SimpleNamespace, overrides: dict[str, Any]) -> Checkpoint | None:
+    """Return the checkpoint that init_from names; for training, with the dropout and the window of the settings.
 
     Raises UserError if the settings describe another model.
     """
+    if cfg.init_from in INIT_MODES and not cfg.eval_only:
+        return None
+    path = init_checkpoint_path(cfg)
+    saved = checkpoint.read_model(path)
+    if cfg.eval_only:
+        return saved
     check_shape(cfg, overrides, saved)
-    args = checkpoint.build_args(saved, init_checkpoint_path(cfg))
+    args = checkpoint.build_args(saved, path)
     window = args.max_seq_len
     if "max_seq_len" in overrides:
         window = cfg.max_seq_len
     elif not saved["config"]:               # a model of another project, whose window may be thousands of tokens
         window = min(cfg.max_seq_len, window)
-    positions = saved["model"].get("positions.weight")
-    weights = saved["model"]
-    if positions is not None:               # of GPT-2: a row per position; rotary embeddings have no weights
-        if window > len(positions):
-            raise UserError(f"GPT-2 has weights for {len(positions)} positions; --max_seq_len must be at most that")
-        weights = {**weights, "positions.weight": positions[:window]}
     try:
         args = replace(args, max_seq_len=window, dropout=cfg.dropout)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return {**saved, "model": weights, "model_args": asdict(args)}
+    return {**saved, "model": crop_positions(saved["model"], window), "model_args": asdict(args)}
+
+
+def crop_positions(weights: dict[str, Tensor], window: int) -> dict[str, Tensor]:
+    """Return the weights for a shorter window. GPT-2 has a row per position; rotary embeddings have no weights."""
+    positions = weights.get("positions.weight")
+    if positions is None:
+        return weights
+    if window > len(positions):
+        raise UserError(f"GPT-2 has weights for {len(positions)} positions; --max_seq_len must be at most that")
+    return {**weights, "positions.weight": positions[:window]}
 
 
 def load_data(cfg: SimpleNamespace, saved: Checkpoint | None) -> tuple[ShardSet, BaseTokenizer]:
