@@ -32,12 +32,11 @@ from tinyllm.engine import build_engine
 from tinyllm.estimate import format_hms, print_run_summary
 from tinyllm.machine import peak_memory
 from tinyllm.presets import PRESETS
-from tinyllm.project import path_flags
-from tinyllm.resume import INIT_MODES, run_settings
-from tinyllm.run import TrainRun, build_run
+from tinyllm.resume import run_settings
+from tinyllm.run import OOM_ADVICE, TrainRun, build_run
 from tinyllm.runlog import NullRunLog, RunLog
 from tinyllm.sampling import SamplingParams
-from tinyllm.stops import check_pending_steps, lock_output_dir, oom_advice, require_finite_weights, save_on_signals
+from tinyllm.stops import check_pending_steps, lock_output_dir, require_finite_weights, save_on_signals
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # a tested set of hyperparameters, see the end of --help; flags override it
@@ -107,11 +106,10 @@ def main() -> None:
             cfg, overrides = cli.parse_settings(globals(), epilog=presets.presets_table(), presets=preset_settings,
                                                 moved=MOVED_FLAGS)
         if cfg.eval_only:
-            run = build_run(cfg, overrides, dist)
-            with explain_oom(oom_advice(run)):
-                print_scores(evaluate(run))
+            with explain_oom(OOM_ADVICE):
+                print_scores(evaluate(build_run(cfg, overrides, dist)))
         else:
-            with lock_output_dir(cfg.out_dir, dist):
+            with lock_output_dir(cfg.out_dir, dist), explain_oom(OOM_ADVICE):
                 run_training(build_run(cfg, overrides, dist))
 
 
@@ -122,12 +120,11 @@ def run_training(run: TrainRun) -> None:
             evaluate_and_keep_best(run, open_log(run))
         print_already_finished(run)
         return
-    with explain_oom(oom_advice(run)):
-        print_run_summary(run)
-        run.sync_clock_and_stop()
-        if not run.can_resume:
-            run.save_first_state()
-    with save_on_signals(run), explain_oom(oom_advice(run)):
+    print_run_summary(run)
+    run.sync_clock_and_stop()
+    if not run.can_resume:
+        run.save_first_state()
+    with save_on_signals(run):
         train(run)
     print_result(run)
 
@@ -336,22 +333,17 @@ def print_expected_score(run: TrainRun) -> None:
 def print_already_finished(run: TrainRun) -> None:
     """Say that the run has already finished, and how to extend it or start over."""
     cfg = run.cfg
-    step = run.state.iter_num
-    minutes = run.state.seconds / 60
     longer = {}
     if run.has_ended and cfg.max_minutes:
-        longer["max_minutes"] = f"{math.ceil(2 * max(cfg.max_minutes, minutes) * 10) / 10:g}"
+        longer["max_minutes"] = math.ceil(2 * max(cfg.max_minutes, run.state.seconds / 60))
     elif run.has_ended:
-        longer["max_iters"] = 2 * max(cfg.max_iters, step)
-    defaults = {**globals(), **(PRESETS[cfg.preset].settings if cfg.preset else {})}
-    start_over = {name: value for name, value in vars(cfg).items() if value != defaults[name]}
-    start_over |= path_flags(run.data.folder.with_suffix(".model"))
-    start_over |= {"init_from": "scratch"} if cfg.init_from in INIT_MODES else {"out_dir": f"{cfg.out_dir}-2"}
-    launcher = run.dist.launch_command
+        longer["max_iters"] = 2 * max(cfg.max_iters, run.state.iter_num)
+    resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir, **longer)
     status = "is finished" if run.has_ended else "was planned to be longer than this command asks for"
-    print(f"the run in {cfg.out_dir} {status}; it is at step {step:,}, after {minutes:.1f} minutes\n"
-          f"resume:     {cli.format_command('train', launcher, init_from='resume', out_dir=cfg.out_dir, **longer)}\n"
-          f"start over: {cli.format_command('train', launcher, **start_over)}")
+    print(f"the run in {cfg.out_dir} {status}; it is at step {run.state.iter_num:,}, after "
+          f"{run.state.seconds / 60:.1f} minutes\n"
+          f"resume:     {resume}\n"
+          "start over: the command that began it, with --init_from scratch or another --out_dir")
 
 
 def print_result(run: TrainRun) -> None:

@@ -15,7 +15,6 @@ import train
 from model import Transformer
 from tinyllm import checkpoint, files, stops
 from tinyllm.cli import UserError
-from tinyllm.device import explain_oom
 from tinyllm.distributed import DistributedContext
 from tinyllm.files import folder_lock
 from tinyllm.run import State
@@ -35,7 +34,7 @@ def run_after_steps(losses: list[float], norms: list[float] | None = None, scale
 
 @pytest.mark.parametrize("losses, norms", [([3.0, math.nan, 2.0, 2.0], None), ([3.0, 3.0, 2.0], [1, math.inf, 1])])
 def test_the_first_step_that_is_not_finite_is_named(losses, norms):
-    with pytest.raises(UserError, match="step 2, windows 8 to 15: .*\n.*last good state is step 0"):
+    with pytest.raises(UserError, match="step 2: .*\n.*resume from step 0 "):
         stops.check_pending_steps(run_after_steps(losses, norms))
 
 
@@ -52,7 +51,7 @@ def test_a_step_between_two_lines_of_the_log_is_named(train_small, monkeypatch):
         lr, loss, norm = step(run, batches)
         return lr, loss * math.nan if run.state.iter_num == 5 else loss, norm
     monkeypatch.setattr(train, "train_step", nan_at_step_5)
-    with pytest.raises(UserError, match="step 5, windows 32 to 39.*\n.*last good state is step 4, in out.last.pt"):
+    with pytest.raises(UserError, match="step 5: .*\n.*resume from step 4 "):
         train_small("out", "--max_iters", 20, "--eval_interval", 4, "--log_interval", 20)
     assert load_state("out")["iter_num"] == 4
 
@@ -83,23 +82,12 @@ def test_weights_that_are_not_finite_are_not_saved(train_small, monkeypatch):
             run.model.norm.weight[0] = math.inf
         return metrics
     monkeypatch.setattr(train, "train_step", step_to_infinity)
-    with pytest.raises(UserError, match="norm.weight has values.*not saved\n.*step 4, in out.last.pt"):
+    with pytest.raises(UserError, match="norm.weight has values.*not saved\n.*step 4 "):
         train_small("out", "--max_iters", 5, "--eval_interval", 2)
     assert before == {name: Path("out", name).read_bytes() for name in before}
 
 
-@pytest.mark.parametrize("settings, advice", [
-    ({}, "the same steps take less memory with --batch_size 2 --gradient_accumulation_steps 4$"),
-    ({"batch_size": 3}, "use a smaller --batch_size, --max_seq_len"),
-    ({"eval_only": True}, "use a smaller --batch_size$")])
-def test_too_little_memory_is_explained(planned_run, settings, advice):
-    small_run = planned_run()
-    vars(small_run.cfg).update(settings)
-    with pytest.raises(UserError, match=advice), explain_oom(stops.oom_advice(small_run)):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-
-
-def test_the_same_run_resumes_with_smaller_micro_batches(train_small, monkeypatch, capsys):
+def test_a_run_that_needs_too_much_memory_resumes_with_smaller_micro_batches(train_small, monkeypatch):
     train_small("out", "--max_iters", 4)
     forward = Transformer.forward
 
@@ -108,8 +96,7 @@ def test_the_same_run_resumes_with_smaller_micro_batches(train_small, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, tokens, targets)
     monkeypatch.setattr(Transformer, "forward", too_large)
-    with pytest.raises(UserError, match="\n *python train.py --init_from resume --out_dir out "
-                                        "--batch_size 2 --gradient_accumulation_steps 4"):
+    with pytest.raises(UserError, match="not enough memory\n.*halve --batch_size and double --gradient_accumulation"):
         train_small("out", "--max_iters", 8)
     train_small("out", "--max_iters", 8, "--batch_size", 2, "--gradient_accumulation_steps", 4)
     assert load_state("out")["iter_num"] == 8 and load_state("out")["state"]["position"] == 64
@@ -164,15 +151,6 @@ def test_a_state_of_another_version_is_one_clear_line(train_small, change):
     with pytest.raises(UserError):
         train_small("out", "--max_iters", 4, "--init_from", "resume")
     assert Path("out/last.pt").read_bytes() == before
-
-
-def test_moments_of_another_shape_are_refused(train_small):
-    train_small("out", "--max_iters", 2)
-    saved = load_state("out")
-    saved["optimizer"][0]["state"][0]["exp_avg"] = torch.zeros(3, 3)
-    checkpoint.save_checkpoint("out/last.pt", saved)
-    with pytest.raises(UserError, match="last.pt is from another version, or damaged"):
-        train_small("out", "--max_iters", 4)
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])

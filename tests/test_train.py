@@ -318,7 +318,7 @@ def test_no_numbers_stop_the_run_before_they_are_saved(train_small, monkeypatch,
             return lr, loss, norm
         return lr, loss * math.nan if bad == "loss" else loss, norm * math.inf if bad == "gradient" else norm
     monkeypatch.setattr(train, "train_step", poisoned)
-    with pytest.raises(UserError, match="step 5, windows 32 to 39: .*(nan|inf)") as error:
+    with pytest.raises(UserError, match="step 5: .*(nan|inf)") as error:
         train_small("out", "--max_iters", 20, "--eval_interval", 2, "--learning_rate", 0.001)
     assert "--learning_rate 0.0005" in str(error.value) and load_state("out")["iter_num"] == 4
 
@@ -342,16 +342,6 @@ def test_another_vocabulary_is_refused(train_small, run_in_process, project, tmp
     Path("data/other/tok300.model").write_bytes(load_state("output")["tokenizer"])
     with pytest.raises(UserError, match="name its --data_dir, or encode the text"):
         run_in_process("train", "--init_from", "out/ckpt.pt", "--vocab_size", 300)
-
-
-def test_a_finished_run_is_told_with_its_vocabulary_where_there_are_several(run_in_process, project, capsys):
-    for size in 300, 301:
-        run_in_process("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", size)
-    run_in_process("preprocess", "--vocab_size", 301)
-    for _ in range(2):
-        run_in_process("train", *TINY, "--max_iters", 1, "--vocab_size", 301)
-    run_in_process("train", "--init_from", "resume")
-    assert "--vocab_size 301" in capsys.readouterr().out.rpartition("start over: ")[2]
 
 
 def test_from_the_command_line(project):
@@ -408,14 +398,6 @@ def test_a_sound_checkpoint_helps_past_a_damaged_one(train_small):
         train_small("out", "--max_iters", 6, "--eval_interval", 2)
     train_small("out", "--max_iters", 2, "--init_from", "out/ckpt.pt")
     assert load_state("out")["iter_num"] == 2 and Path("out/old-1/last.pt").stat().st_size == 3000
-
-
-def test_too_little_memory_is_said_with_what_fits(train_small, monkeypatch):
-    def too_much(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "train_step", too_much)
-    with pytest.raises(UserError, match="--batch_size 2 --gradient_accumulation_steps 4"):
-        train_small("out", "--max_iters", 4)
 
 
 @pytest.mark.skipif(bool(WHY_NOT := estimate.why_not_compilable(torch.device("cpu"))), reason=WHY_NOT)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,8 +52,7 @@ class DistributedContext:
         """Return the main process's value in all ranks."""
         return self.sum(torch.tensor(value if self.is_main else 0.0, dtype=torch.float64)).item()
 
-    def _all_reduce(self, values: Tensor, operation: torch_dist.ReduceOp, group: torch_dist.ProcessGroup | None = None
-                    ) -> Tensor:
+    def _all_reduce(self, values: Tensor, operation: Any, group: torch_dist.ProcessGroup | None = None) -> Tensor:
         values = values.cpu().to(torch.float64, copy=True)      # Apple's GPU has no float64
         if self.size > 1:
             torch_dist.all_reduce(values, operation, group)
@@ -95,11 +95,8 @@ class DistributedContext:
     @property
     def launch_command(self) -> str:
         """Return the command that starts a script as this one was started."""
-        return "python" if self.size == 1 else f"torchrun --nproc_per_node={self._local_size()}"
-
-    def _local_size(self) -> int:
-        """Return the number of processes on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        n_local = os.environ.get("LOCAL_WORLD_SIZE", self.size)
+        return "python" if self.size == 1 else f"torchrun --nproc_per_node={n_local}"
 
     def seed(self, seed: int, step: int) -> None:
         """Seed each rank and step differently, so that a resumed run draws the same random numbers."""
@@ -119,9 +116,8 @@ class DistributedContext:
         if name == "auto" and not n_gpus:
             return "cpu" if device_count("mps") else "auto"     # an Apple GPU cannot be shared
         if name not in ("auto", "cuda") or self.local_rank >= n_gpus:
-            raise UserError(
-                f"--device {name} is not enough for {self._local_size()} processes, this machine has {n_gpus} GPUs\n"
-                f"       use --device auto and torchrun --nproc_per_node={max(n_gpus, 1)}, or --device cpu")
+            raise UserError(f"--device {name}: {n_gpus} GPUs are not enough for the processes on this machine\n"
+                            f"       use --device auto and torchrun --nproc_per_node={max(n_gpus, 1)}, or --device cpu")
         return f"cuda:{self.local_rank}"
 
 
@@ -130,9 +126,8 @@ SINGLE_PROCESS = DistributedContext()
 
 def from_env() -> DistributedContext:
     """Read the ranks that torchrun puts into the environment."""
-    environ = os.environ
-    return DistributedContext(int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1)),
-                              int(environ.get("LOCAL_RANK", 0)))
+    variables = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    return DistributedContext(*[int(os.environ.get(name, default)) for name, default in variables])
 
 
 @contextmanager
@@ -142,22 +137,18 @@ def distributed_context() -> Iterator[DistributedContext]:
     The process group is never destroyed: leaving it could wait for a process that has died.
 
     Raises:
-        UserError: when another process has ended, or torchrun's own settings contradict each other.
+        UserError: when another process has ended.
     """
     dist = from_env()
     if dist.size == 1:
         yield dist
         return
-    check_restarts(dist)
     try:
         init_process_group(dist)
         with open(os.devnull, "w", encoding="utf-8") as devnull:
             with redirect_stdout(sys.stdout if dist.is_main else devnull):
                 yield dist
         atexit.register(hard_exit, 0)
-    except BrokenPipeError:                     # the reader of the output has seen enough: no failure
-        atexit.register(hard_exit, 0)
-        raise
     except (SystemExit, UserError, OSError) as end:
         atexit.register(hard_exit, getattr(end, "code", 1) or 0)
         raise
@@ -174,25 +165,9 @@ def init_process_group(dist: DistributedContext) -> None:
     """Connect to the other ranks: CPU tensors go through gloo, GPU tensors through NCCL."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, *_ = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
-    if agent_store_survives_restart():          # the restart count tells old addresses apart, on one machine
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # which keeps the addresses of dead processes
         store = torch_dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=dist.rank, world_size=dist.size)
-
-
-def agent_store_survives_restart() -> bool:
-    """True if torchrun keeps the addresses of dead processes when it restarts them, as in PyTorch 2.13."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def check_restarts(dist: DistributedContext) -> None:
-    """Raise UserError, in the main process, if restarted processes would not find each other."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    n_machines = int(os.environ.get("GROUP_WORLD_SIZE", 0))
-    if restarts and n_machines > 1 and agent_store_survives_restart():
-        if not dist.is_main:
-            raise SystemExit(1)                 # one message is enough
-        raise UserError("--max_restarts on several machines needs this in front of torchrun, on each of them:\n"
-                        "       TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ...")
 
 
 def is_peer_lost(error: RuntimeError) -> bool:

@@ -14,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinyllm import checkpoint, kernels, optional
 from tinyllm.cli import UserError, format_command
-from tinyllm.device import explain_oom
 from tinyllm.distributed import DistributedContext
 from tinyllm.optim import build_optimizers
 from tinyllm.resume import RunPlan, init_checkpoint_path, is_finished, plan_run, run_settings
 from tinyllm.runlog import NEW_CHECKPOINT, archive_run
 
+OOM_ADVICE = ("halve --batch_size and double --gradient_accumulation_steps: the steps stay the same; or use a smaller "
+              "--max_seq_len, --dim or --n_layers")
 PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # may differ between the machines that share a run
 DROPPED_STATE = ("usual_loss", "usual_rise")                        # fields of State in older checkpoints
 
@@ -48,8 +49,7 @@ def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: Distributed
         with dist.all_or_none():
             dist.check_same(plan_fingerprint(plan), "type the same command on all machines, with the same data and "
                             "output folders, shared or copied, and a --dtype that all support")
-    with explain_oom("use a smaller --dim or --n_layers, or close what else uses the memory"):
-        return run_class(plan)
+    return run_class(plan)
 
 
 def choose_run_class(cfg: SimpleNamespace, dist: DistributedContext) -> type["TrainRun"]:
@@ -286,23 +286,19 @@ class TrainRun:
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
         """Load saved moments. Rates and decay stay as set, since the settings may have changed."""
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        for weight, state in optimizer.state.items():
-            for value in state.values():
-                if isinstance(value, Tensor) and value.dim() and value.shape != weight.shape:
-                    raise ValueError("optimizer")
 
     def check_best_checkpoint(self) -> None:
         """Forget the best loss if ckpt.pt is missing, damaged or from other data, so that it is written again."""
-        path = Path(self.cfg.out_dir) / "ckpt.pt"
+        if self.state.best_val_loss == math.inf:
+            return
         try:
-            if self.state.best_val_loss < math.inf:
-                saved = checkpoint.load_checkpoint(path)
-                if saved.get("data_sha256") != self.data.sha256:
-                    raise UserError(f"{path} is from a run on other text")
-        except UserError as error:
-            print(f"note: {error}\n      the next evaluation writes it again")
+            is_valid = checkpoint.load_checkpoint(Path(self.cfg.out_dir) / "ckpt.pt")["data_sha256"] == self.data.sha256
+        except (UserError, KeyError):
+            is_valid = False
+        if not self.dist.broadcast_from_main(is_valid):
+            print(f"note: {self.cfg.out_dir}/ckpt.pt is missing, damaged or from other text\n"
+                  "      the next evaluation writes it again")
             self.state.best_val_loss = math.inf
-        self.state.best_val_loss = self.dist.broadcast_from_main(self.state.best_val_loss)
 
 
 def load_state(saved: dict[str, Any]) -> State:

@@ -29,23 +29,21 @@ class RunLog:
         self.entries = read_log(folder / "log.jsonl")[1:n_entries + 1]
         self.digest = hashlib.sha256(encode_lines(self.entries))
         if n_entries and self.sha256 != sha256:
-            self._archive_damaged_log()
+            self._discard_damaged_log()
         last_step = self.entries[-1]["iter"] if self.entries else 0
         self.clock = [entry for entry in read_clock(folder / "clock.jsonl") if entry["iter"] <= last_step]
         for name, entries in (("log.jsonl", [header, *self.entries]), ("clock.jsonl", self.clock)):
             with atomic_write(folder / name) as file:
                 file.write(encode_lines(entries))
 
-    def _archive_damaged_log(self) -> None:
+    def _discard_damaged_log(self) -> None:
         """Start with an empty log; keep the damaged file under another name."""
-        self.entries = []
-        self.digest = hashlib.sha256()
         path = self.folder / "log.jsonl"
         print(f"note: {path} is damaged or gone; the log starts over")
         if path.exists():
-            archive = unused_path(self.folder, "log.damaged-{}.jsonl")
-            atomic_replace(path, archive)
-            print(f"      the old file is {archive}")
+            atomic_replace(path, unused_path(self.folder, "log.damaged-{}.jsonl"))
+        self.entries = []
+        self.digest = hashlib.sha256()
 
     @property
     def sha256(self) -> str:

@@ -1,5 +1,4 @@
-"""What can end a run early: another run in its folder, signals, too little memory, numbers that are not finite."""
-import errno
+"""Reasons to end a run early: another run in its folder, signals, numbers that are not finite."""
 import io
 import math
 import os
@@ -7,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, ExitStack, redirect_stdout, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +61,7 @@ def save_on_signals(run: TrainRun) -> Iterator[None]:
 
 
 class StopOnClosedStdout(io.TextIOBase):
-    """Standard output that asks the run to stop when its reader is gone, as after `| head`, instead of failing."""
+    """Standard output that asks the run to stop when it cannot be written, as after `| head`, instead of failing."""
 
     def __init__(self, run: TrainRun):
         self.run = run
@@ -73,9 +71,7 @@ class StopOnClosedStdout(io.TextIOBase):
         try:
             self.stdout.write(text)
             self.stdout.flush()
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+        except OSError:
             redirect_to_devnull(1)
             self.run.requested_signal = self.run.requested_signal or signal.SIGTERM
         return len(text)
@@ -86,21 +82,7 @@ def redirect_to_devnull(*descriptors: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-# ---- memory and numbers -------------------------------------------------------------------------
-
-def oom_advice(run: TrainRun) -> str:
-    """Say which settings need less memory; half as many windows at a time make the same steps."""
-    cfg = run.cfg
-    if cfg.eval_only:
-        return "use a smaller --batch_size"
-    if cfg.batch_size % 2:
-        return "use a smaller --batch_size, --max_seq_len, --dim or --n_layers"
-    flags = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {2 * cfg.gradient_accumulation_steps}"
-    if not run.can_resume:
-        return f"the same steps take less memory with {flags}"
-    command = format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)
-    return f"the same steps take less memory with\n       {command} {flags}"
-
+# ---- numbers that are not finite ----------------------------------------------------------------
 
 def check_pending_steps(run: TrainRun) -> tuple[float, float]:
     """Return loss and gradient norm of the newest step, after checking all steps since the last call.
@@ -128,11 +110,7 @@ def require_finite_weights(run: TrainRun) -> None:
 
 
 def non_finite_error(run: TrainRun, step: int, problem: str) -> UserError:
-    windows_end = run.state.position - (run.state.iter_num - step) * run.windows_per_step
-    windows = f"{windows_end - run.windows_per_step:,} to {windows_end - 1:,}"      # numbered in training order
-    path = Path(run.cfg.out_dir) / "last.pt"
     command = format_command("train", run.dist.launch_command, init_from="resume", out_dir=run.cfg.out_dir,
                              learning_rate=f"{run.cfg.learning_rate / 2:g}")
-    return UserError(f"step {step:,}, windows {windows}: {problem}; this state is not saved\n"
-                     f"       the last good state is step {run.last_saved_step:,}, in {path}; resume from it with a "
-                     f"lower learning rate:\n       {command}")
+    return UserError(f"step {step:,}: {problem}; this state is not saved\n"
+                     f"       resume from step {run.last_saved_step:,} with a lower learning rate: {command}")

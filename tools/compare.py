@@ -32,11 +32,10 @@ class RunHistory:
     """What the logs of a run say: its settings, and its validation bpb by tokens and by minutes."""
     folder: str
     settings: dict[str, Any]
-    parameters: Any
+    parameters: int
     by_tokens: Points
     by_minutes: Points
     speeds: list[float]
-    last_eval_step: int
 
     @property
     def best(self) -> tuple[float, float]:
@@ -50,10 +49,8 @@ def main() -> None:
         raise UserError(f"name the folders of two or more runs\n       {EXAMPLE}")
     runs = [read_run(folder) for folder in cfg.folders]
     print_table(["settings that differ", *cfg.folders], setting_rows(runs))
-    digests = {data_sha256(Path(folder)) for folder in cfg.folders}
-    if len(digests) > 1 or "" in digests:
-        print("\nnote: the text or the vocabulary of these runs differs, or is unknown;\n"
-              "      bits per byte compare models only on the same validation text")
+    if len({data_sha256(folder) for folder in cfg.folders}) > 1:
+        print("\nnote: these runs have different text or vocabularies, so bits per byte do not compare them")
     print_table(["", *cfg.folders], summary_rows(runs))
     print_bpb_tables(runs)
     draw(runs, Path(cfg.out_dir) / "compare.png")
@@ -67,19 +64,17 @@ def read_run(folder: str) -> RunHistory:
     header, entries = read_entries(path)
     evals = [entry for entry in entries if runlog.has_numbers(entry, "iter", "tokens", "bpb")]
     if not evals:
-        resume = format_command("train", out_dir=path.parent, init_from="resume")
-        raise UserError(f"{path} has no evaluation; they come every {header['config'].get('eval_interval', '')} steps, "
-                        f"and at the end\n       {resume}")
+        raise UserError(f"{path} has no evaluation\n"
+                        f"       {format_command('train', out_dir=path.parent, init_from='resume')}")
     clock = runlog.read_clock(path.with_name("clock.jsonl"))
     minutes = {entry["iter"]: entry["seconds"] / 60 for entry in clock}
     return RunHistory(
         folder=folder,
         settings={**header["config"], **header.get("model_args", {})},      # fine-tuning takes the model's own shape
-        parameters=header.get("parameters"),
+        parameters=header.get("parameters", 0),
         by_tokens=[(entry["tokens"], entry["bpb"]) for entry in evals],
         by_minutes=plots.curve(evals, "bpb", minutes),
-        speeds=[entry["tokens_per_second"] for entry in clock if runlog.has_numbers(entry, "tokens_per_second")],
-        last_eval_step=evals[-1]["iter"])
+        speeds=[entry["tokens_per_second"] for entry in clock if runlog.has_numbers(entry, "tokens_per_second")])
 
 
 def read_entries(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -90,19 +85,13 @@ def read_entries(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     header = lines[0] if lines else {}
     if not isinstance(header.get("config"), dict) or not isinstance(header.get("model_args", {}), dict):
         raise UserError(f"{path} is not a log of train.py, or its first line is damaged")
-    if path.read_bytes().count(b"\n") > len(lines):
-        print(f"note: line {len(lines) + 1} of {path} is damaged; only the lines before it count")
     return header, lines[1:]
 
 
-def data_sha256(folder: Path) -> str:
-    """Return the digest of text, split and vocabulary from a checkpoint of the run, or "" without one."""
-    for name in ("last.pt", "ckpt.pt"):
-        try:
-            return checkpoint.load_checkpoint(folder / name, mmap=True).get("data_sha256", "")
-        except UserError:
-            continue
-    return ""
+def data_sha256(folder: str) -> str:
+    """Return the digest of text, split and vocabulary from the latest checkpoint, or "" without one."""
+    path = Path(folder, "last.pt")
+    return checkpoint.load_checkpoint(path, mmap=True)["data_sha256"] if path.exists() else ""
 
 
 # ---- the tables and the picture -----------------------------------------------------------------
@@ -119,28 +108,22 @@ def setting_rows(runs: list[RunHistory]) -> list[list[str]]:
 
 
 def summary_rows(runs: list[RunHistory]) -> list[list[str]]:
-    parameters = [f"{run.parameters:,}" if isinstance(run.parameters, int) else "-" for run in runs]
-    speeds = [f"{median(run.speeds):,.0f}" if run.speeds else "-" for run in runs]
     return [["best val bpb", *[f"{run.best[1]:.4f}" for run in runs]],
             ["  at tokens", *[f"{run.best[0]:,}" for run in runs]],
-            ["parameters", *parameters],
-            ["tokens/s, median", *speeds]]
+            ["parameters", *[f"{run.parameters:,}" for run in runs]],
+            ["tokens/s, median", *[f"{median(run.speeds or [0]):,.0f}" for run in runs]]]
 
 
 def print_bpb_tables(runs: list[RunHistory]) -> None:
     """Print bpb at equal tokens and at equal minutes, where the evaluations of all runs overlap."""
-    names = [run.folder for run in runs]
-    missing = []
-    for unit, curves in (("tokens", [run.by_tokens for run in runs]), ("minutes", [run.by_minutes for run in runs])):
-        rows = bpb_rows(curves, decimals=0 if unit == "tokens" else 2)
+    by_tokens = [run.by_tokens for run in runs]
+    by_minutes = [run.by_minutes for run in runs]
+    for unit, curves, decimals in (("tokens", by_tokens, 0), ("minutes", by_minutes, 2)):
+        rows = bpb_rows(curves, decimals)
         if rows:
-            print_table([f"val bpb at {unit} (* lowest)", *names], rows)
+            print_table([f"val bpb at {unit} (* lowest)", *[run.folder for run in runs]], rows)
         else:
-            missing.append(unit)
-    if missing:
-        interval = max(min(run.last_eval_step for run in runs) // 10, 1)
-        print(f"\nthe evaluations of these runs do not overlap in {' or '.join(missing)}\n"
-              f"       evaluate more often: --eval_interval {interval}")
+            print(f"\nthe evaluations of these runs do not overlap in {unit}; use a smaller --eval_interval")
 
 
 def bpb_rows(curves: list[Points], decimals: int) -> list[list[str]]:

@@ -4,13 +4,13 @@
     python -m tools.doctor --data_dir data/tuned --out_dir output/tuned
 """
 import platform
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -30,17 +30,19 @@ vocab_size = 0                      # which vocabulary of data_dir; 0: the one o
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 # ---- end of settings ----------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("numpy", "sentencepiece", "requests", "tqdm", "matplotlib", "safetensors", "tokenizers", "tiktoken", "gguf")
 
 
 def main() -> None:
     cfg, overrides = cli.parse_settings(globals())
-    for name, describe in (("python", describe_python), ("packages", describe_packages), ("device", describe_device),
-                           ("memory", describe_memory), ("disk", describe_disk)):
-        report(name, describe, cfg)
-    steps = (("train_vocab", describe_tokenizer), ("preprocess", describe_shards), ("train", describe_run),
-             ("sample", describe_best))
-    failed = [name for name, describe in steps if not report(f"{name}.py", describe, cfg)]
+    print(f"python          {platform.python_version()} on {platform.platform()}, {platform.machine()}")
+    print(f"packages        torch {torch.__version__}, {', '.join(map(describe_package, PACKAGES))}")
+    report("device", describe_device, cfg)
+    print(f"free            {(free_memory() or 0) / 1e9:.1f} GB of memory (0: unknown), "
+          f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB of disk")
+    steps = {"train_vocab": describe_tokenizer, "preprocess": describe_shards, "train": describe_run,
+             "sample": describe_best}
+    failed = [step for step, describe in steps.items() if not report(f"{step}.py", describe, cfg)]
     print(f"next: {next_command(failed[0] if failed else '', cfg, overrides)}")
 
 
@@ -50,12 +52,11 @@ def report(name: str, describe: Callable[[SimpleNamespace], str], cfg: SimpleNam
         print(escape_control_chars(f"{name:15} {describe(cfg)}"))
         return True
     except Exception as error:              # of any kind: the other checks still run
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        print(escape_control_chars(f"{name:15} problem: {kind}{error}".splitlines()[0]))
+        print(escape_control_chars(f"{name:15} problem: {error}".splitlines()[0]))
         return False
 
 
-def next_command(failed_step: str, cfg: SimpleNamespace, overrides: dict[str, object]) -> str:
+def next_command(failed_step: str, cfg: SimpleNamespace, overrides: dict[str, Any]) -> str:
     """Return the command of the first step whose files are missing, damaged or unfinished."""
     out_dir = overrides.get("out_dir")
     if not failed_step:
@@ -73,37 +74,16 @@ def next_command(failed_step: str, cfg: SimpleNamespace, overrides: dict[str, ob
 
 # ---- the machine --------------------------------------------------------------------------------
 
-def describe_python(cfg: SimpleNamespace) -> str:
-    return f"{platform.python_version()} on {platform.platform()}, {platform.machine()}"
-
-
-def describe_packages(cfg: SimpleNamespace) -> str:
-    """Return the versions of all packages in the requirements; PyTorch's own names its build, such as +cpu."""
-    lines = [(ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "requirements-extra.txt")]
-    found, missing = [f"torch {torch.__version__}"], []
-    for name in re.findall(r"^[\w-]+", "\n".join(lines), re.MULTILINE):
-        try:
-            if name != "torch":
-                found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            missing.append(name)
-    return f"{', '.join(found)}; missing: {', '.join(missing) or 'none'}"
+def describe_package(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"
 
 
 def describe_device(cfg: SimpleNamespace) -> str:
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    compiler = why_no_compiler() or why_no_headers() or "found"
-    return (f"{choose_backend(cfg.device)}; {torch.get_num_threads()} threads on {available_cores()} cores; "
-            f"CUDA GPUs: {', '.join(names) or 'none'}; C++ compiler: {compiler}")
-
-
-def describe_memory(cfg: SimpleNamespace) -> str:
-    free = free_memory()
-    return "unknown on this system" if free is None else f"{free / 1e9:.1f} GB free"
-
-
-def describe_disk(cfg: SimpleNamespace) -> str:
-    return f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free"
+    return (f"{choose_backend(cfg.device)}; {available_cores()} cores; "
+            f"C++ compiler: {why_no_compiler() or why_no_headers() or 'found'}")
 
 
 # ---- the files ----------------------------------------------------------------------------------
@@ -127,15 +107,13 @@ def describe_tokenizer(cfg: SimpleNamespace) -> str:
 def describe_shards(cfg: SimpleNamespace) -> str:
     path = choose_tokenizer(cfg)
     data = load_shards(path.with_suffix(""), sha256(path))
-    return (f"{data.folder}: {data.total('train', 'tokens'):,} tokens of train, "
-            f"{data.total('val', 'tokens'):,} tokens of val")
+    return f"{data.folder}: {data.total('train', 'tokens'):,} + {data.total('val', 'tokens'):,} tokens of train and val"
 
 
 def describe_run(cfg: SimpleNamespace) -> str:
-    """Describe the newest checkpoint. Raises UserError for a run that has not finished."""
+    """Describe the latest checkpoint. Raises UserError for a run that has not finished."""
     path = Path(cfg.out_dir) / "last.pt"
     state = checkpoint.load_checkpoint(path, checkpoint.REQUIRED_TO_RESUME, mmap=True)
-    checkpoint.build_model(state, copy_weights=False, name=path)
     config = state["config"]
     length = f"max_iters {config.get('max_iters')}, max_minutes {config.get('max_minutes')}"
     if not is_finished(state):
@@ -146,9 +124,8 @@ def describe_run(cfg: SimpleNamespace) -> str:
 def describe_best(cfg: SimpleNamespace) -> str:
     path = Path(cfg.out_dir) / "ckpt.pt"
     state = checkpoint.load_checkpoint(path, mmap=True)
-    model = checkpoint.build_model(state, copy_weights=False, name=path)
-    return (f"{path}: step {state['iter_num']:,}, val loss {state.get('best_val_loss')}, "
-            f"{model.count_parameters():,} parameters, {checkpoint.build_tokenizer(state).vocab_size:,} tokens")
+    n_params = checkpoint.build_model(state, copy_weights=False, name=path).count_parameters()
+    return f"{path}: step {state['iter_num']:,}, val loss {state.get('best_val_loss')}, {n_params:,} parameters"
 
 
 if __name__ == "__main__":
