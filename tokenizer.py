@@ -12,9 +12,7 @@ This file needs nothing but sentencepiece: copy it anywhere.
 """
 import hashlib
 import io
-import re
 from collections import Counter
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -55,27 +53,22 @@ class BaseTokenizer:
         return self.encode_batch([s], bos, eos)[0]
 
     def encode_batch(self, texts: list[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """Return the ids of each string; faster than one call for each. Raises ValueError for broken Unicode."""
+        """Return the ids of each string; faster than one call for each. Raises ValueError for lone surrogates."""
         head = [self.bos_id] if bos else []
         tail = [self.eos_id] if eos else []
         try:
             return [head + ids + tail for ids in self._encode(texts)]
         except (TypeError, UnicodeEncodeError) as error:
-            for text in texts:
-                if re.search("[\ud800-\udfff]", text):
-                    raise ValueError(f"this is not text, some bytes are not UTF-8: {ascii(text[:60])}") from error
-            raise
+            raise ValueError("this is not text, some bytes are not UTF-8") from error
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a prompt, after bos if the model expects it.
-
-        Raises ValueError if there are no ids at all, so that the model has nothing to continue.
-        """
+        """Return the ids of a prompt, after bos if the model expects it. Raises ValueError if there are no ids."""
         ids = self.encode(text)
-        if self.bos_id < 0 and not ids:
+        if self.bos_id >= 0 and (self.add_bos or not ids):
+            return [self.bos_id] + ids
+        if not ids:
             raise ValueError("this tokenizer has no bos, so a prompt cannot be empty")
-        needs_bos = self.add_bos or not ids
-        return [self.bos_id] + ids if needs_bos and self.bos_id >= 0 else ids
+        return ids
 
     def special_token_id(self, special: str) -> int:
         """Return the id of a special token. Raises ValueError for an unknown one."""
@@ -111,6 +104,7 @@ class Tokenizer(BaseTokenizer):
         self.bos_id = self._sp.bos_id()
         self.eos_id = self._sp.eos_id()
         self.pad_id = self._sp.pad_id()
+        self._newline_length = len(self._sp.encode("\n"))
 
     @cached_property
     def is_lossless(self) -> bool:
@@ -142,10 +136,6 @@ class Tokenizer(BaseTokenizer):
         A newline takes that space and merges with nothing: "\\n" + text is encoded and the newline's ids are cut off.
         """
         return self._sp.encode("\n" + text)[self._newline_length:]
-
-    @cached_property
-    def _newline_length(self) -> int:
-        return len(self._sp.encode("\n"))
 
     def decode(self, ids: list[int]) -> str:
         try:
@@ -181,8 +171,7 @@ def train_tokenizer(word_counts: dict[bytes, int], vocab_size: int) -> Tokenizer
 
     A space begins a word, a newline and a digit stand alone, a tab is always spelled as its byte, and no text is
     normalized. If the text has more distinct characters than fit, the most common ones get half of the room and the
-    others are spelled in bytes. The pieces are those that SentencePiece learns from the text itself, except that a
-    word with U+2585 is left out, because SentencePiece keeps that character for itself.
+    others are spelled in bytes.
 
     Args:
         word_counts: how often each word occurs, with the space in front of it, in UTF-8.
@@ -220,30 +209,18 @@ def _rare_characters(word_counts: dict[bytes, int], n_common: int) -> list[str]:
 
 
 def _train(word_counts: dict[bytes, int], word_ends: dict[int, str], vocab_size: int) -> Tokenizer:
+    lines = []
+    for word, count in word_counts.items():
+        text = word.decode().translate(word_ends).strip(WORD_END)
+        if text:
+            lines.append(f"{text}\t{count}")
     model = io.BytesIO()
-    failures: list[BaseException] = []
-
-    def lines() -> Iterator[str]:
-        try:
-            for word, count in word_counts.items():
-                text = word.decode().translate(word_ends).strip(WORD_END)
-                if text:
-                    yield f"{text}\t{count}"
-        except (Exception, KeyboardInterrupt) as error:     # SentencePiece would turn it into a RuntimeError
-            failures.append(error)
-            raise
-
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=lines(), input_format="tsv", model_writer=model, add_dummy_prefix=False,
-            model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
-            byte_fallback=True, split_digits=True, required_chars="\n", pretokenization_delimiter=WORD_END,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1 << 30, minloglevel=2)
-    except RuntimeError:
-        if failures:
-            raise failures[0] from None
-        raise
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), input_format="tsv", model_writer=model, add_dummy_prefix=False,
+        model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
+        byte_fallback=True, split_digits=True, required_chars="\n", pretokenization_delimiter=WORD_END,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=1 << 30, minloglevel=2)
     return Tokenizer(_with_space_in_front(model.getvalue()))
 
 

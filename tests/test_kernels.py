@@ -128,7 +128,7 @@ def test_causal_in_blocks_too():
 
 @pytest.mark.parametrize("at_a_time", [1, 97 * 7, 1 << 20])
 def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_LOGITS_PER_CHUNK", (at_a_time, at_a_time))
+    monkeypatch.setattr(kernels, "MAX_LOGITS_ON_CPU", at_a_time)
     torch.manual_seed(5)
     targets = torch.randint(-1, 97, (40,))
     one = [torch.randn(40, 8, requires_grad=True), torch.randn(97, 8, requires_grad=True)]

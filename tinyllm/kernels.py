@@ -20,7 +20,8 @@ import model
 MODEL_FINGERPRINT = "a5095ffe6e06dbf9"                   # of model.py; tests/test_kernels.py keeps it current
 QUERY_BLOCK = 64                                # queries at a time in attention on a CPU
 MAX_BLOCKED_LEN = 1024                          # longer sequences take PyTorch's kernel
-MAX_LOGITS_PER_CHUNK = (1 << 20, 1 << 24)       # on a CPU: 4 MB in float32, about its cache; on a GPU: 64 MB
+MAX_LOGITS_ON_CPU = 1 << 20                     # in a chunk of the loss: 4 MB in float32, about the cache
+MAX_LOGITS_ON_GPU = 1 << 24                     # 64 MB
 
 
 # ---- which form runs ----------------------------------------------------------------------------
@@ -29,29 +30,26 @@ def build_transformer(args: model.ModelArgs) -> model.Transformer:
     """Build a model of model.py with these kernels, or with its own functions if it was edited."""
     if model_is_original():
         return model.Transformer(args, causal_attention, LinearCrossEntropy())
-    _print_note()
     return model.Transformer(args)
 
 
 def parts_to_compile(transformer: nn.Module) -> list[nn.Module]:
     """Return the parts that torch.compile takes one by one: layers, which are all alike, and a chunk of the loss."""
-    loss_fn = transformer.loss_fn
-    return [*transformer.layers, *([loss_fn.chunk] if isinstance(loss_fn, LinearCrossEntropy) else [])]
+    parts = list(transformer.layers)
+    if isinstance(transformer.loss_fn, LinearCrossEntropy):
+        parts.append(transformer.loss_fn.chunk)
+    return parts
 
 
 @cache
 def model_is_original() -> bool:
-    """True if model.py is the file that the kernels, and the engine, were written for."""
-    try:
-        return fingerprint(Path(model.__file__).read_text(encoding="utf-8")) == MODEL_FINGERPRINT
-    except OSError:
-        return False
-
-
-@cache
-def _print_note() -> None:
+    """True if model.py is the file that the kernels, and the engine, were written for. Otherwise print a note, once."""
+    path = Path(model.__file__)
+    if path.is_file() and fingerprint(path.read_text(encoding="utf-8")) == MODEL_FINGERPRINT:
+        return True
     print("note: model.py was edited, so its own functions run, which are slower than tinyllm/kernels.py and engine.py",
           file=sys.stderr)
+    return False
 
 
 def fingerprint(source: str) -> str:
@@ -176,5 +174,6 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
 def _rows_per_chunk(device: str, vocab_size: int) -> int:
     """Return a power of two, so that nearly all chunks have the same size."""
-    rows = MAX_LOGITS_PER_CHUNK[device != "cpu"] // vocab_size
+    max_logits = MAX_LOGITS_ON_CPU if device == "cpu" else MAX_LOGITS_ON_GPU
+    rows = max_logits // vocab_size
     return 1 << max(rows, 1).bit_length() - 1
