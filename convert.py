@@ -75,18 +75,15 @@ def convert(state: dict[str, Any], targets: list[Path], kind: str, formats: Modu
 # ---- checks -------------------------------------------------------------------------------------
 
 def choose_format(cfg: SimpleNamespace, formats: ModuleType) -> str:
-    """Return the format to write. Raises UserError for missing names and unknown formats."""
+    """Return the format to write: --to, or by the suffix of the target."""
     if not cfg.source or not cfg.target:
         raise UserError("name a model and what to write: python convert.py output/ckpt.pt story.gguf")
-    known = ", ".join(formats.WRITERS)
-    if cfg.to == "auto":
+    kind = cfg.to
+    if kind == "auto":
         kind = FORMAT_BY_SUFFIX.get(Path(cfg.target).suffix.lower(), "")
-        if not kind:
-            raise UserError(f"{cfg.target} names no format by its suffix; name one: --to {known}")
-        return kind
-    if cfg.to not in formats.WRITERS:
-        raise UserError(f"--to {cfg.to} is no format; name one: --to {known}")
-    return cfg.to
+    if kind not in formats.WRITERS:
+        raise UserError(f"{cfg.target} with --to {cfg.to} names no format; use --to {', '.join(formats.WRITERS)}")
+    return kind
 
 
 def check_targets(targets: list[Path], kind: str, force: bool, folder_files: tuple[str, ...]) -> None:

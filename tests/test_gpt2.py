@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from extras.formats import common, gpt2_folder
+from extras.formats import gpt2_folder
 from extras.gpt2 import GPT2, GPT2Args
 from sample import TextGenerator
 from tinyllm import checkpoint, dataset, demo_stories, device, download, shards
@@ -110,7 +110,7 @@ def test_logits_loss_and_gradients_equal_transformers(theirs, folder, tokens):
     theirs.zero_grad()
     loss.backward()
     other_loss.backward()
-    names = common.layer_names(ARGS.n_layers, gpt2_folder.LAYER_NAMES, gpt2_folder.MODEL_NAMES)
+    names = gpt2_folder.tensor_names(ARGS.n_layers)
     for name, weight in model.named_parameters():
         grad = theirs.transformer.get_parameter(names[name]).grad
         torch.testing.assert_close(weight.grad, grad.T if name.endswith(gpt2_folder.TRANSPOSED) else grad, **CLOSE)

@@ -56,11 +56,8 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap: bool = False) -> dict[str, Any]:
     """Load a state to the CPU. Nothing in the file can run code.
 
-    Args:
-        required: the keys it must have, such as REQUIRED_TO_RESUME.
-        mmap: leave the tensors in the file until they are used; not on Windows, where the file could not be replaced.
-    Raises:
-        UserError: when the file is missing, damaged, of a newer format, or no checkpoint.
+    Raises UserError when the file is missing, damaged, of a newer format, or has not all required keys. With mmap,
+    tensors stay in the file until they are used; not on Windows, where the file could not be replaced.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,8 +66,6 @@ def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap
     problem = find_problem(state, required)
     if problem:
         raise UserError(f"{path} is not a checkpoint of this project: {problem}")
-    if state.get("format", FORMAT) > FORMAT:
-        raise UserError(f"{path} has format {state['format']}, this code reads {FORMAT}\n       use a newer tiny-llm")
     return upgrade(state)
 
 
@@ -84,6 +79,8 @@ def find_problem(state: Any, required: tuple[str, ...]) -> str:
     for key, expected in EXPECTED_TYPES.items():
         if key in state and not isinstance(state[key], expected):
             return f"{key} is no {expected.__name__}"
+    if state.get("format", FORMAT) > FORMAT:
+        return f"it has format {state['format']} and this code reads {FORMAT}; use a newer tiny-llm"
     for name, weight in state["model"].items():
         if not _is_dense_float_tensor(weight) and not str(name).endswith(LLAMA2C_CONSTANTS):
             return f"{name} is no array of numbers"
@@ -169,7 +166,7 @@ def read_model(source: str | Path, tokenizer: str | Path = "") -> dict[str, Any]
 
 
 def with_tokenizer(state: dict[str, Any], source: str | Path, tokenizer_source: str | Path) -> dict[str, Any]:
-    """Return a state with another file's tokenizer. Raises UserError if the two do not belong together."""
+    """Return a state with the tokenizer of a file. Raises UserError if the two do not belong together."""
     tokenizer = read_tokenizer(tokenizer_source)
     if state.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(f"{tokenizer_source} is not the tokenizer that {source} was trained with\n"

@@ -28,13 +28,16 @@ def make_state(model: dict[str, Tensor], model_args: dict[str, Any], tokenizer: 
     return state
 
 
-def layer_names(n_layers: int, layer: dict[str, str], model: dict[str, str]) -> dict[str, str]:
-    """Return all tensor names of a model, ours to theirs. layer: names with {} for the number of the layer."""
+def tensor_names(n_layers: int, model: dict[str, str], layer: dict[str, str], prefix: str,
+                 kinds: tuple[str, ...] = ("weight",)) -> dict[str, str]:
+    """Return the names of all tensors, ours to theirs. layer: parts of a layer; prefix: theirs for "layers"."""
     if not 0 < n_layers < 10_000:
         raise ValueError(f"{n_layers} layers")
     names = dict(model)
     for i in range(n_layers):
-        names |= {ours.format(i): theirs.format(i) for ours, theirs in layer.items()}
+        for ours, theirs in layer.items():
+            for kind in kinds:
+                names[f"layers.{i}.{ours}.{kind}"] = f"{prefix}.{i}.{theirs}.{kind}"
     return names
 
 
@@ -83,27 +86,22 @@ def sentencepiece_model(pieces: list[tuple[str, float, int]], bos_id: int = 1, e
     """
     bpe, true = 2, 1
     unk_id = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), 0)
-    trainer = (_number(3, bpe) + _number(4, len(pieces)) + _number(35, true) + _number(40, unk_id)
-               + _number(41, bos_id) + _number(42, eos_id) + _number(43, -1))
-    normalizer = _field(1, b"identity") + _number(3, true) + _number(4, 0) + _number(5, true)
-    entries = [_field(1, _piece(*piece)) for piece in pieces]
-    return b"".join(entries) + _field(2, trainer) + _field(3, normalizer)
+    trainer = (_field(3, bpe) + _field(4, len(pieces)) + _field(35, true) + _field(40, unk_id)
+               + _field(41, bos_id) + _field(42, eos_id) + _field(43, -1))
+    normalizer = _field(1, b"identity") + _field(3, true) + _field(4, 0) + _field(5, true)
+    model = bytearray()
+    for text, score, kind in pieces:
+        model += _field(1, _field(1, text.encode()) + _field(2, float(score)) + _field(3, kind))
+    return bytes(model) + _field(2, trainer) + _field(3, normalizer)
 
 
-def _piece(text: str, score: float, kind: int) -> bytes:
-    return _field(1, text.encode()) + _key(2, 5) + struct.pack("<f", score) + _number(3, kind)
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return _key(number, 2) + _varint(len(content)) + content
-
-
-def _number(number: int, value: int) -> bytes:
-    return _key(number, 0) + _varint(value % (1 << 64))
-
-
-def _key(number: int, wire_type: int) -> bytes:
-    return _varint(number << 3 | wire_type)
+def _field(number: int, value: int | float | bytes) -> bytes:
+    """Return a field of a protocol buffer: its number and wire type, and its value."""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3) + _varint(value % (1 << 64))
 
 
 def _varint(value: int) -> bytes:

@@ -29,7 +29,6 @@ LAYER_PARTS = {
     "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
     "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down",
     "attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}
-LAYER_NAMES = {f"layers.{{}}.{ours}.weight": f"blk.{{}}.{theirs}.weight" for ours, theirs in LAYER_PARTS.items()}
 INT_FIELDS = {"n_layers": "block_count", "max_seq_len": "context_length", "dim": "embedding_length",
               "hidden_dim": "feed_forward_length", "n_heads": "attention.head_count",
               "n_kv_heads": "attention.head_count_kv"}
@@ -102,17 +101,17 @@ class Header:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file. Raises UserError for what model.py cannot represent, by name; as Header if it is damaged."""
+    """Read a file. Raises UserError for a model that model.py cannot represent, with the reasons."""
     require_package("gguf", f"{path}")
     data = np.asarray(np.memmap(path, mode="c"))
     header = Header(data)
     architecture = header.meta["general.architecture"]
     if architecture != "llama":
-        raise UserError(f"{path} holds the architecture {architecture!r}; llama is what can be read")
+        raise UserError(f"{path} has the architecture {architecture!r}; only llama can be read")
     tensors = header.tensors
     factors = read_tensor(data, ROPE_FACTORS, *tensors.pop(ROPE_FACTORS)) if ROPE_FACTORS in tensors else None
     args = read_args(header.meta, factors, path)
-    names = common.layer_names(min(args["n_layers"], len(tensors)), LAYER_NAMES, MODEL_NAMES)
+    names = common.tensor_names(min(args["n_layers"], len(tensors)), MODEL_NAMES, LAYER_PARTS, "blk")
     is_tied = "output.weight" not in tensors
     if is_tied:
         del names["output.weight"]
@@ -130,7 +129,7 @@ def read_tensor(data: np.ndarray, name: str, shape: tuple[int, ...], kind: int, 
     kind = gguf.GGMLQuantizationType(kind)
     readable = (*DTYPES, *QUANTIZED)
     if kind.name not in readable:
-        raise UserError(f"{name} is quantized as {kind.name}; what can be read: {', '.join(readable)}")
+        raise UserError(f"{name} is quantized as {kind.name}; supported are {', '.join(readable)}")
     byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, kind)
     content = data[offset:offset + math.prod(byte_shape)].reshape(byte_shape)
     if kind.name in DTYPES:
@@ -183,8 +182,7 @@ def read_sentencepiece(values: dict[str, Any], path: Path) -> BaseTokenizer:
 def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
     name = values.get("pre", "default")
     if name not in PRETOKENIZERS:
-        raise UserError(f"{path} cuts text by {name!r} (tokenizer.ggml.pre); what can be read: "
-                        + ", ".join(PRETOKENIZERS))
+        raise UserError(f"{path} has tokenizer.ggml.pre {name!r}; supported are {', '.join(PRETOKENIZERS)}")
     tokens, kinds = values["tokens"], values["token_type"]
     bos = tokens[values["bos_token_id"]] if "bos_token_id" in values else ""
     eos = tokens[values["eos_token_id"]] if "eos_token_id" in values else ""
@@ -212,14 +210,13 @@ def write(state: dict[str, Any], path: Path, kind: str) -> None:
     gguf = require_package("gguf", "a file for llama.cpp")
     args = ModelArgs(**state["model_args"])
     tokenizer = build_tokenizer(state)
-    names = common.layer_names(args.n_layers, LAYER_NAMES, MODEL_NAMES)
+    names = common.tensor_names(args.n_layers, MODEL_NAMES, LAYER_PARTS, "blk")
     if args.tie_embeddings:
         del names["output.weight"]
     tensors = {theirs: state["model"][ours] for ours, theirs in names.items()}
-    file_types = {"F32": gguf.LlamaFileType.ALL_F32, "F16": gguf.LlamaFileType.MOSTLY_F16,
-                  "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+    file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
     with closing(gguf.GGUFWriter(path, "llama")) as writer:
-        writer.add_file_type(file_types[kind])
+        writer.add_file_type(gguf.LlamaFileType[file_type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tensors |= add_args(writer, args)
         add_tokenizer(writer, tokenizer, args.vocab_size)
@@ -305,8 +302,8 @@ def pretokenizer_name(content: dict[str, Any]) -> str:
     for name, options in PRETOKENIZERS.items():
         if pretokenizer_steps(content) == pretokenizer_steps(common.byte_level_json({}, [], {}, **options)):
             return name
-    raise UserError("this tokenizer cuts text in another way than those that can be written: "
-                    f"{', '.join(PRETOKENIZERS)}\n       --to hf writes a folder for transformers")
+    raise UserError(f"this tokenizer splits text as none of {', '.join(PRETOKENIZERS)} does\n"
+                    "       --to hf writes a folder for transformers")
 
 
 def pretokenizer_steps(content: dict[str, Any]) -> list[Any]:

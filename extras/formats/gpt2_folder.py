@@ -23,8 +23,6 @@ MODEL_NAMES = {"tok_embeddings.weight": "wte.weight", "positions.weight": "wpe.w
                "norm.bias": "ln_f.bias"}
 LAYER_PARTS = {"attention_norm": "ln_1", "attention.wqkv": "attn.c_attn", "attention.wo": "attn.c_proj",
                "ffn_norm": "ln_2", "feed_forward.w1": "mlp.c_fc", "feed_forward.w2": "mlp.c_proj"}
-LAYER_NAMES = {f"layers.{{}}.{ours}.{kind}": f"h.{{}}.{theirs}.{kind}"
-               for kind in ("weight", "bias") for ours, theirs in LAYER_PARTS.items()}
 TRANSPOSED = ("wqkv.weight", "wo.weight", "w1.weight", "w2.weight")
 NOT_READ = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")        # the tied output, and masks
 
@@ -48,19 +46,23 @@ def download(name: str, data_dir: str | Path) -> Path:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read a folder. Raises UserError for what extras/gpt2.py cannot represent, by name."""
+    """Read a folder. Raises UserError for a model that extras/gpt2.py cannot represent, with the reasons."""
     args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {}
     for name, tensor in huggingface.read_tensors(folder).items():
         if not name.endswith(NOT_READ):
             tensors[name.removeprefix("transformer.")] = tensor
-    names = common.layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
+    names = tensor_names(args["n_layers"])
     common.check_names(tensors, names.values(), folder)
     model = {}
     for ours, theirs in names.items():
         model[ours] = tensors[theirs].T if ours.endswith(TRANSPOSED) else tensors[theirs]
     tokenizer, chat = read_tokenizer(folder, args["vocab_size"])
     return common.make_state(model, args, tokenizer, chat, architecture="gpt2")
+
+
+def tensor_names(n_layers: int) -> dict[str, str]:
+    return common.tensor_names(n_layers, MODEL_NAMES, LAYER_PARTS, "h", ("weight", "bias"))
 
 
 def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -87,8 +89,6 @@ def read_tokenizer(folder: Path, vocab_size: int) -> tuple[BaseTokenizer | None,
 def read_openai_tokenizer(ids_path: Path, merges_path: Path) -> BaseTokenizer:
     """Read a tokenizer from its entries, and its merges, one a line in the order in which they were learned."""
     ids = common.read_json(ids_path)
-    if END not in ids:
-        raise UserError(f"{ids_path} has no {END}, so it is not the tokenizer of a GPT-2")
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     content = common.byte_level_json(ids, merges, {END: ids[END]}, common.GPT2)

@@ -25,8 +25,6 @@ LAYER_PARTS = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
     "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-LAYER_NAMES = {f"layers.{{}}.{ours}.weight": f"model.layers.{{}}.{theirs}.weight"
-               for ours, theirs in LAYER_PARTS.items()}
 OUTPUT_FILES = ("config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
                 "tokenizer.model", "tokenizer_config.json")
 SCALING_KEYS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -36,13 +34,13 @@ SCALING_KEYS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "
 # ---- in -----------------------------------------------------------------------------------------
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read a folder. Raises UserError for what model.py cannot represent, by name."""
+    """Read a folder. Raises UserError for a model that model.py cannot represent, with the reasons."""
     architecture = architecture_of(folder)
     if architecture != "LlamaForCausalLM":
-        raise UserError(f"{folder} holds a {architecture}; LlamaForCausalLM and GPT2LMHeadModel are what can be read")
+        raise UserError(f"{folder} has a {architecture}; only LlamaForCausalLM and GPT2LMHeadModel can be read")
     args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
-    names = common.layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
+    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers")
     if args["tie_embeddings"] and "lm_head.weight" not in tensors:
         del names["output.weight"]
     common.check_names(tensors, names.values(), folder)
@@ -76,7 +74,6 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Map all tensors of a folder from their files."""
-    require_package("safetensors", f"{folder}")
     index = folder / "model.safetensors.index.json"
     files = sorted(set(common.read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     tensors = {}
@@ -146,7 +143,7 @@ def write(state: dict[str, Any], folder: Path) -> None:
 def write_tensors(model: dict[str, Tensor], args: dict[str, Any], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    names = common.layer_names(args["n_layers"], LAYER_NAMES, MODEL_NAMES)
+    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers")
     if args["tie_embeddings"]:
         del names["output.weight"]
     tensors = {}

@@ -246,22 +246,21 @@ def tensor_shapes(args: ModelArgs, version: int) -> Iterator[tuple[str, Shape]]:
 
 def layout(args: ModelArgs, version: int) -> list[tuple[str, Shape, int]]:
     """Return the order of the file: names, with {} for the number of a layer, shapes and counts."""
-    dim, hidden_dim, vocab_size, n = args.dim, args.hidden_dim, args.vocab_size, args.n_layers
+    dim, hidden_dim = args.dim, args.hidden_dim
     kv_dim = args.n_kv_heads * args.head_dim
-    embeddings = ("tok_embeddings.weight", (vocab_size, dim), 1)
-    attention_norm = ("layers.{}.attention_norm.weight", (dim,), n)
-    ffn_norm = ("layers.{}.ffn_norm.weight", (dim,), n)
+    parts = {
+        "attention_norm": (dim,), "ffn_norm": (dim,), "attention.wq": (dim, dim), "attention.wk": (kv_dim, dim),
+        "attention.wv": (kv_dim, dim), "attention.wo": (dim, dim), "feed_forward.w1": (hidden_dim, dim),
+        "feed_forward.w2": (dim, hidden_dim), "feed_forward.w3": (hidden_dim, dim)}
+    layers = [(f"layers.{{}}.{name}.weight", shape, args.n_layers) for name, shape in parts.items()]
+    attention_norm, ffn_norm, *matrices = layers
+    embeddings = ("tok_embeddings.weight", (args.vocab_size, dim), 1)
     norm = ("norm.weight", (dim,), 1)
-    attention = [("layers.{}.attention.wq.weight", (dim, dim), n), ("layers.{}.attention.wk.weight", (kv_dim, dim), n),
-                 ("layers.{}.attention.wv.weight", (kv_dim, dim), n), ("layers.{}.attention.wo.weight", (dim, dim), n)]
-    feed_forward = [("layers.{}.feed_forward.w1.weight", (hidden_dim, dim), n),
-                    ("layers.{}.feed_forward.w2.weight", (dim, hidden_dim), n),
-                    ("layers.{}.feed_forward.w3.weight", (hidden_dim, dim), n)]
-    output = [] if args.tie_embeddings else [("output.weight", (vocab_size, dim), 1)]
+    output = [] if args.tie_embeddings else [("output.weight", (args.vocab_size, dim), 1)]
     if version == 0:
         rope = ("rope", (2, args.max_seq_len, args.head_dim // 2), 1)
-        return [embeddings, attention_norm, *attention, ffn_norm, *feed_forward, norm, rope, *output]
-    return [attention_norm, ffn_norm, norm, embeddings, *attention, *feed_forward, *output]
+        return [embeddings, attention_norm, *matrices[:4], ffn_norm, *matrices[4:], norm, rope, *output]
+    return [attention_norm, ffn_norm, norm, embeddings, *matrices, *output]
 
 
 def is_quantized(shape: Shape, group_size: int) -> bool:

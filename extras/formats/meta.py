@@ -16,17 +16,18 @@ from tinyllm import checkpoint
 from tinyllm.cli import UserError
 from tinyllm.project import load_tokenizer
 
-REQUIRED = {"dim", "n_layers", "n_heads", "multiple_of", "norm_eps"}        # keys of params.json
-
 
 def read(folder: Path) -> dict[str, Any]:
     """Read a folder. Raises UserError for missing or damaged files, and parts that do not fit together."""
     params = read_json(folder / "params.json")
-    parts = read_parts(folder)
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files:
+        raise UserError(f"{folder} has no consolidated.00.pth")
+    parts = [checkpoint.read_tensors(file, mmap=True) for file in files]
     path = folder / "tokenizer.model"
     tokenizer = load_tokenizer(path) if path.is_file() else None
     args = read_params(params, parts, tokenizer.n_words if tokenizer else 0)
-    shapes = tensor_shapes({**args, "n_layers": min(args["n_layers"], len(parts[0]))})      # the file has not more
+    shapes = tensor_shapes({**args, "n_layers": min(args["n_layers"], len(parts[0])), "max_seq_len": 1})
     for part in parts:
         part.pop("rope.freqs", None)                    # model.py computes this table
         check_names(part, shapes, folder)
@@ -34,24 +35,14 @@ def read(folder: Path) -> dict[str, Any]:
     return make_state(model, args, tokenizer)
 
 
-def read_parts(folder: Path) -> list[dict[str, Tensor]]:
-    """Map the tensors of each file into memory. Nothing in a file can run code."""
-    files = sorted(folder.glob("consolidated.*.pth"))
-    if not files:
-        raise UserError(f"{folder} has no consolidated.00.pth")
-    return [checkpoint.read_tensors(file, mmap=True) for file in files]
-
-
 def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words: int) -> dict[str, Any]:
     """Return the model_args of a params.json."""
-    missing = REQUIRED - params.keys()
-    if missing:
-        raise UserError(f"params.json lacks {', '.join(sorted(missing))}")
     vocab_size = max(params.get("vocab_size", -1), n_words)
     if vocab_size < 1:
         raise UserError("params.json does not contain the vocabulary size, and there is no tokenizer.model")
     rope_theta = float(params.get("rope_theta", 10000))
-    args = {name: params[name] for name in REQUIRED} | {
+    args = {
+        **{name: params[name] for name in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")},
         "n_kv_heads": params.get("n_kv_heads") or params["n_heads"],
         "ffn_dim_multiplier": params.get("ffn_dim_multiplier") or 1.0,
         "rope_theta": rope_theta,
@@ -73,7 +64,7 @@ def llama31_rope_scaling(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensor_shapes(args: dict[str, Any]) -> dict[str, torch.Size]:
-    """Return the shape of each tensor by name; tied weights once."""
+    """Return the shape of each tensor by name, without the output layer if it is tied."""
     with torch.device("meta"):
         return {name: weight.shape for name, weight in Transformer(ModelArgs(**args)).named_parameters()}
 
