@@ -14,13 +14,9 @@ Y_ZOOM_AFTER = 0.1          # the y axis fits what follows this fraction of a ru
 
 
 def draw_losses(path: Path, entries: list[dict[str, Any]], clock: list[dict[str, Any]], expected: Points) -> None:
-    """Draw the training and validation loss of a run.
+    """Draw the training and validation loss of a run, from the entries of log.jsonl and clock.jsonl.
 
-    Args:
-        entries, clock: the entries of log.jsonl and clock.jsonl.
-        expected: (minutes, bits per byte) of the run's preset, drawn in grey.
-    Raises:
-        UserError: without matplotlib.
+    `expected` has (minutes, bits per byte) of the run's preset, drawn in grey. Raises UserError without matplotlib.
     """
     figure, token_panel, minute_panel = new_figure(path, "loss (nats per token)")
     bpb_per_nat = next((entry["bpb"] / entry["val_loss"] for entry in entries if entry.get("val_loss")), 1.0)
@@ -52,10 +48,11 @@ def new_figure(path: Path, ylabel: str) -> tuple[Any, Any, Any]:
     """Return a figure and its panels, for curves against tokens and against minutes."""
     require_package("matplotlib", path.name)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.set(xlabel="tokens", ylabel=ylabel)
-    left.xaxis.set_major_formatter(lambda count, position: format_si(count))
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))           # 1,500,000 as 1.5M
     right.set(xlabel="minutes")
     for panel in (left, right):
         panel.grid(color="0.9")
@@ -112,11 +109,3 @@ def save(figure: Any, path: Path) -> None:
         panel.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
-
-
-def format_si(count: float) -> str:
-    """Format 1,500,000 as 1.5M."""
-    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= factor:
-            return f"{count / factor:g}{suffix}"
-    return f"{count:g}"

@@ -13,10 +13,6 @@ def test_an_average_over_neighbours():
     assert plots.smooth(values).tolist() == pytest.approx(want, rel=1e-12)
 
 
-def test_counts_are_short():
-    assert [plots.format_si(count) for count in (0, 950, 1500, 2e6, 3.25e9)] == ["0", "950", "1.5k", "2M", "3.25G"]
-
-
 def test_the_picture_of_a_run(project, monkeypatch):
     """Train and val against tokens and against minutes, and a star where val is lowest."""
     pytest.importorskip("matplotlib")

@@ -24,7 +24,7 @@ from tinyllm.cli import UserError, kill_child_processes
 from tinyllm.device import device_count
 
 TIMEOUT = timedelta(minutes=10)         # for a rank that is busy; a rank that has died is noticed at once
-# of gloo
+# parts of gloo's messages
 PEER_LOST_MESSAGES = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
 
 
@@ -126,8 +126,9 @@ SINGLE_PROCESS = DistributedContext()
 
 def from_env() -> DistributedContext:
     """Read the ranks that torchrun puts into the environment."""
-    variables = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
-    return DistributedContext(*[int(os.environ.get(name, default)) for name, default in variables])
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    return DistributedContext(rank, size, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager

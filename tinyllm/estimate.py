@@ -8,7 +8,6 @@ from tinyllm import device as devices
 from tinyllm.cli import UserError
 from tinyllm.dataset import PretokDataset
 from tinyllm.machine import free_memory
-from tinyllm.resume import CHECKPOINT_BYTES_PER_PARAM
 from tinyllm.run import TrainRun
 
 STATE_BYTES_PER_PARAM = 16          # weight, gradient and two moments in float32
@@ -40,9 +39,9 @@ def print_run_summary(run: TrainRun) -> None:
 
 
 def print_config_summary(run: TrainRun) -> None:
-    args, data = run.model.args, run.data
+    args = run.model.args
+    data = run.data
     n_params = run.model.count_parameters()
-    megabytes = CHECKPOINT_BYTES_PER_PARAM * n_params / 1e6
     shared = f", shared by {run.dist.size} processes" if run.dist.size > 1 else ""
     sharded = ", each with a part of the model" if run.is_sharded else ""
     print(f"device: {run.backend}\n"
@@ -52,8 +51,7 @@ def print_config_summary(run: TrainRun) -> None:
           f"{data.total('val', 'tokens'):,} to evaluate on\n"
           f"step:   {run.cfg.batch_size} windows x {run.cfg.gradient_accumulation_steps} = "
           f"{run.tokens_per_step:,} tokens{shared}{sharded}\n"
-          f"memory: {describe_memory(run)}\n"
-          f"disk:   up to {megabytes:,.0f} MB each for last.pt and ckpt.pt", flush=True)
+          f"memory: {describe_memory(run)}", flush=True)
 
 
 # ---- memory -------------------------------------------------------------------------------------

@@ -126,9 +126,6 @@ def invalid_settings(cfg: SimpleNamespace) -> list[str]:
     for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             errors.append(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(cfg, name)}")
-    for name in ("out_dir", "data_dir"):
-        if not getattr(cfg, name):
-            errors.append(f"{name} names no folder; use . for the current folder")
     for name, value in vars(cfg).items():
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
             errors.append(f"{name} {ascii(value)} has bytes that are not UTF-8, and cannot be logged")

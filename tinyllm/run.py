@@ -22,7 +22,6 @@ from tinyllm.runlog import NEW_CHECKPOINT, archive_run
 OOM_ADVICE = ("halve --batch_size and double --gradient_accumulation_steps: the steps stay the same; or use a smaller "
               "--max_seq_len, --dim or --n_layers")
 PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # may differ between the machines that share a run
-DROPPED_STATE = ("usual_loss", "usual_rise")                        # fields of State in older checkpoints
 
 
 @dataclass
@@ -274,7 +273,8 @@ class TrainRun:
 
     def load_checkpoint_dict(self, saved: dict[str, Any]) -> None:
         """Restore everything but the model. Raise an error of some kind if the checkpoint does not fit."""
-        self.state = load_state(saved["state"])
+        fields = {name: value for name, value in saved["state"].items() if hasattr(State, name)}
+        self.state = State(**fields)        # without the fields of older versions
         for optimizer, optimizer_state in zip(self.optimizers, saved["optimizer"], strict=True):
             self.restore_optimizer(optimizer, optimizer_state["state"])
         if saved["scaler"]:                 # empty unless the run was saved in float16
@@ -299,12 +299,3 @@ class TrainRun:
             print(f"note: {self.cfg.out_dir}/ckpt.pt is missing, damaged or from other text\n"
                   "      the next evaluation writes it again")
             self.state.best_val_loss = math.inf
-
-
-def load_state(saved: dict[str, Any]) -> State:
-    """Return a stored State. Raise TypeError or ValueError if a field is unknown or has another type."""
-    state = State(**{name: value for name, value in saved.items() if name not in DROPPED_STATE})
-    for name, default in vars(State()).items():
-        if type(getattr(state, name)) is not type(default):
-            raise ValueError(f"state.{name}")
-    return state

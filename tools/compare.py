@@ -53,7 +53,10 @@ def main() -> None:
         print("\nnote: these runs have different text or vocabularies, so bits per byte do not compare them")
     print_table(["", *cfg.folders], summary_rows(runs))
     print_bpb_tables(runs)
-    draw(runs, Path(cfg.out_dir) / "compare.png")
+    try:
+        draw_picture(runs, Path(cfg.out_dir) / "compare.png")
+    except UserError as error:              # without matplotlib
+        print(f"\n{error}")
 
 
 # ---- the logs -----------------------------------------------------------------------------------
@@ -158,13 +161,10 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH - 3]}..."
 
 
-def draw(runs: list[RunHistory], path: Path) -> None:
+def draw_picture(runs: list[RunHistory], path: Path) -> None:
     labels = [f"{run.folder}, best {run.best[1]:.3f}" for run in runs]
-    try:
-        plots.draw_comparison(path, labels, [run.by_tokens for run in runs], [run.by_minutes for run in runs])
-        print(f"\nwrote {path}")
-    except UserError as error:
-        print(f"\n{error}")
+    plots.draw_comparison(path, labels, [run.by_tokens for run in runs], [run.by_minutes for run in runs])
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ def read_texts() -> None:
 def read_log() -> None:
     drawing = MagicMock()                           # a real one takes a quarter of a second
     drawing.Figure.return_value.subplots.return_value = MagicMock(), MagicMock()
-    with patch.dict(sys.modules, {"matplotlib": MagicMock(), "matplotlib.figure": drawing}):
+    mocks = {"matplotlib": MagicMock(), "matplotlib.figure": drawing, "matplotlib.ticker": MagicMock()}
+    with patch.dict(sys.modules, mocks):
         runlog.RunLog(Path("output"), {}, 2).write_reports()
 
 
