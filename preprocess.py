@@ -7,7 +7,6 @@ Writes data/tok4096/: train_*.bin, val_*.bin and, when all of them are complete,
 run only writes shards that are missing or changed, so rerun it after an interruption.
 """
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,8 @@ from tinyllm.corpus import TextSource
 from tinyllm.files import atomic_replace, atomic_write, folder_lock, sha256
 from tinyllm.project import DATA, find_tokenizer, load_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tinyllm.words import DocumentEncoder
+from tinyllm.words import DocumentEncoder, why_not_wordwise
+from tokenizer import BaseTokenizer
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the tokenizer, and where the shards go
@@ -55,10 +55,6 @@ class Job:
     def names(self) -> dict[str, str]:
         return {split: f"{split}_{self.index:04d}.bin" for split in SPLITS}
 
-    @property
-    def paths(self) -> list[Path]:
-        return [self.folder / name for name in self.names.values()]
-
 
 def main() -> None:
     cfg, _ = cli.parse_settings(globals(), moved=MOVED_FLAGS)
@@ -69,17 +65,19 @@ def main() -> None:
         model_path = import_tokenizer(Path(cfg.tokenizer), cfg.data_dir)
     else:
         model_path = find_tokenizer(cfg.data_dir, cfg.vocab_size)
-    encoder = DocumentEncoder(load_tokenizer(model_path))
-    source = find_source(cfg, model_path, encoder.tokenizer.sha256)
+    tokenizer = load_tokenizer(model_path)
+    source = find_source(cfg, model_path, tokenizer.sha256)
     files = corpus.find_files(source.path)
     if not model_path.with_suffix(".json").exists():
-        corpus.save_source(model_path, encoder.tokenizer.sha256, source)
-    print_source(source, files, model_path, encoder)
+        corpus.save_source(model_path, tokenizer.sha256, source)
+    text = f"{source.path}, {corpus.format_count(len(files), 'file')}"
+    print(escape_for_terminal(f"text: {text}; vocabulary: {model_path}, {tokenizer.n_words} entries"))
+    print_encoding_note(tokenizer)
     folder = model_path.with_suffix("")
-    target = ShardSet(folder, encoder.tokenizer.sha256, encoder.tokenizer.n_words, source.val_threshold, [])
+    target = ShardSet(folder, tokenizer.sha256, tokenizer.n_words, source.val_threshold, [])
     with folder_lock(folder), documents.report_all_bad_encodings(files, source.encoding):
-        jobs = make_jobs(files, source, model_path, target)
-        build_shards(target, jobs, cfg.num_workers, encoder)
+        build_shards(target, make_jobs(files, source, model_path, target), cfg.num_workers)
+    print_stats(target)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
     print_next_step(cfg, model_path)
 
@@ -114,13 +112,10 @@ def find_source(cfg: SimpleNamespace, model_path: Path, model_sha256: str) -> Te
         return TextSource(path, corpus.val_hash_threshold(files, text_encoding), text_encoding)
 
 
-def print_source(source: TextSource, files: list[Path], model_path: Path, encoder: DocumentEncoder) -> None:
-    count = workers.format_count(len(files), "file")
-    print(escape_for_terminal(f"text: {source.path}, {count}; vocabulary: {model_path}, "
-                              f"{encoder.tokenizer.n_words} entries"))
-    if encoder.why_not_wordwise:
-        print("encoding: whole texts, not word by word, which would be faster: "
-              + escape_for_terminal(encoder.why_not_wordwise))
+def print_encoding_note(tokenizer: BaseTokenizer) -> None:
+    reason = why_not_wordwise(tokenizer)
+    if reason:
+        print(f"encoding: whole texts, not word by word, which would be faster: {escape_for_terminal(reason)}")
 
 
 def make_jobs(files: list[Path], source: TextSource, model_path: Path, target: ShardSet) -> list[Job]:
@@ -137,29 +132,21 @@ def make_jobs(files: list[Path], source: TextSource, model_path: Path, target: S
                 source.val_threshold, source.encoding) for i, group in enumerate(corpus.group_small_files(files))]
 
 
-def build_shards(target: ShardSet, jobs: list[Job], num_workers: int, encoder: DocumentEncoder) -> None:
+def build_shards(target: ShardSet, jobs: list[Job], num_workers: int) -> None:
     """Bring the shards up to date. Until all are complete, their list has another name than the manifest."""
     finished = find_reusable_shards(target, jobs)
     todo = [job for job in jobs if job.index not in finished]
-    target.shards = in_order(finished)
     if finished:
         print(f"{len(finished)} of {len(jobs)} pairs of shards are up to date")
-    num_workers, reason = workers.choose_num_workers(num_workers, len(todo))
-    if todo:
-        print_plan(target, todo, encoder, num_workers, reason)
-        if (target.folder / MANIFEST).exists():
-            atomic_replace(target.folder / MANIFEST, target.folder / PARTIAL_MANIFEST)
-    start = time.perf_counter()
-    peak = 0
-    for (index, pair), memory in workers.run_jobs(write_shards, todo, num_workers, total_bytes(todo), "tokenizing"):
-        finished[index] = pair
-        peak = max(peak, memory)
+    if todo and (target.folder / MANIFEST).exists():
+        atomic_replace(target.folder / MANIFEST, target.folder / PARTIAL_MANIFEST)
+    num_workers = workers.choose_num_workers(num_workers, len(todo))
+    size = sum(source.size for job in todo for source in job.sources.values())
+    for job, pair in workers.run_jobs(write_shards, todo, num_workers, size, "tokenizing"):
+        finished[job.index] = pair
         target.shards = in_order(finished)
         target.save(PARTIAL_MANIFEST)
-    print_stats(target)
-    if todo:
-        text_bytes = sum(shard.bytes for job in todo for shard in finished[job.index])
-        print(f"speed: {workers.format_throughput(text_bytes, time.perf_counter() - start, peak)}")
+    target.shards = in_order(finished)
     publish(target)
 
 
@@ -181,31 +168,8 @@ def find_reusable_shards(target: ShardSet, jobs: list[Job]) -> dict[int, list[Sh
     return reusable
 
 
-def print_plan(target: ShardSet, todo: list[Job], encoder: DocumentEncoder, num_workers: int, reason: str) -> None:
-    """Print an estimate, measured on the first texts. Raises UserError when the disk has no room."""
-    files = [path for job in todo for path in job.sources]
-    n_tokens: list[int] = []
-    read, seconds = workers.measure_throughput(
-        files, lambda texts: n_tokens.append(len(encoder.encode(texts))), todo[0].encoding)
-    if not n_tokens:
-        return                          # the first text cannot be read; write_shards will say why
-    size = total_bytes(todo)
-    need = sum(n_tokens) * target.dtype.itemsize * size / read
-    free = shutil.disk_usage(target.folder).free
-    replaced = sum(path.stat().st_size for job in todo for path in job.paths if path.exists())
-    print(f"plan: {workers.format_bytes(size)} to read, about {workers.format_bytes(need)} to write "
-          f"({free / 1e6:,.0f} MB are free), {reason}, {workers.format_eta(seconds * size / read, num_workers)}")
-    if need > free + replaced:
-        raise UserError(f"no room: about {workers.format_bytes(need)} are to be written, {workers.format_bytes(free)} "
-                        f"are free on the disk of {target.folder.resolve()}")
-
-
 def in_order(finished: dict[int, list[Shard]]) -> list[Shard]:
     return [shard for index in sorted(finished) for shard in finished[index]]
-
-
-def total_bytes(jobs: list[Job]) -> int:
-    return sum(source.size for job in jobs for source in job.sources.values())
 
 
 def publish(target: ShardSet) -> None:
@@ -226,7 +190,7 @@ def shared_encoder(path: Path, sha256: str) -> DocumentEncoder:
     return DocumentEncoder(load_tokenizer(path))
 
 
-def write_shards(job: Job, progress: Callable[[int], None]) -> tuple[int, list[Shard]]:
+def write_shards(job: Job, progress: Callable[[int], None]) -> list[Shard]:
     """Tokenize the files of a job into its train and its val shard."""
     encoder = shared_encoder(job.model_path, job.model_sha256)
     dtype = shards.token_dtype(encoder.tokenizer.n_words)
@@ -239,9 +203,11 @@ def write_shards(job: Job, progress: Callable[[int], None]) -> tuple[int, list[S
             files[split].write(ids)
             digests[split].update(ids)
             counts[split] += (len(texts), len(ids), sum(map(len, texts)))
-    sources = list(job.sources.values())
-    return job.index, [Shard(name, digests[split].hexdigest(), split, sources, *counts[split].tolist())
-                       for split, name in job.names.items()]
+    pair = []
+    for split, name in job.names.items():
+        sources = list(job.sources.values())
+        pair.append(Shard(name, digests[split].hexdigest(), split, sources, *counts[split].tolist()))
+    return pair
 
 
 def split_batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, list[bytes]]]:
@@ -263,32 +229,28 @@ def split_batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[s
 
 def print_stats(shard_set: ShardSet) -> None:
     for split in SPLITS:
+        count = corpus.format_count(shard_set.total(split, "documents"), "document")
         n_tokens = shard_set.total(split, "tokens")
         n_bytes = shard_set.total(split, "bytes")
-        print(f"{split}: {workers.format_count(shard_set.total(split, 'documents'), 'document')}, {n_tokens:,} tokens, "
-              f"{workers.format_bytes(n_bytes)} of text, {n_bytes / max(n_tokens, 1):.2f} bytes per token")
+        print(f"{split}: {count}, {n_tokens:,} tokens, {n_bytes / 1e6:,.1f} MB of text, "
+              f"{n_bytes / max(n_tokens, 1):.2f} bytes per token")
 
 
 def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
     """Print the command that trains on the shards; with a model's tokenizer, one that starts from the model."""
     flags = path_flags(model_path)
-    train = cli.format_command("train", **flags)
-    if cfg.tokenizer and _is_model(cfg.tokenizer):
-        out_dir = Path("output") / ("tuned" if Path(cfg.data_dir) == DATA else Path(cfg.data_dir).name)
-        if out_dir.exists():
-            out_dir = Path(f"{out_dir}-tuned")
-        print("next:", cli.format_command("train", **flags, init_from=cfg.tokenizer, out_dir=out_dir, batch_size=4,
-                                          learning_rate="3e-4", max_iters=200))
-        return
-    print(f"next: {train}\n      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
     if cfg.tokenizer:
-        print(f"      to start from a model that has this tokenizer: {train} --init_from CKPT --out_dir output/tuned "
-              "--batch_size 4 --learning_rate 3e-4 --max_iters 200")
-
-
-def _is_model(path: str) -> bool:
-    from tinyllm import checkpoint  # loads torch, which workers do not need
-    return checkpoint.is_model(path)
+        from tinyllm import checkpoint  # loads torch, which workers do not need
+        if checkpoint.is_model(cfg.tokenizer):
+            out_dir = Path("output") / ("tuned" if Path(cfg.data_dir) == DATA else Path(cfg.data_dir).name)
+            if out_dir.exists():
+                out_dir = Path(f"{out_dir}-tuned")
+            flags |= {"init_from": cfg.tokenizer, "out_dir": out_dir, "batch_size": 4, "learning_rate": "3e-4",
+                      "max_iters": 200}
+    train = cli.format_command("train", **flags)
+    print(f"next: {train}")
+    if "init_from" not in flags:
+        print(f"      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ def summarize_skipped(path: Path) -> str:
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return e.g. '1 file', '1,234 files'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def check_not_nested(source: str | Path, data_dir: str | Path) -> None:
     """Raise UserError if the data folder is inside the text, where its files would be read as text next time."""
     source, folder = Path(source).resolve(), Path(data_dir).resolve()

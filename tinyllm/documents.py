@@ -195,11 +195,6 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def read_batches(paths: Iterable[Path], progress: Callable[[int], None], encoding: str) -> Iterator[list[bytes]]:
-    """Yield the documents of several files in UTF-8, about BATCH_BYTES at a time."""
-    return text_batches(text for path in paths for text in read_documents(path, progress, encoding))
-
-
 def text_batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
     """Yield the texts in UTF-8, about BATCH_BYTES at a time."""
     return chunks((text.encode() for text in texts), len, BATCH_BYTES)
