@@ -24,8 +24,7 @@ from tinyllm.corpus import TextSource
 from tinyllm.files import atomic_replace, atomic_write, folder_lock, sha256
 from tinyllm.project import DATA, find_tokenizer, load_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tinyllm.words import DocumentEncoder, why_not_wordwise
-from tokenizer import BaseTokenizer
+from tinyllm.words import DocumentEncoder, is_wordwise
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the tokenizer, and where the shards go
@@ -72,7 +71,8 @@ def main() -> None:
         corpus.save_source(model_path, tokenizer.sha256, source)
     text = f"{source.path}, {corpus.format_count(len(files), 'file')}"
     print(escape_for_terminal(f"text: {text}; vocabulary: {model_path}, {tokenizer.n_words} entries"))
-    print_encoding_note(tokenizer)
+    if not is_wordwise(tokenizer):
+        print("encoding: whole texts; this tokenizer does not allow to encode word by word, which would be faster")
     folder = model_path.with_suffix("")
     target = ShardSet(folder, tokenizer.sha256, tokenizer.n_words, source.val_threshold, [])
     with folder_lock(folder), documents.report_all_bad_encodings(files, source.encoding):
@@ -110,12 +110,6 @@ def find_source(cfg: SimpleNamespace, model_path: Path, model_sha256: str) -> Te
     files = corpus.find_files(path)
     with documents.report_all_bad_encodings(files, text_encoding):
         return TextSource(path, corpus.val_hash_threshold(files, text_encoding), text_encoding)
-
-
-def print_encoding_note(tokenizer: BaseTokenizer) -> None:
-    reason = why_not_wordwise(tokenizer)
-    if reason:
-        print(f"encoding: whole texts, not word by word, which would be faster: {escape_for_terminal(reason)}")
 
 
 def make_jobs(files: list[Path], source: TextSource, model_path: Path, target: ShardSet) -> list[Job]:

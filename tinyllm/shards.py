@@ -87,11 +87,10 @@ class ShardSet:
         path = self.folder / shard.file
         if not path.is_file():
             return "is missing"
-        size, expected_size = path.stat().st_size, shard.tokens * self.dtype.itemsize
-        if size < expected_size:
-            return f"is cut: {size:,} bytes of {expected_size:,}"
-        if size > expected_size:
-            return "is too long"
+        size = path.stat().st_size
+        expected_size = shard.tokens * self.dtype.itemsize
+        if size != expected_size:
+            return f"has {size:,} bytes instead of {expected_size:,}"
         return "" if sha256(path) == shard.sha256 else "is damaged: its bytes changed after they were written"
 
     def check_splits_not_empty(self) -> None:
@@ -148,10 +147,10 @@ def _missing_manifest_message(path: Path) -> str:
 
 
 def _parse_manifest(folder: Path, content: dict[str, Any]) -> ShardSet:
-    shard_set = ShardSet(folder, _check_type(content["tokenizer_sha256"], str, "tokenizer_sha256"),
-                         _check_type(content["vocab_size"], int, "vocab_size"),
-                         _check_type(content["val_threshold"], int, "val_threshold"),
-                         [_parse_shard(entry) for entry in _check_type(content["shards"], list, "shards")])
+    for name, expected in (("tokenizer_sha256", str), ("vocab_size", int), ("val_threshold", int), ("shards", list)):
+        _check_type(content[name], expected, name)
+    shard_set = ShardSet(folder, content["tokenizer_sha256"], content["vocab_size"], content["val_threshold"],
+                         [_parse_shard(entry) for entry in content["shards"]])
     if content["dtype"] != shard_set.dtype.name:
         raise ValueError(f"dtype {content['dtype']} for {shard_set.vocab_size} ids")
     if len({shard.file for shard in shard_set.shards}) < len(shard_set.shards):
@@ -159,7 +158,7 @@ def _parse_manifest(folder: Path, content: dict[str, Any]) -> ShardSet:
     return shard_set
 
 
-def _parse_shard(entry: dict[str, Any]) -> Shard:
+def _parse_shard(entry: Any) -> Shard:
     """Parse an entry of the manifest. Raises TypeError or ValueError, also if it names a file outside its folder."""
     shard = _parse_dataclass(Shard, entry)
     if shard.split not in SPLITS or not re.fullmatch(rf"{shard.split}_\d+\.bin", shard.file, re.ASCII):
@@ -169,16 +168,15 @@ def _parse_shard(entry: dict[str, Any]) -> Shard:
 
 def _parse_dataclass(cls: type, entry: Any) -> Any:
     """Return the dataclass of a JSON object with exactly its fields, all of their types, and no negative number."""
-    instance = cls(**_check_type(entry, dict, cls.__name__))
+    instance = cls(**entry)
     for each in fields(cls):
         _check_type(getattr(instance, each.name), get_origin(each.type) or each.type, each.name)
     return instance
 
 
-def _check_type(value: Any, expected: type, name: str) -> Any:
+def _check_type(value: Any, expected: type, name: str) -> None:
     if type(value) is not expected or expected is int and not 0 <= value <= 2**64:
         raise TypeError(f"{name} cannot be {value!r:.50}")
-    return value
 
 
 def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
@@ -195,15 +193,9 @@ def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
     errors = [f"{folder / shard.file} {problem}" for shard, problem in zip(shard_set.shards, problems) if problem]
     if errors:
         raise UserError("\n       ".join(errors) + rerun_hint(folder))
-    _check_ids(shard_set)
+    for shard in shard_set.shards:
+        if shard.tokens and shard_set.memmap(shard).max() >= shard_set.vocab_size:
+            raise UserError(f"{folder / shard.file} has ids beyond the vocabulary of {shard_set.vocab_size}\n"
+                            f"       delete {folder} and run python preprocess.py again")
     shard_set.check_splits_not_empty()
     return shard_set
-
-
-def _check_ids(shard_set: ShardSet) -> None:
-    for shard in shard_set.shards:
-        largest = shard_set.memmap(shard).max() if shard.tokens else 0
-        if largest >= shard_set.vocab_size:
-            raise UserError(f"{shard_set.folder / shard.file} has an id {largest}, beyond the vocabulary of "
-                            f"{shard_set.vocab_size}\n       delete {shard_set.folder} and run python preprocess.py "
-                            "again")

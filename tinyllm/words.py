@@ -6,15 +6,13 @@
 
 A word starts where a space follows something else, and holds all spaces up to its letters; a newline is a word by
 itself. Every text gets a space in front, as SentencePiece puts one there. No piece of a tokenizer of step 1 crosses
-the border of a word, so the byte-pair encoding of a text is the encoding of its words, one after another.
-
-Text repeats itself: 3.4 million words of TinyStories are 36,000 distinct ones. The remaining work per word is done by
-numpy, for 128 kB of text at a time.
+the border of a word, so the byte-pair encoding of a text is the encoding of its words, one after another. Text repeats
+itself: 3.4 million words of TinyStories are 36,000 distinct ones. numpy looks them up, 128 kB of text at a time.
 """
 import io
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, BinaryIO
 from zlib import crc32
@@ -141,28 +139,38 @@ def _choose_slots(hashes: np.ndarray, probe: int) -> np.ndarray:
     return (hashes >> np.uint64(46 - 18 * probe) & np.uint64(_SLOTS - 1)).astype(np.int64)
 
 
-class WordEncoder:
-    """Encodes texts by the ids of their words, each of which is encoded once."""
+class DocumentEncoder:
+    """Encodes many documents: word by word if that gives the same ids as whole texts, which is several times faster.
 
-    def __init__(self, encode_words: Callable[[list[bytes]], Iterable[list[int]]], separator_ids: list[int]):
-        """encode_words: yields the ids of each word. separator_ids: the ids between texts."""
-        self.encode_words = encode_words
-        self.separator_ids = separator_ids
+        encoder = DocumentEncoder(tokenizer)
+        ids = encoder.encode([b"a cat", b"a dog"])      # bos ... eos bos ... eos, int32
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer):
+        self.tokenizer = tokenizer
+        self.is_wordwise = is_wordwise(tokenizer)
         self._start_table()
 
     def _start_table(self) -> None:
-        """Forget all words. Number 0 stands for the separator."""
+        """Forget all words. Number 0 stands for eos and bos, which are between two texts."""
         self.words = WordTable()
-        self.ids = array("i", self.separator_ids)               # of all words, one after another
-        self.starts = array("i", [0])                           # of each word in `ids`
-        self.sizes = array("i", [len(self.separator_ids)])
+        self.ids = array("i", [self.tokenizer.eos_id, self.tokenizer.bos_id])       # of all words, one after another
+        self.starts = array("i", [0])                                               # of each word in `ids`
+        self.sizes = array("i", [2])
 
     def encode(self, texts: list[bytes]) -> np.ndarray:
-        """Return the ids of the texts, int32, with separator_ids before each and at the end."""
+        """Return the ids of texts in UTF-8: bos ... eos of each, one after another, int32."""
+        if self.is_wordwise and all(texts) and not any(SPACE_MARK in text for text in texts):
+            return self._encode_words(texts)
+        batch = self.tokenizer.encode_batch([text.decode() for text in texts], bos=True, eos=True)
+        return np.fromiter(chain.from_iterable(batch), np.int32)
+
+    def _encode_words(self, texts: list[bytes]) -> np.ndarray:
         if self.words.full:
             self._start_table()
         words, text_starts, new_words = self.words.assign_ids(texts)
-        for ids in self.encode_words(new_words):
+        for word in new_words:
+            ids = self.tokenizer.encode_continuation(word.decode())
             self.starts.append(len(self.ids))
             self.sizes.append(len(ids))
             self.ids.extend(ids)
@@ -171,36 +179,8 @@ class WordEncoder:
         ends = np.cumsum(sizes, dtype=np.int32)                 # of each word in the result
         # id j of the result, in word i, is ids[starts[i] + j - (start of i in the result)]
         shifts = np.frombuffer(self.starts, np.int32).take(words) - (ends - sizes)
-        return np.frombuffer(self.ids, np.int32).take(np.repeat(shifts, sizes) + np.arange(ends[-1], dtype=np.int32))
-
-
-class DocumentEncoder:
-    """Encodes many documents: word by word if that gives the same ids as whole texts, which is several times faster.
-
-        encoder = DocumentEncoder(tokenizer)
-        ids = encoder.encode([b"a cat", b"a dog"])      # bos ... eos bos ... eos, int32
-
-    Attributes:
-        why_not_wordwise: why whole texts are encoded; empty if words are.
-    """
-
-    def __init__(self, tokenizer: BaseTokenizer):
-        self.tokenizer = tokenizer
-        self.why_not_wordwise = why_not_wordwise(tokenizer)
-        self._word_encoder = WordEncoder(self._encode_words, [tokenizer.eos_id, tokenizer.bos_id])
-
-    def encode(self, texts: list[bytes]) -> np.ndarray:
-        """Return the ids of texts in UTF-8: bos ... eos of each, one after another, int32."""
-        needs_whole_texts = self.why_not_wordwise or not all(texts) or any(SPACE_MARK in text for text in texts)
-        return self.encode_whole(texts) if needs_whole_texts else self._word_encoder.encode(texts)[1:-1]
-
-    def encode_whole(self, texts: list[bytes]) -> np.ndarray:
-        """The plain way, for every tokenizer."""
-        batch = self.tokenizer.encode_batch([text.decode() for text in texts], bos=True, eos=True)
-        return np.fromiter(chain.from_iterable(batch), np.int32)
-
-    def _encode_words(self, words: list[bytes]) -> Iterator[list[int]]:
-        return (self.tokenizer.encode_continuation(word.decode()) for word in words)
+        positions = np.repeat(shifts, sizes) + np.arange(ends[-1], dtype=np.int32)
+        return np.frombuffer(self.ids, np.int32).take(positions)[1:-1]
 
 
 class WordCounts:
@@ -267,40 +247,36 @@ def _entry_bytes(word: bytes) -> int:
     return max(150, training_bytes) + 8 * len(word)
 
 
-def why_not_wordwise(tokenizer: BaseTokenizer) -> str:
-    """Return why the words of a text cannot be encoded one by one; empty if they can.
+def is_wordwise(tokenizer: BaseTokenizer) -> bool:
+    """True if the words of a text can be encoded one by one.
 
     They can if nothing but byte-pair encoding is done, and no piece crosses the border of a word. Fields and numbers
     are from sentencepiece_model.proto.
     """
     if not isinstance(tokenizer, Tokenizer):
-        return "it is not of SentencePiece"
+        return False
     try:
         fields = list(_fields(tokenizer.model))
-        return _wrong_algorithm(fields) or _wrong_pieces(fields)
-    except (LookupError, TypeError):
-        return "its file is of an unknown form"
+        trainer = _merged_message(fields, 2)
+        normalizer = _merged_message(fields, 3)
+        pieces = [dict(_fields(part)) for field, part in fields if field == 1]
+    except (LookupError, TypeError):        # a file of an unknown form
+        return False
+    is_bpe = trainer.get(3, 1) == 2
+    has_bytes = trainer.get(35, 0)          # for unknown characters
+    has_spaces_behind = trainer.get(24, 0)
+    puts_space_in_front = normalizer.get(3, 1) and normalizer.get(5, 1)
+    changes_text = normalizer.get(2) or normalizer.get(4, 1)
+    if not is_bpe or not has_bytes or has_spaces_behind or changes_text or not puts_space_in_front:
+        return False
+    return all(map(_stays_in_word, pieces))
 
 
-def _wrong_algorithm(fields: list[tuple[int, Any]]) -> str:
-    trainer = _merged_message(fields, 2)
-    normalizer = _merged_message(fields, 3)
-    if trainer.get(3, 1) != 2 or not trainer.get(35) or trainer.get(24):
-        return "it is no byte-pair encoding with bytes for unknown characters and spaces in front of words"
-    if normalizer.get(2) or not normalizer.get(3, 1) or normalizer.get(4, 1) or not normalizer.get(5, 1):
-        return "it changes the text before it encodes it, or puts no space in front"
-    return ""
-
-
-def _wrong_pieces(fields: list[tuple[int, Any]]) -> str:
-    pieces = [dict(_fields(part)) for field, part in fields if field == 1]
-    for piece in pieces:
-        if piece.get(3, NORMAL) not in (NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE):
-            return "it has symbols that are found before all others"
-    for text in [piece[1].decode() for piece in pieces if piece.get(3, NORMAL) in (NORMAL, UNUSED)]:
-        if re.search(f"[^{SPACE}]{SPACE}|\n.|.\n", text, re.DOTALL):
-            return f"its entry {text!r} crosses the border of a word"
-    return ""
+def _stays_in_word(piece: dict[int, Any]) -> bool:
+    kind = piece.get(3, NORMAL)
+    if kind in (NORMAL, UNUSED):
+        return not re.search(f"[^{SPACE}]{SPACE}|\n.|.\n", piece[1].decode(), re.DOTALL)
+    return kind in (UNKNOWN, CONTROL, BYTE)         # others are found before byte-pair encoding begins
 
 
 def _merged_message(fields: list[tuple[int, Any]], number: int) -> dict[int, Any]:
