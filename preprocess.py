@@ -8,7 +8,7 @@ run only writes shards that are missing or changed, so rerun it after an interru
 """
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from tinyllm import cli, corpus, documents, shards, workers
 from tinyllm.cli import UserError, escape_for_terminal
 from tinyllm.corpus import TextSource
 from tinyllm.files import atomic_replace, atomic_write, folder_lock, sha256
-from tinyllm.project import DATA, find_tokenizer, load_tokenizer, path_flags
+from tinyllm.project import find_tokenizer, load_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tinyllm.words import DocumentEncoder, is_wordwise
 
@@ -192,33 +192,17 @@ def write_shards(job: Job, progress: Callable[[int], None]) -> list[Shard]:
     digests = {split: hashlib.sha256() for split in SPLITS}
     with ExitStack() as stack:
         files = {split: stack.enter_context(atomic_write(job.folder / name)) for split, name in job.names.items()}
-        for split, texts in split_batches(job, progress):
-            ids = encoder.encode(texts).astype(dtype)
-            files[split].write(ids)
-            digests[split].update(ids)
-            counts[split] += (len(texts), len(ids), sum(map(len, texts)))
+        for batch in documents.read_batches(job.sources, progress, job.encoding):
+            for split, texts in corpus.split_texts(batch, job.threshold).items():
+                ids = encoder.encode(texts).astype(dtype)
+                files[split].write(ids)
+                digests[split].update(ids)
+                counts[split] += (len(texts), len(ids), sum(map(len, texts)))
     pair = []
     for split, name in job.names.items():
         sources = list(job.sources.values())
         pair.append(Shard(name, digests[split].hexdigest(), split, sources, *counts[split].tolist()))
     return pair
-
-
-def split_batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, list[bytes]]]:
-    """Yield (split, documents in UTF-8) in the order of the source, about BATCH_BYTES at a time."""
-    pending = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    for path in job.sources:
-        for document in documents.read_documents(path, progress, job.encoding):
-            text = document.encode()
-            split = "val" if corpus.document_hash(text) <= job.threshold else "train"
-            pending[split].append(text)
-            sizes[split] += len(text)
-            if sizes[split] >= documents.BATCH_BYTES:
-                yield split, pending[split]
-                pending[split] = []
-                sizes[split] = 0
-    yield from ((split, texts) for split, texts in pending.items() if texts)
 
 
 def print_stats(shard_set: ShardSet) -> None:
@@ -236,11 +220,8 @@ def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
     if cfg.tokenizer:
         from tinyllm import checkpoint  # loads torch, which workers do not need
         if checkpoint.is_model(cfg.tokenizer):
-            out_dir = Path("output") / ("tuned" if Path(cfg.data_dir) == DATA else Path(cfg.data_dir).name)
-            if out_dir.exists():
-                out_dir = Path(f"{out_dir}-tuned")
-            flags |= {"init_from": cfg.tokenizer, "out_dir": out_dir, "batch_size": 4, "learning_rate": "3e-4",
-                      "max_iters": 200}
+            flags |= {"init_from": cfg.tokenizer, "out_dir": Path("output/tuned"), "batch_size": 4,
+                      "learning_rate": "3e-4", "max_iters": 200}
     train = cli.format_command("train", **flags)
     print(f"next: {train}")
     if "init_from" not in flags:

@@ -49,7 +49,7 @@ class CorpusStats:
     n_val_documents: int = 0
 
     def add(self, texts: list[bytes], threshold: int) -> None:
-        train_texts = [text for text in texts if corpus.document_hash(text) > threshold]
+        train_texts = corpus.split_texts(texts, threshold)["train"]
         self.words.add(train_texts)
         self.documents += len(train_texts)
         self.bytes += sum(map(len, train_texts))
@@ -121,9 +121,8 @@ def count_words(jobs: list[Job], num_workers: int) -> CorpusStats:
 def count_part(job: Job, progress: Callable[[int], None]) -> CorpusStats:
     """Count the words of a job. May run in a worker process."""
     stats = CorpusStats()
-    texts = (text for path in job.files for text in documents.read_documents(path, progress, job.encoding))
-    for batch in documents.text_batches(texts):
-        stats.add(batch, job.threshold)
+    for texts in documents.read_batches(job.files, progress, job.encoding):
+        stats.add(texts, job.threshold)
     stats.words.flush()
     return stats
 

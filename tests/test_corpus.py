@@ -52,7 +52,7 @@ def test_formats(tmp_path, name, content, expected):
     ("a.json", '["one"]' + " " * (1 << 19) + "and more", "record 2: .* not JSON"),
     ("a.jsonl", '["one"]\n[5]', "record 2: expected a text"),
     ("a.json", json.dumps("x" * (documents.MAX_RECORD_CHARS + 9)), "record 1: it is over 16,777,216 characters long"),
-    ("a.json", json.dumps({f"k{i}": i for i in range(9)}), "has the keys k0, k1, k2, k3, k4; expected"),
+    ("a.json", json.dumps({f"k{i}": i for i in range(9)}), "has the keys k0, k1, k2, k3, k4 and 4 more; expected"),
     ("a.json", "hello", "not JSON"), ("a.json", "[" * 100_000, "record 1"), ("a.jsonl", '"one"\n{oops}\n', "record 2"),
     ("a.txt.gz", b"not packed at all", "record 1"), ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-9], "ended"),
     ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-8] + b"8 wrong.", "CRC")])

@@ -178,10 +178,3 @@ def test_a_vocabulary_that_must_see_whole_texts_does(options):
     assert not encoder.is_wordwise and not vocabulary.is_lossless
     texts = STORIES[:20] + HARD
     assert encoder.encode([text.encode() for text in texts]).tolist() == plain_ids(vocabulary, texts)
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_file_of_an_unknown_form_is_encoded_the_plain_way(number):
-    """It has a number in place of a message, which SentencePiece passes over."""
-    vocabulary = Tokenizer(learn_tokenizer(["a few words"], 300).model + bytes([number << 3, 5]))
-    assert not words.is_wordwise(vocabulary)

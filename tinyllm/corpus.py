@@ -127,6 +127,15 @@ def document_hash(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
+def split_texts(texts: list[bytes], threshold: int) -> dict[str, list[bytes]]:
+    """Return the documents for "train" and for "val", each in their order."""
+    splits: dict[str, list[bytes]] = {"train": [], "val": []}
+    for text in texts:
+        split = "val" if document_hash(text) <= threshold else "train"
+        splits[split].append(text)
+    return splits
+
+
 def val_hash_threshold(files: list[Path], encoding: str = "") -> int:
     """Return the rule of the split: documents whose hash is at most this are for validation.
 

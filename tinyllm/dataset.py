@@ -9,6 +9,7 @@ batches as an uninterrupted one, with any number of processes or loader workers.
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import count, islice
 
@@ -22,6 +23,7 @@ IGNORE_INDEX = -1               # a target that is not scored
 GPU_SHARE = 1 / 4               # of a GPU's free memory that the token ids of a split may take
 
 
+@dataclass(eq=False, repr=False)
 class PretokDataset(IterableDataset):
     """An endless stream of training batches, each of shape (batch_size, max_seq_len + 1), int64.
 
@@ -31,24 +33,27 @@ class PretokDataset(IterableDataset):
     from `position` (counted in windows) on; rank r of `world_size` takes every world_size-th, and loader workers share
     the batches of a rank in turn, so that together they yield the batches of a single process in the same order.
     """
+    shard_set: ShardSet
+    split: str
+    batch_size: int
+    max_seq_len: int
+    _: KW_ONLY
+    seed: int = 0
+    position: int = 0
+    rank: int = 0
+    world_size: int = 1
 
-    def __init__(self, shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *, seed: int = 0,
-                 position: int = 0, rank: int = 0, world_size: int = 1):
-        super().__init__()
-        self.shard_set = shard_set
-        self.shards = shard_set.shards_of(split)
-        self.batch_size = batch_size
-        self.max_seq_len = max_seq_len
-        self.seed = seed
-        self.position = position
-        self.rank = rank
-        self.world_size = world_size
-        self.window_starts = [find_windows(shard_set.memmap(shard), max_seq_len)[0] for shard in self.shards]
+    def __post_init__(self):
+        self.shards = self.shard_set.shards_of(self.split)
+        self.window_starts = [find_windows(ids, self.max_seq_len)[0] for ids in self._shard_ids()]
         self.first_window = np.cumsum([0, *map(len, self.window_starts)])       # of each shard; the last is the sum
         self.n_windows = int(self.first_window[-1])                             # in an epoch
 
+    def _shard_ids(self) -> list[np.ndarray]:
+        return [self.shard_set.memmap(shard) for shard in self.shards]
+
     def __iter__(self) -> Iterator[torch.Tensor]:
-        shard_ids = [self.shard_set.memmap(shard) for shard in self.shards]
+        shard_ids = self._shard_ids()
         for indices in self.batch_indices():
             windows = [self._window(shard_ids, index) for index in indices]
             yield torch.from_numpy(np.stack(windows))                           # (batch_size, max_seq_len + 1)
@@ -62,7 +67,7 @@ class PretokDataset(IterableDataset):
         permutation = lru_cache(1)(self._permutation)
         for batch in count(first_batch, num_workers * self.world_size):
             start = self.position + batch * self.batch_size
-            places = [divmod(i, self.n_windows) for i in range(start, start + self.batch_size)]
+            places = (divmod(i, self.n_windows) for i in range(start, start + self.batch_size))
             yield [permutation(epoch)[i] for epoch, i in places]
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -76,7 +81,7 @@ class PretokDataset(IterableDataset):
 
     def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
         """Yield the same batches, cut on the device from ids that are all there: a step waits for no copy."""
-        shard_ids = [self.shard_set.memmap(shard) for shard in self.shards]
+        shard_ids = self._shard_ids()
         offsets = np.cumsum([0, *map(len, shard_ids)])                  # of each shard in `ids`
         ids = _concatenate(shard_ids, device)                           # (tokens,)
         id_mask = 256 ** shard_ids[0].itemsize - 1                      # makes the signed ids unsigned again
@@ -110,7 +115,9 @@ class Task:
         if num_workers == 0 and fits_on_gpu(shard_set, split, device):
             batches = dataset.on_device(device)
         else:
-            batches = _loader(dataset, num_workers)
+            batches = DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
+                                 multiprocessing_context="spawn" if num_workers else None,
+                                 generator=torch.Generator())       # without one, it uses up global random numbers
         for windows in batches:                                 # (batch_size, max_seq_len + 1)
             yield _inputs_and_targets(windows, device)
 
@@ -123,17 +130,10 @@ class Task:
         No window holds two documents; the targets after the end of one are IGNORE_INDEX. Rank r of `world_size` has
         every world_size-th batch; all ranks have equally many, and the last of some is a window without targets.
         """
-        rows = _split_windows(shard_set, split, max_seq_len)
-        batches = iter(lambda: list(islice(rows, batch_size)), [])
-        while turn := list(islice(batches, world_size)):
-            batch = turn[rank] if rank < len(turn) else [np.full(max_seq_len + 1, IGNORE_INDEX)]
+        windows = _split_windows(shard_set, split, max_seq_len)
+        while turn := list(islice(windows, world_size * batch_size)):
+            batch = turn[rank * batch_size:(rank + 1) * batch_size] or [np.full(max_seq_len + 1, IGNORE_INDEX)]
             yield _inputs_and_targets(torch.from_numpy(np.stack(batch)), torch.device(device))
-
-
-def _loader(dataset: PretokDataset, num_workers: int) -> DataLoader:
-    return DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
-                      multiprocessing_context="spawn" if num_workers else None,
-                      generator=torch.Generator())      # without one, it would use up global random numbers
 
 
 def _inputs_and_targets(windows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,10 +160,9 @@ def _concatenate(shard_ids: list[np.ndarray], device: torch.device) -> torch.Ten
     """Copy the ids of all shards to the device, as signed integers: unsigned ones cannot be indexed."""
     signed = np.dtype(f"i{shard_ids[0].itemsize}")
     ids = torch.empty(sum(map(len, shard_ids)), dtype=getattr(torch, signed.name), device=device)
-    start = 0
-    for part in shard_ids:
-        ids[start:start + len(part)] = torch.from_numpy(np.array(part).view(signed))
-        start += len(part)
+    parts = ids.split([len(part) for part in shard_ids])
+    for part, source in zip(parts, shard_ids):
+        part.copy_(torch.from_numpy(np.array(source).view(signed)))
     return ids
 
 

@@ -26,7 +26,6 @@ BATCH_BYTES = 1 << 17                   # text per batch: all arrays made from i
 # character. 4 MB take 13 to 20 MiB at full speed; 64 MB take 203 to 325 MiB of the 400 MB that a worker may use.
 MAX_WHOLE_JSON_CHARS = 1 << 22
 MAX_RECORD_CHARS = 1 << 24              # limit of one JSON record
-MAX_KEYS_SHOWN = 5                      # keys of a JSON object without a text that an error names
 ENCODING_HINT = ("\n       name the encoding of all files: --encoding gb18030 (Chinese Windows), cp1252 (western), "
                  "utf-16, ...; or save them as UTF-8")
 
@@ -52,7 +51,9 @@ def read_documents(path: Path, progress: Callable[[int], None] = lambda count: N
     number = position = 0
     try:
         with open(path, "rb") as raw:
-            for number, record in enumerate(_read_records(path, _open_text(raw, path, encoding)), 1):
+            file = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
+            stream = io.TextIOWrapper(file, encoding=encoding or "utf-8-sig")
+            for number, record in enumerate(_read_records(path, stream), 1):
                 yield from filter(None, map(str.strip, _split_long_document(record)))
                 if raw.tell() != position:
                     progress(raw.tell() - position)
@@ -63,11 +64,6 @@ def read_documents(path: Path, progress: Callable[[int], None] = lambda count: N
         raise NotUTF8(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason}){ENCODING_HINT}") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error
-
-
-def _open_text(raw: BinaryIO, path: Path, encoding: str = "") -> TextIO:
-    file = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
-    return io.TextIOWrapper(file, encoding=encoding or "utf-8-sig")
 
 
 def _read_records(path: Path, stream: TextIO) -> Iterator[str]:
@@ -94,26 +90,18 @@ def _split_txt(stream: TextIO) -> Iterator[str]:
 def _split_long_document(text: str) -> Iterator[str]:
     """Cut a long text into pieces of at most MAX_DOCUMENT_CHARS."""
     while len(text) > MAX_DOCUMENT_CHARS:
-        cut = _find_cut(text)
+        cuts = (text.rfind(mark, MAX_DOCUMENT_CHARS // 2, MAX_DOCUMENT_CHARS) for mark in ("\n\n", "\n", " "))
+        cut = next((cut for cut in cuts if cut > 0), MAX_DOCUMENT_CHARS)
         yield text[:cut]
         text = text[cut:]
     yield text
-
-
-def _find_cut(text: str) -> int:
-    for mark in ("\n\n", "\n", " "):
-        position = text.rfind(mark, MAX_DOCUMENT_CHARS // 2, MAX_DOCUMENT_CHARS)
-        if position > 0:
-            return position
-    return MAX_DOCUMENT_CHARS
 
 
 def _text_of_record(value: object) -> str:
     if isinstance(value, dict):
         key = next((key for key in TEXT_KEYS if key in value), None)
         if key is None:
-            keys = ", ".join(list(value)[:MAX_KEYS_SHOWN]) or "(none)"
-            raise ValueError(f"has the keys {keys}; expected {' or '.join(TEXT_KEYS)}")
+            raise ValueError(f"has the keys {shorten_list(list(value))}; expected {' or '.join(TEXT_KEYS)}")
         value = value[key]
     if not isinstance(value, str):
         raise ValueError(f"expected a text, found {type(value).__name__}")
@@ -179,20 +167,22 @@ def report_all_bad_encodings(files: list[Path], encoding: str) -> Iterator[None]
         bad = [path for path in files if not encoding and not _is_utf8(path)]
         if len(bad) < 2:
             raise
-        names = shorten_list(bad)
-        raise UserError(f"{len(bad)} of {len(files)} files are not UTF-8 text: {names}{ENCODING_HINT}") from error
+        raise UserError(f"{len(bad)} of {len(files)} files are not UTF-8 text: {shorten_list(bad)}{ENCODING_HINT}"
+                        ) from error
 
 
 def _is_utf8(path: Path) -> bool:
     try:
-        with open(path, "rb") as raw, _open_text(raw, path) as stream:
-            while stream.read(_CHUNK_CHARS):
-                pass
-    except UnicodeError:
-        return False
-    except (OSError, EOFError, zlib.error):     # damaged in another way
-        pass
+        for _ in read_documents(path):
+            pass
+    except UserError as error:
+        return not isinstance(error, NotUTF8)       # a file that is damaged in another way may be UTF-8
     return True
+
+
+def read_batches(paths: Iterable[Path], progress: Callable[[int], None], encoding: str) -> Iterator[list[bytes]]:
+    """Yield the documents of several files in UTF-8, about BATCH_BYTES at a time."""
+    return text_batches(text for path in paths for text in read_documents(path, progress, encoding))
 
 
 def text_batches(texts: Iterable[str]) -> Iterator[list[bytes]]:

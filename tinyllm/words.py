@@ -9,19 +9,18 @@ itself. Every text gets a space in front, as SentencePiece puts one there. No pi
 the border of a word, so the byte-pair encoding of a text is the encoding of its words, one after another. Text repeats
 itself: 3.4 million words of TinyStories are 36,000 distinct ones. numpy looks them up, 128 kB of text at a time.
 """
-import io
 import re
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
 
-from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, BaseTokenizer, Tokenizer
+from tokenizer import HARD_TEXT, NORMAL, SPACE, UNUSED, BaseTokenizer, Tokenizer
 
 SPACE_MARK = SPACE.encode()             # SentencePiece writes a space as this character
+CROSSES_WORDS = re.compile(f"[^{SPACE} ][{SPACE} ]|\n.|.\n", re.DOTALL)
 MAX_WORDS = 1 << 17                     # of a table; when it is full, a new one starts
 MAX_WORD_BYTES = 1 << 23                # of all words of a table, so that long words take no more memory
 MAX_COUNT_BYTES = 100 << 20             # memory of the counted words, about
@@ -248,58 +247,13 @@ def _entry_bytes(word: bytes) -> int:
 
 
 def is_wordwise(tokenizer: BaseTokenizer) -> bool:
-    """True if the words of a text can be encoded one by one.
-
-    They can if nothing but byte-pair encoding is done, and no piece crosses the border of a word. Fields and numbers
-    are from sentencepiece_model.proto.
-    """
+    """True if the ids of a text are the ids of its words: byte-pair encoding that does not change the text, and no
+    piece crosses the border of a word."""
     if not isinstance(tokenizer, Tokenizer):
         return False
-    try:
-        fields = list(_fields(tokenizer.model))
-        trainer = _merged_message(fields, 2)
-        normalizer = _merged_message(fields, 3)
-        pieces = [dict(_fields(part)) for field, part in fields if field == 1]
-    except (LookupError, TypeError):        # a file of an unknown form
-        return False
-    is_bpe = trainer.get(3, 1) == 2
-    has_bytes = trainer.get(35, 0)          # for unknown characters
-    has_spaces_behind = trainer.get(24, 0)
-    puts_space_in_front = normalizer.get(3, 1) and normalizer.get(5, 1)
-    changes_text = normalizer.get(2) or normalizer.get(4, 1)
-    if not is_bpe or not has_bytes or has_spaces_behind or changes_text or not puts_space_in_front:
-        return False
-    return all(map(_stays_in_word, pieces))
-
-
-def _stays_in_word(piece: dict[int, Any]) -> bool:
-    kind = piece.get(3, NORMAL)
-    if kind in (NORMAL, UNUSED):
-        return not re.search(f"[^{SPACE}]{SPACE}|\n.|.\n", piece[1].decode(), re.DOTALL)
-    return kind in (UNKNOWN, CONTROL, BYTE)         # others are found before byte-pair encoding begins
-
-
-def _merged_message(fields: list[tuple[int, Any]], number: int) -> dict[int, Any]:
-    """Return the message of that number; of a field that occurs twice, the last value."""
-    return dict(pair for field, part in fields if field == number for pair in _fields(part))
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value, an int or bytes, of each field of a protocol buffer."""
-    file = io.BytesIO(message)
-    while file.tell() < len(message):
-        number, kind = divmod(_varint(file), 8)
-        if kind == 0:
-            yield number, _varint(file)
-        else:
-            yield number, file.read(_varint(file) if kind == 2 else {1: 8, 5: 4}[kind])
-
-
-def _varint(file: BinaryIO) -> int:
-    value = shift = 0
-    while True:
-        byte = file.read(1)[0]
-        value |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return value
+    pieces = tokenizer.pieces()
+    is_bpe = all(score.is_integer() for _, score, _ in pieces)      # ranks of the merges; others are log-probabilities
+    texts = [text for text, _, kind in pieces if kind in (NORMAL, UNUSED)]
+    has_space_in_front = tokenizer.id_to_piece(tokenizer.encode("a")[0]).startswith(SPACE)
+    keeps_text = tokenizer.decode(tokenizer.encode(HARD_TEXT)) == HARD_TEXT
+    return is_bpe and has_space_in_front and keeps_text and not any(map(CROSSES_WORDS.search, texts))
