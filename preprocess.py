@@ -8,7 +8,7 @@ run only writes shards that are missing or changed, so rerun it after an interru
 """
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -192,17 +192,28 @@ def write_shards(job: Job, progress: Callable[[int], None]) -> list[Shard]:
     digests = {split: hashlib.sha256() for split in SPLITS}
     with ExitStack() as stack:
         files = {split: stack.enter_context(atomic_write(job.folder / name)) for split, name in job.names.items()}
-        for batch in documents.read_batches(job.sources, progress, job.encoding):
-            for split, texts in corpus.split_texts(batch, job.threshold).items():
-                ids = encoder.encode(texts).astype(dtype)
-                files[split].write(ids)
-                digests[split].update(ids)
-                counts[split] += (len(texts), len(ids), sum(map(len, texts)))
+        for split, texts in split_batches(job, progress):
+            ids = encoder.encode(texts).astype(dtype)
+            files[split].write(ids)
+            digests[split].update(ids)
+            counts[split] += (len(texts), len(ids), sum(map(len, texts)))
     pair = []
     for split, name in job.names.items():
         sources = list(job.sources.values())
         pair.append(Shard(name, digests[split].hexdigest(), split, sources, *counts[split].tolist()))
     return pair
+
+
+def split_batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, list[bytes]]]:
+    """Yield (split, documents in UTF-8) in the order of the source; encoding many at a time is faster."""
+    pending: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    for batch in documents.read_batches(job.sources, progress, job.encoding):
+        for split, texts in corpus.split_texts(batch, job.threshold).items():
+            pending[split] += texts
+            if sum(map(len, pending[split])) > documents.BATCH_BYTES // 2:
+                yield split, pending[split]
+                pending[split] = []
+    yield from pending.items()
 
 
 def print_stats(shard_set: ShardSet) -> None:

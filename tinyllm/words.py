@@ -11,7 +11,7 @@ itself: 3.4 million words of TinyStories are 36,000 distinct ones. numpy looks t
 """
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from zlib import crc32
 
