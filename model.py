@@ -61,7 +61,7 @@ class ModelArgs:
 
 
 def check_sizes(args: Any, *names: str) -> None:
-    """Raise ValueError for a config that has no positive integers under these names, or a wrong n_heads or dropout."""
+    """Raise ValueError if a named size is not a positive integer, or n_heads or dropout do not fit."""
     for name in names:
         value = getattr(args, name)
         if type(value) is not int or not 0 < value < 2**31:         # type(), because True is an int
@@ -116,12 +116,8 @@ def rope_table(args: ModelArgs) -> Tensor:
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate each pair of neighbors in the last dimension by the angle of its position.
 
-    As in Meta's code, pairs are (0, 1), (2, 3), ... Hugging Face pairs (0, D/2), (1, D/2 + 1), ..., and has the rows of
-    wq and wk in another order, so that the result is the same.
-
-    Args:
-        x: (B, T, H, D).
-        rope: (2, 1, T, 1, D / 2), cosines and sines, float32.
+    x: (B, T, H, D); rope: (2, 1, T, 1, D / 2), cosines and sines, float32. As in Meta's code, pairs are (0, 1), (2, 3),
+    ...; Hugging Face pairs (0, D/2), (1, D/2 + 1), ... and has the rows of wq and wk in that order, for equal results.
     """
     cos, sin = rope
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                     # each (B, T, H, D / 2)
@@ -188,7 +184,7 @@ class TransformerBlock(nn.Module):
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy, in nats, of the logits h @ weight.T.
 
-    h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), -1 is not scored.
+    h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), of which -1 is not scored.
     """
     logits = F.linear(h, weight).float()                                            # (B, T, vocab_size)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -225,15 +221,9 @@ class Transformer(nn.Module):
         init_weights(self, args.n_layers)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits, or the loss if there are targets.
+        """Return the logits (B, T, vocab_size) of tokens (B, T); with targets their mean cross-entropy in nats.
 
-        Args:
-            tokens: (B, T) ids.
-            targets: (B, T) the ids that should come next; -1 is not scored.
-        Returns:
-            logits (B, T, vocab_size); with targets the mean cross-entropy in nats.
-        Raises:
-            ValueError: when the tokens do not fit into max_seq_len.
+        targets: (B, T) the ids that should come next; -1 is not scored.
         """
         length = tokens.shape[1]
         if length > self.args.max_seq_len:

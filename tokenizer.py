@@ -19,10 +19,14 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 SPACE = "\u2581"                # SentencePiece writes a space as this character
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6      # kinds of pieces in its files
+NORMAL = 1                      # kinds of pieces in its files
+UNKNOWN = 2
+CONTROL = 3
+UNUSED = 5
+BYTE = 6
 N_RESERVED_IDS = 3 + 256        # unknown, bos, eos, and a piece for each byte
 WORD_END = "\x1f"               # ends a word during training and is in no piece
-HARD_TEXT = "  ﬁ½\u3000e\u0301 \n\n \t\x00"     # what normalizers change
+HARD_TEXT = "  ﬁ½\u3000e\u0301 \n\n \t\x00"     # normalizers change each of these characters
 
 
 class BaseTokenizer:
@@ -147,7 +151,7 @@ class Tokenizer(BaseTokenizer):
         return self._sp.id_to_piece(token) if token < self.n_words else ""
 
     def special_token_id(self, special: str) -> int:
-        token = self._sp.piece_to_id(special)       # that of unknown, for an unknown one
+        token = self._sp.piece_to_id(special)       # the id of unknown if there is no such piece
         return token if self._sp.id_to_piece(token) == special else super().special_token_id(special)
 
     def pieces(self) -> list[tuple[str, float, int]]:

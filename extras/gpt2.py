@@ -105,7 +105,7 @@ class GPT2(nn.Module):
                 nn.init.zeros_(weight)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) of tokens (B, T), or the loss if there are targets: as Transformer.forward."""
+        """Return logits, or the loss if there are targets, as Transformer.forward does."""
         length = tokens.shape[1]
         if length > self.args.max_seq_len:
             raise ValueError(f"{length} tokens do not fit into max_seq_len {self.args.max_seq_len}")
@@ -119,7 +119,7 @@ class GPT2(nn.Module):
         return self.loss_fn(h, self.output.weight, targets)
 
     def flops_per_token(self) -> int:
-        """As Transformer.flops_per_token; positions are looked up, and cost nothing."""
+        """Return the operations per token, as Transformer does. Looking up positions costs none."""
         attention = self.args.n_layers * self.args.dim * self.args.max_seq_len
         return 6 * (self.count_parameters() - self.positions.weight.numel() + attention)
 

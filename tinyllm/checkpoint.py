@@ -65,7 +65,7 @@ def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap
     state = read_tensors(path, mmap)
     problem = find_problem(state, required)
     if problem:
-        raise UserError(f"{path} is not a checkpoint of this project: {problem}")
+        raise UserError(f"{path} is not a checkpoint for this version of tiny-llm: {problem}")
     return upgrade(state)
 
 
@@ -80,7 +80,7 @@ def find_problem(state: Any, required: tuple[str, ...]) -> str:
         if key in state and not isinstance(state[key], expected):
             return f"{key} is no {expected.__name__}"
     if state.get("format", FORMAT) > FORMAT:
-        return f"it has format {state['format']} and this code reads {FORMAT}; use a newer tiny-llm"
+        return f"it has format {state['format']}, not {FORMAT}"
     for name, weight in state["model"].items():
         if not _is_dense_float_tensor(weight) and not str(name).endswith(LLAMA2C_CONSTANTS):
             return f"{name} is no array of numbers"

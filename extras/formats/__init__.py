@@ -1,6 +1,6 @@
 """Models in other projects' files: each is read as a state of tinyllm/checkpoint.py, and a state is written as each.
 
-    state = formats.read_model("SmolLM2-135M-Instruct.Q4_1.gguf")
+    state = formats.read_model(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
     formats.WRITERS["hf"](state, Path("output/smol"))
 
 A reader returns `model` and `model_args`, with the names of model.py, the tokenizer, and the name of the chat template.

@@ -12,6 +12,7 @@ from tinyllm.cli import UserError
 from tinyllm.project import shorten_list
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, BaseTokenizer, Tokenizer
 
+BPE = 2                         # SentencePiece's number for byte-pair encoding
 # patterns that cut text before its bytes are merged
 LLAMA3 = TiktokenTokenizer.PATTERN
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -29,11 +30,16 @@ def make_state(model: dict[str, Tensor], model_args: dict[str, Any], tokenizer: 
 
 
 def tensor_names(n_layers: int, model: dict[str, str], layer: dict[str, str], prefix: str,
-                 kinds: tuple[str, ...] = ("weight",)) -> dict[str, str]:
-    """Return the names of all tensors, ours to theirs. layer: parts of a layer; prefix: theirs for "layers"."""
+                 kinds: tuple[str, ...] = ("weight",), is_tied: bool = False) -> dict[str, str]:
+    """Return the names of all tensors, ours to theirs.
+
+    layer: names of a layer's parts; prefix: their name for "layers"; is_tied: leave out the output layer.
+    """
     if not 0 < n_layers < 10_000:
         raise ValueError(f"{n_layers} layers")
     names = dict(model)
+    if is_tied:
+        del names["output.weight"]
     for i in range(n_layers):
         for ours, theirs in layer.items():
             for kind in kinds:
@@ -84,11 +90,10 @@ def sentencepiece_model(pieces: list[tuple[str, float, int]], bos_id: int = 1, e
 
     It is a protocol buffer; fields and numbers are those of sentencepiece_model.proto.
     """
-    bpe, true = 2, 1
     unk_id = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), 0)
-    trainer = (_field(3, bpe) + _field(4, len(pieces)) + _field(35, true) + _field(40, unk_id)
+    trainer = (_field(3, BPE) + _field(4, len(pieces)) + _field(35, True) + _field(40, unk_id)
                + _field(41, bos_id) + _field(42, eos_id) + _field(43, -1))
-    normalizer = _field(1, b"identity") + _field(3, true) + _field(4, 0) + _field(5, true)
+    normalizer = _field(1, b"identity") + _field(3, True) + _field(4, False) + _field(5, True)
     model = bytearray()
     for text, score, kind in pieces:
         model += _field(1, _field(1, text.encode()) + _field(2, float(score)) + _field(3, kind))

@@ -111,10 +111,9 @@ def read(path: Path) -> dict[str, Any]:
     tensors = header.tensors
     factors = read_tensor(data, ROPE_FACTORS, *tensors.pop(ROPE_FACTORS)) if ROPE_FACTORS in tensors else None
     args = read_args(header.meta, factors, path)
-    names = common.tensor_names(min(args["n_layers"], len(tensors)), MODEL_NAMES, LAYER_PARTS, "blk")
     is_tied = "output.weight" not in tensors
-    if is_tied:
-        del names["output.weight"]
+    n_layers = min(args["n_layers"], len(tensors))
+    names = common.tensor_names(n_layers, MODEL_NAMES, LAYER_PARTS, "blk", is_tied=is_tied)
     common.check_names(tensors, names.values(), path)
     args |= {"vocab_size": tensors["token_embd.weight"][0][0], "tie_embeddings": is_tied}
     tokenizer = read_tokenizer(header.meta, args["vocab_size"], path)
@@ -183,7 +182,8 @@ def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
     name = values.get("pre", "default")
     if name not in PRETOKENIZERS:
         raise UserError(f"{path} has tokenizer.ggml.pre {name!r}; supported are {', '.join(PRETOKENIZERS)}")
-    tokens, kinds = values["tokens"], values["token_type"]
+    tokens = values["tokens"]
+    kinds = values["token_type"]
     bos = tokens[values["bos_token_id"]] if "bos_token_id" in values else ""
     eos = tokens[values["eos_token_id"]] if "eos_token_id" in values else ""
     add_bos = bool(bos) and values.get("add_bos_token", PRETOKENIZERS[name] is LLAMA_BPE)
@@ -210,9 +210,7 @@ def write(state: dict[str, Any], path: Path, kind: str) -> None:
     gguf = require_package("gguf", "a file for llama.cpp")
     args = ModelArgs(**state["model_args"])
     tokenizer = build_tokenizer(state)
-    names = common.tensor_names(args.n_layers, MODEL_NAMES, LAYER_PARTS, "blk")
-    if args.tie_embeddings:
-        del names["output.weight"]
+    names = common.tensor_names(args.n_layers, MODEL_NAMES, LAYER_PARTS, "blk", is_tied=args.tie_embeddings)
     tensors = {theirs: state["model"][ours] for ours, theirs in names.items()}
     file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
     with closing(gguf.GGUFWriter(path, "llama")) as writer:

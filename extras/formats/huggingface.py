@@ -40,9 +40,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has a {architecture}; only LlamaForCausalLM and GPT2LMHeadModel can be read")
     args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
-    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers")
-    if args["tie_embeddings"] and "lm_head.weight" not in tensors:
-        del names["output.weight"]
+    is_tied = args["tie_embeddings"] and "lm_head.weight" not in tensors
+    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers", is_tied=is_tied)
     common.check_names(tensors, names.values(), folder)
     model = {}
     for ours, theirs in names.items():
@@ -143,9 +142,8 @@ def write(state: dict[str, Any], folder: Path) -> None:
 def write_tensors(model: dict[str, Tensor], args: dict[str, Any], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers")
-    if args["tie_embeddings"]:
-        del names["output.weight"]
+    is_tied = args["tie_embeddings"]
+    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers", is_tied=is_tied)
     tensors = {}
     for ours, theirs in names.items():
         tensor = meta_to_hf_rope(model[ours], args) if has_rope_order(ours) else model[ours]
