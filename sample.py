@@ -24,13 +24,13 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from tinyllm import cli, distributed, optional
 from tinyllm.cli import UserError, escape_for_terminal, suggest_path
 from tinyllm.device import explain_oom
 from tinyllm.files import file_lock, json_line
-from tinyllm.generator import Completion
+from tinyllm.generator import Completion, sampling_kwargs
 from tinyllm.generator import TextGenerator as BaseTextGenerator
 from tinyllm.sampling import SamplingParams, validate_sampling
 
@@ -97,19 +97,15 @@ class TextGenerator(BaseTextGenerator):
 
 # ---- command line -------------------------------------------------------------------------------
 
-class Inputs(NamedTuple):
-    """The texts that the settings prompt, score and input_file name."""
-    prompt: str
-    score_text: str
-    prompts: list[str]
-
-
-# settings that have no effect in a mode
+RECORD_START = b'{"prompt": "'       # of each line of output_file
+# setting: the setting without which it has no effect
+ONLY_WITH = {"system": "interactive", "output_file": "input_file"}
+# mode: the settings that have no effect in it
 GENERATION_ONLY = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
 IGNORED_WITH = {
-    "score": (*GENERATION_ONLY, "echo", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop",
-              "repetition_penalty", "compile"),
-    "interactive": (*GENERATION_ONLY, "echo"),
+    "score": (*GENERATION_ONLY, "interactive", "input_file", "echo", "max_new_tokens", "temperature", "top_k", "top_p",
+              "min_p", "stop", "repetition_penalty", "compile"),
+    "interactive": (*GENERATION_ONLY, "input_file", "echo"),
     "input_file": GENERATION_ONLY,
 }
 
@@ -122,8 +118,9 @@ def main() -> None:
         if dist.size > 1:
             run_tensor_parallel(cfg, dist)
             return
-        inputs = read_inputs(cfg)
-        run_mode(load_generator(cfg), inputs, cfg)
+        check_settings(cfg)
+        text = read_input(cfg)
+        run_mode(load_generator(cfg), text, cfg)
 
 
 def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedContext) -> None:
@@ -133,91 +130,72 @@ def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedConte
     with distributed.distributed_context():
         team = optional.load("tensor_parallel").TensorParallelGroup(dist)
         with dist.all_or_none(team.control_group):
-            inputs = read_inputs(cfg) if dist.is_main else None
+            check_settings(cfg)
+            text = read_input(cfg) if dist.is_main else ""
             generator = load_generator(cfg, team)
-        generator.engine.run(lambda: run_mode(generator, inputs, cfg))
-
-
-def read_inputs(cfg: SimpleNamespace) -> Inputs:
-    prompt = read_text_file(cfg.prompt.removeprefix("FILE:")) if cfg.prompt.startswith("FILE:") else cfg.prompt
-    score_text = read_text_file(cfg.score).strip() if cfg.score else ""         # as step 1 strips documents
-    prompts = read_text_file(cfg.input_file).split("\n") if cfg.input_file else []
-    if prompts and not prompts[-1]:
-        prompts.pop()
-    return Inputs(prompt, score_text, prompts)
-
-
-def read_text_file(name: str) -> str:
-    try:
-        return Path(name).read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        hint = ", but a folder" if Path(name).is_dir() else suggest_path(name)
-        raise UserError(f"no file at {Path(name).resolve()}{hint}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text; save it as such with an editor") from error
-
-
-def load_generator(cfg: SimpleNamespace, team: Any = None) -> TextGenerator:
-    check_settings(cfg)
-    return TextGenerator(cfg.checkpoint, cfg.tokenizer, cfg.seed, cfg.device, cfg.dtype, cfg.quantize, cfg.compile,
-                         cfg.chat, team)
+        generator.engine.run(lambda: run_mode(generator, text, cfg))
 
 
 def check_settings(cfg: SimpleNamespace) -> None:
     """Raise UserError for values out of range, and for settings that would have no effect."""
-    params = SamplingParams(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty)
-    validate_sampling(cfg.max_new_tokens, params)
+    validate_sampling(cfg.max_new_tokens, SamplingParams(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p,
+                                                         cfg.repetition_penalty))
     for name in ("num_samples", "batch_size"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(cfg, name)}")
-    modes = [name for name in IGNORED_WITH if getattr(cfg, name)]
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} do not go together")
-    if modes:
-        check_no_effect(cfg, modes[0])
-    if cfg.system and not cfg.interactive:
-        raise UserError("--system is for a chat: --interactive")
-    if cfg.output_file and not cfg.input_file:
-        raise UserError("--output_file requires --input_file; to save one story, redirect stdout with > file")
+    for name, needed in ONLY_WITH.items():
+        if getattr(cfg, name) and not getattr(cfg, needed):
+            raise UserError(f"--{name} has no effect without --{needed}; leave it out")
+    for mode in IGNORED_WITH:
+        for name in IGNORED_WITH[mode]:
+            if getattr(cfg, mode) and getattr(cfg, name) != globals()[name]:
+                raise UserError(f"--{name} has no effect with --{mode}; leave it out")
     if isinstance(cfg.show_probs, str):
         optional.load("token_probs").check_html_path(cfg.show_probs)
 
 
-def check_no_effect(cfg: SimpleNamespace, mode: str) -> None:
-    for name in IGNORED_WITH[mode]:
-        if getattr(cfg, name) != globals()[name]:
-            raise UserError(f"--{name} has no effect with --{mode}; leave it out")
+def read_input(cfg: SimpleNamespace) -> str:
+    """Return the text of the file that score, input_file or prompt names, or else the prompt."""
+    path = cfg.score or cfg.input_file
+    if not path:
+        if not cfg.prompt.startswith("FILE:"):
+            return cfg.prompt
+        path = cfg.prompt.removeprefix("FILE:")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"no file at {Path(path).resolve()}{suggest_path(path)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save it as such with an editor") from error
 
 
-def run_mode(generator: TextGenerator, inputs: Inputs, cfg: SimpleNamespace) -> None:
+def load_generator(cfg: SimpleNamespace, team: Any = None) -> TextGenerator:
+    return TextGenerator(cfg.checkpoint, cfg.tokenizer, cfg.seed, cfg.device, cfg.dtype, cfg.quantize, cfg.compile,
+                         cfg.chat, team)
+
+
+def run_mode(generator: TextGenerator, text: str, cfg: SimpleNamespace) -> None:
     print(generator.description, file=sys.stderr)
-    if generator.chat and cfg.chat == "auto" and not cfg.interactive and not cfg.score:
-        print("note: this is a chat model and may add little to a plain prompt; try --interactive", file=sys.stderr)
     if cfg.score:
-        optional.load("token_probs").print_score(generator, inputs.score_text)
+        optional.load("token_probs").print_score(generator, text)
     elif cfg.interactive:
-        optional.load("chat").chat_loop(generator, cfg, sampling_kwargs)
+        optional.load("chat").chat_loop(generator, cfg)
     elif cfg.input_file:
         with file_lock(Path(cfg.output_file)) if cfg.output_file else nullcontext():
-            run_input_file(generator, inputs.prompts, cfg)
+            run_input_file(generator, text.removesuffix("\n").split("\n") if text else [], cfg)
     else:
-        print_stories(generator, inputs.prompt, cfg)
+        if generator.chat and cfg.chat == "auto":
+            print("note: this is a chat model and may add little to a prompt; try --interactive", file=sys.stderr)
+        print_stories(generator, text, cfg)
 
 
-def sampling_kwargs(cfg: SimpleNamespace) -> dict[str, Any]:
-    """Return the arguments of TextGenerator.generate."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    options = {name: getattr(cfg, name) for name in names}
-    return {**options, "stop": cfg.stop.split("|")}
-
-
-def print_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) -> None:
+def print_stories(generator: TextGenerator, prompt: str, cfg: SimpleNamespace) -> None:
     """Print the first story as it grows, and then the others, which end at about the same time."""
-    completions = [Completion(start) for _ in range(cfg.num_samples)]
+    completions = [Completion(prompt) for _ in range(cfg.num_samples)]
+    pieces = generator.generate(completions, **sampling_kwargs(cfg))       # may compile and print before the story
     shows_table = cfg.logprobs or cfg.show_probs is True
     streams = cfg.stream and not shows_table
-    shown_prompt = start if cfg.echo else ""
-    pieces = generator.generate(completions, **sampling_kwargs(cfg))       # may compile and print before the story
+    shown_prompt = prompt if cfg.echo else ""
     if streams:
         print(escape_for_terminal(shown_prompt), end="", flush=True)
     for i, piece in pieces:
@@ -233,42 +211,42 @@ def print_stories(generator: TextGenerator, start: str, cfg: SimpleNamespace) ->
         else:
             print(escape_for_terminal(shown_prompt + completion.text), flush=True)
     if isinstance(cfg.show_probs, str):
-        optional.load("token_probs").write_html_page(generator, completions, cfg, sampling_kwargs(cfg))
+        optional.load("token_probs").write_html_page(generator, completions, cfg)
 
 
 def run_input_file(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
-    """Complete the prompts and print the texts, or append those that output_file lacks to it."""
+    """Complete the prompts, and print the texts or append those that output_file lacks to it."""
     path = Path(cfg.output_file)
     n_finished = count_finished(path, prompts) if cfg.output_file else 0
     if n_finished:
-        print(f"{n_finished} of {len(prompts)} are in {path} already, with the settings of that time; to generate all "
-              "of them again, choose another --output_file", file=sys.stderr)
+        print(f"{n_finished} of {len(prompts)} are in {path} already, with the settings of that time", file=sys.stderr)
     if n_finished == len(prompts):
         return
     chunk_size = 4 * cfg.batch_size
     first_chunk = n_finished - n_finished % chunk_size       # an interrupted run continues with the same batches
     for begin in range(first_chunk, len(prompts), chunk_size):
         end = min(begin + chunk_size, len(prompts))
-        completions = complete_batches(generator, prompts, range(begin, end), cfg)
+        completions = complete_chunk(generator, prompts, range(begin, end), cfg)
         if cfg.output_file:
             append_records(path, completions[max(n_finished - begin, 0):])
             print(f"{end} of {len(prompts)}", file=sys.stderr)
-        else:
-            texts = [(completion.prompt if cfg.echo else "") + completion.text for completion in completions]
-            separator = "\n---\n"
-            print(*map(escape_for_terminal, texts), sep=separator, end=separator if end < len(prompts) else "\n",
-                  flush=True)
+            continue
+        for i, completion in enumerate(completions, begin):
+            if i > 0:
+                print("---")
+            shown_prompt = completion.prompt if cfg.echo else ""
+            print(escape_for_terminal(shown_prompt + completion.text), flush=True)
 
 
-def complete_batches(generator: TextGenerator, prompts: list[str], sample_ids: range, cfg: SimpleNamespace
-                     ) -> list[Completion]:
-    """Complete the prompts with these numbers, those of similar length together; return the completions in order."""
+def complete_chunk(generator: TextGenerator, prompts: list[str], sample_ids: range, cfg: SimpleNamespace
+                   ) -> list[Completion]:
+    """Complete the prompts with these numbers, similar lengths together; return the completions in order."""
     by_length = sorted(sample_ids, key=lambda i: len(prompts[i]))
     completions: dict[int, Completion] = {}
     for begin in range(0, len(by_length), cfg.batch_size):
         batch = by_length[begin:begin + cfg.batch_size]
-        texts = [prompts[i] for i in batch]
-        completions |= zip(batch, generator.completions(texts, **sampling_kwargs(cfg), sample_ids=batch))
+        batch_prompts = [prompts[i] for i in batch]
+        completions |= zip(batch, generator.completions(batch_prompts, **sampling_kwargs(cfg), sample_ids=batch))
     return [completions[i] for i in sample_ids]
 
 
@@ -280,29 +258,21 @@ def append_records(path: Path, completions: list[Completion]) -> None:
 def count_finished(path: Path, prompts: list[str]) -> int:
     """Return how many of the prompts an output file has. Remove an incomplete last line from it."""
     if not path.is_file():
-        raise UserError(f"cannot append to {path}: not a regular file; choose another --output_file")
+        raise UserError(f"{path} is not a regular file; choose another --output_file")
     content = path.read_bytes()
     n_complete = content.rfind(b"\n") + 1
+    incomplete = content[n_complete:]
     try:
         lines = content[:n_complete].decode().split("\n")[:-1]
         finished = [json.loads(line)["prompt"] for line in lines]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not from this command; choose another --output_file") from error
-    incomplete = content[n_complete:]
-    if finished != prompts[:len(finished)] or not starts_record(incomplete, prompts[len(finished):]):
+    if finished != prompts[:len(finished)] or not RECORD_START.startswith(incomplete[:len(RECORD_START)]):
         raise UserError(f"{path} is from other prompts; choose another --output_file")
     if incomplete:
         with open(path, "r+b") as file:
             file.truncate(n_complete)
     return len(finished)
-
-
-def starts_record(incomplete: bytes, remaining: list[str]) -> bool:
-    """True if these bytes may be the beginning of the next prompt's record."""
-    if not incomplete or not remaining:
-        return not incomplete
-    start = json_line({"prompt": remaining[0]})[:-2].encode()       # without }\n
-    return incomplete.startswith(start) or start.startswith(incomplete)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,21 @@
-"""Chat templates, and turns of you and the model: `python sample.py --interactive`.
+"""Chat templates, and the interactive loop: `python sample.py --interactive`.
 
     chat = FORMATS["llama3"](tokenizer)
     ids = chat.encode_dialog_prompt([{"role": "user", "content": "Why is the sky blue?"}])
 
-A message is a dict with role (system, user or assistant) and content. Special tokens are not recognized in a content.
-An answer ends at `end_id`.
+A message is a dict with role (system, user or assistant) and content, which is encoded as plain text: a special token
+in it has no effect. An answer ends at `end_id`.
 """
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import cycle, islice
 from types import SimpleNamespace
-from typing import Any
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
-from tinyllm.generator import Message, TextGenerator
+from tinyllm.generator import Message, TextGenerator, sampling_kwargs
 from tinyllm.project import tokenizer_errors
 from tokenizer import BaseTokenizer
-
-SamplingKwargs = Callable[[SimpleNamespace], dict[str, Any]]        # settings to arguments of TextGenerator.generate
 
 HELP = """    >>> {prompt:32}{reply}, then it is your turn again
     >>> /set temperature 0.5            change how tokens are chosen; /set alone shows what can be set,
@@ -45,7 +42,7 @@ class ChatFormat:
         self.end_id = self.marks[-1]
 
     def encode_header(self, message: Message) -> list[int]:
-        """Encode whose turn it is."""
+        """Encode the beginning of a message, which names its role."""
         begin, end, _ = self.marks
         return [begin, *self.tokenizer.encode(message["role"]), end, *self.tokenizer.encode("\n\n")]
 
@@ -84,32 +81,38 @@ TEMPLATES = {
 }
 
 
-def detect_format(name: str, tokenizer: BaseTokenizer) -> ChatFormat | None:
-    """Return the template of that name; None if it is unknown, or its marks are plain text to the tokenizer."""
+def choose_format(name: str, name_in_checkpoint: str, tokenizer: BaseTokenizer) -> ChatFormat | None:
+    """Return the template of that name. "auto" is the checkpoint's, if the tokenizer has its special tokens."""
+    if name in FORMATS:
+        return FORMATS[name](tokenizer)
+    if name != "auto":
+        raise UserError(f"--chat {name} is unknown; use auto, none, {', '.join(FORMATS)}")
     try:
-        return FORMATS[name](tokenizer) if name in FORMATS else None
-    except UserError:
+        return FORMATS[name_in_checkpoint](tokenizer)
+    except (KeyError, UserError):
         return None
 
 
-# ---- turns --------------------------------------------------------------------------------------
+# ---- interactive loop ---------------------------------------------------------------------------
 
-def chat_loop(generator: TextGenerator, cfg: SimpleNamespace, sampling_kwargs: SamplingKwargs) -> None:
+def chat_loop(generator: TextGenerator, cfg: SimpleNamespace) -> None:
     """Read lines until /exit or the end of the input, and answer or continue each."""
     if cfg.system and not generator.chat:
         raise UserError("--system is for a model that was taught to talk; leave it out")
     prepare_stdin()
-    history: list[str] = []                     # what you typed and what the model wrote, in turns
+    history: list[str] = []                     # your lines and the model's replies, alternating
     while (line := read_line()) is not None:
         command, *args = line.split() or [""]
         if command == "/exit":
             return
         if command == "/clear":
             history = []
-        elif command.startswith("/"):
-            run_slash_command(command, args, generator, cfg, sampling_kwargs)
+        elif command == "/set":
+            set_option(generator, cfg, args)
+        elif command.startswith("/"):           # /help, or a mistake
+            print(CHAT_HELP if generator.chat else STORY_HELP, end="")
         elif line or not generator.chat:
-            history = print_reply(generator, [*history, line], cfg.system, sampling_kwargs(cfg))
+            history = print_reply(generator, [*history, line], cfg)
             cfg.seed += 1                       # the same line gets another answer the next time
 
 
@@ -136,43 +139,30 @@ def read_line() -> str | None:
             print()
 
 
-def run_slash_command(command: str, args: list[str], generator: TextGenerator, cfg: SimpleNamespace,
-                      sampling_kwargs: SamplingKwargs) -> None:
-    """Run /set, or print the help: for /help and for unknown commands."""
-    if command == "/set":
-        set_option(generator, cfg, sampling_kwargs, args)
-        return
-    if command != "/help":
-        print(escape_control_chars(f"there is no {command}"), file=sys.stderr)
-    print(CHAT_HELP if generator.chat else STORY_HELP, end="")
-
-
-def set_option(generator: TextGenerator, cfg: SimpleNamespace, sampling_kwargs: SamplingKwargs, args: list[str]
-               ) -> None:
-    """Change a setting: args are its name and its value, of the type it has. Without a value, print all settings."""
+def set_option(generator: TextGenerator, cfg: SimpleNamespace, args: list[str]) -> None:
+    """Set a setting, which args name, to the value that follows. Without a value, print all settings."""
+    names = list(sampling_kwargs(cfg))
     name = args[0] if args else ""
     value = " ".join(args[1:])
-    names = list(sampling_kwargs(cfg))
-    if name and name not in names:
-        print(escape_control_chars(f"there is no setting {name}"), file=sys.stderr)
     if name not in names or not value and name != "stop":
-        print(*(f"{known} = {getattr(cfg, known)!r}" for known in names), sep="\n")
+        for known_name in names:
+            print(f"{known_name} = {getattr(cfg, known_name)!r}")
         return
-    old = getattr(cfg, name)
+    old_value = getattr(cfg, name)
     try:
-        setattr(cfg, name, type(old)(value))
+        setattr(cfg, name, type(old_value)(value))
         generator.completions([], **sampling_kwargs(cfg))       # checks the settings, and generates nothing
     except (ValueError, UserError) as error:
-        setattr(cfg, name, old)
+        setattr(cfg, name, old_value)
         reason = error if isinstance(error, UserError) else f"{name} cannot be {value!r}"
         print(f"error: {reason}", file=sys.stderr)
 
 
-def print_reply(generator: TextGenerator, history: list[str], system: str, options: dict[str, Any]) -> list[str]:
-    """Print the model's turn and return the history with it. Ctrl-C ends the reply, not the program."""
+def print_reply(generator: TextGenerator, history: list[str], cfg: SimpleNamespace) -> list[str]:
+    """Print the model's reply and return the history with it. Ctrl-C ends the reply, not the program."""
     reply = ""
     try:
-        for piece in generate_reply(generator, history, system, options):
+        for piece in generate_reply(generator, history, cfg):
             print(escape_for_terminal(piece), end="", flush=True)
             reply += piece
     except KeyboardInterrupt:
@@ -184,23 +174,22 @@ def print_reply(generator: TextGenerator, history: list[str], system: str, optio
     return [*history, reply]
 
 
-def generate_reply(generator: TextGenerator, history: list[str], system: str, options: dict[str, Any]
-                   ) -> Iterator[str]:
+def generate_reply(generator: TextGenerator, history: list[str], cfg: SimpleNamespace) -> Iterator[str]:
     """Answer the last message of a chat; without a chat template, continue the history as one text."""
     if not generator.chat:
-        return islice(generator.stream(as_single_text(history), **options), 1, None)
-    dialog = [{"role": "system", "content": system}] if system else []
+        return islice(generator.stream(as_single_text(history), **sampling_kwargs(cfg)), 1, None)
+    dialog = [{"role": "system", "content": cfg.system}] if cfg.system else []
     for role, content in zip(cycle(("user", "assistant")), history):
         dialog.append({"role": role, "content": content})
-    return generator.answer(dialog, **options)
+    return generator.answer(dialog, **sampling_kwargs(cfg))
 
 
 def as_single_text(history: list[str]) -> str:
-    """Join the turns to one text. Separate a typed line by a space where no white space is."""
+    """Join lines and replies to one text. Put a space before a line where no white space is."""
     story = ""
-    for turn, text in enumerate(history):
-        is_typed = turn % 2 == 0
-        if is_typed and story and text and not story[-1].isspace() and not text[0].isspace():
+    for i, text in enumerate(history):
+        is_line = i % 2 == 0
+        if is_line and story and text and not story[-1].isspace() and not text[0].isspace():
             story += " "
         story += text
     return story

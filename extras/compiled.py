@@ -113,7 +113,7 @@ class CompiledEngine(Engine):
             cache.write(layer, heads[:, self.n_heads:])
             return self.run_attention([heads, lengths, cache.kv[layer]])[0]
 
-        return self._run_one_token(tokens, cache, attend)
+        return self._logits(self._run_layers(tokens[:, None], self._rope_factors(cache.position), attend))
 
 
 class CudaGraphDecode:

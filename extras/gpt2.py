@@ -157,7 +157,7 @@ class GPT2Engine(Engine):
         linear = make_linear(weight.contiguous())
         return lambda x: linear(x) + bias
 
-    def _rope_factors(self, positions: slice | Tensor) -> Tensor:
+    def _rope_factors(self, positions: int | slice | Tensor) -> Tensor:
         """Return the embeddings of positions, (..., dim), in the place of rotations."""
         return self.positions[positions]
 

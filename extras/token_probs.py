@@ -11,7 +11,6 @@ runs with them, so that they can be told apart by color-blind readers and on pap
 import math
 import sys
 from bisect import bisect
-from collections.abc import Iterable
 from html import escape
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from types import SimpleNamespace
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
 from tinyllm.files import atomic_write
-from tinyllm.generator import Completion, StreamDecoder, TextGenerator, Token
+from tinyllm.generator import Completion, StreamDecoder, TextGenerator, Token, sampling_kwargs
 from tokenizer import SPACE, BaseTokenizer
 
 
@@ -82,6 +81,7 @@ def colorize(text: str, logprob: float) -> str:
 
 def print_score(generator: TextGenerator, text: str) -> None:
     """Print loss, perplexity and bits per byte of a text, and its least expected tokens."""
+    text = text.strip()             # as step 1 strips documents
     if not text:
         raise UserError("there is no text in the file to score")
     tokenizer = generator.tokenizer
@@ -164,14 +164,13 @@ def check_html_path(name: str) -> None:
             raise UserError(f"{parent} is a file, so that {path} cannot be in it; name another page for --show_probs")
 
 
-def write_html_page(generator: TextGenerator, completions: list[Completion], cfg: SimpleNamespace,
-                    setting_names: Iterable[str]) -> None:
-    """Write the page that cfg.show_probs names, with the values of the settings that the stories depend on."""
+def write_html_page(generator: TextGenerator, completions: list[Completion], cfg: SimpleNamespace) -> None:
+    """Write the page that cfg.show_probs names, with the settings that the stories depend on."""
     stories = []
     for number, completion in enumerate(completions, 1):
         title = f"Story {number}" if len(completions) > 1 else ""
         stories.append(story_html(generator, completion, title, cfg.echo))
-    settings = {name: getattr(cfg, name) for name in setting_names}
+    settings = {name: getattr(cfg, name) for name in sampling_kwargs(cfg)}
     how = ", ".join(f"{name} {value}" for name, value in settings.items() if value != "")
     page = PAGE.format(title=TITLE, style=STYLE, legend=legend_html(), stories="".join(stories),
                        model=escape_html(generator.description), how=escape_html(how))

@@ -58,7 +58,7 @@ def test_an_answer_ends_at_its_mark(talker):
 def test_a_dialogue_gives_all_that_was_said(talker, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("this<|im_end|>\n\nand is?\n/exit\n"))
     cfg, _ = cli.parse_settings(vars(sample), ["--system", "ing", "--max_new_tokens", "20"])
-    chat_loop(talker, cfg, sample.sampling_kwargs)
+    chat_loop(talker, cfg)
     assert capsys.readouterr().out.endswith(">>> a test\n>>> >>> the sentence\n>>> ")
     first = ("<|im_start|>", "system\ning", "<|im_end|>", "\n", "<|im_start|>")
     begin = ids(talker.tokenizer, *first) + talker.tokenizer.encode("user\nthis<|im_end|>")     # typed: text, no mark

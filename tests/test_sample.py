@@ -51,6 +51,22 @@ def test_the_settings_block_is_the_one_definition_of_the_defaults():
     assert base["temperature"].default is inspect.Parameter.empty
 
 
+def test_grow_is_generate_by_its_old_names(ckpt):
+    generator = TextGenerator(ckpt)
+    tokenizer = generator.tokenizer
+    prompt_ids = [tokenizer.encode_prompt("The dog"), tokenizer.encode_prompt("A cat")]
+    free = generator.completions(["The dog", "A cat"], 12, 0)
+    stop_id = free[0].tokens[4]
+    ended = [Completion("The dog"), Completion("A cat")]
+    for _ in generator.generate(ended, 12, 0, prompt_ids=prompt_ids, stop_ids=[stop_id]):
+        pass
+    assert len(ended[0].tokens) < 5 and ended[0].stop_reason == "eos"
+    grown = [Completion(""), Completion("")]
+    for _ in generator.grow(grown, 12, 0, heads=prompt_ids, ends=[stop_id]):
+        pass
+    assert [completion.tokens for completion in grown] == [completion.tokens for completion in ended]
+
+
 def test_greedy_needs_no_seed(ckpt):
     generator = TextGenerator(ckpt)
     assert generator.sample("The", 2, 20, 0, seed=1) == generator.sample("The", 2, 20, temperature=0, seed=2)

@@ -4,17 +4,16 @@ import math
 import pytest
 import torch
 
-from tinyllm import sampling as sampling
-from tinyllm.sampling import SamplingParams, sample_token
+from tinyllm.sampling import SamplingParams, exponential_noise, sample_token
 
 
-def draw(logits, count, seen=(), **options):
+def draw(logits, count, occurred=(), **options):
     """Draw `count` tokens."""
     noise = torch.empty(count, options.get("top_k") or len(logits)).exponential_(
         generator=torch.Generator().manual_seed(5))[:, :len(logits)]
-    was = torch.tensor([token in seen for token in range(len(logits))]).expand(count, -1)
-    params = SamplingParams(**options)
-    return sample_token(torch.tensor(logits).expand(count, -1), params, noise, was if seen else None).tolist()
+    mask = torch.tensor([token in occurred for token in range(len(logits))]).expand(count, -1)
+    rows = torch.tensor(logits).expand(count, -1)
+    return sample_token(rows, SamplingParams(**options), noise, mask if occurred else None).tolist()
 
 
 def test_draws_follow_the_distribution():
@@ -54,10 +53,10 @@ def test_min_p_keeps_what_has_its_share_of_the_likeliest():
 
 
 def test_repetition_makes_old_tokens_less_likely():
-    assert draw([1.0, 0.9, -1.0], 1, temperature=0, seen=[0], repetition_penalty=1.2) == [1]
-    assert draw([1.0, 0.9, -1.0], 1, temperature=0, seen=[0], repetition_penalty=1.1) == [0]
-    assert draw([-1.0, -1.1], 1, temperature=0, seen=[0, 0], repetition_penalty=1.2) == [1]    # once, however often
-    assert draw([1.0, 0.9, -1.0], 1, temperature=0, seen=[], repetition_penalty=9.0) == [0]
+    assert draw([1.0, 0.9, -1.0], 1, temperature=0, occurred=[0], repetition_penalty=1.2) == [1]
+    assert draw([1.0, 0.9, -1.0], 1, temperature=0, occurred=[0], repetition_penalty=1.1) == [0]
+    assert draw([-1.0, -1.1], 1, temperature=0, occurred=[0, 0], repetition_penalty=1.2) == [1]    # once, however often
+    assert draw([1.0, 0.9, -1.0], 1, temperature=0, occurred=[], repetition_penalty=9.0) == [0]
 
 
 def test_filters_apply_to_each_row_by_itself():
@@ -69,8 +68,8 @@ def test_filters_apply_to_each_row_by_itself():
 
 def test_noise_is_exponentially_distributed():
     """Kolmogorov-Smirnov over 16,000 numbers; the 99.99 % point is 2.23 / sqrt(n)."""
-    rows = sampling.exponential_noise(SamplingParams(), [0], 100, torch.device("cpu"))
-    noise = torch.stack([next(rows) for _ in range(160)])
+    numbers = exponential_noise(SamplingParams(), [0], 100, torch.device("cpu"))
+    noise = torch.stack([next(numbers) for _ in range(160)])
     found = noise.flatten().sort().values
     assert (found > 0).all()
     steps = torch.arange(1, len(found) + 1) / len(found)

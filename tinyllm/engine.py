@@ -4,14 +4,12 @@
     for step in engine.generate([[1, 403, 407], [1, 291]], max_new_tokens=100, stop_ids=[2]):
         print(step.tokens)                              # e.g. [378, 17], then [261, None] once the second has ended
 
-Same weights as in model.py, fused into fewer and larger matrices: at batch size 1, launching an operation costs as much
-as computing it. Matrices with the same input become one (wq, wk, wv; w1, w3); the weights of the norms and the scale of
-attention are multiplied into them.
-
-Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
+The weights of model.py are fused into fewer and larger matrices, since at batch size 1 launching an operation costs as
+much as computing it: wq, wk and wv become one, and so do w1 and w3. The weights of the norms and the scale of attention
+are multiplied into them. Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -23,10 +21,9 @@ from model import RMSNorm, Transformer, TransformerBlock
 from tinyllm import optional
 from tinyllm.cli import UserError
 from tinyllm.kernels import causal_attention, model_is_original
-from tinyllm.sampling import SamplingParams, exponential_noise, sample_token, seen_token_mask
+from tinyllm.sampling import SamplingParams, exponential_noise, occurrence_mask, sample_token
 
-# Skip __torch_function__ dispatch: for packed float16 weights, PyTorch's check of each argument throws a C++ exception
-# that costs more than the product.
+# For packed float16 weights, __torch_function__ dispatch throws a C++ exception that costs more than the product.
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 
 LinearFn = Callable[[Tensor], Tensor]                   # (rows, in) -> (rows, out)
@@ -40,12 +37,10 @@ class Step(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of all layers; row i holds lengths[i] tokens of sequence i.
-
-    kv: (n_layers, B, 2 K, cache_len, D), keys and then values.
-    """
+    """Keys and values of all layers; row i holds lengths[i] tokens of sequence i."""
 
     def __init__(self, kv: Tensor):
+        """kv: (n_layers, B, 2 K, cache_len, D), keys and then values."""
         self.kv = kv
         self.cache_len = kv.shape[3]
         self.lengths = [0] * kv.shape[1]
@@ -81,7 +76,7 @@ class KVCache:
         self._values = values.unbind()
         if isinstance(position, int):
             self.mask = None
-            self._slots = self.kv[:, :, :, position].unbind()                           # each (B, 2 K, D)
+            self._slots = self.kv[:, :, :, position].unbind()                           # of each layer, (B, 2 K, D)
         else:
             self.mask = (torch.arange(end, device=self.kv.device) <= position)[:, None, None]       # (B, 1, 1, end)
             self._index = position[:, None, :, None].expand(-1, self.kv.shape[2], -1, self.kv.shape[4])
@@ -131,52 +126,42 @@ class Engine:
     def _add_layer(self, matrices: tuple[Tensor, ...], make_linear: Callable[[Tensor], LinearFn]) -> None:
         self.layers.append([make_linear(matrix) for matrix in matrices])
 
+    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams = SamplingParams(),
                  stop_ids: Collection[int] = (), sample_ids: list[int] | None = None) -> Iterator[Step]:
-        """Continue prompts that may differ in length.
+        """Continue prompts (ids, at least one each) that may differ in length.
 
         A sequence ends at one of stop_ids, which is not yielded. Its tokens depend on its prompt, the seed and its
-        sample id, and not on its neighbours (except for rounding in int8 and bfloat16). When a sequence fills the
+        sample id, and not on its neighbors (except for rounding in int8 and bfloat16). When a sequence fills the
         model's window, it continues from its first token (bos) and the newer half.
 
-        Args:
-            prompts: ids, at least one each.
-            sample_ids: numbers that choose the random numbers of each sequence; 0, 1, ... when None.
-        Raises:
-            ValueError: if a prompt has no ids, or ids that are not in the vocabulary.
+        sample_ids: numbers that choose the random numbers of each sequence; 0, 1, ... when None.
         """
-        for prompt in prompts:
-            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.args.vocab_size:
-                raise ValueError(f"a prompt needs ids from 0 to {self.args.vocab_size - 1}, not {prompt[:20]}")
-        return self._generate(prompts, max_new_tokens, params, stop_ids, sample_ids or range(len(prompts)))
-
-    @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams,
-                  stop_ids: Collection[int], sample_ids: Sequence[int]) -> Iterator[Step]:
+        vocab_size = self.args.vocab_size
         window = self.args.max_seq_len
         sequences = [crop_to_window(prompt, window) for prompt in prompts]
-        noise = exponential_noise(params, sample_ids, self.args.vocab_size, self.device)
-        seen = None
-        if params.repetition_penalty != 1:
-            seen = seen_token_mask(prompts, self.args.vocab_size, self.device)      # (B, vocab_size)
         cache = self.new_cache(len(prompts), min(window, max(map(len, prompts)) + max_new_tokens))
+        noise = exponential_noise(params, sample_ids or range(len(prompts)), vocab_size, self.device)
+        occurred = None
+        if params.repetition_penalty != 1:
+            occurred = occurrence_mask(prompts, vocab_size, self.device)            # (B, vocab_size)
         tokens = torch.empty(0)             # the first step has only the prompts
         ended = [False] * len(prompts)
         for _ in range(max_new_tokens):
             with _NO_TORCH_FUNCTION():
-                logits = self._next_logits(sequences, tokens, cache)
-            tokens = sample_token(logits, params, next(noise), seen)        # (B,)
-            new_tokens = tokens.tolist()
-            ended = [end or token in stop_ids for end, token in zip(ended, new_tokens)]
+                logits = self._next_logits(sequences, tokens, cache)                # (B, vocab_size)
+            tokens = sample_token(logits, params, next(noise), occurred)            # (B,)
+            new_ids = tokens.tolist()
+            ended = [end or token in stop_ids for end, token in zip(ended, new_ids)]
             if all(ended):
                 return
-            yield Step([None if end else token for end, token in zip(ended, new_tokens)], logits)
-            sequences = [crop_to_window([*ids, token], window) for ids, token in zip(sequences, new_tokens)]
-            if seen is not None:
-                seen.scatter_(1, tokens[:, None], True)
+            yield Step([None if end else token for end, token in zip(ended, new_ids)], logits)
+            sequences = [crop_to_window([*ids, token], window) for ids, token in zip(sequences, new_ids)]
+            if occurred is not None:
+                occurred.scatter_(1, tokens[:, None], True)
 
     def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits (B, vocab_size) after sequences that fit the window; tokens (B,) are their last ones."""
+        """Return the logits (B, vocab_size) after sequences that fit the window. tokens (B,) are their last ones."""
         rows = cache.rows_to_prefill()
         if len(rows) == len(sequences):
             return self.prefill(sequences, cache)
@@ -221,18 +206,11 @@ class Engine:
             q, kv = heads.split_with_sizes((self.n_heads, 2 * self.n_kv_heads), 1)
             cache.write(layer, kv)
             keys, values = cache.read(layer)                                        # (B, K, end, D)
-            # heads that share keys become queries of one head
-            q = q.unflatten(1, (self.n_kv_heads, -1))                               # (B, K, H / K, D)
+            q = q.unflatten(1, (self.n_kv_heads, -1))       # (B, K, H / K, D): heads that share keys are queries of one
             out = F.scaled_dot_product_attention(q, keys, values, cache.mask, scale=1.0)
             return out.reshape(len(tokens), -1)
 
-        return self._run_one_token(tokens, cache, attend)
-
-    def _run_one_token(self, tokens: Tensor, cache: KVCache, attend: AttentionFn) -> Tensor:
-        position = cache.position
-        if isinstance(position, int):
-            position = slice(position, position + 1)
-        return self._logits(self._run_layers(tokens[:, None], self._rope_factors(position), attend))
+        return self._logits(self._run_layers(tokens[:, None], self._rope_factors(cache.position), attend))
 
     @torch.inference_mode()
     def read(self, ids: list[int]) -> Iterator[Tensor]:
@@ -244,18 +222,19 @@ class Engine:
             yield logprobs
 
     def _logits_of_window(self, ids: list[int]) -> Tensor:
-        tokens = torch.tensor([ids], device=self.device)
-        rope = self._rope_factors(slice(len(ids)))
-        x = self._run_layers(tokens, rope, lambda _, heads: self._causal_attention(heads[None]))
-        return self._logits(x)
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            return self._causal_attention(heads[None])
+
+        tokens = torch.tensor([ids], device=self.device)                            # (1, T)
+        return self._logits(self._run_layers(tokens, self._rope_factors(slice(len(ids))), attend))
 
     def _causal_attention(self, heads: Tensor) -> Tensor:
         """Attention of whole sequences: (B, T, H + 2 K, D) -> (B * T, dim)."""
         q, k, v = heads.transpose(1, 2).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
         return causal_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def _rope_factors(self, positions: slice | Tensor) -> Tensor:
-        """Return the factors of the heads at some positions, (..., H + 2 K, D / 2). Those of values are 1."""
+    def _rope_factors(self, positions: int | slice | Tensor) -> Tensor:
+        """Return the factors of the heads at some positions, (..., H + 2 K, D / 2). Values are multiplied by 1."""
         rope = self.rope[positions]                                                 # (..., 1, D / 2)
         rotations = rope.expand(*rope.shape[:-2], self.n_heads + self.n_kv_heads, -1)
         ones = torch.ones_like(rope).expand(*rope.shape[:-2], self.n_kv_heads, -1)

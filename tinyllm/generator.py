@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class StreamDecoder:
         self.stop_strings = stop_strings
         self.ids = list(prompt_ids)
         self.n_decoded = len(self.ids)      # ids[:n_decoded] are text already
-        self.context_start = 0              # ids[context_start:n_decoded] are decoded again together with new ones
+        self.context_start = 0              # ids[context_start:n_decoded] are decoded again before new ones
         self.pending = ""                   # text that may be the start of a stop string
         self.stopped = False
 
@@ -56,24 +57,21 @@ class StreamDecoder:
         self.context_start = self.n_decoded - 1
         self.n_decoded = len(self.ids)
         self.pending += text
-        ends = [self.pending.find(stop) for stop in self.stop_strings if stop in self.pending]
-        if ends:
+        stop_starts = [self.pending.find(stop) for stop in self.stop_strings if stop in self.pending]
+        if stop_starts:
             self.stopped = True
-            return self._take_pending(min(ends), rest="")
+            return self.pending[:min(stop_starts)]
         n_safe = len(self.pending) - self._partial_stop_length()
-        return self._take_pending(n_safe, rest=self.pending[n_safe:])
+        safe_text = self.pending[:n_safe]
+        self.pending = self.pending[n_safe:]
+        return safe_text
 
     def flush(self) -> str:
         """Return the rest of the text when no more tokens follow."""
         return self.pending + self._new_text()
 
-    def _take_pending(self, length: int, rest: str) -> str:
-        text = self.pending[:length]
-        self.pending = rest
-        return text
-
     def _new_text(self) -> str:
-        # the first token of a text loses its space, so one decoded token is decoded again before the new ones
+        # the first token of a text loses its space, so the new tokens are decoded behind an old one
         known = self.tokenizer.decode(self.ids[self.context_start:self.n_decoded])
         return self.tokenizer.decode(self.ids[self.context_start:])[len(known):]
 
@@ -88,17 +86,12 @@ class StreamDecoder:
 
 @dataclass
 class Completion:
-    """A generated text; `text` comes after the prompt.
-
-    Attributes:
-        logprobs: log-probability of each token in nats, before temperature and filters.
-        stop_reason: eos, stop (a stop string) or length.
-    """
+    """A generated text; `text` comes after the prompt."""
     prompt: str
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop_reason: str = "length"
+    logprobs: list[float] = field(default_factory=list)     # nats, before temperature and filters
+    stop_reason: str = "length"         # eos, stop (a stop string) or length
 
     def append(self, token: int | None, logprob: float, decoder: StreamDecoder) -> str:
         """Add a token, or None at the end of the sequence. Return the text that it completes."""
@@ -125,10 +118,7 @@ class TextGenerator:
 
     def __init__(self, checkpoint: str | Path, tokenizer_model_path: str | Path | None, seed: int, device: str,
                  dtype: str, quantize: str, compile: bool, chat: str, team: Any = None):
-        """Load a checkpoint. Raises UserError if something cannot be used.
-
-        team: a TensorParallelGroup, to load this process's part.
-        """
+        """Load a checkpoint. team: a TensorParallelGroup, to load this process's part."""
         self.backend = choose_backend(device, dtype, training=False)
         self._check_options(quantize, compile, team)
         state = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
@@ -137,7 +127,9 @@ class TextGenerator:
         if self.tokenizer.n_words > model.args.vocab_size:
             raise UserError(f"the tokenizer has {self.tokenizer.n_words} tokens, the model {model.args.vocab_size}; "
                             "they do not belong together")
-        self.chat = self._find_chat_format(chat, state.get("chat", ""))
+        self.chat = None                    # a ChatFormat of extras/chat.py
+        if chat != "none" and (chat != "auto" or state.get("chat")):
+            self.chat = optional.load("chat").choose_format(chat, state.get("chat", ""), self.tokenizer)
         self.seed = seed
         self.parameters = model.count_parameters()
         backend = f"{self.backend.device} with {quantize}" if quantize else str(self.backend)
@@ -158,40 +150,25 @@ class TextGenerator:
         if compile and team:
             raise UserError("--compile is for one process, without torchrun; leave it out")
 
-    def _find_chat_format(self, name: str, name_in_checkpoint: str) -> Any:
-        """Return a ChatFormat of extras/chat.py, or None."""
-        if name == "none" or name == "auto" and not name_in_checkpoint:
-            return None
-        formats = optional.load("chat")
-        if name == "auto":
-            return formats.detect_format(name_in_checkpoint, self.tokenizer)
-        if name not in formats.FORMATS:
-            raise UserError(f"--chat {name} is unknown; use auto, none, {', '.join(formats.FORMATS)}")
-        return formats.FORMATS[name](self.tokenizer)
-
     def sample(self, start: str, num_samples: int, *args, **options) -> list[str]:
         """Return num_samples texts, each with `start` at its beginning. Takes the further arguments of `generate`."""
         if num_samples < 1:
             raise UserError(f"num_samples must be at least 1, not {num_samples}")
-        return [start + completion.text for completion in self.completions([start] * num_samples, *args, **options)]
+        completions = self.completions([start] * num_samples, *args, **options)
+        return [start + completion.text for completion in completions]
 
     def stream(self, start: str, *args, **options) -> Iterator[str]:
-        """Yield `start`, and then the text as it grows, in whole characters. Takes the arguments of `generate`."""
+        """Yield `start`, and then the text as it grows. Takes the further arguments of `generate`."""
         pieces = self.generate([Completion(start)], *args, **options)
         return chain([start], (piece for _, piece in pieces))
 
     def answer(self, dialog: list[Message], *args, **options) -> Iterator[str]:
-        """Yield the answer to a dialog as it grows. Takes the further arguments of `generate`.
-
-        dialog: dicts with role (system, user, assistant) and content.
-        Raises UserError if this is no chat model.
-        """
+        """Yield the answer of a chat model to a dialog as it grows. Takes the further arguments of `generate`."""
         if not self.chat:
             raise UserError("this model was not taught to talk; if it was, say in which form: --chat chatml")
         with tokenizer_errors():
             prompt_ids = self._encode_dialog(dialog)
-        options |= {"prompt_ids": [prompt_ids], "stop_ids": [self.chat.end_id]}
-        pieces = self.generate([Completion("")], *args, **options)
+        pieces = self.generate([Completion("")], *args, prompt_ids=[prompt_ids], stop_ids=[self.chat.end_id], **options)
         return (piece for _, piece in pieces)
 
     def _encode_dialog(self, dialog: list[Message]) -> list[int]:
@@ -223,12 +200,9 @@ class TextGenerator:
             max_new_tokens, ..., repetition_penalty: see the settings block of sample.py.
             stop: strings that end a text.
             seed: the generator's when None.
-            sample_ids: numbers that choose the random numbers of each completion; 0, 1, ... when None.
+            sample_ids, or by its old name rows: see Engine.generate.
             prompt_ids: token ids to continue instead of the prompts.
             stop_ids: token ids that end a text, as eos does.
-            rows: the old name of sample_ids.
-        Raises:
-            UserError: for a setting that cannot be used.
         """
         seed = self.seed if seed is None else seed
         params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -247,9 +221,10 @@ class TextGenerator:
         steps = self.engine.generate(prompt_ids, max_new_tokens, params, stop_ids, sample_ids)
         return self._extend(completions, steps, decoders, max_new_tokens)
 
-    def grow(self, *args, **options) -> Iterator[tuple[int, str]]:
-        """Call `generate` by its old name."""
-        return self.generate(*args, **options)
+    def grow(self, completions: list[Completion], *args, heads: list[list[int]] | None = None,
+             ends: Collection[int] = (), **options) -> Iterator[tuple[int, str]]:
+        """Call `generate` by its old name, with the old names of prompt_ids and stop_ids."""
+        return self.generate(completions, *args, prompt_ids=heads, stop_ids=ends, **options)
 
     def _extend(self, completions: list[Completion], steps: Iterator[Step], decoders: list[StreamDecoder],
                 max_new_tokens: int) -> Iterator[tuple[int, str]]:
@@ -273,8 +248,8 @@ class TextGenerator:
         window = self.engine.args.max_seq_len
         longest = max(len(decoder.ids) for decoder in decoders) - 1        # the model does not read the last token
         if longest > window and not self.window_warning_shown:
-            print(f"\nnote: the model sees {window} tokens; a longer text goes on from its first one and newer half; "
-                  "the rest is forgotten", file=sys.stderr)
+            print(f"\nnote: the model sees {window} tokens: the first one and the newer half of a longer text",
+                  file=sys.stderr)
             self.window_warning_shown = True
 
     def read(self, ids: list[int], alternatives: int = 3) -> list[Token]:
@@ -285,17 +260,23 @@ class TextGenerator:
         tokens: list[Token] = []
         for logprobs in self.engine.read(ids):                                      # (n, vocab_size)
             targets = ids[len(tokens) + 1:len(tokens) + 1 + len(logprobs)]
-            index = torch.tensor(targets, device=logprobs.device)[:, None]          # (n, 1)
-            target_logprobs = logprobs.gather(1, index).flatten().tolist()
-            top_logprobs, top_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))
-            tops = zip(top_ids.tolist(), top_logprobs.exp().tolist())
-            for token, logprob, (others, probabilities) in zip(targets, target_logprobs, tops):
-                pieces = [self.tokenizer.id_to_piece(other) for other in others]
-                tokens.append(Token(self.tokenizer.id_to_piece(token), logprob, list(zip(pieces, probabilities))))
+            target_logprobs = logprobs[torch.arange(len(targets)), targets].tolist()
+            top_logprobs, top_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))        # (n, alternatives)
+            top_probabilities = top_logprobs.exp().tolist()
+            for row, token in enumerate(targets):
+                pieces = [self.tokenizer.id_to_piece(top_id) for top_id in top_ids[row].tolist()]
+                top_tokens = list(zip(pieces, top_probabilities[row]))
+                tokens.append(Token(self.tokenizer.id_to_piece(token), target_logprobs[row], top_tokens))
         return tokens
 
 
 def _logprobs_of_tokens(step: Step) -> list[float]:
-    """Return the log-probability of each token of a step; that of an ended sequence means nothing."""
+    """Return the log-probability of each token of a step. An ended sequence has any."""
     tokens = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)       # (B,)
     return step.logits.log_softmax(-1).gather(1, tokens[:, None]).flatten().tolist()
+
+
+def sampling_kwargs(cfg: SimpleNamespace) -> dict[str, Any]:
+    """Return the arguments of TextGenerator.generate that are settings of sample.py."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(cfg, name) for name in names} | {"stop": cfg.stop.split("|")}

@@ -20,21 +20,12 @@ NOISE_CHUNK = 16        # tokens for which random numbers are drawn at once
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token.
-
-    Attributes:
-        temperature: 0 takes the most probable token.
-        top_k: draw from the k most probable tokens; 0 for all.
-        top_p: draw from the most probable tokens that together reach this probability (arXiv 1904.09751).
-        min_p: drop tokens below this share of the top token's probability (arXiv 2407.01082).
-        repetition_penalty: above 1, tokens that occurred before become less probable (arXiv 1909.05858).
-        seed: of the random numbers.
-    """
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    """How to choose a token."""
+    temperature: float = 1.0            # 0: take the most probable token
+    top_k: int = 0                      # draw from the k most probable tokens; 0: from all
+    top_p: float = 1.0                  # draw from the most probable that together reach this (arXiv 1904.09751)
+    min_p: float = 0.0                  # drop tokens below this share of the top probability (arXiv 2407.01082)
+    repetition_penalty: float = 1.0     # above 1, make tokens that occurred less probable (arXiv 1909.05858)
     seed: int = 0
 
 
@@ -57,23 +48,19 @@ def validate_sampling(max_new_tokens: int, params: SamplingParams) -> None:
         raise UserError("; ".join(errors))
 
 
-def sample_token(logits: Tensor, params: SamplingParams, noise: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Choose a token for each sequence of a batch.
+def sample_token(logits: Tensor, params: SamplingParams, noise: Tensor, occurred: Tensor | None = None) -> Tensor:
+    """Choose a token for each sequence; return their ids (B,).
 
     The largest of p / e, with exponentially distributed e, is a draw from p (Gumbel-max trick, arXiv 1611.01144).
     Noise belongs to the sorted probabilities, so top-k keeps exactly k tokens even if logits are equal.
 
-    Args:
-        logits: (B, vocab_size).
-        noise: (B, k), from `exponential_noise`.
-        seen: (B, vocab_size), the tokens that repetition_penalty applies to.
-    Returns:
-        (B,) token ids.
+    logits: (B, vocab_size). noise: (B, k), from `exponential_noise`. occurred: (B, vocab_size), the tokens that
+    repetition_penalty applies to.
     """
-    if seen is not None:
+    if occurred is not None:
         penalty = params.repetition_penalty
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)     # (B, vocab_size)
-        logits = torch.where(seen, penalized, logits)
+        logits = torch.where(occurred, penalized, logits)
     if params.temperature == 0:
         return logits.argmax(-1)
     top_logits, ids = logits.topk(noise.shape[-1])                                  # (B, k), sorted
@@ -92,20 +79,18 @@ def exponential_noise(params: SamplingParams, sample_ids: Iterable[int], vocab_s
     k = min(params.top_k or vocab_size, vocab_size)
     if params.temperature == 0:
         yield from repeat(torch.empty(0, k))
-    generators = [_generator(f"{params.seed} {sample_id}") for sample_id in sample_ids]
+    generators = []
+    for sample_id in sample_ids:
+        digest = hashlib.sha256(f"{params.seed} {sample_id}".encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
     while True:
         drawn = [torch.rand(NOISE_CHUNK, k, generator=generator) for generator in generators]
         yield from torch.stack(drawn, 1).log_().neg_().to(device)
 
 
-def _generator(name: str) -> torch.Generator:
-    digest = hashlib.sha256(name.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def seen_token_mask(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
+def occurrence_mask(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
     """Return which ids occur in each prompt, (B, vocab_size)."""
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-    for row, ids in zip(seen, prompts):
+    occurred = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    for row, ids in zip(occurred, prompts):
         row[ids] = True
-    return seen.to(device)
+    return occurred.to(device)

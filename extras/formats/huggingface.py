@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from extras.chat import TEMPLATES, detect_format
+from extras.chat import TEMPLATES, choose_format
 from extras.formats import common
 from model import ModelArgs
 from tinyllm.checkpoint import build_tokenizer
@@ -161,7 +161,7 @@ def write_configs(state: dict[str, Any], tokenizer: BaseTokenizer, folder: Path)
     dtype = str(state["model"]["norm.weight"].dtype).removeprefix("torch.")
     config = {**make_config(state["model_args"]), **ids, "dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", config)
-    chat_format = detect_format(state.get("chat", ""), tokenizer)
+    chat_format = choose_format("auto", state.get("chat", ""), tokenizer)
     if chat_format:
         ids["eos_token_id"] = [tokenizer.eos_id, chat_format.end_id]
     write_json(folder / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.8, "top_k": 300})

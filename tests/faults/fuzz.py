@@ -141,7 +141,7 @@ def read_log() -> None:
 
 
 def read_stories() -> None:
-    sample.count_finished(Path("out.jsonl"), sample.read_text_file("texts/c.txt").split("\n"))
+    sample.count_finished(Path("out.jsonl"), Path("texts/c.txt").read_text(encoding="utf-8").split("\n"))
 
 
 class Target(NamedTuple):
