@@ -150,8 +150,8 @@ def check_settings(cfg: SimpleNamespace) -> None:
         for name in IGNORED_WITH[mode]:
             if getattr(cfg, mode) and getattr(cfg, name) != globals()[name]:
                 raise UserError(f"--{name} has no effect with --{mode}; leave it out")
-    if isinstance(cfg.show_probs, str):
-        optional.load("token_probs").check_html_path(cfg.show_probs)
+    if isinstance(cfg.show_probs, str) and not cfg.show_probs.endswith((".html", ".htm")):
+        raise UserError(f"--show_probs must be True, False or a page to write, such as {cfg.show_probs}.html")
 
 
 def read_input(cfg: SimpleNamespace) -> str:

@@ -2,13 +2,13 @@
 
     engine = build_engine(model, compiled=True)         # a CompiledEngine on a CPU, a CudaGraphEngine on a GPU
 
-For one token of a small model, engine.py spends more time on launching operations than on their arithmetic: some 30 a
-layer. PyTorch's compiler fuses them into one function as long as none calls a library, so the products are spelled out
-as multiply and sum. A single token loses nothing: each weight is read once, and reading takes the time. Products of
-several sequences are faster in the library; for them, only attention is compiled.
+For one token of a small model, engine.py spends more time on launching operations, some 30 a layer, than on arithmetic.
+PyTorch's compiler fuses them into one function if none of them calls a library, so the products are spelled out as
+multiply and sum. That is as fast for a single token, because reading each weight once takes the time. For several
+sequences the library is faster, so only their attention is compiled.
 
-The weights are arguments of the function. So one function serves all layers, and all checkpoints of a shape. It is kept
-in a file: compiling takes about 15 seconds for each of the two functions, loading takes milliseconds.
+The weights are arguments of the function. So one function serves all layers, and all checkpoints of a shape. Compiling
+takes about 15 seconds for each of the two functions; they are kept in files.
 """
 import hashlib
 import os
@@ -67,12 +67,11 @@ class CompiledEngine(Engine):
 
     def generate(self, prompts: list[list[int]], *args, **options) -> Iterator[Step]:
         """See Engine.generate. Raises UserError if compiling does not work on this machine."""
-        steps = super().generate(prompts, *args, **options)
         if len(prompts) == 1:
             self.load_layer()
         else:
             self.load_attention()
-        return steps
+        return super().generate(prompts, *args, **options)
 
     def load_layer(self) -> None:
         if self.run_layer:
@@ -93,7 +92,9 @@ class CompiledEngine(Engine):
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         cache.advance()
-        return self._decode_single(tokens, cache) if len(tokens) == 1 else self._decode_batch(tokens, cache)
+        if len(tokens) == 1:
+            return self._decode_single(tokens, cache)
+        return self._decode_batch(tokens, cache)
 
     def _decode_single(self, tokens: Tensor, cache: KVCache) -> Tensor:
         x = F.embedding(tokens, self.embeddings)                                    # (1, dim + 1)
@@ -132,8 +133,7 @@ class CudaGraphDecode:
 class CudaGraphStep:
     """A decode step recorded as a CUDA graph, which launches all its kernels at once.
 
-    Recording fixes the addresses of tensors. So the tokens and their positions are copied to the recorded ones, and
-    attention goes over the whole length of the cache.
+    The graph reads fixed addresses. So tokens and positions are copied there, and attention sees the whole cache.
     """
 
     def __init__(self, decode: Callable[[Tensor, KVCache], Tensor]):
@@ -246,8 +246,6 @@ def load_function(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
                   ) -> CompiledFn:
     """Return the compiled forward of a module, from its file if it exists.
 
-    The function checks none of its arguments, so the file's name depends on everything that it was compiled for.
-
     dynamic_dims: which dimensions of the tensors may differ from the example's.
     """
     path = compiled_path(module, example)
@@ -261,8 +259,7 @@ def load_function(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
 
 
 def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, ...]) -> Path:
-    if not FOLDER.is_absolute():
-        raise UserError("--compile keeps its code in your home directory, and there is none; leave it out")
+    """Return the file's name. It depends on all that was compiled for, since the code checks none of its arguments."""
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in example]
     machine = [torch.__version__, torch.get_num_threads(), sorted(torch.cpu.get_capabilities().items())]
     source = Path(__file__).read_bytes()
@@ -271,7 +268,7 @@ def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
 
 
 def is_intact(path: Path) -> bool:
-    """True if the file has the checksum it was written with: damaged machine code may crash the process."""
+    """True if the file has the checksum it was written with. Damaged machine code may crash the process."""
     digest = path.with_suffix(".sha256")
     return path.is_file() and digest.is_file() and digest.read_bytes() == sha256(path).encode()
 
@@ -280,11 +277,8 @@ def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims
     if reason := device.why_no_compiler():
         raise UserError(f"--compile does not work here: {reason}; leave it out, or fix that")
     temporary = path.with_suffix(f".{os.getpid()}.pt2")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise UserError(f"--compile keeps its code in {path.parent}, and cannot write there; leave it out") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch()
     purpose = "single texts" if isinstance(module, DecodeLayer) else "several texts at a time"
     print(f"compiling for {purpose}, once for models of this shape: about 15 seconds", file=sys.stderr, flush=True)
     try:

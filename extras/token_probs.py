@@ -4,16 +4,14 @@
     python sample.py --prompt "The dog" --show_probs probs.html     # a page
     python sample.py --score story.txt                              # loss and perplexity of an existing text
 
-The page is one file without scripts that loads no other file. Tooltips are attributes that the style sheet shows, so
-the text of the page is the story alone and can be copied. The colors run from orange to pale blue, and their lightness
-runs with them, so that they can be told apart by color-blind readers and on paper.
+The page is one file without scripts. Tooltips are attributes that the style sheet shows, so the text of the page is the
+story alone and can be copied. The lightness of the colors runs with the probability, also for color-blind readers.
 """
 import math
 import sys
 from bisect import bisect
 from html import escape
-from itertools import accumulate, pairwise
-from pathlib import Path
+from itertools import pairwise
 from types import SimpleNamespace
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
@@ -146,22 +144,10 @@ PAGE = """<!DOCTYPE html>
 <h1>{title}</h1>
 <p class="legend">Probability: {legend} <span class="prompt">prompt</span><br>
 Point at a token, tap it, or go from one to the next with Tab.</p>
-{stories}<footer>{model}<br>{how}</footer>
+{stories}<footer>{model}<br>{settings}</footer>
 </body>
 </html>
 """
-
-
-def check_html_path(name: str) -> None:
-    """Raise UserError if no page can be written there."""
-    path = Path(name)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--show_probs {name} is neither True, False nor a page to write; name it {name}.html")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name another page for --show_probs")
-    for parent in path.parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{parent} is a file, so that {path} cannot be in it; name another page for --show_probs")
 
 
 def write_html_page(generator: TextGenerator, completions: list[Completion], cfg: SimpleNamespace) -> None:
@@ -171,9 +157,9 @@ def write_html_page(generator: TextGenerator, completions: list[Completion], cfg
         title = f"Story {number}" if len(completions) > 1 else ""
         stories.append(story_html(generator, completion, title, cfg.echo))
     settings = {name: getattr(cfg, name) for name in sampling_kwargs(cfg)}
-    how = ", ".join(f"{name} {value}" for name, value in settings.items() if value != "")
+    settings_text = ", ".join(f"{name} {value}" for name, value in settings.items() if value != "")
     page = PAGE.format(title=TITLE, style=STYLE, legend=legend_html(), stories="".join(stories),
-                       model=escape_html(generator.description), how=escape_html(how))
+                       model=escape_html(generator.description), settings=escape_html(settings_text))
     with atomic_write(cfg.show_probs) as file:
         file.write(page.encode(errors="replace"))       # a checkpoint's name may not be valid text
     print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)
@@ -195,11 +181,11 @@ def story_html(generator: TextGenerator, completion: Completion, title: str, ech
     heading = f"<h2>{title}</h2>\n" if title else ""
     prompt = prompt_html(generator.tokenizer, prompt_ids, prompt_tokens) if echo else ""
     texts = token_texts(generator.tokenizer, prompt_ids, completion.tokens)
-    starts = accumulate(map(len, texts), initial=0)
+    n_left = len(completion.text)                   # it ends before a stop string
     story = ""
-    for text, token, start in zip(texts, new_tokens, starts):
-        shown = text[:max(len(completion.text) - start, 0)]         # the text ends before a stop string
-        story += token_span(shown, token)
+    for text, token in zip(texts, new_tokens):
+        story += token_span(text[:max(n_left, 0)], token)
+        n_left -= len(text)
     return (f'<article>\n{heading}<p class="facts">{"<br>".join(facts)}</p>\n<p class="story">{prompt}{story}</p>\n'
             "</article>\n")
 
