@@ -85,7 +85,7 @@ class TensorParallelEngine(Engine):
         self.group.broadcast_request("new_cache", batch, cache_len)
         return super().new_cache(batch, cache_len)
 
-    def prefill(self, prompts: list[list[int]], cache: KVCache, rows: list[int] | None = None) -> Tensor:
+    def prefill(self, prompts: list[list[int]], cache: KVCache, rows: list[int]) -> Tensor:
         self.group.broadcast_request("prefill", prompts, rows)
         return super().prefill(prompts, cache, rows)
 

@@ -35,7 +35,7 @@ def test_a_decode_step_makes_all_it_needs_on_the_device(lengths):
     """Also if the model is on another one, and sequences differ in length."""
     engine = Engine(Transformer(ARGS), torch.bfloat16, device=GPU)
     cache = engine.new_cache(2, 16)
-    assert engine.prefill([[1, 2, 3], [4]], cache).shape == (2, 300)
+    assert engine.prefill([[1, 2, 3], [4]], cache, [0, 1]).shape == (2, 300)
     cache.lengths = lengths
     tokens = torch.zeros(2, dtype=torch.int64, device=GPU)
     logits = engine.decode(tokens, cache)

@@ -49,7 +49,7 @@ class KVCache:
         """Return the rows without space for another token, and those that are empty."""
         return [row for row, length in enumerate(self.lengths) if length in (0, self.cache_len)]
 
-    def prefill(self, layer: int, rows: slice | Tensor, kv: Tensor) -> None:
+    def prefill(self, layer: int, rows: Tensor, kv: Tensor) -> None:
         """Write the first T tokens of some rows. kv: (rows, T, 2 K, D)."""
         self.kv[layer, rows, :, :kv.shape[1]] = kv.transpose(1, 2)
 
@@ -164,7 +164,7 @@ class Engine:
         """Return the logits (B, vocab_size) after sequences that fit the window. tokens (B,) are their last ones."""
         rows = cache.rows_to_prefill()
         if len(rows) == len(sequences):
-            return self.prefill(sequences, cache)
+            return self.prefill(sequences, cache, rows)
         logits = self.decode(tokens, cache)
         if rows:
             new_logits = self.prefill([sequences[row] for row in rows], cache, rows)
@@ -175,15 +175,12 @@ class Engine:
         return KVCache(torch.zeros(self.args.n_layers, batch, 2 * self.n_kv_heads, cache_len, self.args.head_dim,
                                    device=self.device, dtype=self.cache_dtype))
 
-    def prefill(self, prompts: list[list[int]], cache: KVCache, rows: list[int] | None = None) -> Tensor:
-        """Run prompts from their first token, and store them in these rows of the cache, or in all.
-
-        Returns the logits (rows, vocab_size) after each prompt.
-        """
+    def prefill(self, prompts: list[list[int]], cache: KVCache, rows: list[int]) -> Tensor:
+        """Run prompts into these rows of the cache. Returns the logits (rows, vocab_size) after each prompt."""
         width = max(map(len, prompts))
         padded = [ids + ids[:1] * (width - len(ids)) for ids in prompts]
         tokens = torch.tensor(padded, device=self.device)                           # (rows, width)
-        index = slice(None) if rows is None else torch.tensor(rows, device=self.device)
+        index = torch.tensor(rows, device=self.device)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             heads = heads.unflatten(0, (-1, width))                                 # (rows, width, H + 2 K, D)
@@ -191,7 +188,7 @@ class Engine:
             return self._causal_attention(heads)
 
         x = self._run_layers(tokens, self._rope_factors(slice(width)), attend)      # (rows * width, dim + 1)
-        for row, ids in zip(range(len(prompts)) if rows is None else rows, prompts):
+        for row, ids in zip(rows, prompts):
             cache.lengths[row] = len(ids)
         last = [i * width + len(ids) - 1 for i, ids in enumerate(prompts)]
         return self._logits(x[torch.tensor(last, device=self.device)])
