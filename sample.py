@@ -100,8 +100,8 @@ class TextGenerator(BaseTextGenerator):
 RECORD_START = b'{"prompt": "'       # of each line of output_file
 # setting: the setting without which it has no effect
 ONLY_WITH = {"system": "interactive", "output_file": "input_file"}
-# mode: the settings that have no effect in it
 GENERATION_ONLY = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
+# mode: the settings that have no effect in it
 IGNORED_WITH = {
     "score": (*GENERATION_ONLY, "interactive", "input_file", "echo", "max_new_tokens", "temperature", "top_k", "top_p",
               "min_p", "stop", "repetition_penalty", "compile"),

@@ -21,10 +21,10 @@ class Scripted:
     def __init__(self, vocabulary, answers: list[list[int]]):
         self.vocabulary, self.answers, self.read = vocabulary, list(answers), []
 
-    def generate(self, prompts, max_new_tokens, sampling, ends, rows):
+    def generate(self, prompts, max_new_tokens, params, stop_ids, sample_ids):
         self.read += prompts
         for token in self.answers.pop(0)[:max_new_tokens]:
-            if token in ends:
+            if token in stop_ids:
                 return
             yield Step([token], torch.zeros(1, self.vocabulary.n_words))
 

@@ -204,36 +204,57 @@ def test_a_text_is_scored_as_texts_of_a_training_are_read(ckpt):
     assert one == two and "天" in one
 
 
-def test_prompts_from_a_file(ckpt):
-    prompts = ["The dog", "", "Once upon a time there was", "A cat", "Tom ☃ and\u2028Mia"]
-    Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    command = ["sample", "--checkpoint", ckpt, "--input_file", "prompts.txt", "--max_new_tokens", "9",
-               "--batch_size", "2", "--output_file", "out.jsonl"]
-    assert run_captured(*command).returncode == 0
-    whole = Path("out.jsonl").read_bytes()
-    records = [json.loads(line) for line in whole.decode().splitlines()]
-    assert [record["prompt"] for record in records] == prompts
+PROMPTS = ["The dog", "", "Once upon a time there was", "A cat", "Tom ☃ and\u2028Mia"]
+
+
+@pytest.fixture
+def input_file_command(ckpt):
+    Path("prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return ["sample", "--checkpoint", ckpt, "--input_file", "prompts.txt", "--max_new_tokens", "9", "--batch_size", "2"]
+
+
+@pytest.fixture
+def output_file_command(input_file_command):
+    return [*input_file_command, "--output_file", "out.jsonl"]
+
+
+def test_each_line_of_an_input_file_becomes_a_record(ckpt, output_file_command):
+    assert run_captured(*output_file_command).returncode == 0
+    records = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [record["prompt"] for record in records] == PROMPTS
     assert set(records[0]) == {"prompt", "text", "tokens", "logprobs", "stop_reason"}
     alone = TextGenerator(ckpt).completions(["A cat"], 9, rows=[3])[0]
     assert records[3]["text"] == alone.text and records[3]["tokens"] == alone.tokens
-    for size in (10, whole.index(b"\n") + 30, len(whole)):                     # as an interrupted run leaves it
-        Path("out.jsonl").write_bytes(whole[:size])
-        assert run_captured(*command).returncode == 0 and Path("out.jsonl").read_bytes() == whole
-    shown = run_captured(*command[:-2]).stdout.removesuffix("\n").split("\n---\n")
-    assert shown == [record["prompt"] + record["text"] for record in records]
+
+
+def test_without_an_output_file_the_texts_are_printed(ckpt, input_file_command):
+    completions = TextGenerator(ckpt).completions(PROMPTS, 9)
+    printed = run_captured(*input_file_command).stdout.removesuffix("\n").split("\n---\n")
+    assert printed == [completion.prompt + completion.text for completion in completions]
+
+
+def test_an_interrupted_output_file_is_completed(output_file_command):
+    assert run_captured(*output_file_command).returncode == 0
+    content = Path("out.jsonl").read_bytes()
+    for size in (0, 10, content.index(b"\n") + 30, len(content)):
+        Path("out.jsonl").write_bytes(content[:size])
+        assert run_captured(*output_file_command).returncode == 0 and Path("out.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("content, message", [
+    ("my notes, on one line", "other prompts"), ("my notes\n", "not from this command"),
+    ('{"prompt": "Another"}\n', "other prompts")])
+def test_a_file_that_is_no_output_file_of_these_prompts_is_refused(output_file_command, content, message):
+    Path("out.jsonl").write_text(content, encoding="utf-8")
+    assert_user_error(run_captured(*output_file_command), "out.jsonl", message)
+    Path("prompts.txt").write_text("", encoding="utf-8")            # also if there is nothing to write
+    assert_user_error(run_captured(*output_file_command), "out.jsonl", message)
+    assert Path("out.jsonl").read_text(encoding="utf-8") == content
+
+
+def test_an_output_file_is_locked(output_file_command):
     with file_lock(Path("out.jsonl")):
-        assert_user_error(run_captured(*command), "another process is writing to", "out.jsonl")
-    Path("prompts.txt").write_text("Another\n", encoding="utf-8")
-    assert_user_error(run_captured(*command), "out.jsonl", "other prompts")
-    Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
-    assert_user_error(run_captured(*command), "out.jsonl", "other prompts")
-    assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes, on one line"
-    Path("out.jsonl").write_text("my notes, on one line", encoding="utf-8")
-    Path("prompts.txt").write_text("", encoding="utf-8")                        # nothing to write, nothing to lose
-    assert_user_error(run_captured(*command), "out.jsonl", "other prompts")
-    Path("out.jsonl").write_text("my notes\n", encoding="utf-8")
-    assert_user_error(run_captured(*command), "out.jsonl", "not from this command")
-    assert Path("out.jsonl").read_text(encoding="utf-8") == "my notes\n"
+        assert_user_error(run_captured(*output_file_command), "another process is writing to", "out.jsonl")
 
 
 def test_taking_turns(ckpt, monkeypatch):
