@@ -3,7 +3,7 @@
     python sample.py                                                  # a story from nothing
     python sample.py --prompt "One day, Lily met a Shoggoth"          # one that begins like this
     python sample.py --prompt FILE:beginning.txt --num_samples 3 --temperature 0.7 --seed 7
-    python sample.py --interactive                                    # you and the model take turns
+    python sample.py --interactive                                    # type prompts, or chat
     python sample.py --input_file prompts.txt --output_file stories.jsonl       # a story for each line of a file
     python sample.py --show_probs                                     # how sure the model was of each token
     python sample.py --show_probs probs.html                          # the same as a page for the browser
@@ -35,26 +35,24 @@ from tinyllm.generator import TextGenerator as BaseTextGenerator
 from tinyllm.sampling import SamplingParams, validate_sampling
 
 # ---- settings -----------------------------------------------------------------------------------
-checkpoint = "output/ckpt.pt"   # the model; output/last.pt is the newest, ckpt.pt the best. Also a .gguf file, a folder
-                                # of Hugging Face, and whatever else convert.py reads; gpt2, gpt2-medium, gpt2-large and
-                                # gpt2-xl are downloaded
+checkpoint = "output/ckpt.pt"   # the best model, or output/last.pt, the latest. Also whatever convert.py reads, such as
+                                # a .gguf file or a Hugging Face folder; gpt2 and gpt2-medium to -xl are downloaded
 tokenizer = ""                  # file of the vocabulary, where the checkpoint has none
 # what to do
 prompt = ""                     # how the stories begin; FILE:path reads a file
 num_samples = 1                 # stories, written at the same time
-interactive = False             # type beginnings, and the model goes on; or talk, with one that was taught to
-chat = "auto"                   # llama3 or chatml: the form of messages it was taught; auto: what the checkpoint says;
-                                # none: it goes on with what you type
-system = ""                     # in a chat: what the model is told beforehand
+interactive = False             # type a prompt and the model continues it; chat models answer
+chat = "auto"                   # chat template: llama3, chatml, auto (from the checkpoint) or none (plain continuation)
+system = ""                     # system prompt of a chat
 input_file = ""                 # a prompt in each line; a story is written for each
-output_file = ""                # with input_file: JSON lines; a run that was interrupted goes on in it
+output_file = ""                # JSON lines for the stories of input_file; an interrupted run resumes in it
 score = ""                      # a text file: print how well the model expects it, and write nothing
 # how to choose tokens
 max_new_tokens = 256            # a story may end sooner
 temperature = 0.8               # 0: always the likeliest token; 1: as the model sees it; more: wilder
 top_k = 300                     # draw from the k likeliest tokens; 0: from all
 top_p = 1.0                     # draw from the likeliest tokens that together have this probability
-min_p = 0.0                     # draw from the tokens that have this share of the likeliest one's probability
+min_p = 0.0                     # draw from the tokens with at least this share of the likeliest one's probability
 repetition_penalty = 1.0        # 1.1 to 1.3 when the model repeats itself
 stop = ""                       # a text that ends a story and is not shown; several with | between
 seed = 1337                     # another one gives other stories
@@ -155,12 +153,10 @@ def check_settings(cfg: SimpleNamespace) -> None:
 
 
 def read_input(cfg: SimpleNamespace) -> str:
-    """Return the text of the file that score, input_file or prompt names, or else the prompt."""
-    path = cfg.score or cfg.input_file
-    if not path:
-        if not cfg.prompt.startswith("FILE:"):
-            return cfg.prompt
-        path = cfg.prompt.removeprefix("FILE:")
+    """Return the prompt, or the text of the file that score, input_file or prompt names."""
+    path = cfg.score or cfg.input_file or cfg.prompt.removeprefix("FILE:")
+    if path == cfg.prompt:
+        return cfg.prompt
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

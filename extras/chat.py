@@ -17,14 +17,11 @@ from tinyllm.generator import Message, TextGenerator, sampling_kwargs
 from tinyllm.project import tokenizer_errors
 from tokenizer import BaseTokenizer
 
-HELP = """    >>> {prompt:32}{reply}, then it is your turn again
-    >>> /set temperature 0.5            change how tokens are chosen; /set alone shows what can be set,
-                                        such as max_new_tokens, after which an answer is cut
+HELP = """    >>> One day, Lily met a dog.        the model continues the text; a chat model answers
+    >>> /set temperature 0.5            change a setting; /set alone lists them
     >>> /clear                          start over
     >>> /exit                           or Ctrl-D; Ctrl-C only ends an answer
 """
-STORY_HELP = HELP.format(prompt="One day, Lily met a dog.", reply="the model goes on")
-CHAT_HELP = HELP.format(prompt="What do dogs like to eat?", reply="the model answers")
 
 
 # ---- templates ----------------------------------------------------------------------------------
@@ -110,7 +107,7 @@ def chat_loop(generator: TextGenerator, cfg: SimpleNamespace) -> None:
         elif command == "/set":
             set_option(generator, cfg, args)
         elif command.startswith("/"):           # /help, or a mistake
-            print(CHAT_HELP if generator.chat else STORY_HELP, end="")
+            print(HELP, end="")
         elif line or not generator.chat:
             history = print_reply(generator, [*history, line], cfg)
             cfg.seed += 1                       # the same line gets another answer the next time
