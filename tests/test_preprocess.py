@@ -163,8 +163,7 @@ def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, run_in_proc
     with pytest.raises(UserError, match="no vocabulary in .*mime\n.*: data.mine, data.yours, data. else make one: "
                        "python train_vocab.py --data_dir data.mime"):
         run_in_process("train", "--data_dir", "data/mime")
-    with pytest.raises(UserError, match="no data.yours.tok300.*\n.*another --data_dir: data.mine. else run "
-                       "python preprocess.py --data_dir data.yours$"):
+    with pytest.raises(UserError, match="no data.yours.tok300.*\n +run python preprocess.py --data_dir data.yours$"):
         run_in_process("train", "--data_dir", "data/yours")
 
 

@@ -24,11 +24,7 @@ TINYSTORIES_DIR = "TinyStories_all_data"        # in the data folder, where the 
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """Return the text files of a folder and its subfolders sorted by name, or the one file given.
-
-    Raises:
-        UserError: when nothing exists there, or no file of a kind that can be read.
-    """
+    """Return the text files of a folder sorted by name, or the one file given. Raises UserError if there is none."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no file or folder at {path.resolve()}{suggest_path(path)}")
@@ -141,10 +137,7 @@ def val_hash_threshold(files: list[Path], encoding: str = "") -> int:
 
     Because it looks at each text by itself, the rule needs no second pass, holds in any order and
     for any number of processes, and stays when files are added. Small collections are read to the
-    end, so that both splits get at least one document.
-
-    Raises:
-        UserError: when there are not two different documents.
+    end, so that both splits get at least one document. Raises UserError without two different documents.
     """
     size = sum(file.stat().st_size for file in files)
     limit = int(min(VAL_FRACTION, VAL_BYTES / max(size, 1)) * 2**64)

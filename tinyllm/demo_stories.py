@@ -117,8 +117,6 @@ class _Slots(dict):
     """Slot values by name; a name with a capital letter gives the value with a capital letter."""
 
     def __missing__(self, name: str) -> str:
-        if name == name.lower():
-            raise KeyError(f"the grammar has no slot {name!r}")
         value = self[name.lower()]
         return value[:1].upper() + value[1:]
 

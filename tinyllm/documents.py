@@ -105,16 +105,11 @@ def _text_of_record(value: object) -> str:
         value = value[key]
     if not isinstance(value, str):
         raise ValueError(f"expected a text, found {type(value).__name__}")
-    return _replace_surrogates(value)
-
-
-def _replace_surrogates(text: str) -> str:
-    """Replace each half of a character (a lone surrogate), which JSON can spell, by U+FFFD."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        value.encode()
+    except UnicodeEncodeError:          # JSON can spell half a character (a lone surrogate); it becomes U+FFFD
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
 
 
 def _decode_json(read: Callable[[int], str], stream: TextIO) -> Iterator[object]:

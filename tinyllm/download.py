@@ -34,12 +34,11 @@ _CHUNK_BYTES = 1 << 16          # written at a time, and at most lost when a con
 def download_tinystories(data_dir: str | Path, mirror: str = "") -> Path:
     """Fetch and unpack TinyStories (Eldan and Li 2023, arXiv 2305.07759) unless it exists. Returns its folder.
 
-    Args:
-        mirror: names of MIRRORS or addresses, separated by commas, tried in that order; all when empty.
-    Raises:
-        UserError: when no mirror delivers, the archive is damaged, or the disk is full.
+    mirror: names of MIRRORS or addresses, separated by commas, tried in that order; all when empty. Raises UserError
+    when no mirror delivers, or the archive is damaged.
     """
-    folder, archive = Path(data_dir) / TINYSTORIES_DIR, Path(data_dir) / ARCHIVE
+    folder = Path(data_dir) / TINYSTORIES_DIR
+    archive = Path(data_dir) / ARCHIVE
     if not folder.is_dir():
         archive.parent.mkdir(parents=True, exist_ok=True)
         if not archive.exists():

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinyllm.cli import UserError, format_command
 from tinyllm.files import load_json, save_json, sha256
-from tinyllm.project import MANIFEST, folders_with, path_flags, shorten_list
+from tinyllm.project import MANIFEST, path_flags
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -127,7 +127,9 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> ShardSet:
     """Read a manifest. Raises UserError if it is missing, damaged or of another format."""
     path = folder / name
     if not path.is_file():
-        raise UserError(_missing_manifest_message(path))
+        text = "" if folder.with_suffix(".json").exists() else "PATH"
+        command = format_command("preprocess", **path_flags(folder.with_suffix(".model")), data=text)
+        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it\n       run {command}")
     try:
         content = load_json(path)
         if content["format"] != FORMAT:
@@ -135,15 +137,6 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> ShardSet:
         return _parse_manifest(folder, content)
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}){rerun_hint(folder)}") from error
-
-
-def _missing_manifest_message(path: Path) -> str:
-    folder = path.parent
-    others = sorted({other.parent for other in folders_with(folder.parent, f"{folder.name}/{path.name}")})
-    elsewhere = f"is it in another --data_dir: {shorten_list(others)}? else " if others else ""
-    text = "" if folder.with_suffix(".json").exists() else "PATH"
-    command = format_command("preprocess", **path_flags(folder.with_suffix(".model")), data=text)
-    return f"no {path}: the text is not tokenised yet, or not all of it\n       {elsewhere}run {command}"
 
 
 def _parse_manifest(folder: Path, content: dict[str, Any]) -> ShardSet:
@@ -180,11 +173,7 @@ def _check_type(value: Any, expected: type, name: str) -> None:
 
 
 def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
-    """Read a manifest, and check that every shard is as it was written, and of this tokenizer.
-
-    Raises:
-        UserError: names the wrong files.
-    """
+    """Read a manifest. Raises UserError unless every shard is as it was written, and of this tokenizer."""
     shard_set = read_manifest(folder)
     if shard_set.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(f"{folder} was made with another vocabulary than {folder}.model{rerun_hint(folder)}")

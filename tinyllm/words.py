@@ -210,9 +210,9 @@ class WordCounts:
 
     def flush(self) -> None:
         """Move the counts by number into `counts`."""
-        words, counts = self._words[1:], self._table_counts[1:].tolist()
+        counts = zip(self._words[1:], self._table_counts[1:].tolist())
         self._drop_table()
-        self._add_counts(zip(words, counts))
+        self._add_counts(counts)
 
     def merge(self, other: "WordCounts") -> None:
         """Add the counts of another object that was flushed."""
@@ -247,8 +247,7 @@ def _entry_bytes(word: bytes) -> int:
 
 
 def is_wordwise(tokenizer: BaseTokenizer) -> bool:
-    """True if the ids of a text are the ids of its words: byte-pair encoding that does not change the text, and no
-    piece crosses the border of a word."""
+    """True if a text has the ids of its words: byte-pair encoding, unchanged text, and pieces within words."""
     if not isinstance(tokenizer, Tokenizer):
         return False
     pieces = tokenizer.pieces()

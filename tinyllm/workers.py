@@ -4,10 +4,12 @@ import pickle
 import signal
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tinyllm.machine import available_cores, free_memory
 
 BYTES_PER_WORKER = 400_000_000          # memory of a worker, with its imports
 MAX_WORKERS = 60                        # Windows cannot wait for more processes
+LEAD = 4                                # jobs per worker that may start before the oldest result is taken: files wait
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -56,21 +59,31 @@ def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqd
     context = get_context("spawn")
     counter = context.Value("q", 0)             # bytes read by all workers
     error = None
+    queue = iter(jobs)
+    running: deque[tuple[Any, Future]] = deque()
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
           ProcessPoolExecutor(num_workers, context, _start_worker, (counter, folder)) as executor):
         try:
-            with defer_signals():
-                futures = [executor.submit(_work, function, job) for job in jobs]
-            for job, future in zip(jobs, futures):
-                _wait_for(future, bar, counter)
-                if not future.cancelled() and future.exception():
+            while True:
+                with defer_signals():
+                    for job in islice(queue, LEAD * num_workers - len(running)):
+                        running.append((job, _submit(executor, function, job)))
+                if not running:
+                    break
+                job, future = running.popleft()
+                while not future.done():
+                    wait([future], timeout=0.2)
+                    bar.update(counter.get_obj().value - bar.n)     # without its lock, which a dead worker may hold
+                if future.cancelled():
+                    continue
+                if future.exception():
                     error = error or future.exception()
-                    for other in futures:
+                    queue = iter(())
+                    for _, other in running:
                         other.cancel()
-                elif not future.cancelled():
-                    yield job, _take_result(future.result())
-        except BrokenProcessPool as broken:     # a worker died before all jobs were submitted
-            error = broken
+                else:
+                    yield job, pickle.loads(future.result().read_bytes())
+                    future.result().unlink()
         except BaseException:                   # Ctrl-C, or a full disk where a result is used
             kill_child_processes()
             raise
@@ -81,16 +94,14 @@ def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqd
         raise error
 
 
-def _wait_for(future: Future, bar: tqdm, counter: Any) -> None:
-    while not future.done():
-        wait([future], timeout=0.2)
-        bar.update(counter.get_obj().value - bar.n)     # without its lock, which a dead worker may hold
-
-
-def _take_result(path: Path) -> Any:
-    result = pickle.loads(path.read_bytes())
-    path.unlink()
-    return result
+def _submit(executor: ProcessPoolExecutor, function: Callable, job: Any) -> Future:
+    """Start a job. If a worker has died, the future holds the error."""
+    try:
+        return executor.submit(_work, function, job)
+    except BrokenProcessPool as error:
+        future: Future = Future()
+        future.set_exception(error)
+        return future
 
 
 @contextmanager
