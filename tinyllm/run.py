@@ -37,6 +37,21 @@ class State:
     compiled: bool = False
 
 
+def load_state(saved: dict[str, Any]) -> State:
+    """Return the stored progress, without fields that only older versions have.
+
+    Raises ValueError if a field has another type, or if there are no steps in it to resume from.
+    """
+    defaults = asdict(State())
+    known = {name: saved[name] for name in defaults if name in saved}
+    for name, value in known.items():
+        if type(value) is not type(defaults[name]):
+            raise ValueError(f"state.{name}")
+    if "iter_num" not in known or "position" not in known:
+        raise ValueError("state")
+    return State(**known)
+
+
 def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext) -> "TrainRun":
     """Check all settings, then build the run: new, resumed, or from the weights of a checkpoint."""
     if cfg.init_from == "scratch" and dist.was_restarted:
@@ -273,8 +288,7 @@ class TrainRun:
 
     def load_checkpoint_dict(self, saved: dict[str, Any]) -> None:
         """Restore everything but the model. Raise an error of some kind if the checkpoint does not fit."""
-        fields = {name: value for name, value in saved["state"].items() if hasattr(State, name)}
-        self.state = State(**fields)        # without the fields of older versions
+        self.state = load_state(saved["state"])
         for optimizer, optimizer_state in zip(self.optimizers, saved["optimizer"], strict=True):
             self.restore_optimizer(optimizer, optimizer_state["state"])
         if saved["scaler"]:                 # empty unless the run was saved in float16
