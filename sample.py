@@ -113,7 +113,7 @@ def main() -> None:
     cfg, _ = cli.parse_settings(globals(), out=sys.stderr if dist.is_main else io.StringIO())
     with explain_oom("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; what is too much "
                      "for a GPU may fit --device cpu"):
-        if dist.size > 1:
+        if dist.world_size > 1:
             run_tensor_parallel(cfg, dist)
             return
         check_settings(cfg)

@@ -29,14 +29,14 @@ from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device import explain_oom
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
-from tinyllm.estimate import format_hms, print_run_summary
+from tinyllm.estimate import format_hms, prepare_run
 from tinyllm.machine import peak_memory
 from tinyllm.presets import PRESETS
 from tinyllm.resume import run_settings
 from tinyllm.run import OOM_ADVICE, TrainRun, build_run
 from tinyllm.runlog import NullRunLog, RunLog
 from tinyllm.sampling import SamplingParams
-from tinyllm.stops import check_pending_steps, lock_output_dir, require_finite_weights, save_on_signals
+from tinyllm.stops import read_pending_metrics, lock_output_dir, require_finite_weights, save_on_signals
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # a tested set of hyperparameters, see the end of --help; flags override it
@@ -115,13 +115,13 @@ def main() -> None:
 
 def run_training(run: TrainRun) -> None:
     """Train to completion, unless the run has nothing left to do."""
-    if run.finished():
-        if run.has_ended and run.state.best_val_loss == math.inf:       # its ckpt.pt was lost
+    if run.reached_limit():
+        if run.was_complete and run.state.best_val_loss == math.inf:       # its ckpt.pt was lost
             evaluate_and_keep_best(run, open_log(run))
         print_already_finished(run)
         return
-    print_run_summary(run)
-    run.sync_clock_and_stop()
+    prepare_run(run)
+    run.sync_ranks()
     if not run.can_resume:
         run.save_first_state()
     with save_on_signals(run):
@@ -143,8 +143,8 @@ def train(run: TrainRun) -> None:
         lr, loss, grad_norm = train_step(run, batches)
         run.pending_metrics.append((loss, grad_norm))
 
-        run.sync_clock_and_stop()
-        is_finished = run.finished()
+        run.sync_ranks()
+        is_finished = run.reached_limit()
         is_last_step = is_finished or run.stop_signal > 0
         should_log = state.iter_num % cfg.log_interval == 0 or state.iter_num == 1
         should_eval = state.iter_num % cfg.eval_interval == 0
@@ -153,14 +153,14 @@ def train(run: TrainRun) -> None:
             continue
 
         with run.dist.all_or_none():
-            loss, grad_norm = check_pending_steps(run)          # waits for the device; an error if they are not finite
+            loss, grad_norm = read_pending_metrics(run)          # waits for the device; an error if they are not finite
         if should_log:
             seconds_per_step = (time.perf_counter() - timer_start) / (state.iter_num - timer_step)
             log_step(run, log, loss, lr, grad_norm, seconds_per_step)
         if should_eval:
             evaluate_and_keep_best(run, log)
         state.log_lines, state.log_sha256 = len(log.entries), log.sha256
-        if is_finished and not should_eval:                     # a longer run does not log this evaluation
+        if is_finished and not should_eval:                     # a longer run cuts this entry from the log
             evaluate_and_keep_best(run, log)
         if should_save:
             save_latest(run, log, is_finished)
@@ -172,7 +172,7 @@ def training_batches(run: TrainRun) -> Iterator[tuple[Tensor, Tensor]]:
     cfg = run.cfg
     return Task.iter_batches(run.data, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
                              position=run.state.position, device=run.backend.device, num_workers=cfg.num_workers,
-                             rank=run.dist.rank, world_size=run.dist.size)
+                             rank=run.dist.rank, world_size=run.dist.world_size)
 
 
 def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
@@ -192,7 +192,7 @@ def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple
         is_last = micro_step == run.micro_steps_per_rank - 1
         with run.gradient_sync(is_last):
             with run.backend.autocast():
-                loss = run.ddp_model(x, y)                      # mean cross-entropy: see Transformer.forward
+                loss = run.ddp_model(x, y)                      # linear_cross_entropy; its fast form: kernels.py
             loss = loss / run.micro_steps_per_rank
             run.scaler.scale(loss).backward()
         total_loss += loss.detach()
@@ -231,7 +231,7 @@ def get_lr(run: TrainRun) -> float:
 def evaluate(run: TrainRun) -> dict[str, float]:
     """Score the whole val split, whose windows do not depend on the batch size. The ranks share it."""
     batches = Task.iter_split(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len,
-                              device=run.backend.device, rank=run.dist.rank, world_size=run.dist.size)
+                              device=run.backend.device, rank=run.dist.rank, world_size=run.dist.world_size)
     hide_bar = None if run.dist.is_main else True               # None: tqdm hides it unless stderr is a terminal
     losses, counts = [], []                                     # read at the end, since reading waits for the device
     run.model.eval()
@@ -273,7 +273,7 @@ def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
     start_seconds = run.seconds()
     scores = evaluate(run)
     samples = generate_samples(run)
-    run.sync_clock_and_stop()
+    run.sync_ranks()
     with run.dist.all_or_none():
         log.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens, "samples": samples},
                   {"seconds": run.seconds()})
@@ -283,7 +283,7 @@ def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
     if scores["val_loss"] < run.state.best_val_loss:
         run.state.best_val_loss = scores["val_loss"]
         run.save("ckpt.pt")
-    run.sync_clock_and_stop()
+    run.sync_ranks()
     run.eval_seconds = run.seconds() - start_seconds
 
 
@@ -314,7 +314,7 @@ def log_step(run: TrainRun, log: RunLog | NullRunLog, loss: float, lr: float, gr
     speed = run.tokens_per_step / seconds_per_step
     log.write({"iter": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens},
               {"seconds": run.seconds(), "tokens_per_second": speed})
-    mfu = run.backend.mfu(speed / run.dist.size * run.model.flops_per_token())
+    mfu = run.backend.mfu(speed / run.dist.world_size * run.model.flops_per_token())
     mfu_text = f"{mfu:.0%} MFU  " if mfu else ""
     print(f"step {step:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {grad_norm:.2f}  {speed:,.0f} tokens/s  {mfu_text}"
           f"{format_hms(run.seconds_left(seconds_per_step))} left", flush=True)
@@ -334,12 +334,12 @@ def print_already_finished(run: TrainRun) -> None:
     """Say that the run has already finished, and how to extend it or start over."""
     cfg = run.cfg
     longer = {}
-    if run.has_ended and cfg.max_minutes:
+    if run.was_complete and cfg.max_minutes:
         longer["max_minutes"] = math.ceil(2 * max(cfg.max_minutes, run.state.seconds / 60))
-    elif run.has_ended:
+    elif run.was_complete:
         longer["max_iters"] = 2 * max(cfg.max_iters, run.state.iter_num)
     resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir, **longer)
-    status = "is finished" if run.has_ended else "was planned to be longer than this command asks for"
+    status = "is finished" if run.was_complete else "was planned to be longer than this command asks for"
     print(f"the run in {cfg.out_dir} {status}; it is at step {run.state.iter_num:,}, after "
           f"{run.state.seconds / 60:.1f} minutes\n"
           f"resume:     {resume}\n"
@@ -351,7 +351,7 @@ def print_result(run: TrainRun) -> None:
     cfg = run.cfg
     step = run.state.iter_num
     print_peak_memory(run.backend.device)
-    if run.stop_signal and not run.finished():
+    if run.stop_signal and not run.reached_limit():
         resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)
         print(f"saved step {step:,} in {cfg.out_dir}/last.pt\nresume: {resume}")
         sys.exit(128 + run.stop_signal)

@@ -35,7 +35,7 @@ class ShardedRun(TrainRun):
 
     def wrap_model(self) -> nn.Module:
         """Keep this rank's shard of the model. With bfloat16, layers are gathered in bfloat16."""
-        mesh = init_device_mesh(self.backend.device.type, (self.dist.size,))
+        mesh = init_device_mesh(self.backend.device.type, (self.dist.world_size,))
         gather_dtype = torch.bfloat16 if self.backend.dtype == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(gather_dtype, torch.float32, cast_forward_inputs=False)
         for layer in self.model.layers:

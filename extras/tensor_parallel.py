@@ -61,8 +61,8 @@ class TensorParallelEngine(Engine):
         self.group = group
         shard_weights(model, group.dist)
         super().__init__(model, backend.dtype, quantize, backend.device)
-        self.n_heads //= group.dist.size
-        self.n_kv_heads //= group.dist.size
+        self.n_heads //= group.dist.world_size
+        self.n_kv_heads //= group.dist.world_size
         self.output = self._gathered(self.output)
 
     def _add_layer(self, matrices: tuple[Tensor, ...], make_linear: Callable[[Tensor], LinearFn]) -> None:
@@ -76,7 +76,7 @@ class TensorParallelEngine(Engine):
             if not self.group.is_main:
                 torch_dist.gather(part)
                 return part
-            parts = [torch.empty_like(part) for _ in range(self.group.dist.size)]
+            parts = [torch.empty_like(part) for _ in range(self.group.dist.world_size)]
             torch_dist.gather(part, parts)
             return torch.cat(parts, 1)[:, :self.args.vocab_size]
         return gathered
@@ -143,16 +143,16 @@ def check_divisible(args: ModelArgs, dist: DistributedContext) -> None:
     if not model_is_original():
         raise UserError("model.py was edited, so it cannot be divided; use python sample.py, without torchrun")
     parts = math.gcd(args.n_kv_heads, args.ffn_dim)         # n_heads is a multiple of n_kv_heads
-    if parts % dist.size:
+    if parts % dist.world_size:
         fitting = [str(number) for number in range(1, parts + 1) if parts % number == 0]
-        raise UserError(f"{dist.size} processes cannot share n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} and "
-                        f"a feed-forward of {args.ffn_dim} evenly\n       use torchrun --nproc_per_node="
+        raise UserError(f"{dist.world_size} processes cannot share n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads}"
+                        f" and a feed-forward of {args.ffn_dim} evenly\n       use torchrun --nproc_per_node="
                         f"{' or '.join(fitting)}")
 
 
 def _shard(weight: Tensor, dist: DistributedContext, dim: int) -> nn.Parameter:
     """Return this process's part of the rows (dim 0) or columns (1). Zeros fill up an uneven vocabulary."""
-    width = -(-weight.shape[dim] // dist.size)
+    width = -(-weight.shape[dim] // dist.world_size)
     begin = min(width * dist.rank, weight.shape[dim])
     part = weight.detach().narrow(dim, begin, min(width, weight.shape[dim] - begin))
     missing = width - part.shape[dim]

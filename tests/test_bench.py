@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, run_captured
 
-from model import ModelArgs, Transformer
+from model import ModelArgs
 from tinyllm import cli, demo_stories, shards
 from tinyllm import device as devices
 from tinyllm.cli import UserError
@@ -36,12 +36,22 @@ def test_a_step_of_each_contender_trains_its_model(batch, backend):
     run = bench.build_run(train_cfg, backend, ARGS, compiled=False)
     losses = [bench.train.train_step(run, repeat(batch))[1].item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1
-    step = bench.transformers_step(backend, ARGS, batch)
-    model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
-    before = [weight.clone() for weight in model.parameters()]
-    step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert sum(map(torch.numel, before)) == sum(map(torch.numel, Transformer(ARGS).parameters()))
+    Path("peer").mkdir()
+    Path("peer/model.py").write_text("from model import *\nclass Transformer(Transformer):\n"
+                                     "    def forward(self, x, y):\n        y.view(-1)\n"
+                                     "        return super().forward(x, y)\n", encoding="utf-8")
+    for make in (bench.transformers_step, lambda *args: bench.peer_step(Path("peer"), *args)):
+        step = make(backend, ARGS, batch)
+        model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+        before = [weight.clone() for weight in model.parameters()]
+        step()
+        assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert sum(weight.numel() for weight in before) == sum(map(torch.numel, block_model().parameters()))
+
+
+def block_model():
+    from model import Transformer
+    return Transformer(ARGS)
 
 
 def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, backend):
@@ -58,6 +68,8 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, backen
 @pytest.mark.parametrize("argv, message", [([], "tools.bench train | quality"), (["quality"], "--data PATH"),
                                            (["quality", "--data", "x", "--minutes", "1"], "--minutes 3"),
                                            (["train", "--rounds", "0"], "rounds must be"),
+                                           (["train", "--peer", "nowhere"], "no model.py in"),
+                                           (["train", "--preset", "cpu_3min", "--peer", "nowhere"], "no model.py in"),
                                            (["train", "--preset", "cpu_4"], "unknown preset 'cpu_4'")])
 def test_mistakes_are_said(monkeypatch, argv, message):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
@@ -73,17 +85,17 @@ def test_text_is_measured_against_the_plain_way(run_in_process, capsys, monkeypa
     stories = [{"story": story} for story in demo_stories.generate_stories(50)]
     Path("mine.json").write_text(json.dumps(stories), encoding="utf-8")
     tokens = []
-    time_process = bench.time_process
+    took = bench.time_process
 
-    def count_tokens(command):
-        seconds = time_process(command)
+    def look(command):
+        found = took(command)
         if "shards" in command:
             tokens.append(sum(path.stat().st_size for path in Path(command[-2]).iterdir()) / 2)
         elif "preprocess.py" in str(command[1]):
             tokens.append(shards.read_manifest(Path(command[3], "tok4096")).total("train", "tokens")
                           + shards.read_manifest(Path(command[3], "tok4096")).total("val", "tokens"))
-        return seconds
-    monkeypatch.setattr(bench, "time_process", count_tokens)
+        return found
+    monkeypatch.setattr(bench, "time_process", look)
     run_in_process("bench", "text", "--data", "mine.json", "--text_mb", 0.3, "--rounds", 1)
     assert tokens[0] == tokens[1] > 50_000
     assert capsys.readouterr().out.count("x the speed") == 2

@@ -50,7 +50,8 @@ def test_the_name_of_the_target_tells_the_format(source):
     for name in ("a.gguf", "a.bin", "a", "a.pt"):
         assert run_captured("convert", source, name).returncode == 0
     assert Path("a.gguf").read_bytes()[:4] == b"GGUF" and Path("a/config.json").is_file()
-    assert_user_error(run_captured("convert", source, "a.safetensors"), "a.safetensors", "names no format", "llama2c-int8")
+    assert_user_error(run_captured("convert", source, "a.safetensors"), "a.safetensors", "names no format",
+                      "llama2c-int8")
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a"])

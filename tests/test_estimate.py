@@ -59,9 +59,9 @@ def test_an_epoch_is_as_many_tokens_as_there_are(planned_run, capsys):
 def test_a_run_that_is_too_long_gets_notes(planned_run, monkeypatch, capsys, note):
     """When a micro-batch takes 5 seconds."""
     monkeypatch.setattr(estimate, "time_micro_batch", lambda run: 5.0)
-    estimate.print_run_summary(planned_run("--max_iters", 100_000))
+    estimate.prepare_run(planned_run("--max_iters", 100_000))
     assert any(note in text for text in capsys.readouterr().out.split("\nnote: ")[1:])
-    estimate.print_run_summary(planned_run("--max_iters", 3))
+    estimate.prepare_run(planned_run("--max_iters", 3))
     assert "note: " not in capsys.readouterr().out
 
 

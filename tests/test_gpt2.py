@@ -18,6 +18,7 @@ from tinyllm import checkpoint, dataset, demo_stories, device, download, shards
 from tinyllm.cli import UserError
 from tinyllm.engine import build_engine
 from tinyllm.sampling import SamplingParams
+from tools import bench
 
 safetensors = pytest.importorskip("safetensors.torch")
 tokenizers = pytest.importorskip("tokenizers")
@@ -118,6 +119,11 @@ def test_logits_loss_and_gradients_equal_transformers(theirs, folder, tokens):
 def test_its_size_is_that_of_the_release():
     with torch.device("meta"):
         assert GPT2(GPT2Args()).count_parameters() == 124_439_808
+
+
+def test_bench_compares_it_with_one_of_its_size():
+    theirs = bench.transformers_model(ARGS, device.choose_backend("cpu", "float32"))
+    assert theirs.num_parameters() == GPT2(ARGS).count_parameters()
 
 
 def test_it_begins_as_gpt2_does():

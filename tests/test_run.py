@@ -22,7 +22,7 @@ from tinyllm.run import State
 
 def run_after_steps(losses: list[float], norms: list[float] | None = None, scale: float | None = None
                     ) -> SimpleNamespace:
-    """The parts of a run that check_pending_steps reads, after a step for each loss."""
+    """The parts of a run that read_pending_metrics reads, after a step for each loss."""
     scaler = SimpleNamespace(is_enabled=lambda: scale is not None, get_scale=lambda: scale)
     pairs = zip(losses, norms or [1.0] * len(losses))
     return SimpleNamespace(
@@ -35,13 +35,13 @@ def run_after_steps(losses: list[float], norms: list[float] | None = None, scale
 @pytest.mark.parametrize("losses, norms", [([3.0, math.nan, 2.0, 2.0], None), ([3.0, 3.0, 2.0], [1, math.inf, 1])])
 def test_the_first_step_that_is_not_finite_is_named(losses, norms):
     with pytest.raises(UserError, match="step 2: .*\n.*resume from step 0 "):
-        stops.check_pending_steps(run_after_steps(losses, norms))
+        stops.read_pending_metrics(run_after_steps(losses, norms))
 
 
 def test_a_scaler_has_its_chance_before_the_run_stops():
-    assert stops.check_pending_steps(run_after_steps([3.0, 2.0], [math.inf, math.inf], scale=64.0)) == [2.0, math.inf]
+    assert stops.read_pending_metrics(run_after_steps([3.0, 2.0], [math.inf, math.inf], scale=64.0)) == [2.0, math.inf]
     with pytest.raises(UserError, match="step 1"):
-        stops.check_pending_steps(run_after_steps([3.0, 2.0], [math.inf, math.inf], scale=0.5))
+        stops.read_pending_metrics(run_after_steps([3.0, 2.0], [math.inf, math.inf], scale=0.5))
 
 
 def test_a_step_between_two_lines_of_the_log_is_named(train_small, monkeypatch):

@@ -32,7 +32,7 @@ PEER_LOST_MESSAGES = ("Connection closed", "Connection reset", "Connection refus
 class DistributedContext:
     """The rank of this process, the number of all ranks, and the rank among the processes of this machine."""
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
     @property
@@ -54,7 +54,7 @@ class DistributedContext:
 
     def _all_reduce(self, values: Tensor, operation: Any, group: torch_dist.ProcessGroup | None = None) -> Tensor:
         values = values.cpu().to(torch.float64, copy=True)      # Apple's GPU has no float64
-        if self.size > 1:
+        if self.world_size > 1:
             torch_dist.all_reduce(values, operation, group)
         return values
 
@@ -65,7 +65,7 @@ class DistributedContext:
         Collectives inside the block must come before anything that can fail on one rank alone. A process group with
         another timeout can be given.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             yield
             return
         error = None
@@ -73,7 +73,7 @@ class DistributedContext:
             yield
         except (UserError, OSError) as raised:
             error = raised
-        has_failed = torch.zeros(self.size)
+        has_failed = torch.zeros(self.world_size)
         has_failed[self.rank] = error is not None
         failed_ranks = self.sum(has_failed, group).nonzero().flatten().tolist()
         if failed_ranks and failed_ranks[0] == self.rank:
@@ -95,12 +95,12 @@ class DistributedContext:
     @property
     def launch_command(self) -> str:
         """Return the command that starts a script as this one was started."""
-        n_local = os.environ.get("LOCAL_WORLD_SIZE", self.size)
-        return "python" if self.size == 1 else f"torchrun --nproc_per_node={n_local}"
+        n_local = os.environ.get("LOCAL_WORLD_SIZE", self.world_size)
+        return "python" if self.world_size == 1 else f"torchrun --nproc_per_node={n_local}"
 
     def seed(self, seed: int, step: int) -> None:
         """Seed each rank and step differently, so that a resumed run draws the same random numbers."""
-        if self.size > 1:
+        if self.world_size > 1:
             sequence = np.random.SeedSequence((seed, step, self.rank))
             torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
@@ -110,7 +110,7 @@ class DistributedContext:
         Raises:
             UserError: when there are fewer GPUs than processes.
         """
-        if self.size == 1 or name == "cpu":
+        if self.world_size == 1 or name == "cpu":
             return name
         n_gpus = device_count("cuda")
         if name == "auto" and not n_gpus:
@@ -141,7 +141,7 @@ def distributed_context() -> Iterator[DistributedContext]:
         UserError: when another process has ended.
     """
     dist = from_env()
-    if dist.size == 1:
+    if dist.world_size == 1:
         yield dist
         return
     try:
@@ -158,7 +158,7 @@ def distributed_context() -> Iterator[DistributedContext]:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun is about to send it; the message comes first
         atexit.register(hard_exit, 1)
-        raise UserError(f"process {dist.rank} of {dist.size} ends, because another one has ended or hangs\n"
+        raise UserError(f"process {dist.rank} of {dist.world_size} ends, because another one has ended or hangs\n"
                         "       the last checkpoint is intact; the same command resumes from it") from error
 
 
@@ -168,7 +168,7 @@ def init_process_group(dist: DistributedContext) -> None:
     store, *_ = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # which keeps the addresses of dead processes
         store = torch_dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=dist.rank, world_size=dist.size)
+    torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=dist.rank, world_size=dist.world_size)
 
 
 def is_peer_lost(error: RuntimeError) -> bool:

@@ -18,7 +18,7 @@ USEFUL_EPOCHS = 5                   # up to 4 epochs are nearly as good as new t
 MIN_SECONDS_TO_COMPILE = 100        # compiling takes 10 to 30 seconds; shorter runs do not gain that
 
 
-def print_run_summary(run: TrainRun) -> None:
+def prepare_run(run: TrainRun) -> None:
     """Print what the run will do, compile it if that pays, and set run.eval_seconds.
 
     A micro-batch is timed for that, which leaves no trace in the run.
@@ -27,7 +27,7 @@ def print_run_summary(run: TrainRun) -> None:
     warn_of_memory(run)
     seconds = time_micro_batch(run)
     n_windows = PretokDataset(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
-    eval_seconds = run.dist.broadcast_from_main(seconds / 3 * n_windows / run.cfg.batch_size / run.dist.size)
+    eval_seconds = run.dist.broadcast_from_main(seconds / 3 * n_windows / run.cfg.batch_size / run.dist.world_size)
     pays, reason = should_compile(run, seconds * run.micro_steps_per_rank)
     if run.dist.broadcast_from_main(pays):
         print(f"compile: yes ({reason}); the first time takes up to a minute, --compile False skips it", flush=True)
@@ -42,7 +42,7 @@ def print_config_summary(run: TrainRun) -> None:
     args = run.model.args
     data = run.data
     n_params = run.model.count_parameters()
-    shared = f", shared by {run.dist.size} processes" if run.dist.size > 1 else ""
+    shared = f", shared by {run.dist.world_size} processes" if run.dist.world_size > 1 else ""
     sharded = ", each with a part of the model" if run.is_sharded else ""
     print(f"device: {run.backend}\n"
           f"model:  {n_params:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
@@ -57,7 +57,7 @@ def print_config_summary(run: TrainRun) -> None:
 # ---- memory -------------------------------------------------------------------------------------
 
 def describe_memory(run: TrainRun) -> str:
-    n_shards = run.dist.size if run.is_sharded else 1
+    n_shards = run.dist.world_size if run.is_sharded else 1
     state = STATE_BYTES_PER_PARAM * run.model.count_parameters() / n_shards
     return (f"{state / 1e6:,.0f} MB for weights, gradients and optimizer, about {activation_bytes(run) / 1e6:,.0f} MB "
             f"for {run.cfg.batch_size} windows")
@@ -159,7 +159,7 @@ def compile_or_fall_back(run: TrainRun) -> float:
             raise
         cause = getattr(error, "inner_exception", error)
         line = devices.NOT_UTF8 if isinstance(cause, UnicodeError) else str(cause).strip().split("\n")[0]
-        if run.cfg.compile != "auto" or run.dist.size > 1:
+        if run.cfg.compile != "auto" or run.dist.world_size > 1:
             from torch._inductor.runtime.cache_dir_utils import cache_dir  # a slow import
             raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete the "
                             f"compiler's cache, {cache_dir()}, and try again") from error

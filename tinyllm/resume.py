@@ -99,9 +99,9 @@ def run_settings(cfg: SimpleNamespace) -> dict[str, Any]:
 def check_settings(cfg: SimpleNamespace, dist: DistributedContext) -> Backend:
     """Return the device and dtype. Raises UserError with all invalid settings."""
     errors = invalid_settings(cfg)
-    if not cfg.eval_only and cfg.gradient_accumulation_steps % dist.size:
-        errors.append(f"gradient_accumulation_steps must be a multiple of {dist.size}, the number of processes, not "
-                      f"{cfg.gradient_accumulation_steps}")
+    if not cfg.eval_only and cfg.gradient_accumulation_steps % dist.world_size:
+        errors.append(f"gradient_accumulation_steps must be a multiple of {dist.world_size}, the number of processes, "
+                      f"not {cfg.gradient_accumulation_steps}")
     if not cfg.eval_only and cfg.init_from in ("auto", "scratch"):          # else a checkpoint has the shape
         try:
             shape_from_settings(cfg, ModelArgs.vocab_size)
@@ -198,7 +198,7 @@ def changed_settings(cfg: SimpleNamespace, last: Checkpoint) -> list[str]:
     return changes
 
 
-def is_finished(saved: Checkpoint) -> bool:
+def is_complete(saved: Checkpoint) -> bool:
     """True if a run has reached the end that its own settings give it, or if they do not say."""
     max_iters, max_minutes = saved["config"].get("max_iters"), saved["config"].get("max_minutes")
     try:

@@ -16,7 +16,7 @@ from tinyllm import checkpoint, kernels, optional
 from tinyllm.cli import UserError, format_command
 from tinyllm.distributed import DistributedContext
 from tinyllm.optim import build_optimizers
-from tinyllm.resume import RunPlan, init_checkpoint_path, is_finished, plan_run, run_settings
+from tinyllm.resume import RunPlan, init_checkpoint_path, is_complete, plan_run, run_settings
 from tinyllm.runlog import NEW_CHECKPOINT, archive_run
 
 OOM_ADVICE = ("halve --batch_size and double --gradient_accumulation_steps: the steps stay the same; or use a smaller "
@@ -59,7 +59,7 @@ def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: Distributed
     with dist.all_or_none():
         plan = plan_run(cfg, overrides, dist)
         run_class = choose_run_class(cfg, dist)
-    if dist.size > 1:
+    if dist.world_size > 1:
         with dist.all_or_none():
             dist.check_same(plan_fingerprint(plan), "type the same command on all machines, with the same data and "
                             "output folders, shared or copied, and a --dtype that all support")
@@ -67,7 +67,7 @@ def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: Distributed
 
 
 def choose_run_class(cfg: SimpleNamespace, dist: DistributedContext) -> type["TrainRun"]:
-    if cfg.shard and dist.size > 1:
+    if cfg.shard and dist.world_size > 1:
         return optional.load("fsdp").ShardedRun
     return TrainRun
 
@@ -104,7 +104,7 @@ class TrainRun:
         self.stop_signal = 0                # the same, once all ranks know it
         self.pending_metrics: list[tuple[Tensor, Tensor]] = []      # loss and gradient norm of steps not yet checked
         self.can_resume = plan.resumed      # True once last.pt belongs to this run
-        self.has_ended = plan.resumed and is_finished(plan.saved)           # by the settings that it was saved with
+        self.was_complete = plan.resumed and is_complete(plan.saved)           # by the settings that it was saved with
         self._build(plan)
         if plan.resumed:
             self._resume(plan.saved)
@@ -130,7 +130,7 @@ class TrainRun:
     def wrap_model(self) -> nn.Module:
         """Move the model to the device; wrap it in DDP if several ranks share each step."""
         self.model.to(self.backend.device)
-        if self.dist.size == 1:
+        if self.dist.world_size == 1:
             return self.model
         return DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
@@ -139,7 +139,7 @@ class TrainRun:
 
     def gradient_sync(self, is_last: bool) -> AbstractContextManager:
         """Average the gradients of all ranks only after the last micro-batch of a step."""
-        if self.dist.size == 1 or is_last:
+        if self.dist.world_size == 1 or is_last:
             return nullcontext()
         return self.ddp_model.no_sync()
 
@@ -156,7 +156,7 @@ class TrainRun:
     @property
     def micro_steps_per_rank(self) -> int:
         """Micro-batches of a step that this rank computes."""
-        return self.cfg.gradient_accumulation_steps // self.dist.size
+        return self.cfg.gradient_accumulation_steps // self.dist.world_size
 
     @property
     def windows_per_step(self) -> int:
@@ -173,20 +173,20 @@ class TrainRun:
 
     def seconds(self) -> float:
         """Return the wall time of the run so far, all parts together. Several ranks use the last synced time."""
-        if self.dist.size > 1:
+        if self.dist.world_size > 1:
             return self.state.seconds + self.synced_seconds
         return self.state.seconds + (time.perf_counter() - self.start_time)
 
-    def sync_clock_and_stop(self) -> None:
+    def sync_ranks(self) -> None:
         """Take the main process's clock, and learn whether any rank was asked to stop."""
-        if self.dist.size == 1:
+        if self.dist.world_size == 1:
             self.stop_signal = self.requested_signal
             return
         elapsed = time.perf_counter() - self.start_time if self.dist.is_main else 0.0
         self.synced_seconds, stop_signal = self.dist.max(elapsed, self.requested_signal)
         self.stop_signal = int(stop_signal)
 
-    def finished(self) -> bool:
+    def reached_limit(self) -> bool:
         """True if max_iters or max_minutes is reached, with the time that the last evaluation will take."""
         max_seconds = 60 * self.cfg.max_minutes
         is_late = max_seconds > 0 and self.seconds() + self.eval_seconds >= max_seconds
@@ -300,6 +300,10 @@ class TrainRun:
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
         """Load saved moments. Rates and decay stay as set, since the settings may have changed."""
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        for weight, state in optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.dim() and value.shape != weight.shape:
+                    raise ValueError("optimizer")
 
     def check_best_checkpoint(self) -> None:
         """Forget the best loss if ckpt.pt is missing, damaged or from other data, so that it is written again."""

@@ -84,7 +84,7 @@ def redirect_to_devnull(*descriptors: int) -> None:
 
 # ---- numbers that are not finite ----------------------------------------------------------------
 
-def check_pending_steps(run: TrainRun) -> tuple[float, float]:
+def read_pending_metrics(run: TrainRun) -> tuple[float, float]:
     """Return loss and gradient norm of the newest step, after checking all steps since the last call.
 
     They are read together, because reading a number waits for the device.
@@ -93,7 +93,7 @@ def check_pending_steps(run: TrainRun) -> tuple[float, float]:
         UserError: when one is not finite. GradScaler skips such steps itself until its scale is used up.
     """
     metrics = torch.stack([torch.stack(pair) for pair in run.pending_metrics])      # (steps, 2)
-    metrics = (run.dist.sum(metrics) / run.dist.size).tolist()      # a loss differs between ranks, a norm does not
+    metrics = (run.dist.sum(metrics) / run.dist.world_size).tolist()    # a loss differs between ranks, a norm does not
     run.pending_metrics.clear()
     may_skip = run.scaler.is_enabled() and run.scaler.get_scale() >= MIN_LOSS_SCALE
     first_step = run.state.iter_num - len(metrics) + 1

@@ -1,6 +1,7 @@
 """Measure the project beside other code, and beside the limits of this machine.
 
     python -m tools.bench train                         # a training step, and one of transformers.LlamaForCausalLM
+    python -m tools.bench train --peer ../llama2.c      # and one of the model.py in another folder
     python -m tools.bench quality --data my_stories --minutes 3     # trains the presets of up to 3 minutes
     python -m tools.bench sample                        # generation of 1 and 32 sequences (on a GPU 256 too), and by
                                                         # transformers
@@ -10,6 +11,7 @@
 
 Contenders take turns, so that a machine that slows down slows all of them; medians are printed.
 """
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -34,6 +37,7 @@ from torch import Tensor
 
 import train
 from extras.formats import llama2c
+from extras.gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint as checkpoints
 from tinyllm import cli, corpus, documents, shards
@@ -53,9 +57,10 @@ from tools import compare
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""             # train: the model and batch of a preset; empty: the defaults of train.py
-peer = ""               # sample: a folder with llama2.c's run.c
+peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss or returned)
+                        # sample: a folder with llama2.c's run.c
 rounds = 10             # turns of each contender; of text, whose turns are long, at most 3
-checkpoint = ""         # sample: a trained Llama; empty: the default one, untrained
+checkpoint = ""         # sample: a trained model, also a GPT-2; empty: the default one, untrained
 data_dir = "data"       # sample: where the val split of the checkpoint's vocabulary is
 data = ""               # quality, text: real stories, as for train_vocab.py; text: the built-in ones when empty
 text_mb = 100.0         # text: the stories are repeated until they are so many MB
@@ -93,6 +98,8 @@ def bench_train(cfg: SimpleNamespace) -> None:
     steps = {"compiled": partial(train.train_step, compiled, repeat(batch)),
              "eager": partial(train.train_step, eager, repeat(batch)),
              "transformers, float32": transformers_step(backend, args, batch)}
+    if cfg.peer:
+        steps[f"{cfg.peer}, float32"] = peer_step(Path(cfg.peer), backend, args, batch)
     times = time_interleaved(steps, backend, cfg.rounds)
 
     n_tokens = batch[0].numel()
@@ -129,25 +136,57 @@ def build_run(train_cfg: SimpleNamespace, backend: devices.Backend, args: ModelA
 
 def transformers_step(backend: devices.Backend, args: ModelArgs, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
     model = transformers_model(args, backend)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     x, y = batch
 
-    def step() -> None:
+    def loss() -> Tensor:
         logits = model(input_ids=x).logits                      # (B, T, vocab_size)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    return adamw_step(model, loss)
 
 
-def transformers_model(args: ModelArgs, backend: devices.Backend) -> torch.nn.Module:
+def transformers_model(args: ModelArgs | GPT2Args, backend: devices.Backend) -> torch.nn.Module:
     transformers = require_package("transformers", "this comparison")
+    if isinstance(args, GPT2Args):
+        config = transformers.GPT2Config(
+            vocab_size=args.vocab_size, n_positions=args.max_seq_len, n_embd=args.dim, n_layer=args.n_layers,
+            n_head=args.n_heads)
+        return transformers.GPT2LMHeadModel(config).to(backend.device)
     config = transformers.LlamaConfig(
         vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_dim, rms_norm_eps=args.norm_eps,
         num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads,
         max_position_embeddings=args.max_seq_len, tie_word_embeddings=args.tie_embeddings)
     return transformers.LlamaForCausalLM(config).to(backend.device)
+
+
+def peer_step(folder: Path, backend: devices.Backend, args: ModelArgs, batch: tuple[Tensor, Tensor]
+              ) -> Callable[[], None]:
+    """Return a step of the Transformer in another folder's model.py, with the interface of llama2.c."""
+    path = folder / "model.py"
+    if not path.is_file():
+        raise UserError(f"no model.py in {folder.resolve()}")
+    spec = importlib.util.spec_from_file_location("peer_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peer_model"] = module
+    spec.loader.exec_module(module)
+    shape = {name: getattr(args, name) for name in module.ModelArgs.__dataclass_fields__ if hasattr(args, name)}
+    model = module.Transformer(module.ModelArgs(**{**shape, "hidden_dim": args.ffn_dim})).to(backend.device)
+    x, y = (part.contiguous() for part in batch)                # llama2.c calls view() on them
+
+    def loss() -> Tensor:
+        output = model(x, y)
+        return output[1] if isinstance(output, tuple) else getattr(model, "last_loss", output)
+    return adamw_step(model, loss)
+
+
+def adamw_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
 
 
 def matrix_seconds(args: ModelArgs, backend: devices.Backend, n_tokens: int) -> float:
@@ -195,15 +234,17 @@ def bench_sample(cfg: SimpleNamespace) -> None:
     backend = devices.choose_backend(cfg.device, cfg.dtype, training=False)
     state = checkpoints.read_model(cfg.checkpoint) if cfg.checkpoint else None
     model = checkpoints.build_model(state) if state else checkpoints.new_model(ModelArgs())
-    if not isinstance(model, Transformer):
-        raise UserError(f"this measures Llama models, and {cfg.checkpoint} is another one")
-    engines = build_engines(model.to(backend.device), backend)
-    compiled = build_engine(model, backend.dtype, compiled=True)
+    model.to(backend.device)
+    is_cpu = backend.device.type == "cpu"
+    engines = build_engines(model, backend)
+    compiled = {}
+    if isinstance(model, Transformer) or not is_cpu:
+        name = str(backend.dtype).removeprefix("torch.")
+        compiled[f"{name}, compiled"] = build_engine(model, backend.dtype, compiled=True)
     peer = transformers_model(model.args, backend).eval()
     with tempfile.TemporaryDirectory() as tmp_dir:
-        for batch_size in (1, 32) if backend.device.type == "cpu" else (1, 32, 256):
-            steps = {name: partial(generate, engine, batch_size) for name, engine in engines.items()}
-            steps["compiled"] = partial(generate, compiled, batch_size)
+        for batch_size in (1, 32) if is_cpu else (1, 32, 256):
+            steps = {name: partial(generate, engine, batch_size) for name, engine in {**engines, **compiled}.items()}
             steps["transformers, float32"] = partial(generate_with_transformers, peer, batch_size)
             if cfg.peer and batch_size == 1:
                 steps["run.c, float32"] = run_c_step(Path(cfg.peer), model, Path(tmp_dir))
@@ -217,7 +258,7 @@ def bench_sample(cfg: SimpleNamespace) -> None:
             print(f"{name:24} val loss {val_loss(engine, state, cfg.data_dir):.4f}")
 
 
-def build_engines(model: Transformer, backend: devices.Backend) -> dict[str, Engine]:
+def build_engines(model: torch.nn.Module, backend: devices.Backend) -> dict[str, Engine]:
     """Return an engine for each number format of the device."""
     engines = {str(backend.dtype).removeprefix("torch."): build_engine(model, backend.dtype)}
     if backend.device.type == "cpu":
@@ -238,16 +279,16 @@ def generate_with_transformers(model: torch.nn.Module, batch_size: int) -> None:
                    temperature=SAMPLING.temperature, top_k=SAMPLING.top_k, pad_token_id=0)
 
 
-def run_c_step(folder: Path, model: Transformer, tmp_dir: Path) -> Callable[[], float]:
+def run_c_step(folder: Path, model: torch.nn.Module, tmp_dir: Path) -> Callable[[], float]:
     """Build llama2.c's run.c, and return a step that runs it and returns the seconds for N_NEW_TOKENS.
 
     It begins with bos alone and draws from all tokens.
     """
+    if not isinstance(model, Transformer):
+        raise UserError("run.c is for Llama models, and this is a GPT-2; leave --peer out")
     if not (folder / "run.c").is_file() or not shutil.which("gcc"):
         raise UserError(f"--peer needs gcc, and a run.c in {folder.resolve()}")
-    program = tmp_dir / "run"
-    weights = tmp_dir / "model.bin"
-    tokenizer = tmp_dir / "tokenizer.bin"
+    program, weights, tokenizer = tmp_dir / "run", tmp_dir / "model.bin", tmp_dir / "tokenizer.bin"
     compiler = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", program]
     subprocess.run(compiler, check=True)
     llama2c.write_weights(checkpoints.model_state(model), weights, version=0)
@@ -296,17 +337,17 @@ def bench_text(cfg: SimpleNamespace) -> None:
         model = Path(tmp_dir, "data", "tok4096.model")
         megabytes = write_stories(cfg, stories) / 1e6
         commands = text_commands(stories, model, Path(tmp_dir))
-        times: dict[str, list[float]] = {name: [] for name in commands}
+        results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for _ in range(min(cfg.rounds, MAX_TEXT_ROUNDS)):
             for name, command in commands.items():
                 shutil.rmtree(model.with_suffix(""), ignore_errors=True)
-                times[name].append(time_process(command))
+                results[name].append(time_process(command))
     print(f"{megabytes:,.0f} MB of stories, {PROCESSES} processes")
     for name, plain_name in (("train_vocab.py", "plain vocabulary"), ("preprocess.py", "plain shards")):
-        seconds = statistics.median(times[name])
-        plain_seconds = statistics.median(times[plain_name])
-        print(f"{name:20} {seconds:7.1f} s {megabytes / seconds:7.1f} MB/s {plain_seconds / seconds:7.2f} x the speed "
-              f"of the {plain_name}: {plain_seconds:.1f} s")
+        seconds, memory = print_text_result(name, results[name], megabytes)
+        plain_seconds, plain_memory = print_text_result(plain_name, results[plain_name], megabytes)
+        memory_ratio = f", {memory / plain_memory:.2f} x the memory" if plain_memory else ""     # known on Linux only
+        print(f"{'':20} {plain_seconds / seconds:7.2f} x the speed{memory_ratio}")
 
 
 def text_commands(stories: Path, model: Path, tmp_dir: Path) -> dict[str, list[Any]]:
@@ -317,6 +358,14 @@ def text_commands(stories: Path, model: Path, tmp_dir: Path) -> dict[str, list[A
         "plain vocabulary": [*plain, "vocabulary", stories, 4096, tmp_dir / "plain.model"],
         "preprocess.py": [sys.executable, ROOT / "preprocess.py", *ours],
         "plain shards": [*plain, "shards", stories, model, tmp_dir / "plain", PROCESSES]}
+
+
+def print_text_result(name: str, results: list[tuple[float, float]], megabytes: float) -> tuple[float, float]:
+    """Print and return the medians of seconds and of memory in bytes."""
+    seconds = statistics.median(seconds for seconds, memory in results)
+    memory = statistics.median(memory for seconds, memory in results)
+    print(f"{name:20} {seconds:7.1f} s {megabytes / seconds:7.1f} MB/s {memory / 1e6:8,.0f} MB of memory")
+    return seconds, memory
 
 
 def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
@@ -336,14 +385,40 @@ def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def time_process(command: list[Any]) -> float:
-    """Return the seconds of a command."""
+def time_process(command: list[Any]) -> tuple[float, float]:
+    """Return the seconds of a command, and on Linux the peak memory of all its processes in bytes."""
     start = time.perf_counter()
-    process = subprocess.run([str(part) for part in command], capture_output=True)
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    samples = [0]
+    has_ended = threading.Event()
+
+    def sample_memory() -> None:
+        while not has_ended.wait(0.05):
+            samples.append(session_memory(process.pid))
+    sampler = threading.Thread(target=sample_memory)
+    sampler.start()
+    _, errors = process.communicate()
     seconds = time.perf_counter() - start
+    has_ended.set()
+    sampler.join()
     if process.returncode:
-        raise UserError(f"{command[1]} failed:\n{process.stderr.decode(errors='replace')[-2000:]}")
-    return seconds
+        raise UserError(f"{command[1]} failed:\n{errors.decode(errors='replace')[-2000:]}")
+    return seconds, max(samples)
+
+
+def session_memory(session: int) -> int:
+    """Return the bytes of all processes of a session; shared memory counts once (PSS)."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text(encoding="utf-8")
+            if int(stat.rpartition(")")[2].split()[3]) == session:
+                memory = (folder / "smaps_rollup").read_text(encoding="utf-8")
+                total += int(memory.partition("\nPss:")[2].split()[0]) * 1024
+        except (OSError, IndexError):           # the process has ended
+            continue
+    return total
 
 
 # ---- quality in a given time --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Measure what several processes gain.
+"""Measure what several processes gain, and what their messages cost.
 
     torchrun --nproc_per_node=2 -m tools.bench_scale
     torchrun --nproc_per_node=2 -m tools.bench_scale --preset cpu_3min
@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.distributed import all_reduce
 
 import train
 from extras.tensor_parallel import TensorParallelGroup, check_divisible
@@ -33,17 +33,18 @@ device = "auto"
 dtype = "auto"
 # ---- end of settings ----------------------------------------------------------------------------
 
+COMMAND = "torchrun --nproc_per_node=2 -m tools.bench_scale"
+
 
 def main() -> None:
     with distributed_context() as dist:
         with dist.all_or_none():
             cfg, _ = cli.parse_settings(globals())
-            if dist.size == 1:
-                raise UserError("this measures several processes\n"
-                                "       torchrun --nproc_per_node=2 -m tools.bench_scale")
+            if dist.world_size == 1:
+                raise UserError(f"this measures several processes\n       {COMMAND}")
             backend = choose_backend(dist.device(cfg.device), cfg.dtype)
             train_cfg, args = default_shape(cfg)
-        cores = max(available_cores() // dist.size, 1)
+        cores = max(available_cores() // dist.world_size, 1)
         bench_steps(cfg, train_cfg, args, backend, dist, cores)
         try:
             check_divisible(args, dist)
@@ -60,25 +61,29 @@ def bench_steps(cfg: SimpleNamespace, train_cfg: SimpleNamespace, args: ModelArg
     batch = (tokens[:, :-1], tokens[:, 1:])                     # x, y: (batch_size, max_seq_len)
 
     def build_step(context: DistributedContext, shard: bool) -> Callable[[], object]:
-        run = build_run(train_cfg, backend, args, False, context, gradient_accumulation_steps=dist.size, shard=shard)
+        run = build_run(train_cfg, backend, args, False, context, gradient_accumulation_steps=dist.world_size,
+                        shard=shard)
         return partial(train.train_step, run, repeat(batch))
     alone = build_step(SINGLE_PROCESS, False) if dist.is_main else do_nothing       # the other ranks wait for it
-    gradients = torch.zeros(checkpoint.new_model(args).count_parameters(), device=backend.device)
+    n_params = checkpoint.new_model(args).count_parameters()
+    gradients = torch.zeros(n_params, device=backend.device)
     steps = {
-        "alone, its cores": partial(time_together, alone, cores, backend, dist),
-        "alone, all cores": partial(time_together, alone, available_cores(), backend, dist),
-        "together, DDP": partial(time_together, build_step(dist, False), cores, backend, dist),
-        "together, shard": partial(time_together, build_step(dist, True), cores, backend, dist),
-        "mean of the gradients": partial(time_together, partial(all_reduce, gradients), cores, backend, dist)}
-    times = time_interleaved(steps, backend, cfg.rounds)
+        f"alone, {cores} of {available_cores()} cores": (alone, cores),
+        "alone, all cores": (alone, available_cores()),
+        f"{dist.world_size} processes, DDP": (build_step(dist, False), cores),
+        f"{dist.world_size} processes, shard": (build_step(dist, True), cores),
+        "mean of the gradients": (partial(torch.distributed.all_reduce, gradients), cores)}
+    timed = {name: partial(time_together, step, threads, backend, dist) for name, (step, threads) in steps.items()}
+    times = time_interleaved(timed, backend, cfg.rounds)
 
-    n_tokens = dist.size * batch[0].numel()
-    print(f"{backend}: dim {args.dim}, {args.n_layers} layers, {n_tokens:,} tokens a step, {dist.size} processes\n"
-          f"{'':24}   tokens/s   x the first   x the second")
-    for name, seconds in times.items():
-        print(f"{name:24} {n_tokens / seconds:10,.0f} {times['alone, its cores'] / seconds:13.2f} "
-              f"{times['alone, all cores'] / seconds:14.2f}")
-    expected = n_tokens / (times["alone, its cores"] / dist.size + times["mean of the gradients"])
+    n_tokens = dist.world_size * batch[0].numel()
+    share_seconds, all_cores_seconds, *_, mean_seconds = times.values()
+    print(f"{backend}: dim {args.dim}, {args.n_layers} layers, {n_params:,} parameters, {n_tokens:,} tokens a step\n"
+          f"{'':24}   tokens/s   x the first   x the second   MB sent by all")
+    for name, (step, _) in steps.items():
+        print(f"{name:24} {n_tokens / times[name]:10,.0f} {share_seconds / times[name]:13.2f} "
+              f"{all_cores_seconds / times[name]:14.2f} {bytes_sent(step, dist) / 1e6:16.1f}")
+    expected = n_tokens / (share_seconds / dist.world_size + mean_seconds)
     print(f"with this mean, the formula for DDP says {expected:,.0f} tokens/s", flush=True)
 
 
@@ -88,8 +93,9 @@ def bench_generation(cfg: SimpleNamespace, args: ModelArgs, backend: Backend, di
     torch.manual_seed(0)
     whole = Engine(checkpoint.new_model(args).to(backend.device), backend.dtype)
     divided = TensorParallelGroup(dist).engine(checkpoint.new_model(args), backend, "")
-    engines = {"alone, its cores": (whole, cores), "alone, all cores": (whole, available_cores()),
-               "divided": (divided, cores)}
+    engines = {f"alone, {cores} of {available_cores()} cores": (whole, cores),
+               "alone, all cores": (whole, available_cores()),
+               f"divided among {dist.world_size}": (divided, cores)}
 
     def measure() -> None:
         for batch_size in (1, 32):
@@ -106,6 +112,21 @@ def bench_generation(cfg: SimpleNamespace, args: ModelArgs, backend: Backend, di
 
 def do_nothing() -> None:
     pass
+
+
+def bytes_sent(step: Callable[[], object], dist: DistributedContext) -> int:
+    """Return the bytes of a step's messages through the loopback of Linux; elsewhere 0."""
+    before = loopback_bytes(dist)
+    step()
+    return loopback_bytes(dist) - before
+
+
+def loopback_bytes(dist: DistributedContext) -> int:
+    dist.max(0)                         # waits for all ranks
+    path = Path("/proc/net/dev")
+    counters = path.read_text(encoding="utf-8") if path.exists() else ""
+    fields = counters.partition("lo:")[2].split()
+    return int(fields[0]) if fields else 0
 
 
 def time_together(step: Callable[[], object], threads: int, backend: Backend, dist: DistributedContext) -> float:
