@@ -50,6 +50,7 @@ def main() -> None:
     print(f"{cfg.source}: {describe(state)}")
     if kind != "pt" and not kernels.model_is_original():
         print("note: model.py was edited; other programs compute the original model")
+        formats.huggingface.check_weight_names(state, cfg.source)
     convert(state, targets, kind, formats)
     print(f"wrote {' and '.join(map(str, targets))}\nnext: {cli.format_command('sample', checkpoint=targets[0])}")
 

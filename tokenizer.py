@@ -12,6 +12,7 @@ This file needs nothing but sentencepiece: copy it anywhere.
 """
 import hashlib
 import io
+import re
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ BYTE = 6
 N_RESERVED_IDS = 3 + 256        # unknown, bos, eos, and a piece for each byte
 WORD_END = "\x1f"               # ends a word during training and is in no piece
 HARD_TEXT = "  ﬁ½\u3000e\u0301 \n\n \t\x00"     # normalizers change each of these characters
+SURROGATE = re.compile("[\ud800-\udfff]")     # a byte that is not UTF-8, as Python reads arguments
 
 
 class BaseTokenizer:
@@ -63,7 +65,10 @@ class BaseTokenizer:
         try:
             return [head + ids + tail for ids in self._encode(texts)]
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError("this is not text, some bytes are not UTF-8") from error
+            broken = [text for text in texts if isinstance(text, str) and SURROGATE.search(text)]
+            if not broken:
+                raise
+            raise ValueError(f"this is not text, some bytes are not UTF-8: {ascii(broken[0][:60])}") from error
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, after bos if the model expects it. Raises ValueError if there are no ids."""

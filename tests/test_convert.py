@@ -218,3 +218,14 @@ def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, run_in_process
     tuned = checkpoint.load_checkpoint("out/last.pt")
     assert tuned["iter_num"] == 3 and (tuned["model_args"]["dim"], tuned["model_args"]["max_seq_len"]) == (64, 32)
     assert tuned["tokenizer_sha256"] == checkpoint.read_model(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"
+
+
+def test_weights_that_other_programs_have_no_place_for_are_named(source, monkeypatch):
+    """A model.py that was edited may have other weights; a checkpoint still takes them."""
+    state = checkpoint.load_checkpoint(source)
+    monkeypatch.setattr(convert.kernels, "model_is_original", lambda: False)
+    monkeypatch.setattr(convert.checkpoint, "read_model", lambda *_: {**state, "model": {**state["model"], "gain": 1}})
+    assert_user_error(run_captured("convert", source, "a.gguf"), "unknown tensors: gain")
+    kept = {name: weight for name, weight in state["model"].items() if "w3" not in name}
+    monkeypatch.setattr(convert.checkpoint, "read_model", lambda *_: {**state, "model": kept})
+    assert_user_error(run_captured("convert", source, "a"), "lacks 2 tensors: layers.0.feed_forward.w3.weight")

@@ -64,8 +64,8 @@ def test_the_commands_lead_from_nothing_to_stories(finished_project):
 
 def test_the_machine_and_the_files_are_shown(here):
     printed = run_captured("doctor").stdout
-    score = str(checkpoint.load_checkpoint("output/ckpt.pt")["best_val_loss"])
-    for part in (f"torch {torch.__version__}", "sentencepiece ", "cpu", "GB of disk", "512 tokens", "tokens of train",
+    score = f"{checkpoint.load_checkpoint('output/ckpt.pt')['best_val_loss']:.4f}"
+    for part in (f"torch {torch.__version__}", "sentencepiece ", "cpu", ", disk: ", "512 tokens", "tokens of train",
                  "step 2, finished (max_iters 2", score):
         assert part in printed, part
 

@@ -139,3 +139,7 @@ def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
     (3 * want).backward()
     for a, b in [(mine, want), (one[0].grad, two[0].grad), (one[1].grad, two[1].grad)]:
         torch.testing.assert_close(a, b)
+
+
+def test_a_byte_order_mark_is_no_edit():
+    assert kernels.fingerprint(b"\xef\xbb\xbf" + SOURCE.encode()) == kernels.MODEL_FINGERPRINT

@@ -111,7 +111,7 @@ def _comment_after(lines: list[str], node: ast.stmt) -> str:
 
 def _build_parser(module_globals: dict[str, Any], epilog: str) -> _Parser:
     path = Path(module_globals["__file__"])
-    program = f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
+    program = f"python -m tools.{path.stem}" if path.parent.name == "tools" else path.name
     return _Parser(prog=program, description=module_globals["__doc__"], epilog=epilog, allow_abbrev=False,
                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -157,7 +157,7 @@ def _normalize_flag(argument: str) -> str:
 def _check_not_moved(argument: str, moved: dict[str, str]) -> None:
     name = argument.removeprefix("--").split("=")[0]
     if argument.startswith("--") and name in moved:
-        raise UserError(f"--{name} is a command of its own now\n       {moved[name]}")
+        raise UserError(f"--{name} is not a setting any more; type\n       {moved[name]}")
 
 
 def _unknown_setting_message(argument: str, names: list[str]) -> str:

@@ -45,14 +45,14 @@ def parts_to_compile(transformer: nn.Module) -> list[nn.Module]:
 def model_is_original() -> bool:
     """True if model.py is the file that the kernels, and the engine, were written for. Otherwise print a note, once."""
     path = Path(model.__file__)
-    if path.is_file() and fingerprint(path.read_text(encoding="utf-8")) == MODEL_FINGERPRINT:
+    if path.is_file() and fingerprint(path.read_bytes()) == MODEL_FINGERPRINT:
         return True
     print("note: model.py was edited, so its own functions run, which are slower than tinyllm/kernels.py and engine.py",
           file=sys.stderr)
     return False
 
 
-def fingerprint(source: str) -> str:
+def fingerprint(source: str | bytes) -> str:
     """Return a digest of Python code that docstrings, comments, layout and the version of Python do not change."""
     return hashlib.sha256(_dump(ast.parse(source)).encode()).hexdigest()[:16]
 

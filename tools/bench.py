@@ -36,11 +36,9 @@ import torch
 from torch import Tensor
 
 import train
-from extras.formats import llama2c
-from extras.gpt2 import GPT2Args
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint as checkpoints
-from tinyllm import cli, corpus, documents, shards
+from tinyllm import cli, corpus, documents, optional, shards
 from tinyllm import device as devices
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
@@ -144,9 +142,9 @@ def transformers_step(backend: devices.Backend, args: ModelArgs, batch: tuple[Te
     return adamw_step(model, loss)
 
 
-def transformers_model(args: ModelArgs | GPT2Args, backend: devices.Backend) -> torch.nn.Module:
+def transformers_model(args: Any, backend: devices.Backend) -> torch.nn.Module:
     transformers = require_package("transformers", "this comparison")
-    if isinstance(args, GPT2Args):
+    if not isinstance(args, ModelArgs):
         config = transformers.GPT2Config(
             vocab_size=args.vocab_size, n_positions=args.max_seq_len, n_embd=args.dim, n_layer=args.n_layers,
             n_head=args.n_heads)
@@ -291,6 +289,7 @@ def run_c_step(folder: Path, model: torch.nn.Module, tmp_dir: Path) -> Callable[
     program, weights, tokenizer = tmp_dir / "run", tmp_dir / "model.bin", tmp_dir / "tokenizer.bin"
     compiler = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", program]
     subprocess.run(compiler, check=True)
+    llama2c = optional.load("formats").llama2c
     llama2c.write_weights(checkpoints.model_state(model), weights, version=0)
     tokens = struct.pack("<fi2s", 0.0, 2, b"aa") * model.args.vocab_size       # each is the text "aa"
     tokenizer.write_bytes(struct.pack("<i", 2) + tokens)

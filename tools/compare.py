@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from extras import plots
-from extras.plots import Points
-from tinyllm import checkpoint, cli, runlog
+from tinyllm import checkpoint, cli, optional, runlog
 from tinyllm.cli import UserError, escape_control_chars, format_command
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -23,6 +21,7 @@ out_dir = "output"                  # where compare.png is written
 # ---- end of settings ----------------------------------------------------------------------------
 
 EXAMPLE = "python -m tools.compare output output/old-1"
+Points = list[tuple[float, float]]
 N_POINTS = 4                        # rows of a table of bpb, over the range that all runs share
 MAX_WIDTH = 28                      # characters of a value in a table
 
@@ -76,7 +75,7 @@ def read_run(folder: str) -> RunHistory:
         settings={**header["config"], **header.get("model_args", {})},      # fine-tuning takes the model's own shape
         parameters=header.get("parameters", 0),
         by_tokens=[(entry["tokens"], entry["bpb"]) for entry in evals],
-        by_minutes=plots.curve(evals, "bpb", minutes),
+        by_minutes=[(minutes[entry["iter"]], entry["bpb"]) for entry in evals if entry["iter"] in minutes],
         speeds=[entry["tokens_per_second"] for entry in clock if runlog.has_numbers(entry, "tokens_per_second")])
 
 
@@ -163,6 +162,7 @@ def shorten(text: str) -> str:
 
 def draw_picture(runs: list[RunHistory], path: Path) -> None:
     labels = [f"{run.folder}, best {run.best[1]:.3f}" for run in runs]
+    plots = optional.load("plots")
     plots.draw_comparison(path, labels, [run.by_tokens for run in runs], [run.by_minutes for run in runs])
     print(f"\nwrote {path}")
 

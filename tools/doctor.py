@@ -3,6 +3,7 @@
     python -m tools.doctor
     python -m tools.doctor --data_dir data/tuned --out_dir output/tuned
 """
+import math
 import platform
 import shutil
 from collections.abc import Callable
@@ -38,8 +39,9 @@ def main() -> None:
     print(f"python          {platform.python_version()} on {platform.platform()}, {platform.machine()}")
     print(f"packages        torch {torch.__version__}, {', '.join(map(describe_package, PACKAGES))}")
     report("device", describe_device, cfg)
-    print(f"free            {(free_memory() or 0) / 1e9:.1f} GB of memory (0: unknown), "
-          f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB of disk")
+    memory = free_memory()
+    free = "unknown" if memory is None else f"{memory / 1e9:.1f} GB"
+    print(f"free            memory: {free}, disk: {shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB")
     steps = {"train_vocab": describe_tokenizer, "preprocess": describe_shards, "train": describe_run,
              "sample": describe_best}
     failed = [step for step, describe in steps.items() if not report(f"{step}.py", describe, cfg)]
@@ -125,7 +127,8 @@ def describe_best(cfg: SimpleNamespace) -> str:
     path = Path(cfg.out_dir) / "ckpt.pt"
     state = checkpoint.load_checkpoint(path, mmap=True)
     n_params = checkpoint.build_model(state, copy_weights=False, name=path).count_parameters()
-    return f"{path}: step {state['iter_num']:,}, val loss {state.get('best_val_loss')}, {n_params:,} parameters"
+    loss = state.get("best_val_loss", math.nan)
+    return f"{path}: step {state['iter_num']:,}, val loss {loss:.4f}, {n_params:,} parameters"
 
 
 if __name__ == "__main__":

@@ -49,6 +49,15 @@ def read(folder: Path) -> dict[str, Any]:
     return common.make_state(model, args, *read_tokenizer(folder, args["vocab_size"]))
 
 
+def check_weight_names(state: dict[str, Any], source: str | Path) -> None:
+    """Raise UserError if an edited model.py has other weights than a Llama, which no other program could place."""
+    args = state["model_args"]
+    is_tied = args["tie_embeddings"]
+    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers", is_tied=is_tied)
+    weights = set(state["model"])
+    common.check_names(weights - {"output.weight"} if is_tied else weights, names, Path(source))
+
+
 def architecture_of(folder: Path) -> str:
     return (common.read_json(folder / "config.json").get("architectures") or ["nothing"])[0]
 
