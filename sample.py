@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,7 +132,7 @@ def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedConte
             check_settings(cfg)
             text = read_input(cfg) if dist.is_main else ""
             generator = load_generator(cfg, team)
-        generator.engine.run(lambda: run_mode(generator, text, cfg))
+        generator.engine.run(partial(run_mode, generator, text, cfg))
 
 
 def check_settings(cfg: SimpleNamespace) -> None:

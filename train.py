@@ -36,7 +36,7 @@ from tinyllm.resume import run_settings
 from tinyllm.run import OOM_ADVICE, TrainRun, build_run
 from tinyllm.runlog import NullRunLog, RunLog
 from tinyllm.sampling import SamplingParams
-from tinyllm.stops import read_pending_metrics, lock_output_dir, require_finite_weights, save_on_signals
+from tinyllm.stops import lock_output_dir, read_pending_metrics, require_finite_weights, save_on_signals
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""                         # a tested set of hyperparameters, see the end of --help; flags override it

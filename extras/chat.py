@@ -95,7 +95,7 @@ def choose_format(name: str, name_in_checkpoint: str, tokenizer: BaseTokenizer) 
 def chat_loop(generator: TextGenerator, cfg: SimpleNamespace) -> None:
     """Read lines until /exit or the end of the input, and answer or continue each."""
     if cfg.system and not generator.chat:
-        raise UserError("--system is for a model that was taught to talk; leave it out")
+        raise UserError("--system is for chat models, and this is not one; leave it out")
     prepare_stdin()
     history: list[str] = []                     # your lines and the model's replies, alternating
     while (line := read_line()) is not None:

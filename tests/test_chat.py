@@ -51,7 +51,7 @@ def test_an_answer_ends_at_its_mark(talker):
         talker.tokenizer, "<|im_start|>", "system\nis", "<|im_end|>", "\n", "<|im_start|>", "user\nthis?", "<|im_end|>",
         "\n", "<|im_start|>", "assistant\n")]
     talker.chat = None
-    with pytest.raises(UserError, match="not taught to talk"):
+    with pytest.raises(UserError, match="not a chat model"):
         talker.answer(dialog)
 
 

@@ -362,7 +362,7 @@ def test_mistakes_are_one_clear_line(ckpt, tmp_path):
     assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--input_file", "x" * 300), "x" * 300)
     assert_user_error(run_captured("sample", "--prompt", "-x"), "--name=-value")
     assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--system", "x"), "--interactive")
-    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--system", "x", "--interactive"), "taught to talk")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--system", "x", "--interactive"), "for chat models")
     assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--interactive", "--prompt", "x"), "--prompt")
 
 

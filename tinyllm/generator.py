@@ -1,6 +1,6 @@
 """Text generation: prompts in, text out.
 
-    from sample import TextGenerator                    # this one, with the settings block of sample.py as defaults
+    from sample import TextGenerator        # the class below, with the settings of sample.py as its defaults
     generator = TextGenerator("output/ckpt.pt")
     stories = generator.sample("Once upon a time", num_samples=3)
     for piece in generator.stream("Once upon a time"):
@@ -165,7 +165,7 @@ class TextGenerator:
     def answer(self, dialog: list[Message], *args, **options) -> Iterator[str]:
         """Yield the answer of a chat model to a dialog as it grows. Takes the further arguments of `generate`."""
         if not self.chat:
-            raise UserError("this model was not taught to talk; if it was, say in which form: --chat chatml")
+            raise UserError("this is not a chat model; if it is one, name its chat template: --chat chatml")
         with tokenizer_errors():
             prompt_ids = self._encode_dialog(dialog)
         pieces = self.generate([Completion("")], *args, prompt_ids=[prompt_ids], stop_ids=[self.chat.end_id], **options)

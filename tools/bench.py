@@ -286,7 +286,9 @@ def run_c_step(folder: Path, model: torch.nn.Module, tmp_dir: Path) -> Callable[
         raise UserError("run.c is for Llama models, and this is a GPT-2; leave --peer out")
     if not (folder / "run.c").is_file() or not shutil.which("gcc"):
         raise UserError(f"--peer needs gcc, and a run.c in {folder.resolve()}")
-    program, weights, tokenizer = tmp_dir / "run", tmp_dir / "model.bin", tmp_dir / "tokenizer.bin"
+    program = tmp_dir / "run"
+    weights = tmp_dir / "model.bin"
+    tokenizer = tmp_dir / "tokenizer.bin"
     compiler = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", program]
     subprocess.run(compiler, check=True)
     llama2c = optional.load("formats").llama2c
