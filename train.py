@@ -160,7 +160,7 @@ def train(run: TrainRun) -> None:
         if should_eval:
             evaluate_and_keep_best(run, log)
         state.log_lines, state.log_sha256 = len(log.entries), log.sha256
-        if is_finished and not should_eval:                     # a longer run cuts this entry from the log
+        if is_finished and not should_eval:                     # log_lines leaves it out, for a run that is extended
             evaluate_and_keep_best(run, log)
         if should_save:
             save_latest(run, log, is_finished)
@@ -290,7 +290,7 @@ def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
 def save_latest(run: TrainRun, log: RunLog | NullRunLog, is_finished: bool) -> None:
     """Write last.pt, from which the run can be resumed."""
     if is_finished and run.state.iter_num < run.cfg.max_iters:
-        run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # too little for another step
+        run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # counts the unused rest as used
     with run.dist.all_or_none():
         require_finite_weights(run)
         log.sync()

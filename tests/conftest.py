@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"         # models are tiny here, and forks of several threads may hang
+os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"         # a third of the time to compile a layer
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whose results are the same everywhere
 
 import torch  # noqa: E402

@@ -5,8 +5,8 @@
     tokenizer = build_tokenizer(state)
 
 llama2c's tools know the keys model, optimizer, model_args, iter_num, best_val_loss and config. Further keys are
-tokenizer (the bytes of its file), architecture (llama if missing), chat (the name of the chat template), and in last.pt
-the state that an exact resume needs.
+tokenizer (the bytes of its file), architecture (llama if missing), chat (the name of the chat template), and in
+checkpoints of a run optimizer, scaler, rng and state, which an exact resume needs.
 """
 import os
 import zipfile

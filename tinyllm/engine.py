@@ -54,7 +54,7 @@ class KVCache:
         self.kv[layer, rows, :, :kv.shape[1]] = kv.transpose(1, 2)
 
     def next_positions(self) -> list[int]:
-        """Count one more token in each row, and return its position. In a full row it replaces the last one."""
+        """Add one to each length, and return where the new token goes. A full row is prefilled again afterwards."""
         positions = [min(length, self.cache_len - 1) for length in self.lengths]
         self.lengths = [length + 1 for length in self.lengths]
         return positions

@@ -41,10 +41,11 @@ def save_on_signals(run: TrainRun) -> Iterator[None]:
 
     def request_stop(number: int, frame: Any) -> None:
         run.requested_signal = number
-        signal.signal(number, handlers[number])
         if number == SIGHUP:
-            signal.signal(SIGHUP, signal.SIG_IGN)       # a closing terminal sends it twice
+            signal.signal(SIGHUP, signal.SIG_IGN)       # a closing terminal sends it twice, at any time
             redirect_to_devnull(1, 2)
+        else:
+            signal.signal(number, handlers[number])
         if run.dist.is_main:
             with suppress(OSError):                     # print() could be in the middle of its own buffer
                 os.write(1, b"\nstopping after this step, then saving\n")
