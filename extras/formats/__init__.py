@@ -20,7 +20,7 @@ from tinyllm.project import load_tokenizer
 from tokenizer import BaseTokenizer
 
 State = dict[str, Any]
-# what a reader may raise for a damaged file
+# errors that a reader may raise for a damaged file
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
             struct.error)
 

@@ -1,4 +1,4 @@
-"""What the readers and writers share: states, and tokenizers in the forms that they need."""
+"""Code that the readers and writers share: states, and tokenizers in the forms that they need."""
 import json
 import struct
 from collections.abc import Collection, Iterable
