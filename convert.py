@@ -101,7 +101,7 @@ def check_targets(targets: list[Path], kind: str, force: bool, folder_files: tup
 
 
 def describe(state: dict[str, Any]) -> str:
-    args = checkpoint.build_args(state)
+    args = checkpoint.load_model_args(state)
     return (f"{state.get('architecture', 'llama')}, dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
             f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
 

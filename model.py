@@ -43,7 +43,7 @@ class ModelArgs:
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        check_sizes(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "multiple_of")
+        validate_args(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "multiple_of")
         if self.head_dim % 2:
             raise ValueError(f"dim / n_heads = {self.head_dim} is odd; rotary embedding rotates pairs")
         if self.n_heads % self.n_kv_heads:
@@ -60,7 +60,7 @@ class ModelArgs:
         return self.hidden_dim or math.ceil(width / self.multiple_of) * self.multiple_of
 
 
-def check_sizes(args: Any, *names: str) -> None:
+def validate_args(args: Any, *names: str) -> None:
     """Raise ValueError if a named size is not a positive integer, or n_heads or dropout do not fit."""
     for name in names:
         value = getattr(args, name)

@@ -78,8 +78,8 @@ class TextGenerator(BaseTextGenerator):
 
     def __init__(self, checkpoint: str | Path = checkpoint, tokenizer_model_path: str | Path | None = tokenizer,
                  seed: int = seed, device: str = device, dtype: str = dtype, quantize: str = quantize,
-                 compile: bool = compile, chat: str = chat, team: Any = None):
-        super().__init__(checkpoint, tokenizer_model_path, seed, device, dtype, quantize, compile, chat, team)
+                 compile: bool = compile, chat: str = chat, tp_group: Any = None):
+        super().__init__(checkpoint, tokenizer_model_path, seed, device, dtype, quantize, compile, chat, tp_group)
 
     def sample(self, start: str = prompt, num_samples: int = num_samples, *args, **options) -> list[str]:
         return super().sample(start, num_samples, *args, **options)
@@ -127,11 +127,11 @@ def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedConte
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all processes
     cfg.device = dist.device(cfg.device)
     with distributed.distributed_context():
-        team = optional.load("tensor_parallel").TensorParallelGroup(dist)
-        with dist.all_or_none(team.control_group):
+        tp_group = optional.load("tensor_parallel").TensorParallelGroup(dist)
+        with dist.fail_together(tp_group.control_group):
             check_settings(cfg)
             text = read_input(cfg) if dist.is_main else ""
-            generator = load_generator(cfg, team)
+            generator = load_generator(cfg, tp_group)
         generator.engine.run(partial(run_mode, generator, text, cfg))
 
 
@@ -166,9 +166,9 @@ def read_input(cfg: SimpleNamespace) -> str:
         raise UserError(f"{path} is not UTF-8 text; save it as such with an editor") from error
 
 
-def load_generator(cfg: SimpleNamespace, team: Any = None) -> TextGenerator:
+def load_generator(cfg: SimpleNamespace, tp_group: Any = None) -> TextGenerator:
     return TextGenerator(cfg.checkpoint, cfg.tokenizer, cfg.seed, cfg.device, cfg.dtype, cfg.quantize, cfg.compile,
-                         cfg.chat, team)
+                         cfg.chat, tp_group)
 
 
 def run_mode(generator: TextGenerator, text: str, cfg: SimpleNamespace) -> None:

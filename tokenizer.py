@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-SPACE = "\u2581"                # SentencePiece writes a space as this character
+SPACE_MARK = "\u2581"                # SentencePiece writes a space as this character
 NORMAL = 1                      # kinds of pieces in its files
 UNKNOWN = 2
 CONTROL = 3
@@ -120,21 +120,21 @@ class Tokenizer(BaseTokenizer):
         texts = [text for text, _, kind in self.pieces() if kind == NORMAL]
         n_bytes = sum(kind == BYTE for _, _, kind in self.pieces())
         newline_stands_alone = all("\n" not in text or text == "\n" for text in texts)
-        return (n_bytes == 256 and newline_stands_alone and self._sp.encode("\n", out_type=str) == [SPACE, "\n"]
+        return (n_bytes == 256 and newline_stands_alone and self._sp.encode("\n", out_type=str) == [SPACE_MARK, "\n"]
                 and self._sp.decode(self._sp.encode(HARD_TEXT)) == HARD_TEXT)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         batch = self._sp.encode(texts)
         for i, text in enumerate(texts):
-            if SPACE in text and self.is_lossless:
+            if SPACE_MARK in text and self.is_lossless:
                 batch[i] = self._encode_with_space_mark(text)
         return batch
 
     def _encode_with_space_mark(self, text: str) -> list[int]:
         """Encode a text that contains U+2581, which SentencePiece would take for a space: spell it in bytes."""
-        first, *rest = text.split(SPACE)
+        first, *rest = text.split(SPACE_MARK)
         ids = self._sp.encode(first) or self._sp.encode("\n")[:1]
-        space_mark_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        space_mark_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         for part in rest:
             ids += space_mark_ids + self.encode_continuation(part)
         return ids

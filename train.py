@@ -102,7 +102,7 @@ SAMPLE_TEMPERATURE = 0.8                # of the stories that are generated at e
 def main() -> None:
     preset_settings = {name: preset.settings for name, preset in PRESETS.items()}
     with distributed_context() as dist:
-        with dist.all_or_none():
+        with dist.fail_together():
             cfg, overrides = cli.parse_settings(globals(), epilog=presets.presets_table(), presets=preset_settings,
                                                 moved=MOVED_FLAGS)
         if cfg.eval_only:
@@ -152,7 +152,7 @@ def train(run: TrainRun) -> None:
         if not should_log and not should_save:
             continue
 
-        with run.dist.all_or_none():
+        with run.dist.fail_together():
             loss, grad_norm = read_pending_metrics(run)          # waits for the device; an error if they are not finite
         if should_log:
             seconds_per_step = (time.perf_counter() - timer_start) / (state.iter_num - timer_step)
@@ -268,13 +268,13 @@ def generate_samples(run: TrainRun) -> list[str]:
 
 def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
     """Evaluate, generate samples, and write ckpt.pt if the model is the best so far."""
-    with run.dist.all_or_none():
+    with run.dist.fail_together():
         require_finite_weights(run)
     start_seconds = run.seconds()
     scores = evaluate(run)
     samples = generate_samples(run)
     run.sync_ranks()
-    with run.dist.all_or_none():
+    with run.dist.fail_together():
         log.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens, "samples": samples},
                   {"seconds": run.seconds()})
         log.write_reports(presets.expected_curve(run.cfg.preset))
@@ -291,7 +291,7 @@ def save_latest(run: TrainRun, log: RunLog | NullRunLog, is_finished: bool) -> N
     """Write last.pt, from which the run can be resumed."""
     if is_finished and run.state.iter_num < run.cfg.max_iters:
         run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # counts the unused rest as used
-    with run.dist.all_or_none():
+    with run.dist.fail_together():
         require_finite_weights(run)
         log.sync()
     run.save("last.pt")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from model import ModelArgs, Transformer
 from tinyllm import device
 from tinyllm.cli import UserError
-from tinyllm.engine import Engine, KVCache, LinearFn, Step
+from tinyllm.engine import DecodeStep, Engine, KVCache, LinearFn
 from tinyllm.files import atomic_replace, sha256
 
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
@@ -65,7 +65,7 @@ class CompiledEngine(Engine):
         super()._add_layer(matrices, make_linear)
         self.layer_weights.append([matrix.to(self.weight_dtype).contiguous() for matrix in matrices])
 
-    def generate(self, prompts: list[list[int]], *args, **options) -> Iterator[Step]:
+    def generate(self, prompts: list[list[int]], *args, **options) -> Iterator[DecodeStep]:
         """See Engine.generate. Raises UserError if compiling does not work on this machine."""
         if len(prompts) == 1:
             self.load_layer()

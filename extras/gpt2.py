@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Transformer, check_sizes, init_weights
+from model import Transformer, init_weights, validate_args
 from tinyllm.engine import AttentionFn, Engine, LinearFn
 from tinyllm.kernels import LinearCrossEntropy, causal_attention
 
@@ -31,7 +31,7 @@ class GPT2Args:
     dropout: float = 0.0
 
     def __post_init__(self):
-        check_sizes(self, "dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
+        validate_args(self, "dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
 
     @property
     def head_dim(self) -> int:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
 from tinyllm.files import atomic_write
 from tinyllm.generator import Completion, StreamDecoder, TextGenerator, Token, sampling_kwargs
-from tokenizer import SPACE, BaseTokenizer
+from tokenizer import SPACE_MARK, BaseTokenizer
 
 
 def tokens_with_alternatives(generator: TextGenerator, completion: Completion, alternatives: int
@@ -230,7 +230,7 @@ def format_percent(probability: float) -> str:
 
 
 def quote_piece(piece: str) -> str:
-    return repr(piece.replace(SPACE, " "))
+    return repr(piece.replace(SPACE_MARK, " "))
 
 
 def escape_html(text: str) -> str:

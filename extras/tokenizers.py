@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from tinyllm.optional import require_package
-from tokenizer import SPACE, BaseTokenizer
+from tokenizer import SPACE_MARK, BaseTokenizer
 
 
 class JsonTokenizer(BaseTokenizer):
@@ -45,7 +45,7 @@ class JsonTokenizer(BaseTokenizer):
         return self._tokenizer.decode(ids)
 
     def id_to_piece(self, token: int) -> str:
-        text = self.decode([token]).replace(" ", SPACE) if self._is_byte_level else ""
+        text = self.decode([token]).replace(" ", SPACE_MARK) if self._is_byte_level else ""
         return text or self._tokenizer.id_to_token(token) or ""
 
     def special_token_id(self, special: str) -> int:
@@ -103,7 +103,7 @@ class TiktokenTokenizer(BaseTokenizer):
         return self._encoding.decode_bytes(kept).decode("utf-8", errors="replace")
 
     def id_to_piece(self, token: int) -> str:
-        return self.decode([token], special=True).replace(" ", SPACE)
+        return self.decode([token], special=True).replace(" ", SPACE_MARK)
 
     def special_token_id(self, special: str) -> int:
         return self.special[special] if special in self.special else super().special_token_id(special)

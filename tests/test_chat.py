@@ -11,7 +11,7 @@ from extras.chat import ChatML, chat_loop
 from sample import TextGenerator
 from tinyllm import cli
 from tinyllm.cli import UserError
-from tinyllm.engine import Step
+from tinyllm.engine import DecodeStep
 
 
 class Scripted:
@@ -26,7 +26,7 @@ class Scripted:
         for token in self.answers.pop(0)[:max_new_tokens]:
             if token in stop_ids:
                 return
-            yield Step([token], torch.zeros(1, self.vocabulary.n_words))
+            yield DecodeStep([token], torch.zeros(1, self.vocabulary.n_words))
 
 
 @pytest.fixture

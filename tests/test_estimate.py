@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tinyllm import estimate
 from tinyllm.cli import UserError
-from tinyllm.run import State, TrainRun
+from tinyllm.run import TrainRun, TrainState
 
 
 def test_trying_out_leaves_no_trace(planned_run):
@@ -43,7 +43,7 @@ def test_a_micro_batch_keeps_about_what_is_estimated(planned_run):
 def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, steps):
     """A step takes 0.1 s, an evaluation 2 s; there are 1000 steps, with an evaluation each 300 and at the end."""
     run = SimpleNamespace(cfg=SimpleNamespace(max_iters=1000, eval_interval=300, max_minutes=max_minutes),
-                          state=State(iter_num=done), eval_seconds=2.0, seconds=lambda: 5.0)
+                          state=TrainState(iter_num=done), eval_seconds=2.0, seconds=lambda: 5.0)
     assert TrainRun.seconds_left(run, 0.1) == pytest.approx(seconds) and TrainRun.steps_left(run, 0.1) == steps
 
 

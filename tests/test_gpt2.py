@@ -148,7 +148,7 @@ def test_shapes_that_cannot_be_are_refused(change, message):
 def test_a_stored_norm_eps_that_cannot_be_is_refused(value):
     args = {**vars(ARGS), "norm_eps": value}
     with pytest.raises(UserError, match="model_args do not fit together"):
-        checkpoint.build_args({"architecture": "gpt2", "model_args": args, "model": {}})
+        checkpoint.load_model_args({"architecture": "gpt2", "model_args": args, "model": {}})
 
 
 def test_more_tokens_than_positions_are_refused(model):

@@ -8,7 +8,7 @@ from model import ModelArgs, Transformer
 from tinyllm.distributed import SINGLE_PROCESS
 from tinyllm.engine import Engine
 from tinyllm.optim import build_optimizers
-from tinyllm.run import State, TrainRun
+from tinyllm.run import TrainRun, TrainState
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)
 GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix
@@ -19,7 +19,7 @@ def test_a_step_of_training_looks_at_no_number(planned_run):
     plan = planned_run("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
     with FakeTensorMode():
         run = object.__new__(TrainRun)
-        run.cfg, run.backend, run.dist, run.state = plan.cfg, plan.backend, SINGLE_PROCESS, State()
+        run.cfg, run.backend, run.dist, run.state = plan.cfg, plan.backend, SINGLE_PROCESS, TrainState()
         run.model = run.ddp_model = Transformer(plan.model.args)
         run.optimizers, run.scaler = build_optimizers(run.model, run.cfg, run.backend), plan.backend.scaler()
         run.start_time, run.eval_seconds = 0.0, 0.0

@@ -97,7 +97,7 @@ def test_what_does_not_go_with_several_processes(trained):
     with pytest.raises(UserError, match="GPT-2"):
         tensor_parallel.check_divisible(GPT2Args(), DistributedContext(0, 2))
     with pytest.raises(UserError, match="--compile is for one process"):
-        TextGenerator(trained, compile=True, device="cpu", team=object())
+        TextGenerator(trained, compile=True, device="cpu", tp_group=object())
 
 
 # ---- without torchrun, for it takes seconds to start --------------------------------------------

@@ -17,7 +17,7 @@ from tinyllm import checkpoint, files, stops
 from tinyllm.cli import UserError
 from tinyllm.distributed import DistributedContext
 from tinyllm.files import folder_lock
-from tinyllm.run import State
+from tinyllm.run import TrainState
 
 
 def run_after_steps(losses: list[float], norms: list[float] | None = None, scale: float | None = None
@@ -27,7 +27,7 @@ def run_after_steps(losses: list[float], norms: list[float] | None = None, scale
     pairs = zip(losses, norms or [1.0] * len(losses))
     return SimpleNamespace(
         cfg=SimpleNamespace(out_dir="out", learning_rate=0.1), windows_per_step=8,
-        state=State(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, last_saved_step=0,
+        state=TrainState(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, last_saved_step=0,
         dist=DistributedContext(),
         pending_metrics=[(torch.tensor(loss), torch.tensor(norm)) for loss, norm in pairs])
 

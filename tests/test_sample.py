@@ -17,14 +17,14 @@ import sample
 from sample import Completion, TextGenerator
 from tinyllm import checkpoint, shards
 from tinyllm.cli import UserError
-from tinyllm.engine import Step
+from tinyllm.engine import DecodeStep
 from tinyllm.files import file_lock
 
 
 def fake_engine(monkeypatch, generator, *rows):
     """Have the engine yield these tokens, one list for each text."""
     size = generator.tokenizer.n_words
-    steps = [Step([row[i] if i < len(row) else None for row in rows], torch.zeros(len(rows), size))
+    steps = [DecodeStep([row[i] if i < len(row) else None for row in rows], torch.zeros(len(rows), size))
              for i in range(max(map(len, rows)))]
     monkeypatch.setattr(generator.engine, "generate", lambda *args: iter(steps))
 
@@ -45,7 +45,7 @@ def test_the_settings_block_is_the_one_definition_of_the_defaults():
     for method in ("__init__", "sample", "stream", "generate"):
         defaults = {name: parameter.default for name, parameter
                     in inspect.signature(getattr(TextGenerator, method)).parameters.items()
-                    if parameter.default is not parameter.empty and name != "team"}
+                    if parameter.default is not parameter.empty and name != "tp_group"}
         assert defaults == {name: getattr(sample, old_names.get(name, name)) for name in defaults} and defaults
     base = inspect.signature(TextGenerator.__base__.generate).parameters
     assert base["temperature"].default is inspect.Parameter.empty

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 import tokenizer
 from tinyllm import demo_stories, project
 from tinyllm.cli import UserError
-from tokenizer import SPACE, Tokenizer
+from tokenizer import SPACE_MARK, Tokenizer
 
 STORIES = list(demo_stories.generate_stories(300))
 HARD = ["", " ", "  ", "a", " a", "a ", "  lead", "end  ", "a  b", "\n", "\na", "a\n", " \n\n  x\t\ty\n ", "\r\n",
         "你好，世界", "😀👍🏽", "e\u0301 é", "ﬁ½", "\u00a0\u3000\u200b", "\ufeff", "\x00", "\x1f",
-        "a\x1fb", "\ufffd", SPACE,
-        f"a{SPACE}b", f"{SPACE} {SPACE}{SPACE}a", f"\n{SPACE}\n", "<s></s><unk><0x0A>", "1234567890"]
+        "a\x1fb", "\ufffd", SPACE_MARK,
+        f"a{SPACE_MARK}b", f"{SPACE_MARK} {SPACE_MARK}{SPACE_MARK}a", f"\n{SPACE_MARK}\n", "<s></s><unk><0x0A>",
+        "1234567890"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_hard_texts_come_back(vocabulary, text):
 
 
 @hypothesis_settings(max_examples=1000, deadline=None)
-@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(f" {SPACE}\n\tthe<>"))))
+@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(f" {SPACE_MARK}\n\tthe<>"))))
 def test_every_text_comes_back(vocabulary, text):
     assert vocabulary.decode(vocabulary.encode(text)) == text
 
@@ -67,8 +68,8 @@ def test_newline_and_digits_stand_alone(vocabulary):
 
 
 def test_no_piece_crosses_a_word_border(vocabulary):
-    pieces = [vocabulary.id_to_piece(i).lstrip(SPACE) for i in range(259, vocabulary.n_words)]
-    assert not [piece for piece in pieces if SPACE in piece]
+    pieces = [vocabulary.id_to_piece(i).lstrip(SPACE_MARK) for i in range(259, vocabulary.n_words)]
+    assert not [piece for piece in pieces if SPACE_MARK in piece]
 
 
 def test_newline_is_known_even_where_the_text_has_none():
@@ -89,7 +90,7 @@ def test_a_small_text_shrinks_the_vocabulary():
 def test_long_documents_are_not_skipped():
     """SentencePiece's own default leaves out what is longer than 4192 bytes."""
     vocabulary = learn_tokenizer(["a b c", "zebra " * 3000], 300)
-    assert "zebra" in {vocabulary.id_to_piece(i).lstrip(SPACE) for i in range(vocabulary.n_words)}
+    assert "zebra" in {vocabulary.id_to_piece(i).lstrip(SPACE_MARK) for i in range(vocabulary.n_words)}
 
 
 def test_more_characters_than_room_become_bytes():

@@ -300,7 +300,7 @@ def test_a_shape_nested_without_end():
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(UserError, match="model_args"):
-        checkpoint.build_args({"model": {}, "model_args": {"dim": deep}})
+        checkpoint.load_model_args({"model": {}, "model_args": {"dim": deep}})
 
 
 @pytest.mark.parametrize("name, order", [(CKPT, SAMPLE), (LAST, RESUME)], ids=["sample", "resume"])

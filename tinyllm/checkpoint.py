@@ -161,7 +161,7 @@ def read_model(source: str | Path, tokenizer: str | Path = "") -> dict[str, Any]
     """
     path = Path(source)
     state = load_checkpoint(path, mmap=True) if is_checkpoint(path) else optional.load("formats").read_model(path)
-    build_args(state, path)
+    load_model_args(state, path)
     return with_tokenizer(state, source, tokenizer) if tokenizer else state
 
 
@@ -214,7 +214,7 @@ def build_model(state: dict[str, Any], copy_weights: bool = True, name: str | Pa
 
     copy_weights: copy the weights in float32, for training; else the model shares the tensors of the state.
     """
-    args = build_args(state, name)
+    args = load_model_args(state, name)
     weights = state["model"]
     try:
         with torch.device("meta"), _SkipInit():         # takes no memory before the shapes are known to be right
@@ -242,7 +242,7 @@ class _SkipInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def build_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> Any:
+def load_model_args(state: dict[str, Any], name: str | Path = "the checkpoint") -> Any:
     """Build the config of a state's model. Raises UserError, with the file's name, if no model can have it."""
     architecture = state.get("architecture", "llama")
     if architecture not in ARCHITECTURES:

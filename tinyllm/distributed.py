@@ -59,7 +59,7 @@ class DistributedContext:
         return values
 
     @contextmanager
-    def all_or_none(self, group: torch_dist.ProcessGroup | None = None) -> Iterator[None]:
+    def fail_together(self, group: torch_dist.ProcessGroup | None = None) -> Iterator[None]:
         """Run a block on every rank. If it fails on any rank, all ranks exit, and the first that failed says why.
 
         Collectives inside the block must come before anything that can fail on one rank alone. A process group with

@@ -30,7 +30,7 @@ LinearFn = Callable[[Tensor], Tensor]                   # (rows, in) -> (rows, o
 AttentionFn = Callable[[int, Tensor], Tensor]           # layer, (B * T, H + 2 K, D) -> (B * T, dim)
 
 
-class Step(NamedTuple):
+class DecodeStep(NamedTuple):
     """A token for each sequence, None if it has ended; and the logits (B, vocab_size) that the tokens come from."""
     tokens: list[int | None]
     logits: Tensor
@@ -128,7 +128,7 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams = SamplingParams(),
-                 stop_ids: Collection[int] = (), sample_ids: list[int] | None = None) -> Iterator[Step]:
+                 stop_ids: Collection[int] = (), sample_ids: list[int] | None = None) -> Iterator[DecodeStep]:
         """Continue prompts (ids, at least one each) that may differ in length.
 
         A sequence ends at one of stop_ids, which is not yielded. Its tokens depend on its prompt, the seed and its
@@ -155,7 +155,7 @@ class Engine:
             ended = [end or token in stop_ids for end, token in zip(ended, new_ids)]
             if all(ended):
                 return
-            yield Step([None if end else token for end, token in zip(ended, new_ids)], logits)
+            yield DecodeStep([None if end else token for end, token in zip(ended, new_ids)], logits)
             sequences = [crop_to_window([*ids, token], window) for ids, token in zip(sequences, new_ids)]
             if occurred is not None:
                 occurred.scatter_(1, tokens[:, None], True)

@@ -21,7 +21,7 @@ from tinyllm import checkpoint as checkpoints
 from tinyllm import optional
 from tinyllm.cli import UserError
 from tinyllm.device import choose_backend
-from tinyllm.engine import Step, build_engine
+from tinyllm.engine import DecodeStep, build_engine
 from tinyllm.project import tokenizer_errors
 from tinyllm.sampling import SamplingParams, validate_sampling
 from tokenizer import BaseTokenizer
@@ -117,10 +117,10 @@ class TextGenerator:
     """A trained model with its tokenizer. sample.py has a subclass with defaults for the settings."""
 
     def __init__(self, checkpoint: str | Path, tokenizer_model_path: str | Path | None, seed: int, device: str,
-                 dtype: str, quantize: str, compile: bool, chat: str, team: Any = None):
-        """Load a checkpoint. team: a TensorParallelGroup, to load this process's part."""
+                 dtype: str, quantize: str, compile: bool, chat: str, tp_group: Any = None):
+        """Load a checkpoint. tp_group: a TensorParallelGroup, to load this process's part."""
         self.backend = choose_backend(device, dtype, training=False)
-        self._check_options(quantize, compile, team)
+        self._check_options(quantize, compile, tp_group)
         state = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(state)
         model = checkpoints.build_model(state, copy_weights=False, name=checkpoint)
@@ -136,18 +136,18 @@ class TextGenerator:
         compiled = ", compiled" if compile else ""
         self.description = f"{checkpoint}: {self.parameters:,} parameters, on {backend}{compiled}"
         self.window_warning_shown = False
-        if team:
-            self.engine = team.engine(model, self.backend, quantize)
+        if tp_group:
+            self.engine = tp_group.engine(model, self.backend, quantize)
         else:
             self.engine = build_engine(model, self.backend.dtype, quantize, compile, self.backend.device)
 
-    def _check_options(self, quantize: str, compile: bool, team: Any) -> None:
+    def _check_options(self, quantize: str, compile: bool, tp_group: Any) -> None:
         device = self.backend.device
         if quantize and (quantize != "int8" or device.type != "cpu"):
             raise UserError(f"--quantize {quantize} is not for {device}; there is int8, for a CPU")
         if compile and device.type not in ("cpu", "cuda"):
             raise UserError(f"--compile is not for {device}; leave it out")
-        if compile and team:
+        if compile and tp_group:
             raise UserError("--compile is for one process, without torchrun; leave it out")
 
     def sample(self, start: str, num_samples: int, *args, **options) -> list[str]:
@@ -226,7 +226,7 @@ class TextGenerator:
         """Call `generate` by its old name, with the old names of prompt_ids and stop_ids."""
         return self.generate(completions, *args, prompt_ids=heads, stop_ids=ends, **options)
 
-    def _extend(self, completions: list[Completion], steps: Iterator[Step], decoders: list[StreamDecoder],
+    def _extend(self, completions: list[Completion], steps: Iterator[DecodeStep], decoders: list[StreamDecoder],
                 max_new_tokens: int) -> Iterator[tuple[int, str]]:
         unfinished = list(range(len(completions)))
         for step in steps:
@@ -270,7 +270,7 @@ class TextGenerator:
         return tokens
 
 
-def _logprobs_of_tokens(step: Step) -> list[float]:
+def _logprobs_of_tokens(step: DecodeStep) -> list[float]:
     """Return the log-probability of each token of a step. An ended sequence has any."""
     tokens = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)       # (B,)
     return step.logits.log_softmax(-1).gather(1, tokens[:, None]).flatten().tolist()

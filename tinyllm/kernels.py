@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import model
 
-MODEL_FINGERPRINT = "a5095ffe6e06dbf9"                   # of model.py; tests/test_kernels.py keeps it current
+MODEL_FINGERPRINT = "e2bb2c62b502dc26"                   # of model.py; tests/test_kernels.py keeps it current
 QUERY_BLOCK = 64                                # queries at a time in attention on a CPU
 MAX_BLOCKED_LEN = 1024                          # longer sequences take PyTorch's kernel
 MAX_LOGITS_ON_CPU = 1 << 20                     # in a chunk of the loss: 4 MB in float32, about the cache

@@ -76,7 +76,7 @@ def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedC
         check_shape(cfg, overrides, last)
     saved = last if resumed else load_init_checkpoint(cfg, overrides)
     data, tokenizer = load_data(cfg, saved or last)
-    args = build_model_args(cfg, saved, tokenizer)
+    args = choose_model_args(cfg, saved, tokenizer)
     if must_resume and data.sha256 != last["data_sha256"]:
         command = format_command("train", init_from=Path(cfg.out_dir) / "last.pt")
         raise UserError(f"the text or the vocabulary in {cfg.data_dir} has changed since the run began\n"
@@ -141,7 +141,7 @@ def check_shape(cfg: SimpleNamespace, overrides: dict[str, Any], saved: Checkpoi
     """Raise UserError if the command line asks for another model than the one in a checkpoint."""
     if cfg.init_from in INIT_MODES:
         return
-    args = checkpoint.build_args(saved, init_checkpoint_path(cfg))
+    args = checkpoint.load_model_args(saved, init_checkpoint_path(cfg))
     wrong = []
     for name, value in overrides.items():
         actual = getattr(args, name, value)
@@ -244,7 +244,7 @@ def load_init_checkpoint(cfg: SimpleNamespace, overrides: dict[str, Any]) -> Che
     if cfg.eval_only:
         return saved
     check_shape(cfg, overrides, saved)
-    args = checkpoint.build_args(saved, path)
+    args = checkpoint.load_model_args(saved, path)
     window = args.max_seq_len
     if "max_seq_len" in overrides:
         window = cfg.max_seq_len
@@ -275,7 +275,7 @@ def load_data(cfg: SimpleNamespace, saved: Checkpoint | None) -> tuple[ShardSet,
     return load_shards(path.with_suffix(""), tokenizer.sha256), tokenizer
 
 
-def build_model_args(cfg: SimpleNamespace, saved: Checkpoint | None, tokenizer: BaseTokenizer) -> Any:
+def choose_model_args(cfg: SimpleNamespace, saved: Checkpoint | None, tokenizer: BaseTokenizer) -> Any:
     """Return the shape of the saved model, or of the model that the settings describe."""
     if not saved:
         return shape_from_settings(cfg, tokenizer.vocab_size)
@@ -284,7 +284,7 @@ def build_model_args(cfg: SimpleNamespace, saved: Checkpoint | None, tokenizer: 
         command = format_command("preprocess", tokenizer=init_checkpoint_path(cfg), data="PATH", data_dir="data/tuned")
         raise UserError(f"the checkpoint was trained with another vocabulary than the one in {cfg.data_dir}\n"
                         f"       name its --data_dir, or encode the text with its vocabulary: {command}")
-    args = checkpoint.build_args(saved, init_checkpoint_path(cfg))
+    args = checkpoint.load_model_args(saved, init_checkpoint_path(cfg))
     has_padding = digest and args.vocab_size > tokenizer.vocab_size          # more embeddings than tokens
     if args.vocab_size != tokenizer.vocab_size and not has_padding:
         raise UserError(f"the checkpoint's model has {args.vocab_size} tokens, the vocabulary {tokenizer.vocab_size}")

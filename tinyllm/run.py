@@ -25,7 +25,7 @@ PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # may differ
 
 
 @dataclass
-class State:
+class TrainState:
     """Progress of a run, as stored in its checkpoints. Old field names must stay readable."""
     iter_num: int = 0                   # optimizer steps done
     position: int = 0                   # windows seen
@@ -37,30 +37,30 @@ class State:
     compiled: bool = False
 
 
-def load_state(saved: dict[str, Any]) -> State:
+def load_train_state(saved: dict[str, Any]) -> TrainState:
     """Return the stored progress, without fields that only older versions have.
 
     Raises ValueError if a field has another type, or if there are no steps in it to resume from.
     """
-    defaults = asdict(State())
+    defaults = asdict(TrainState())
     known = {name: saved[name] for name in defaults if name in saved}
     for name, value in known.items():
         if type(value) is not type(defaults[name]):
             raise ValueError(f"state.{name}")
     if "iter_num" not in known or "position" not in known:
         raise ValueError("state")
-    return State(**known)
+    return TrainState(**known)
 
 
 def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext) -> "TrainRun":
     """Check all settings, then build the run: new, resumed, or from the weights of a checkpoint."""
     if cfg.init_from == "scratch" and dist.was_restarted:
         cfg.init_from = "auto"          # torchrun repeats the command, but the run has begun: resume it
-    with dist.all_or_none():
+    with dist.fail_together():
         plan = plan_run(cfg, overrides, dist)
         run_class = choose_run_class(cfg, dist)
     if dist.world_size > 1:
-        with dist.all_or_none():
+        with dist.fail_together():
             dist.check_same(plan_fingerprint(plan), "type the same command on all machines, with the same data and "
                             "output folders, shared or copied, and a --dtype that all support")
     return run_class(plan)
@@ -97,7 +97,7 @@ class TrainRun:
         self.dist = plan.dist
         self.data = plan.data
         self.tokenizer = plan.tokenizer
-        self.state = State()
+        self.state = TrainState()
         self.eval_seconds = 0.0             # duration of an evaluation
         self.synced_seconds = 0.0           # since start_time, when the ranks last compared their clocks
         self.requested_signal = 0           # the signal that asked this process to stop
@@ -115,7 +115,7 @@ class TrainRun:
 
     def _build(self, plan: RunPlan) -> None:
         torch.manual_seed(self.cfg.seed)
-        with self.dist.all_or_none():
+        with self.dist.fail_together():
             if plan.saved:
                 self.model = checkpoint.build_model(plan.saved, name=init_checkpoint_path(plan.cfg))
             else:
@@ -237,7 +237,7 @@ class TrainRun:
     def save(self, name: str) -> None:
         """Write a checkpoint to out_dir, from the main process."""
         content = self.checkpoint_dict()
-        with self.dist.all_or_none():
+        with self.dist.fail_together():
             if self.dist.is_main:
                 checkpoint.save_checkpoint(Path(self.cfg.out_dir, name), content)
         if name == "last.pt":
@@ -250,7 +250,7 @@ class TrainRun:
             print("note:   with --init_from scratch the same command starts over; --init_from resume resumes this run")
         self.state.setup = self.seconds()
         self.save(NEW_CHECKPOINT)
-        with self.dist.all_or_none():
+        with self.dist.fail_together():
             if self.dist.is_main:
                 archive_run(self.cfg.out_dir)
         self.can_resume = True
@@ -276,7 +276,7 @@ class TrainRun:
         }
 
     def _resume(self, saved: dict[str, Any]) -> None:
-        with self.dist.all_or_none():
+        with self.dist.fail_together():
             try:
                 self.load_checkpoint_dict(saved)
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -288,7 +288,7 @@ class TrainRun:
 
     def load_checkpoint_dict(self, saved: dict[str, Any]) -> None:
         """Restore everything but the model. Raise an error of some kind if the checkpoint does not fit."""
-        self.state = load_state(saved["state"])
+        self.state = load_train_state(saved["state"])
         for optimizer, optimizer_state in zip(self.optimizers, saved["optimizer"], strict=True):
             self.restore_optimizer(optimizer, optimizer_state["state"])
         if saved["scaler"]:                 # empty unless the run was saved in float16

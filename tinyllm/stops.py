@@ -25,7 +25,7 @@ MIN_LOSS_SCALE = 1.0            # GradScaler starts at 65,536, and halves its sc
 def lock_output_dir(out_dir: str, dist: DistributedContext) -> Iterator[None]:
     """Keep other runs out of out_dir for the block; the main process holds the lock for all ranks."""
     with ExitStack() as stack:
-        with dist.all_or_none():
+        with dist.fail_together():
             if dist.is_main:
                 stack.enter_context(folder_lock(out_dir))
                 finish_archive(out_dir)

@@ -17,10 +17,10 @@ from zlib import crc32
 
 import numpy as np
 
-from tokenizer import HARD_TEXT, NORMAL, SPACE, UNUSED, BaseTokenizer, Tokenizer
+from tokenizer import HARD_TEXT, NORMAL, SPACE_MARK, UNUSED, BaseTokenizer, Tokenizer
 
-SPACE_MARK = SPACE.encode()             # SentencePiece writes a space as this character
-CROSSES_WORDS = re.compile(f"[^{SPACE} ][{SPACE} ]|\n.|.\n", re.DOTALL)
+SPACE_MARK_BYTES = SPACE_MARK.encode()             # SentencePiece writes a space as this character
+CROSSES_WORDS = re.compile(f"[^{SPACE_MARK} ][{SPACE_MARK} ]|\n.|.\n", re.DOTALL)
 MAX_WORDS = 1 << 17                     # of a table; when it is full, a new one starts
 MAX_WORD_BYTES = 1 << 23                # of all words of a table, so that long words take no more memory
 MAX_COUNT_BYTES = 100 << 20             # memory of the counted words, about
@@ -159,7 +159,7 @@ class DocumentEncoder:
 
     def encode(self, texts: list[bytes]) -> np.ndarray:
         """Return the ids of texts in UTF-8: bos ... eos of each, one after another, int32."""
-        if self.is_wordwise and all(texts) and not any(SPACE_MARK in text for text in texts):
+        if self.is_wordwise and all(texts) and not any(SPACE_MARK_BYTES in text for text in texts):
             return self._encode_words(texts)
         batch = self.tokenizer.encode_batch([text.decode() for text in texts], bos=True, eos=True)
         return np.fromiter(chain.from_iterable(batch), np.int32)
@@ -200,7 +200,7 @@ class WordCounts:
     def add(self, texts: list[bytes]) -> None:
         """Count the words of texts. U+2581, which SentencePiece takes for a space, is one."""
         self._table = self._table or WordTable()
-        numbers, _, new_words = self._table.assign_ids([text.replace(SPACE_MARK, b" ") for text in texts])
+        numbers, _, new_words = self._table.assign_ids([text.replace(SPACE_MARK_BYTES, b" ") for text in texts])
         self._words += new_words
         counts = np.bincount(numbers, minlength=len(self._words))
         counts[:len(self._table_counts)] += self._table_counts
@@ -253,6 +253,6 @@ def is_wordwise(tokenizer: BaseTokenizer) -> bool:
     pieces = tokenizer.pieces()
     is_bpe = all(score.is_integer() for _, score, _ in pieces)      # ranks of the merges; others are log-probabilities
     texts = [text for text, _, kind in pieces if kind in (NORMAL, UNUSED)]
-    has_space_in_front = tokenizer.id_to_piece(tokenizer.encode("a")[0]).startswith(SPACE)
+    has_space_in_front = tokenizer.id_to_piece(tokenizer.encode("a")[0]).startswith(SPACE_MARK)
     keeps_text = tokenizer.decode(tokenizer.encode(HARD_TEXT)) == HARD_TEXT
     return is_bpe and has_space_in_front and keeps_text and not any(map(CROSSES_WORDS.search, texts))

@@ -38,7 +38,7 @@ COMMAND = "torchrun --nproc_per_node=2 -m tools.bench_scale"
 
 def main() -> None:
     with distributed_context() as dist:
-        with dist.all_or_none():
+        with dist.fail_together():
             cfg, _ = cli.parse_settings(globals())
             if dist.world_size == 1:
                 raise UserError(f"this measures several processes\n       {COMMAND}")

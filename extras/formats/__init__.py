@@ -19,17 +19,17 @@ from tinyllm.cli import UserError
 from tinyllm.project import load_tokenizer
 from tokenizer import BaseTokenizer
 
-State = dict[str, Any]
+Checkpoint = dict[str, Any]
 # errors that a reader may raise for a damaged file
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
             struct.error)
 
 
-def write_checkpoint(state: State, path: Path) -> None:
+def write_checkpoint(state: Checkpoint, path: Path) -> None:
     checkpoint.save_checkpoint(path, state)
 
 
-WRITERS: dict[str, Callable[[State, Path], None]] = {
+WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "pt": write_checkpoint,
     "hf": huggingface.write,
     "llama2c": partial(llama2c.write, version=0),
@@ -41,7 +41,7 @@ WRITERS: dict[str, Callable[[State, Path], None]] = {
 }
 
 
-def read_model(source: Path) -> State:
+def read_model(source: Path) -> Checkpoint:
     """Read another project's model: a file, a folder, or a model of gpt2_folder.RELEASED, which is downloaded to data/.
 
     Raises UserError when the source is missing, damaged, or of a kind that cannot be represented.
@@ -84,7 +84,7 @@ def read_tokenizer(path: Path) -> BaseTokenizer:
     return load_tokenizer(llama2c.read_tokenizer(path) or path)
 
 
-def choose_reader(path: Path) -> Callable[[Path], State] | None:
+def choose_reader(path: Path) -> Callable[[Path], Checkpoint] | None:
     """Return the reader of a file or folder, by its content; None for a file that does not look like a model."""
     if path.is_dir():
         return choose_folder_reader(path)
@@ -95,7 +95,7 @@ def choose_reader(path: Path) -> Callable[[Path], State] | None:
     return llama2c.read if magic == llama2c.MAGIC or llama2c.is_legacy(path) else None
 
 
-def choose_folder_reader(path: Path) -> Callable[[Path], State]:
+def choose_folder_reader(path: Path) -> Callable[[Path], Checkpoint]:
     if (path / "config.json").is_file():
         is_gpt2 = huggingface.architecture_of(path) == "GPT2LMHeadModel"
         return gpt2_folder.read if is_gpt2 else huggingface.read

@@ -10,7 +10,7 @@ from torch import Tensor
 from extras.tokenizers import JsonTokenizer, TiktokenTokenizer
 from tinyllm.cli import UserError
 from tinyllm.project import shorten_list
-from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, BaseTokenizer, Tokenizer
+from tokenizer import BYTE, CONTROL, NORMAL, SPACE_MARK, UNKNOWN, BaseTokenizer, Tokenizer
 
 BPE = 2                         # SentencePiece's number for byte-pair encoding
 # patterns that cut text before its bytes are merged
@@ -147,9 +147,9 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
     learned = [(text, score) for text, score, kind in pieces if kind == NORMAL]
     learned.sort(key=lambda piece: -piece[1])           # by score, best first
     merges = merges_of((text for text, _ in learned), ids)
-    normalizers = [{"type": "Prepend", "prepend": SPACE},
-                   {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
+    normalizers = [{"type": "Prepend", "prepend": SPACE_MARK},
+                   {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}]
+    decoders = [{"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}, {"type": "ByteFallback"},
                 {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(special),

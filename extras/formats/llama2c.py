@@ -21,7 +21,7 @@ from model import ModelArgs
 from tinyllm.checkpoint import build_model, build_tokenizer
 from tinyllm.cli import UserError
 from tinyllm.files import atomic_write
-from tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, BaseTokenizer, Tokenizer
+from tokenizer import BYTE, CONTROL, NORMAL, SPACE_MARK, UNKNOWN, BaseTokenizer, Tokenizer
 
 MAGIC = b"24ka"                         # 0x616b3432
 HEADER_BYTES = 256                      # of versions 1 and 2
@@ -146,7 +146,7 @@ def read_pieces(path: Path) -> list[tuple[str, float, int]]:
 def as_piece(token: int, text: str, score: float) -> tuple[str, float, int]:
     if token < 3:
         return text.strip("\n"), score, LLAMA2_TOKEN_TYPES[token]
-    return text.replace(" ", SPACE), score, BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
+    return text.replace(" ", SPACE_MARK), score, BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def write_tokenizer(tokenizer: BaseTokenizer, path: Path) -> None:
         raise UserError("llama2c needs a tokenizer like Llama 2's: byte pairs of SentencePiece, and first unknown, "
                         f"bos, eos and the 256 bytes\n       {OTHER_TARGETS}")
     pieces = tokenizer.pieces()
-    texts = [text.replace(SPACE, " ").encode() for text, _, _ in pieces]
+    texts = [text.replace(SPACE_MARK, " ").encode() for text, _, _ in pieces]
     texts[1] = b"\n" + texts[1] + b"\n"
     texts[2] = b"\n" + texts[2] + b"\n"
     with atomic_write(path) as file:
