@@ -85,9 +85,9 @@ def module_names(folder: str) -> set[str]:
     return {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
 
 
-def test_the_readme_names_every_file():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = re.search(r"(?s)```text\n(train_vocab.py.*?)```", readme)[1]
+def test_contributing_names_every_file():
+    page = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = re.search(r"(?s)```text\n(train_vocab.py.*?)```", page)[1]
     named = re.findall(r"(?m)^ *(\w+)\.py +# \w", tree)
     modules = module_names(".") | module_names("tinyllm") | module_names("tools")
     assert len(named) == len(set(named)) > 30
