@@ -123,7 +123,7 @@ class TextGenerator:
         self._check_options(quantize, compile, tp_group)
         state = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(state)
-        model = checkpoints.build_model(state, copy_weights=False, name=checkpoint)
+        model = checkpoints.build_model(state, copy_weights=False, source=checkpoint)
         if self.tokenizer.n_words > model.args.vocab_size:
             raise UserError(f"the tokenizer has {self.tokenizer.n_words} tokens, the model {model.args.vocab_size}; "
                             "they do not belong together")

@@ -78,7 +78,7 @@ def plan_fingerprint(plan: RunPlan) -> dict[str, int]:
     return {"other settings": zlib.crc32(repr(settings).encode()),
             "other text": zlib.crc32(plan.data.sha256.encode()),
             "another dtype": zlib.crc32(repr(plan.backend.dtype).encode()),         # of dtype auto, on unequal GPUs
-            "another checkpoint": checkpoint.state_checksum(plan.saved) if plan.saved else 0}
+            "another checkpoint": checkpoint.weights_checksum(plan.saved) if plan.saved else 0}
 
 
 class TrainRun:
@@ -117,7 +117,7 @@ class TrainRun:
         torch.manual_seed(self.cfg.seed)
         with self.dist.fail_together():
             if plan.saved:
-                self.model = checkpoint.build_model(plan.saved, name=init_checkpoint_path(plan.cfg))
+                self.model = checkpoint.build_model(plan.saved, source=init_checkpoint_path(plan.cfg))
             else:
                 self.model = checkpoint.new_model(plan.args)
         self.chat = plan.saved.get("chat", "") if plan.saved else ""        # chat template of the initial checkpoint

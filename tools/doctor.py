@@ -126,7 +126,7 @@ def describe_run(cfg: SimpleNamespace) -> str:
 def describe_best(cfg: SimpleNamespace) -> str:
     path = Path(cfg.out_dir) / "ckpt.pt"
     state = checkpoint.load_checkpoint(path, mmap=True)
-    n_params = checkpoint.build_model(state, copy_weights=False, name=path).count_parameters()
+    n_params = checkpoint.build_model(state, copy_weights=False, source=path).count_parameters()
     loss = state.get("best_val_loss", math.nan)
     return f"{path}: step {state['iter_num']:,}, val loss {loss:.4f}, {n_params:,} parameters"
 
