@@ -88,7 +88,8 @@ def run_in_process():
 def count_words(texts) -> dict[bytes, int]:
     """The words of texts, with the space in front of them, and how often each comes."""
     found = words.WordCounts()
-    for batch in documents.text_batches(texts):
+    encoded = [text.encode() for text in texts]
+    for batch in documents.group_by_size(encoded, len, documents.BATCH_BYTES):
         found.add(batch)
     found.flush()
     return found.counts

@@ -3,16 +3,14 @@
 Every step reads the same documents in the same order, and keeps the same ones for validation.
 """
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from tinyllm import demo_stories
 from tinyllm.cli import UserError, shell_quote, suggest_path
-from tinyllm.documents import SEPARATOR, chunks, read_documents
+from tinyllm.documents import SEPARATOR, group_by_size, read_documents
 from tinyllm.files import load_json, save_json
 from tinyllm.project import separate_data_dir
 
@@ -36,19 +34,16 @@ def find_files(path: str | Path) -> list[Path]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Return the files of a folder and its subfolders sorted by name, without hidden ones.
-
-    Links to folders are not followed. Raises OSError for a subfolder that may not be read.
-    """
-    paths = []
-    for root, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(filter(Path.is_file, paths), key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
+    """Return the files of a folder and its subfolders sorted by name, without hidden ones and linked folders."""
+    files = []
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            files += list_files(path)
+        elif path.is_file():
+            files.append(path)
+    return sorted(files, key=Path.as_posix)
 
 
 def _is_text_file(path: Path) -> bool:
@@ -77,7 +72,7 @@ def check_not_nested(source: str | Path, data_dir: str | Path) -> None:
 
 def group_small_files(files: list[Path]) -> Iterator[list[Path]]:
     """Arrange files into groups for one process to work on; small ones share a group."""
-    return chunks(files, lambda path: path.stat().st_size, GROUP_BYTES)
+    return group_by_size(files, lambda path: path.stat().st_size, GROUP_BYTES)
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ def split_texts(texts: list[bytes], threshold: int) -> dict[str, list[bytes]]:
     return splits
 
 
-def val_hash_threshold(files: list[Path], encoding: str = "") -> int:
+def find_val_threshold(files: list[Path], encoding: str = "") -> int:
     """Return the rule of the split: documents whose hash is at most this are for validation.
 
     Because it looks at each text by itself, the rule needs no second pass, holds in any order and
