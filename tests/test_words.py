@@ -129,7 +129,7 @@ def words_of(text: bytes) -> list[bytes]:
 
 
 def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabulary):
-    monkeypatch.setattr(words, "_SLOTS", 64)
+    monkeypatch.setattr(words, "_N_SLOTS", 64)
     assert count_words(STORIES) == by_hand(STORIES)
     ids = DocumentEncoder(vocabulary).encode([text.encode() for text in STORIES])
     assert ids.tolist() == plain_ids(vocabulary, STORIES)

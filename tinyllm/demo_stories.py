@@ -12,7 +12,6 @@ capital. `{he} {him} {his}` follow the hero, `{fhe}` the friend, `{hhe}` the hel
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,9 @@ def write_stories() -> Path:
     if FOLDER.is_dir():
         return FOLDER
     print(f"writing synthetic stories to {FOLDER} (made by a grammar, and good for trying)")
-    tmp_dir = FOLDER.with_name(FOLDER.name + ".tmp")
-    shutil.rmtree(tmp_dir, ignore_errors=True)
-    tmp_dir.mkdir(parents=True)
     stories = [{"story": story} for story in generate_stories()]
+    tmp_dir = FOLDER.with_name("demo.tmp")
+    tmp_dir.mkdir(parents=True, exist_ok=True)
     for i in range(N_FILES):
         text = json.dumps(stories[i::N_FILES], indent=0)
         (tmp_dir / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
@@ -78,7 +76,7 @@ def _fill(text: str, choices: dict[str, list[str]], rng: random.Random) -> str:
     slots = _draw_people(rng)
     for names, values in choices.items():
         slots.update(zip(names.split(" / "), _pick(rng, values).split(" / ")))
-    slots.update(_pronouns("h", is_female=slots["hhe"] == "she"))
+    slots |= _pronouns("h", is_female=slots["hhe"] == "she")
     while "[" in text or "{" in text:                   # the innermost first, until nothing is open
         text = re.sub(r"\[([^\[\]]*)\]", lambda match: _pick(rng, match[1].split("|")), text)
         text = re.sub(r"\{(\w+)\}", lambda match: slots[match[1]], text)
@@ -93,14 +91,8 @@ def _draw_people(rng: random.Random) -> "_Slots":
         name, kind, is_female = _draw_person(rng)
         while name == slots.get("name"):
             name, kind, is_female = _draw_person(rng)
-        slots[label] = name
-        slots[prefix + "kind"] = kind
-        slots.update(_pronouns(prefix, is_female))
+        slots |= {label: name, prefix + "kind": kind, **_pronouns(prefix, is_female)}
     return slots
-
-
-def _pronouns(prefix: str, is_female: bool) -> dict[str, str]:
-    return {prefix + male: female if is_female else male for male, female in PRONOUNS}
 
 
 def _draw_person(rng: random.Random) -> tuple[str, str, bool]:
@@ -108,9 +100,12 @@ def _draw_person(rng: random.Random) -> tuple[str, str, bool]:
     if rng.random() < 0.3:
         kind = _pick(rng, list(ANIMALS))
         return ANIMALS[kind][is_female], kind, is_female
-    if is_female:
-        return _pick(rng, GIRLS), "girl", True
-    return _pick(rng, BOYS), "boy", False
+    kind, names = ("girl", GIRLS) if is_female else ("boy", BOYS)
+    return _pick(rng, names), kind, is_female
+
+
+def _pronouns(prefix: str, is_female: bool) -> dict[str, str]:
+    return {prefix + male: female if is_female else male for male, female in PRONOUNS}
 
 
 class _Slots(dict):
