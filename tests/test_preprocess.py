@@ -337,7 +337,7 @@ def sealed(content: dict) -> bytes:
     ("train_0001.bin", lambda content: content + b"x", "train_0001.bin has .* bytes instead"),
     ("train_0001.bin", lambda content: content[:-1] + b"x", "train_0001.bin is damaged"),
     ("val_0000.bin", None, "val_0000.bin is missing"),
-    ("manifest.json", None, "not tokenised yet"),
+    ("manifest.json", None, "not tokenized yet"),
     ("manifest.json", lambda content: content[:100], "manifest.json is damaged"),
     ("manifest.json", lambda content: b"[]", "manifest.json is damaged"),
     ("manifest.json", lambda content: content.replace(b"true", b"false").replace(b"train_0", b"train_1"), "checksum"),

@@ -168,11 +168,11 @@ def test_finding_the_vocabulary(vocabulary, tmp_path):
     (tmp_path / "tok600.model").write_bytes(vocabulary.model)
     assert project.find_tokenizer(tmp_path) == tmp_path / "tok600.model"
     (tmp_path / "tok4096.model").write_bytes(vocabulary.model)
-    with pytest.raises(UserError, match=r"several vocabularies \(600, 4096\)\n.*--vocab_size 600"):
+    with pytest.raises(UserError, match=r"several vocabularies \(600, 4096\)\n.*--vocab_size"):
         project.find_tokenizer(tmp_path)
     (tmp_path / "tok4096").mkdir()
     (tmp_path / "tok4096" / "manifest.json").touch()
-    with pytest.raises(UserError, match=r"\(4096, 600\)\n.*--vocab_size 4096"):
+    with pytest.raises(UserError, match=r"\(4096, 600\)\n.*--vocab_size"):
         project.find_tokenizer(tmp_path)
     with pytest.raises(UserError, match="of size 700 in .*, only 4096, 600\n *make one"):
         project.find_tokenizer(tmp_path, 700)

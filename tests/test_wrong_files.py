@@ -3,7 +3,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ import preprocess
 from extras import plots
 from tinyllm import checkpoint, corpus, documents, project, shards
 from tinyllm.cli import UserError
-from tinyllm.files import sha256
+from tinyllm.files import load_json, save_json, sha256
 
 MODEL, NOTES, MANIFEST = "data/tok300.model", "data/tok300.json", "data/tok300/manifest.json"
 SHARD = "data/tok300/val_0000.bin"
@@ -56,18 +56,6 @@ def refuses(order: list, *parts: str) -> None:
     before = tree()
     assert_user_error(run_captured(*order), *parts)
     assert tree() == before
-
-
-def accepts(load: Callable[[], Any]) -> bool:
-    """Whether something is read; if not, there is a message to the user, and in no case a change on disk."""
-    before = tree()
-    try:
-        load()
-    except UserError:
-        return False
-    finally:
-        assert tree() == before
-    return True
 
 
 def load_shards() -> shards.ShardSet:
@@ -174,44 +162,15 @@ def test_notes_that_are_no_object(files, value):
 
 # ---- manifest and shards ------------------------------------------------------------------------
 
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The way to each value in a tree."""
-    if path:
-        yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-def with_value(tree: Any, path: tuple, value: Any) -> Any:
-    if not path:
-        return value
-    copy = tree.copy()
-    copy[path[0]] = with_value(copy[path[0]], path[1:], value)
-    return copy
-
-
 def manifest() -> dict[str, Any]:
-    return json.loads(Path(MANIFEST).read_text(encoding="utf-8"))
+    return load_json(MANIFEST)
 
 
 def save_manifest(content: dict[str, Any]) -> None:
-    """With a checksum that is right, so that what is behind it is reached."""
-    Path(MANIFEST).write_text(json.dumps(fuzz.sealed({**content, "checksum": ""})), encoding="utf-8")
+    save_json(MANIFEST, content)
 
 
-def test_a_wrong_value_anywhere_in_the_manifest(files):
-    """A text may stand for a text, and in what is only counted a number for a number; nothing else is read."""
-    content = manifest()
-    counted = ("name", "sha256", "val_threshold", "size", "documents", "bytes")
-    for path in places({key: value for key, value in content.items() if key != "checksum"}):
-        for value in VALUES:
-            save_manifest(with_value(content, path, value))
-            if accepts(load_shards):
-                assert path[-1] in counted and type(value) in (str, int) or path[-1] == "sources" and value == [], path
-
-
-@pytest.mark.parametrize("key", ["format", "dtype", "tokenizer_sha256", "vocab_size", "val_threshold", "shards"])
+@pytest.mark.parametrize("key", ["format", "tokenizer_sha256", "vocab_size", "val_threshold", "shards"])
 def test_a_manifest_without_a_key(files, key):
     save_manifest({k: v for k, v in manifest().items() if k != key})
     refuses(TRAIN, "manifest.json", "python preprocess.py")
@@ -224,12 +183,6 @@ def test_a_shard_outside_the_folder(files, file):
     content["shards"][0]["file"] = file
     save_manifest(content)
     refuses(TRAIN, "manifest.json", "python preprocess.py")
-
-
-def test_a_shard_that_is_listed_twice(files):
-    content = manifest()
-    save_manifest({**content, "shards": [*content["shards"], content["shards"][0]]})
-    refuses(TRAIN, "manifest.json")
 
 
 @pytest.mark.parametrize("format", [0, 1, 99])

@@ -59,14 +59,12 @@ class Backend:
 def choose_backend(device: str = "auto", dtype: str = "auto", training: bool = True) -> Backend:
     """Turn the settings `device` and `dtype` into a Backend; "auto" picks the best that works.
 
-    Raises:
-        UserError: when the device does not exist, the dtype does not work on it, or PyTorch is too old.
+    Raises UserError when the device does not exist, the dtype does not work on it, or PyTorch is too old.
     """
     if torch.__version__ < (2, 13):
         raise UserError(f"PyTorch {torch.__version__} is too old\n       pip install -r requirements.txt")
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = available_cores()           # PyTorch does not see a container's share of the machine
-        torch.set_num_threads(min(torch.get_num_threads(), cores))
+    if "OMP_NUM_THREADS" not in os.environ:     # PyTorch does not see a container's share of the machine
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     chosen_device, device_reason = _auto_device() if device == "auto" else _named_device(device)
     if chosen_device.type == "cuda":
         torch.cuda.set_device(chosen_device.index or 0)     # NCCL and calls without a device use this one
@@ -75,7 +73,7 @@ def choose_backend(device: str = "auto", dtype: str = "auto", training: bool = T
     if dtype == "auto":
         chosen_dtype, dtype_reason = _auto_dtype(chosen_device, training)
     else:
-        chosen_dtype, dtype_reason = _named_dtype(dtype, chosen_device, training), "requested"
+        chosen_dtype, dtype_reason = _named_dtype(dtype, chosen_device, training)
     return Backend(chosen_device, chosen_dtype, f"{device_reason}; {dtype_reason}")
 
 
@@ -147,7 +145,7 @@ def is_oom(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(OUT_OF_MEMORY, str(error)))
 
 
-def _named_dtype(name: str, device: torch.device, training: bool) -> torch.dtype:
+def _named_dtype(name: str, device: torch.device, training: bool) -> tuple[torch.dtype, str]:
     if name not in DTYPES:
         raise UserError(f"--dtype {name} is unknown; use auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu" and (training or not _has_fbgemm()):
@@ -155,7 +153,7 @@ def _named_dtype(name: str, device: torch.device, training: bool) -> torch.dtype
     if name != "float32" and device.type == "mps":
         raise UserError("--dtype must be float32 on Apple's GPU: in 16 bits its attention looks at later tokens too "
                         "(pytorch/pytorch, issue 195910)")
-    return DTYPES[name]
+    return DTYPES[name], "requested"
 
 
 def _auto_dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]:
