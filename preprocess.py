@@ -95,7 +95,7 @@ def import_tokenizer(path: Path, data_dir: str) -> Path:
 
 
 def find_source(cfg: SimpleNamespace, model_path: Path, model_sha256: str) -> TextSource:
-    """Return the text to read: that of step 1, unless the settings name another."""
+    """Return the text to read: the one of step 1, unless the settings name another."""
     recorded = corpus.load_source(model_path, model_sha256)
     if not recorded and not cfg.data and not cfg.tokenizer:
         raise UserError(f"no {model_path.with_suffix('.json')}, which would tell what text {model_path.name} is for"

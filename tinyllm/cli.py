@@ -114,19 +114,15 @@ def _build_parser(module_globals: dict[str, Any], epilog: str) -> _Parser:
 def _add_setting(parser: _Parser, name: str, setting: Setting, default: Any) -> None:
     text = f"{setting.comment} (default: {default!r})".replace("%", "%%")
     kind = type(default)
-    if setting.is_bool_or_str:
-        _add_boolean(parser, name, parse_bool_or_str, "BOOL|STR", text)
-    elif kind is bool:
-        _add_boolean(parser, name, _parse_bool, "BOOL", text)
+    if setting.is_bool_or_str or kind is bool:
+        parse = parse_bool_or_str if setting.is_bool_or_str else _parse_bool
+        metavar = "BOOL|STR" if setting.is_bool_or_str else "BOOL"
+        parser.add_argument(f"--{name}", type=parse, nargs="?", const=True, metavar=metavar, help=text)
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
     elif kind is list:
         parser.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
     else:
         parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
-
-
-def _add_boolean(parser: _Parser, name: str, parse: Callable[[str], bool | str], metavar: str, text: str) -> None:
-    parser.add_argument(f"--{name}", type=parse, nargs="?", const=True, metavar=metavar, help=text)
-    parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
 
 
 def _parse_bool(text: str) -> bool:

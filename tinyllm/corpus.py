@@ -26,21 +26,21 @@ def find_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no file or folder at {path.resolve()}{suggest_path(path)}")
-    files = [path] if path.is_file() else list_files(path)
+    files = [path] if path.is_file() else _list_files(path)
     files = [file for file in files if _is_text_file(file)]
     if not files:
         raise UserError(f"no text in {path.resolve()}\n       files must end in {', '.join(SUFFIXES)}")
     return files
 
 
-def list_files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     """Return the files of a folder and its subfolders sorted by name, without hidden ones and linked folders."""
     files = []
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
         if path.is_dir() and not path.is_symlink():
-            files += list_files(path)
+            files += _list_files(path)
         elif path.is_file():
             files.append(path)
     return sorted(files, key=Path.as_posix)
@@ -52,7 +52,7 @@ def _is_text_file(path: Path) -> bool:
 
 def summarize_skipped(path: Path) -> str:
     """Summarize the files of a folder that are not read by extension, e.g. '3 .md, 1 .pdf'; empty if none."""
-    files = list_files(path) if path.is_dir() else []
+    files = _list_files(path) if path.is_dir() else []
     counts = Counter(file.suffix or "without extension" for file in files if not _is_text_file(file))
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
 
@@ -97,11 +97,10 @@ def load_source(model_path: Path, model_sha256: str) -> TextSource | None:
         return None
     try:
         content = load_json(path)
-        recorded_sha256 = content["sha256"]
-        source = TextSource(Path(content["source"]), int(content["val_threshold"]), str(content.get("encoding", "")))
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        source = TextSource(Path(content["source"]), content["val_threshold"], content.get("encoding", ""))
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})\n       run python train_vocab.py again") from error
-    if recorded_sha256 != model_sha256:
+    if content.get("sha256") != model_sha256:
         raise UserError(f"{model_path} is not as step 1 wrote it: {path} has another SHA-256\n"
                         "       run python train_vocab.py again")
     return source
@@ -130,9 +129,9 @@ def split_texts(texts: list[bytes], threshold: int) -> dict[str, list[bytes]]:
 def find_val_threshold(files: list[Path], encoding: str = "") -> int:
     """Return the rule of the split: documents whose hash is at most this are for validation.
 
-    Because it looks at each text by itself, the rule needs no second pass, holds in any order and
-    for any number of processes, and stays when files are added. Small collections are read to the
-    end, so that both splits get at least one document. Raises UserError without two different documents.
+    The rule looks at each text by itself, so it holds in any order, for any number of processes, and when files are
+    added. Small collections are read to the end, so that both splits get at least one document. Raises UserError
+    without two different documents.
     """
     size = sum(file.stat().st_size for file in files)
     limit = int(min(VAL_FRACTION, VAL_BYTES / max(size, 1)) * 2**64)

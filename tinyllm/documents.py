@@ -21,12 +21,9 @@ SEPARATOR = "<|endoftext|>"             # between the documents of a .txt file
 TEXT_KEYS = ("story", "text")           # keys of a JSON object that may hold its text; the first one found counts
 MAX_DOCUMENT_CHARS = 1 << 16            # a longer document is cut at a blank line, a line or a space
 BATCH_BYTES = 1 << 17                   # text per batch: all arrays made from it stay in the CPU cache
-# A smaller .json file is decoded at once: up to 1.6 times as fast as in pieces, for 3 to 5 bytes of memory per
-# character. 4 MB take 13 to 20 MiB at full speed; 64 MB take 203 to 325 MiB of the 400 MB that a worker may use.
+# A smaller .json file is decoded at once: up to 1.6 times as fast as in pieces, for 13 to 20 MiB of memory.
 MAX_WHOLE_JSON_CHARS = 1 << 22
 MAX_RECORD_CHARS = 1 << 24              # limit of one JSON record
-ENCODING_HINT = ("\n       name the encoding of all files: --encoding gb18030 (Chinese Windows), cp1252 (western), "
-                 "utf-16, ...; or save them as UTF-8")
 
 _CHUNK_CHARS = 1 << 18                  # characters read at a time
 _DECODER = json.JSONDecoder()
@@ -37,11 +34,8 @@ def read_documents(path: Path, progress: Callable[[int], None] = lambda count: N
                    ) -> Iterator[str]:
     """Yield the documents of a file, without blank ones and without white space around them.
 
-    Args:
-        progress: called with the number of bytes of the file read since its last call.
-        encoding: of a file that is not UTF-8.
-    Raises:
-        UserError: names the file, and the record, that cannot be read.
+    progress: called with the number of bytes of the file read since its last call. Raises UserError, which names the
+    file and the record that cannot be read.
     """
     number = position = 0
     try:
@@ -56,7 +50,9 @@ def read_documents(path: Path, progress: Callable[[int], None] = lambda count: N
     except (UnicodeError, LookupError) as error:        # LookupError: an unknown encoding
         place = f" after record {number}" if number else ""
         reason = getattr(error, "reason", error)
-        raise UserError(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason}){ENCODING_HINT}") from error
+        raise UserError(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason})\n       name the encoding "
+                        "of all files: --encoding gb18030 (Chinese Windows), cp1252 (western), utf-16, ...; or save "
+                        "them as UTF-8") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error
 
@@ -83,7 +79,6 @@ def _split_txt(stream: TextIO) -> Iterator[str]:
 
 
 def _split_long_document(text: str) -> Iterator[str]:
-    """Cut a long text into pieces of at most MAX_DOCUMENT_CHARS."""
     while len(text) > MAX_DOCUMENT_CHARS:
         cuts = (text.rfind(mark, MAX_DOCUMENT_CHARS // 2, MAX_DOCUMENT_CHARS) for mark in ("\n\n", "\n", " "))
         cut = next((cut for cut in cuts if cut > 0), MAX_DOCUMENT_CHARS)
