@@ -153,7 +153,7 @@ def find_reusable_shards(shard_set: ShardSet, jobs: list[Job]) -> dict[int, list
         except UserError:
             continue
         if (old.tokenizer_sha256, old.val_threshold) == (shard_set.tokenizer_sha256, shard_set.val_threshold):
-            intact |= {shard.file: shard for shard in old.shards if not old.find_damage(shard)}
+            intact |= {shard.file: shard for shard in old.shards if old.is_intact(shard)}
     reusable = {}
     for job in jobs:
         pair = [intact.get(name) for name in job.names.values()]

@@ -3,13 +3,12 @@ import errno
 import hashlib
 import os
 import stat
-from pathlib import Path
 
 import pytest
 
 from tinyllm.cli import UserError
 from tinyllm.files import atomic_replace, atomic_write, sha256
-from tinyllm.project import find_tokenizer, path_flags, separate_data_dir, tokenizer_files
+from tinyllm.project import find_tokenizer, path_flags, tokenizer_files
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):
@@ -60,14 +59,6 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, number, works):
         assert not works and error.errno == number
     else:
         assert works and (tmp_path / "a.bin").read_bytes() == b"content"
-
-
-@pytest.mark.parametrize("text, folder", [
-    ("my_texts", "data/mine"), ("data", "data-data"), ("data/mine", "data/mine-data"), (".", "../{}-data")])
-def test_a_data_folder_is_apart_from_the_text(tmp_path, text, folder):
-    found = separate_data_dir(Path(text))
-    assert found.resolve() == Path(folder.format(tmp_path.name)).resolve()
-    assert Path(text).resolve() not in (found.resolve(), *found.resolve().parents)
 
 
 def test_sha256_equals_hashlib(tmp_path):

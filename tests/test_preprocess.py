@@ -1,7 +1,6 @@
 """Step 2: what is in the shards, what a second run does, and what happens when something breaks."""
 import gzip
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -160,7 +159,7 @@ def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, run_in_proc
     for folder in "data/mine", "data/yours":
         run_in_process("train_vocab", "--data", texts, "--data_dir", folder, "--vocab_size", 300)
     run_in_process("preprocess", "--data_dir", "data/mine")
-    with pytest.raises(UserError, match="no vocabulary in .*mime\n.*: data.mine, data.yours, data. else make one: "
+    with pytest.raises(UserError, match="no vocabulary in .*mime; did you mean data.mine\\?\n *make one: "
                        "python train_vocab.py --data_dir data.mime"):
         run_in_process("train", "--data_dir", "data/mime")
     with pytest.raises(UserError, match="no data.yours.tok300.*\n +run python preprocess.py --data_dir data.yours$"):
@@ -248,15 +247,9 @@ def test_a_text_that_repeats_its_validation_documents_is_noted(run_in_process, c
 @pytest.mark.parametrize("folder", ["texts", "texts/vocabulary"])
 def test_what_is_written_must_not_be_in_the_text(texts, run_in_process, folder, script):
     before = sorted(texts.iterdir())
-    with pytest.raises(UserError, match="is in the text.*\n.*--data_dir data.mine"):
+    with pytest.raises(UserError, match="is in the text.*\n.*outside .*texts, such as --data_dir ../data"):
         run_in_process(*script, "--data", texts, "--data_dir", texts.parent / folder)
     assert sorted(texts.iterdir()) == before
-    here = Path.cwd()
-    with pytest.raises(UserError, match=re.escape(f"--data_dir {here.with_name(f'{here.name}-data')}")):
-        run_in_process(*script, "--data", ".", "--data_dir", "d9")                # data/mine would be in it too
-    assert not Path("d9").exists()
-    with pytest.raises(UserError, match="make one: python train_vocab.py --data .*texts --data_dir data/mine$"):
-        run_in_process("train", "--data_dir", texts)
 
 
 def test_an_adopted_vocabulary_whose_text_failed_is_told_how_to_go_on(texts, run_in_process):
@@ -332,11 +325,11 @@ def sealed(content: dict) -> bytes:
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("train_0001.bin", lambda content: content[:-1], "train_0001.bin has .* bytes instead"),
-    ("train_0001.bin", lambda content: content[:-2], "train_0001.bin has .* bytes instead"),
-    ("train_0001.bin", lambda content: content + b"x", "train_0001.bin has .* bytes instead"),
-    ("train_0001.bin", lambda content: content[:-1] + b"x", "train_0001.bin is damaged"),
-    ("val_0000.bin", None, "val_0000.bin is missing"),
+    ("train_0001.bin", lambda content: content[:-1], "damaged: .*train_0001.bin"),
+    ("train_0001.bin", lambda content: content[:-2], "damaged: .*train_0001.bin"),
+    ("train_0001.bin", lambda content: content + b"x", "damaged: .*train_0001.bin"),
+    ("train_0001.bin", lambda content: content[:-1] + b"x", "damaged: .*train_0001.bin"),
+    ("val_0000.bin", None, "missing or damaged: .*val_0000.bin"),
     ("manifest.json", None, "not tokenized yet"),
     ("manifest.json", lambda content: content[:100], "manifest.json is damaged"),
     ("manifest.json", lambda content: b"[]", "manifest.json is damaged"),

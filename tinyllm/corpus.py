@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm import demo_stories
-from tinyllm.cli import UserError, shell_quote, suggest_path
+from tinyllm.cli import UserError, suggest_path
 from tinyllm.documents import SEPARATOR, group_by_size, read_documents
 from tinyllm.files import load_json, save_json
-from tinyllm.project import separate_data_dir
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 VAL_FRACTION = 0.02                     # share of the documents for validation; at least one document is
@@ -64,10 +63,10 @@ def format_count(count: int, noun: str) -> str:
 
 def check_not_nested(source: str | Path, data_dir: str | Path) -> None:
     """Raise UserError if the data folder is inside the text, where its files would be read as text next time."""
-    source, folder = Path(source).resolve(), Path(data_dir).resolve()
-    if source in (folder, *folder.parents):
+    folder = Path(data_dir).resolve()
+    if Path(source).resolve() in (folder, *folder.parents):
         raise UserError(f"--data_dir {data_dir} is in the text, and its files would be read as text\n"
-                        f"       name another, such as --data_dir {shell_quote(str(separate_data_dir(source)))}")
+                        f"       name a folder outside {Path(source).resolve()}, such as --data_dir ../data")
 
 
 def group_small_files(files: list[Path]) -> Iterator[list[Path]]:

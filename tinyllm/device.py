@@ -43,7 +43,7 @@ class Backend:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def mfu(self, flops: float) -> float | None:
-        """Return the model FLOP utilisation (PaLM, arXiv 2204.02311): `flops` a second as a share of the device's peak.
+        """Return the model FLOP utilization (PaLM, arXiv 2204.02311): `flops` a second as a share of the device's peak.
 
         None for a device or a dtype whose peak is not in PEAK_TFLOPS.
         """
@@ -167,9 +167,8 @@ def _auto_dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]
         return torch.float32, "too old for 16-bit products"
     if not training:
         return (torch.float16, "for the weights; all else is float32") if _has_fbgemm() else (torch.float32, "exact")
-    capabilities = torch.cpu.get_capabilities()
     for feature in ("amx_bf16", "avx512_bf16"):
-        if capabilities.get(feature):
+        if torch.cpu.get_capabilities().get(feature):
             return torch.bfloat16, f"it has {feature}"
     return torch.float32, "no 16-bit products in hardware"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllm import optional
-from tinyllm.cli import UserError, format_command
+from tinyllm.cli import UserError, format_command, suggest_path
 from tinyllm.files import sha256
 from tokenizer import BaseTokenizer, Tokenizer
 
@@ -71,21 +71,10 @@ def find_tokenizer(data_dir: str | Path, vocab_size: int = 0, digest: str = "") 
 def _no_tokenizer_message(folder: Path, paths: list[Path], vocab_size: int) -> str:
     of_size = f" of size {vocab_size}" if vocab_size > 0 else ""
     existing = f", only {_join_names(paths)}" if paths else ""
-    others = _find_data_folders(folder, f"tok{vocab_size or '*'}.model")
-    question = f"is it in another --data_dir: {shorten_list(others)}? else " if others else ""
-    if any(folder.glob("*.txt")):
-        command = format_command("train_vocab", data=folder, data_dir=separate_data_dir(folder))
-    else:
-        command = format_command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
-        command += ", with --data PATH for text of your own"
-    return f"no vocabulary{of_size} in {folder.resolve()}{existing}\n       {question}make one: {command}"
-
-
-def _find_data_folders(folder: Path, pattern: str) -> list[Path]:
-    """Return the folders in and beside a folder that have such a file, the newest first."""
-    files = [path for root in (folder, folder.parent) for path in (*root.glob(pattern), *root.glob(f"*/{pattern}"))]
-    folders = {path.parent for path in files} - {folder}
-    return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+    hint = "" if folder.exists() else suggest_path(folder)
+    command = format_command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+    return (f"no vocabulary{of_size} in {folder.resolve()}{existing}{hint}\n"
+            f"       make one: {command}, with --data PATH for text of your own")
 
 
 def _join_names(paths: list[Path]) -> str:
@@ -112,14 +101,6 @@ def path_flags(tokenizer_path: Path) -> dict[str, str | Path]:
     has_several = len(tokenizer_files(folder)) > 1
     return {"data_dir": "" if folder == DATA else folder,
             "vocab_size": vocab_size_in_name(tokenizer_path) if has_several else ""}
-
-
-def separate_data_dir(text: Path) -> Path:
-    """Return a data folder outside the text: data/mine, or a folder beside a text that contains data/mine."""
-    text, default = text.resolve(), DATA / "mine"
-    if text in (default.resolve(), *default.resolve().parents):
-        return text.parent / f"{text.name}-data"
-    return default
 
 
 def shorten_list(items: list[Any], limit: int = 5) -> str:

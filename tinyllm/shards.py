@@ -16,7 +16,7 @@ import numpy as np
 
 from tinyllm.cli import UserError, format_command
 from tinyllm.files import load_json, save_json, sha256
-from tinyllm.project import MANIFEST, path_flags
+from tinyllm.project import MANIFEST, path_flags, shorten_list
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -79,16 +79,11 @@ class ShardSet:
             self.maps[shard.file] = np.memmap(path, self.dtype, "r") if shard.tokens else np.empty(0, self.dtype)
         return self.maps[shard.file]
 
-    def find_damage(self, shard: Shard) -> str:
-        """Return the problem of a shard's file; empty if the file is as it was written."""
+    def is_intact(self, shard: Shard) -> bool:
+        """True if a shard's file is as it was written."""
         path = self.folder / shard.file
-        if not path.is_file():
-            return "is missing"
-        size = path.stat().st_size
-        expected_size = shard.tokens * self.dtype.itemsize
-        if size != expected_size:
-            return f"has {size:,} bytes instead of {expected_size:,}"
-        return "" if sha256(path) == shard.sha256 else "is damaged: its bytes changed after they were written"
+        size = path.stat().st_size if path.is_file() else -1
+        return size == shard.tokens * self.dtype.itemsize and sha256(path) == shard.sha256
 
     def check_splits_not_empty(self) -> None:
         """Raise UserError if a split has no document."""
@@ -150,9 +145,8 @@ def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
     if shard_set.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(f"{folder} was made with another vocabulary than {folder}.model{rerun_hint(folder)}")
     with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(shard_set.find_damage, shard_set.shards))
-    errors = [f"{folder / shard.file} {problem}" for shard, problem in zip(shard_set.shards, problems) if problem]
-    if errors:
-        raise UserError("\n       ".join(errors) + rerun_hint(folder))
-    shard_set.check_splits_not_empty()
+        intact = pool.map(shard_set.is_intact, shard_set.shards)
+        damaged = [folder / shard.file for shard, is_intact in zip(shard_set.shards, intact) if not is_intact]
+    if damaged:
+        raise UserError(f"missing or damaged: {shorten_list(damaged)}{rerun_hint(folder)}")
     return shard_set

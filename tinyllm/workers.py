@@ -22,11 +22,10 @@ from tinyllm.machine import available_cores, free_memory
 BYTES_PER_WORKER = 400_000_000          # memory of a worker, with its imports
 MAX_WORKERS = 60                        # Windows cannot wait for more processes
 JOBS_AHEAD = 4                          # per worker, started before the oldest result is taken: files on disk wait
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def choose_num_workers(requested: int, n_jobs: int) -> int:
-    """Return the number of processes: the requested one, or one per core if memory allows; at most one per job."""
+    """Return the number of processes: as requested, or one per core if memory allows; at most one per job."""
     if requested < 0:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {requested}")
     num_workers = requested or available_cores()
@@ -40,11 +39,8 @@ def run_jobs(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[A
              label: str) -> Iterator[tuple[Any, Any]]:
     """Yield each job and function(job, progress), in the order of the jobs; progress takes the number of bytes read.
 
-    After an error no job is started; the running ones finish and are yielded before the error is raised.
-
-    Args:
-        num_workers: 1 does the jobs in this process.
-        total, label: of the progress bar.
+    With one worker, this process does the jobs. After an error no job is started; the running ones finish and are
+    yielded before the error is raised. total, label: of the progress bar.
     """
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
         if num_workers > 1:
@@ -64,7 +60,7 @@ def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqd
           ProcessPoolExecutor(num_workers, context, _start_worker, (n_bytes_read, result_dir)) as executor):
         try:
             while True:
-                with defer_signals():
+                with ignore_ctrl_c():
                     for job in islice(waiting, JOBS_AHEAD * num_workers - len(started)):
                         started.append((job, _submit(executor, function, job)))
                 if not started:
@@ -104,24 +100,13 @@ def _submit(executor: ProcessPoolExecutor, function: Callable, job: Any) -> Futu
 
 
 @contextmanager
-def defer_signals() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM, here and in processes that start in the block: they would end in tracebacks."""
-    received: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in STOP_SIGNALS}
-    _mask_ctrl_c("SIG_BLOCK")           # new processes inherit the mask; handlers are needed too, for other threads
+def ignore_ctrl_c() -> Iterator[None]:
+    """Ignore Ctrl-C here and in processes that start in the block, whose imports it would end in tracebacks."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        _mask_ctrl_c("SIG_UNBLOCK")
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
-
-
-def _mask_ctrl_c(action: str) -> None:
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
 
 
 _n_bytes_read: Any = None       # by all workers
@@ -133,7 +118,6 @@ def _start_worker(n_bytes_read: Any, result_dir: str) -> None:
     _n_bytes_read = n_bytes_read
     _result_dir = result_dir
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
-    _mask_ctrl_c("SIG_UNBLOCK")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
