@@ -149,7 +149,7 @@ def test_a_missing_file_is_reported_with_those_that_exist(vocabulary):
     with pytest.raises(FileNotFoundError):
         Tokenizer("tok512.model")
     Path("tok600.model").write_bytes(vocabulary.model)
-    with pytest.raises(UserError, match="no tokenizer at tok512.model\n       there is tok600.model"):
+    with pytest.raises(UserError, match="no tokenizer at tok512.model; did you mean tok600.model"):
         project.load_tokenizer("tok512.model")
 
 

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)    # the disk is full or broken
 CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
@@ -126,17 +127,14 @@ def _add_setting(parser: _Parser, name: str, setting: Setting, default: Any) -> 
 
 
 def _parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+    if text.lower() not in BOOLS:
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-    return text.lower() in ("true", "1", "yes")
+    return BOOLS[text.lower()]
 
 
 def parse_bool_or_str(text: str) -> bool | str:
     """Return the boolean that a text spells, or else the text."""
-    try:
-        return _parse_bool(text)
-    except argparse.ArgumentTypeError:
-        return text
+    return BOOLS.get(text.lower(), text)
 
 
 def _normalize_flag(argument: str) -> str:

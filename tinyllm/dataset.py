@@ -29,9 +29,8 @@ class PretokDataset(IterableDataset):
 
     Each document starts a new window, so the model sees documents from their first token, as it will generate them. A
     longer document continues in further windows; a shorter one is followed by the next ones. At the end of a shard,
-    IGNORE_INDEX fills the window. Each epoch visits every window once, in a new random order. Batches are numbered
-    from `position` (counted in windows) on; rank r of `world_size` takes every world_size-th, and loader workers share
-    the batches of a rank in turn, so that together they yield the batches of a single process in the same order.
+    IGNORE_INDEX fills the window. Each epoch visits every window once, in a new random order, from window `position`
+    on. Rank r of `world_size` takes every world_size-th batch, and its loader workers share these in turn.
     """
     shard_set: ShardSet
     split: str

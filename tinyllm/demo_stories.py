@@ -1,7 +1,5 @@
 """Generate the built-in text: small synthetic stories from a grammar, so that all four steps run offline.
 
-    python -m tinyllm.demo_stories    # print three of them
-
 A plot is drawn, then its people, things and phrases. The stories are good for watching a model learn; a model that can
 write about anything needs real text. The same seed gives the same stories on every platform.
 
@@ -77,16 +75,20 @@ def _fill(text: str, choices: dict[str, list[str]], rng: random.Random) -> str:
     for names, values in choices.items():
         slots.update(zip(names.split(" / "), _pick(rng, values).split(" / ")))
     slots |= _pronouns("h", is_female=slots["hhe"] == "she")
+
+    def slot_value(match: re.Match) -> str:
+        value = slots[match[1].lower()]
+        return value if match[1].islower() else value[:1].upper() + value[1:]
     while "[" in text or "{" in text:                   # the innermost first, until nothing is open
         text = re.sub(r"\[([^\[\]]*)\]", lambda match: _pick(rng, match[1].split("|")), text)
-        text = re.sub(r"\{(\w+)\}", lambda match: slots[match[1]], text)
+        text = re.sub(r"\{(\w+)\}", slot_value, text)
     text = re.sub(r" +(?=\s|$)|(?<=\n) +", "", text)     # an empty choice leaves spaces behind
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
-def _draw_people(rng: random.Random) -> "_Slots":
+def _draw_people(rng: random.Random) -> dict[str, str]:
     """Draw a hero and a friend with different names."""
-    slots = _Slots()
+    slots: dict[str, str] = {}
     for prefix, label in (("", "name"), ("f", "friend")):
         name, kind, is_female = _draw_person(rng)
         while name == slots.get("name"):
@@ -108,18 +110,6 @@ def _pronouns(prefix: str, is_female: bool) -> dict[str, str]:
     return {prefix + male: female if is_female else male for male, female in PRONOUNS}
 
 
-class _Slots(dict):
-    """Slot values by name; a name with a capital letter gives the value with a capital letter."""
-
-    def __missing__(self, name: str) -> str:
-        value = self[name.lower()]
-        return value[:1].upper() + value[1:]
-
-
 def _pick(rng: random.Random, options: list[Any]) -> Any:
     """Like `rng.choice`, from `random()` alone: the one stream that Python promises to keep."""
     return options[int(rng.random() * len(options))]
-
-
-if __name__ == "__main__":
-    print("\n\n---\n\n".join(generate_stories(3)))

@@ -50,12 +50,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def atomic_replace(source: Path, target: Path) -> None:
     """Rename a file or folder over `target`, and make the rename survive a power cut."""
     os.replace(source, target)
-    if os.name == "posix":      # Windows cannot open a folder, and need not flush it
-        _fsync_folder(target.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+    if os.name != "posix":      # Windows cannot open a folder, and need not flush it
+        return
+    handle = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

@@ -33,8 +33,7 @@ def load_tokenizer(source: str | Path | bytes) -> BaseTokenizer:
             return _tokenizer_class(source)(source)
     path = Path(source)
     if not path.is_file():
-        others = sorted(path.parent.glob("*.model"))
-        raise UserError(f"no tokenizer at {path}" + (f"\n       there is {shorten_list(others)}" if others else ""))
+        raise UserError(f"no tokenizer at {path}{suggest_path(path)}")
     model = path.read_bytes()
     with tokenizer_errors(path):
         return _tokenizer_class(model)(model)

@@ -36,8 +36,7 @@ _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)    
 def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
     """Join the texts, with a space in front of each, and find their words.
 
-    Returns:
-        the buffer; where each word starts, and the end (words + 1,); the index of each text's first word (texts,).
+    Returns the buffer; where each word starts, and the end (words + 1,); the index of each text's first word (texts,).
     """
     buffer = b" ".join([b"", *texts, bytes(_MAX_KEY_BYTES)])        # zeros at the end, to read whole integers there
     end = len(buffer) - 1 - _MAX_KEY_BYTES
@@ -70,17 +69,13 @@ class WordTable:
         self.n_words = 0
         self.n_bytes = 0
 
-    @property
     def is_full(self) -> bool:
-        """True if a new table should take over."""
         return self.n_words >= MAX_WORDS or self.n_bytes >= MAX_WORD_BYTES
 
     def assign_ids(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
-        """Return the ids of the words of texts.
+        """Return the id of each word of texts (words,), int32; the index of each text's first word (texts,); new words.
 
-        Returns:
-            the id of each word (words,), int32; the index of each text's first word (texts,); the new words, in the
-            order of their ids.
+        The new words are in the order of their ids.
         """
         buffer, word_starts, first_words = split_words(texts)
         keys = _make_keys(buffer, word_starts[:-1], np.diff(word_starts))
@@ -169,7 +164,7 @@ class DocumentEncoder:
         return np.fromiter(chain.from_iterable(batch), np.int32)
 
     def _encode_words(self, texts: list[bytes]) -> np.ndarray:
-        if self.table.is_full:
+        if self.table.is_full():
             self._start_table()
         words, first_words, new_words = self.table.assign_ids(texts)
         for word in new_words:
@@ -196,8 +191,7 @@ class WordCounts:
         self._drop_table()
 
     def _drop_table(self) -> None:
-        """Keep no table, which is large, in a flushed object, which is sent to another process."""
-        self._table: WordTable | None = None
+        self._table: WordTable | None = None            # None while flushed, for the way to another process
         self._words = [b""]                             # by id
         self._table_counts = np.zeros(1, np.int64)      # by id
 
@@ -209,7 +203,7 @@ class WordCounts:
         counts = np.bincount(ids, minlength=len(self._words))
         counts[:len(self._table_counts)] += self._table_counts
         self._table_counts = counts
-        if self._table.is_full:
+        if self._table.is_full():
             self.flush()
 
     def flush(self) -> None:
