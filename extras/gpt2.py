@@ -9,6 +9,7 @@ gate, and everything has a bias. Shapes as in model.py.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,13 @@ class GPT2(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
+
+    def load_state_dict(self, weights: dict[str, Tensor], **options: Any) -> Any:
+        """Load weights, also those of a longer window, whose last positions are left out."""
+        positions = weights["positions.weight"]
+        if len(positions) > self.args.max_seq_len:
+            weights = {**weights, "positions.weight": positions[:self.args.max_seq_len].clone()}
+        return super().load_state_dict(weights, **options)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits, or the loss if there are targets, as Transformer.forward does."""

@@ -44,14 +44,14 @@ def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, st
     """A step takes 0.1 s, an evaluation 2 s; there are 1000 steps, with an evaluation each 300 and at the end."""
     run = SimpleNamespace(cfg=SimpleNamespace(max_iters=1000, eval_interval=300, max_minutes=max_minutes),
                           state=TrainState(iter_num=done), eval_seconds=2.0, seconds=lambda: 5.0)
-    assert TrainRun.seconds_left(run, 0.1) == pytest.approx(seconds) and TrainRun.steps_left(run, 0.1) == steps
+    assert estimate.estimate_rest(run, 0.1) == (pytest.approx(seconds), steps)
 
 
 def test_an_epoch_is_as_many_tokens_as_there_are(planned_run, capsys):
     """Not as many windows: these begin at documents, and short ones are in several."""
     run = planned_run("--max_iters", 500)
     estimate.print_duration_estimate(run, 0.1)
-    read = 500 * run.tokens_per_step / run.data.total("train", "tokens")
+    read = 500 * run.tokens_per_step / run.shards.total("train", "tokens")
     assert f" 500 steps, {read:.1f} epochs" in capsys.readouterr().out
 
 
@@ -67,8 +67,8 @@ def test_a_run_that_is_too_long_gets_notes(planned_run, monkeypatch, capsys, not
 
 @pytest.mark.parametrize("error, says, use", [
     (BackendCompilerFailed(print, ImportError("main.so: file too short"), None), "main.so: file too short",
-     "--compile False; or delete .*torchinductor"),
-    (SystemError("a kernel of another processor"), "another processor", "or delete .*torchinductor"),
+     "--compile False"),
+    (SystemError("a kernel of another processor"), "another processor", "--compile False"),
     (UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal"), "PYTHONUTF8=1", "--compile False")])
 def test_a_compiler_that_fails_is_told_with_its_mending(train_small, monkeypatch, capsys, error, says, use):
     """The last one as in Windows in Chinese, where an import fails."""

@@ -1,5 +1,6 @@
 """Estimate a run before its first step, and print it: memory, time, and whether to compile."""
 import importlib.util
+import math
 import time
 
 import torch
@@ -26,7 +27,7 @@ def prepare_run(run: TrainRun) -> None:
     print_config_summary(run)
     warn_of_memory(run)
     seconds = time_micro_batch(run)
-    n_windows = PretokDataset(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
+    n_windows = PretokDataset(run.shards, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
     eval_seconds = run.dist.broadcast_from_main(seconds / 3 * n_windows / run.cfg.batch_size / run.dist.world_size)
     pays, reason = should_compile(run, seconds * run.micro_steps_per_rank)
     if run.dist.broadcast_from_main(pays):
@@ -40,15 +41,14 @@ def prepare_run(run: TrainRun) -> None:
 
 def print_config_summary(run: TrainRun) -> None:
     args = run.model.args
-    data = run.data
     n_params = run.model.count_parameters()
     shared = f", shared by {run.dist.world_size} processes" if run.dist.world_size > 1 else ""
     sharded = ", each with a part of the model" if run.is_sharded else ""
     print(f"device: {run.backend}\n"
           f"model:  {n_params:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}\n"
-          f"data:   {data.folder}: {data.total('train', 'tokens'):,} tokens to train on, "
-          f"{data.total('val', 'tokens'):,} to evaluate on\n"
+          f"data:   {run.shards.folder}: {run.shards.total('train', 'tokens'):,} tokens to train on, "
+          f"{run.shards.total('val', 'tokens'):,} to evaluate on\n"
           f"step:   {run.cfg.batch_size} windows x {run.cfg.gradient_accumulation_steps} = "
           f"{run.tokens_per_step:,} tokens{shared}{sharded}\n"
           f"memory: {describe_memory(run)}", flush=True)
@@ -82,11 +82,9 @@ def warn_of_memory(run: TrainRun) -> None:
 
 def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:
     """Print how long the run will take, and warn of a length that is probably not meant."""
-    step = run.state.iter_num
-    seconds = run.seconds_left(seconds_per_step)
-    steps = run.steps_left(seconds_per_step)
-    epochs = steps * run.tokens_per_step / run.data.total("train", "tokens")
-    done = f", after the {step:,} steps that are done" if step else ""
+    seconds, steps = estimate_rest(run, seconds_per_step)
+    epochs = steps * run.tokens_per_step / run.shards.total("train", "tokens")
+    done = f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""
     print(f"time:   about {format_hms(seconds)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations{done}")
     if seconds > LONG_RUN_SECONDS and run.backend.device.type == "cpu":
         print(f"note:   that is {seconds / 86400:.1f} days; --preset cpu_3min or --max_minutes 60 fit a run to the "
@@ -95,6 +93,19 @@ def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:
         print(f"note:   the text is read {epochs:.0f} times, and memorized after {USEFUL_EPOCHS}; use more text, fewer "
               "steps or --dropout 0.1")
     print(end="", flush=True)
+
+
+def estimate_rest(run: TrainRun, seconds_per_step: float) -> tuple[float, int]:
+    """Return the seconds to the end of the run, with its remaining evaluations, and the steps in them."""
+    cfg = run.cfg
+    steps = cfg.max_iters - run.state.iter_num
+    evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - run.state.iter_num // cfg.eval_interval
+    seconds = steps * seconds_per_step + evaluations * run.eval_seconds
+    if not cfg.max_minutes:
+        return seconds, steps
+    seconds_left = 60 * cfg.max_minutes - run.seconds()
+    steps_in_time = (seconds_left - run.eval_seconds) / (seconds_per_step + run.eval_seconds / cfg.eval_interval)
+    return min(seconds, seconds_left), min(steps, max(round(steps_in_time), 0))
 
 
 def time_micro_batch(run: TrainRun) -> float:
@@ -129,7 +140,7 @@ def should_compile(run: TrainRun, seconds_per_step: float) -> tuple[bool, str]:
         return False, reason
     if run.state.iter_num:
         return run.state.compiled, "as when the run began"
-    if run.seconds_left(seconds_per_step) > MIN_SECONDS_TO_COMPILE:
+    if estimate_rest(run, seconds_per_step)[0] > MIN_SECONDS_TO_COMPILE:
         return True, f"without it the run takes over {MIN_SECONDS_TO_COMPILE} seconds"
     return False, f"the run takes under {MIN_SECONDS_TO_COMPILE} seconds, of which compiling saves less than it takes"
 
@@ -149,7 +160,7 @@ def compile_or_fall_back(run: TrainRun) -> float:
     """Compile the model, and return the seconds of a micro-batch.
 
     With --compile auto a failure is only a note, except in several processes, which have to do the same. Any error is
-    the compiler's, since the same model has just run uncompiled; a kill may have cut off a file in its cache.
+    the compiler's, since the same model has just run uncompiled.
     """
     try:
         run.compile()
@@ -160,9 +171,7 @@ def compile_or_fall_back(run: TrainRun) -> float:
         cause = getattr(error, "inner_exception", error)
         line = devices.NOT_UTF8 if isinstance(cause, UnicodeError) else str(cause).strip().split("\n")[0]
         if run.cfg.compile != "auto" or run.dist.world_size > 1:
-            from torch._inductor.runtime.cache_dir_utils import cache_dir  # a slow import
-            raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete the "
-                            f"compiler's cache, {cache_dir()}, and try again") from error
+            raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False") from error
     print(f"note:   compiling failed: {line:.200}\n        this run continues without compiling", flush=True)
     torch.compiler.set_stance("force_eager")
     run.state.compiled = False
