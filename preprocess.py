@@ -21,7 +21,7 @@ import numpy as np
 from tinyllm import cli, corpus, documents, shards, workers
 from tinyllm.cli import UserError, escape_for_terminal
 from tinyllm.corpus import TextSource
-from tinyllm.files import atomic_replace, atomic_write, folder_lock, sha256
+from tinyllm.files import atomic_replace, atomic_write, folder_lock, sha256, unused_path
 from tinyllm.project import find_tokenizer, load_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tinyllm.words import DocumentEncoder
@@ -223,8 +223,11 @@ def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
     if cfg.tokenizer:
         from tinyllm import checkpoint  # loads torch, which workers do not need
         if checkpoint.is_model(cfg.tokenizer):
-            flags |= {"init_from": cfg.tokenizer, "out_dir": Path("output/tuned"), "batch_size": 4,
-                      "learning_rate": "3e-4", "max_iters": 200}
+            out_dir = Path("output/tuned")
+            if out_dir.exists():
+                out_dir = unused_path(out_dir.parent, "tuned-{}")
+            flags |= {"init_from": cfg.tokenizer, "out_dir": out_dir, "batch_size": 4, "learning_rate": "3e-4",
+                      "max_iters": 200}
     train = cli.format_command("train", **flags)
     print(f"next: {train}")
     if "init_from" not in flags:

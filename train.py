@@ -95,7 +95,8 @@ shard = False                       # under torchrun: shard weights and optimize
 seed = 1337
 # ---- end of settings ----------------------------------------------------------------------------
 
-MOVED_FLAGS = {"doctor": "python -m tools.doctor", "compare": "python -m tools.compare output output/old-1"}
+MOVED_FLAGS = {"doctor": "python -m tools.doctor {data_dir} {out_dir}",
+               "compare": "python -m tools.compare {values} {out_dir}"}
 SAMPLE_TEMPERATURE = 0.8                # of the stories that are generated at each evaluation
 
 
@@ -356,8 +357,7 @@ def print_result(run: TrainRun) -> None:
     print(f"done: {step:,} steps in {format_hms(run.seconds())}, best val loss {run.state.best_val_loss:.4f}")
     if cfg.sample_tokens and not run.is_sharded:
         print(f"samples of each evaluation: {cfg.out_dir}/samples.txt")
-    next_command = cli.format_command("sample", run.sample_launcher(), checkpoint=f"{cfg.out_dir}/ckpt.pt",
-                                      interactive=bool(run.chat) or "")
+    next_command = cli.format_command("sample", checkpoint=f"{cfg.out_dir}/ckpt.pt", interactive=bool(run.chat) or "")
     print(f"next: {next_command}")
 
 

@@ -34,7 +34,7 @@ def test_a_micro_batch_keeps_about_what_is_estimated(planned_run):
         run.model(tokens, tokens)
     weights = {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
     counted = sum(size for storage, size in kept.items() if storage not in weights)
-    assert 0.7 < counted / estimate.activation_bytes(run) < 1.4
+    assert 0.7 < counted / estimate.estimate_memory(run)[1] < 1.4
 
 
 @pytest.mark.parametrize("done, max_minutes, seconds, steps", [
@@ -87,15 +87,13 @@ def test_a_compiler_that_fails_is_told_with_its_mending(train_small, monkeypatch
     assert load_state("auto")["iter_num"] == 1 and not load_state("auto")["state"]["compiled"]
 
 
-@pytest.mark.parametrize("device, compiler, triton, capability, why", [
-    ("cpu", True, False, (0, 0), ""), ("cpu", False, False, (0, 0), "C++ compiler"), ("mps", True, True, (9, 0), "mps"),
-    ("cuda", False, True, (7, 0), ""), ("cuda", True, False, (9, 0), "triton"),
-    ("cuda", True, True, (6, 1), "too old")])
-def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, capability, why):
+@pytest.mark.parametrize("device, compiler, triton, why", [
+    ("cpu", True, False, ""), ("cpu", False, False, "C++ compiler"), ("mps", True, True, "mps"),
+    ("cuda", False, True, ""), ("cuda", True, False, "triton")])
+def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, why):
     monkeypatch.setattr(estimate.devices, "why_no_compiler", lambda: "" if compiler else "there is no C++ compiler")
     monkeypatch.setattr(estimate.devices, "why_no_headers", lambda: "")
     monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: triton or None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = estimate.why_not_compilable(torch.device(device))
     assert why in found if why else found == ""
 
@@ -103,5 +101,5 @@ def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, ca
 @pytest.mark.parametrize("free, warns", [(1e12, False), (3e6, True), (None, False)])
 def test_too_little_memory_is_announced(planned_run, monkeypatch, capsys, free, warns):
     monkeypatch.setattr(estimate, "free_memory", lambda: free)
-    estimate.warn_of_memory(planned_run("--max_seq_len", 256, "--batch_size", 8))
-    assert ("halve --batch_size" in capsys.readouterr().out) == warns
+    text = estimate.describe_memory(planned_run("--max_seq_len", 256, "--batch_size", 8))
+    assert ("halve --batch_size" in text) == warns

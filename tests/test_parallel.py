@@ -11,14 +11,12 @@ import torch.distributed as torch_dist
 from conftest import ROOT, TINY, assert_same, assert_same_run, load_state, read_log
 
 import train
-from extras.fsdp import ShardedRun
-from model import ModelArgs
 from tinyllm import cli, distributed, resume
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device import Backend
 from tinyllm.distributed import DistributedContext
-from tinyllm.run import TrainRun, plan_fingerprint
+from tinyllm.run import plan_fingerprint
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="PyTorch's torchrun does not start on Windows")
 
@@ -186,12 +184,3 @@ def test_scratch_is_for_the_first_time_only(train_small, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     train_small("out", "--max_iters", 4, "--init_from", "scratch")
     assert Path("out/old-1").exists()
-
-
-def test_a_sharded_model_is_sampled_by_several_processes_where_that_works():
-    def launcher(run_class, **shape):
-        run = SimpleNamespace(dist=DistributedContext(0, 2), model=SimpleNamespace(args=ModelArgs(**shape)))
-        return run_class.sample_launcher(run)
-    assert launcher(ShardedRun, n_kv_heads=2, n_heads=6) == "torchrun --nproc_per_node=2"
-    assert launcher(ShardedRun) == "python"                             # 3 kv heads cannot be shared by two
-    assert launcher(TrainRun, n_kv_heads=2, n_heads=6) == "python"

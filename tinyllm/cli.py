@@ -19,6 +19,7 @@ import re
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import takewhile
 from multiprocessing import active_children
@@ -58,7 +59,7 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
         out: where to print the settings that differ from the block; by default stdout.
         presets: settings by name, one of which a setting `preset` may choose; the command line takes precedence.
         positional: settings that may be given without their names, in this order.
-        moved: flags of earlier versions, and the commands that replaced them.
+        moved: flags of earlier versions, and templates of the commands that replaced them.
     Returns:
         all settings as attributes, and a dict of the settings that the command line or the preset gave.
     Raises:
@@ -75,7 +76,7 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
     arguments = sys.argv[1:] if argv is None else argv
     known, unknown = parser.parse_known_args([_normalize_flag(argument) for argument in arguments])
     if unknown:
-        _check_not_moved(unknown[0], moved or {})
+        _check_not_moved(unknown, vars(known), moved or {})
         parser.error(_unknown_setting_message(unknown[0], list(defaults)))
     overrides = vars(known)
     preset = overrides.get("preset", defaults.get("preset", ""))
@@ -143,10 +144,14 @@ def _normalize_flag(argument: str) -> str:
     return f"--{match[1].replace('-', '_')}{match[2] or ''}" if match else argument
 
 
-def _check_not_moved(argument: str, moved: dict[str, str]) -> None:
-    name = argument.removeprefix("--").split("=")[0]
-    if argument.startswith("--") and name in moved:
-        raise UserError(f"--{name} is not a setting any more; type\n       {moved[name]}")
+def _check_not_moved(unknown: list[str], overrides: dict[str, Any], moved: dict[str, str]) -> None:
+    """Raise UserError for a flag that moved. {values} in its new command are the flag's own, {NAME} a setting's flag."""
+    name = unknown[0].removeprefix("--").split("=")[0]
+    if unknown[0].startswith("--") and name in moved:
+        flags = {key: format_flag(key, value) for key, value in overrides.items()}
+        flags["values"] = " ".join(map(shell_quote, unknown[1:]))
+        command = moved[name].format_map(defaultdict(str, flags)).rstrip()
+        raise UserError(f"--{name} is not a setting any more; type\n       {command}")
 
 
 def _unknown_setting_message(argument: str, names: list[str]) -> str:

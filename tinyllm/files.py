@@ -62,6 +62,11 @@ def atomic_replace(source: Path, target: Path) -> None:
         os.close(handle)
 
 
+def unused_path(folder: Path, pattern: str) -> Path:
+    """Return the first path that does not exist, of a pattern such as old-{}."""
+    return next(path for i in range(1, 10_000) if not (path := folder / pattern.format(i)).exists())
+
+
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
     """Keep other processes of this project from writing to a folder, which is made if it does not exist.

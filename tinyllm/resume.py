@@ -195,15 +195,6 @@ def check_fixed(overrides: dict[str, Any], fixed: dict[str, Any], free: tuple[st
         raise UserError(f"the checkpoint has {', '.join(wrong)}, which cannot change; leave those settings out")
 
 
-def is_complete(ckpt: Checkpoint) -> bool:
-    """True if a run has reached the end that its own settings give it, or if they do not say."""
-    max_iters, max_minutes = ckpt["config"].get("max_iters"), ckpt["config"].get("max_minutes")
-    try:
-        return ckpt["iter_num"] >= max_iters or 0 < 60 * max_minutes <= ckpt["state"]["seconds"]
-    except (TypeError, KeyError):
-        return True
-
-
 # ---- the initial checkpoint, the data and the model ---------------------------------------------
 
 def init_checkpoint_path(cfg: SimpleNamespace) -> Path:

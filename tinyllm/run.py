@@ -146,10 +146,6 @@ class TrainRun:
         """Clip the gradient of the whole model to cfg.grad_clip; return its norm before."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
 
-    def sample_launcher(self) -> str:
-        """Return the command that starts sample.py for this model."""
-        return "python"
-
     # ---- batch and clock ---------------------------------------------------------------------
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 
 from tinyllm import optional
 from tinyllm.cli import UserError
-from tinyllm.files import atomic_replace, atomic_write, json_line
+from tinyllm.files import atomic_replace, atomic_write, json_line, unused_path
 
 RUN_FILES = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")      # that archive_run moves
 ARCHIVE_TMP = "old.part"            # the archive while files are moved into it
@@ -109,11 +109,6 @@ def read_clock(path: Path) -> list[dict[str, Any]]:
 def has_numbers(entry: dict[str, Any], *keys: str) -> bool:
     """True if an entry has a finite number under each key."""
     return all(type(entry.get(key)) in (int, float) and abs(entry[key]) < 1e300 for key in keys)
-
-
-def unused_path(folder: Path, pattern: str) -> Path:
-    """Return the first path that does not exist, of a pattern such as old-{}."""
-    return next(path for i in range(1, 10_000) if not (path := folder / pattern.format(i)).exists())
 
 
 # ---- the archive --------------------------------------------------------------------------------

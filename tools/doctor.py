@@ -21,7 +21,6 @@ from tinyllm.device import choose_backend, why_no_compiler, why_no_headers
 from tinyllm.files import sha256
 from tinyllm.machine import available_cores, free_memory
 from tinyllm.project import find_tokenizer, load_tokenizer, path_flags, tokenizer_files
-from tinyllm.resume import is_complete
 from tinyllm.shards import load_shards
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -118,7 +117,9 @@ def describe_run(cfg: SimpleNamespace) -> str:
     state = checkpoint.load_checkpoint(path, checkpoint.REQUIRED_TO_RESUME, mmap=True)
     config = state["config"]
     length = f"max_iters {config.get('max_iters')}, max_minutes {config.get('max_minutes')}"
-    if not is_complete(state):
+    seconds = state["state"]["seconds"]
+    is_finished = state["iter_num"] >= config["max_iters"] or 0 < 60 * config["max_minutes"] <= seconds
+    if not is_finished:
         raise UserError(f"{path}: step {state['iter_num']:,}, not finished ({length})")
     return f"{path}: step {state['iter_num']:,}, finished ({length})"
 
