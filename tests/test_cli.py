@@ -178,8 +178,8 @@ def test_a_flag_that_moved_names_its_command(block, argv):
 
 
 @pytest.mark.parametrize("argv, command", [
-    (["--doctor"], "doctor"), (["--data_dir", "d", "--doctor", "--out_dir=my o"], 'doctor --data_dir d --out_dir "my o"'),
-    (["--compare", "a", "b c", "--seed", "1"], 'compare a "b c"')])
+    (["--doctor"], "doctor"), (["--compare", "a", "b c", "--seed", "1"], 'compare a "b c"'),
+    (["--data_dir", "d", "--doctor", "--out_dir=my o"], 'doctor --data_dir d --out_dir "my o"')])
 def test_the_command_of_a_moved_flag_keeps_what_was_typed(argv, command):
     with pytest.raises(cli.UserError, match=f"\n       python -m tools.{command}$"):
         cli.parse_settings(vars(train), argv, moved=train.MOVED_FLAGS)

@@ -145,7 +145,7 @@ def _normalize_flag(argument: str) -> str:
 
 
 def _check_not_moved(unknown: list[str], overrides: dict[str, Any], moved: dict[str, str]) -> None:
-    """Raise UserError for a flag that moved. {values} in its new command are the flag's own, {NAME} a setting's flag."""
+    """Raise UserError for a flag that moved. In its new command, {values} are its values, {NAME} a setting's flag."""
     name = unknown[0].removeprefix("--").split("=")[0]
     if unknown[0].startswith("--") and name in moved:
         flags = {key: format_flag(key, value) for key, value in overrides.items()}

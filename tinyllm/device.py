@@ -13,7 +13,8 @@ import torch
 from tinyllm.cli import UserError
 from tinyllm.machine import available_cores
 
-OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive"
+OUT_OF_MEMORY = ("out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive|"
+                 "Storage size calculation overflowed")
 INSTALL = "https://pytorch.org/get-started"
 NOT_UTF8 = "PyTorch's compiler cannot read its own files in the system's encoding; set PYTHONUTF8=1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

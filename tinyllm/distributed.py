@@ -80,11 +80,10 @@ class DistributedContext:
         if len(failed_ranks):
             sys.exit(1)
 
-    def check_same(self, fingerprint: dict[str, int], hint: str) -> None:
-        """Raise UserError if this rank's fingerprint differs from the main process's; its keys name what differs."""
-        differing = [name for name, number in fingerprint.items() if number != self.broadcast_from_main(number)]
-        if differing:
-            raise UserError(f"process {self.rank} has {' and '.join(differing)} than process 0\n       {hint}")
+    def check_same(self, checksum: int, difference: str, hint: str) -> None:
+        """Raise UserError if this rank's checksum differs from the main process's."""
+        if checksum != self.broadcast_from_main(checksum):
+            raise UserError(f"process {self.rank} has {difference} than process 0\n       {hint}")
 
     @property
     def was_restarted(self) -> bool:

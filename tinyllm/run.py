@@ -61,8 +61,9 @@ def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: Distributed
         run_class = choose_run_class(cfg, dist)
     if dist.world_size > 1:
         with dist.fail_together():
-            dist.check_same(plan_fingerprint(plan), "type the same command on all machines, with the same data and "
-                            "output folders, shared or copied, and a --dtype that all support")
+            dist.check_same(plan_checksum(plan), "other settings, text, dtype or checkpoint",
+                            "type the same command on all machines, with the same data and output folders, shared or "
+                            "copied, and a --dtype that all support")
     return run_class(plan)
 
 
@@ -72,13 +73,11 @@ def choose_run_class(cfg: SimpleNamespace, dist: DistributedContext) -> type["Tr
     return TrainRun
 
 
-def plan_fingerprint(plan: RunPlan) -> dict[str, int]:
-    """Return a checksum of everything that must be the same on all ranks. The keys name a difference in an error."""
+def plan_checksum(plan: RunPlan) -> int:
+    """Return a checksum of everything that must be the same on all ranks; dtype auto depends on the GPU."""
     settings = {name: value for name, value in run_settings(plan.cfg).items() if name not in PER_MACHINE_SETTINGS}
-    return {"other settings": zlib.crc32(repr(settings).encode()),
-            "other text": zlib.crc32(plan.shards.sha256.encode()),
-            "another dtype": zlib.crc32(repr(plan.backend.dtype).encode()),         # of dtype auto, on unequal GPUs
-            "another checkpoint": checkpoint.weights_checksum(plan.ckpt) if plan.ckpt else 0}
+    weights = checkpoint.weights_checksum(plan.ckpt) if plan.ckpt else 0
+    return zlib.crc32(repr([settings, plan.shards.sha256, plan.backend.dtype, weights]).encode())
 
 
 class TrainRun:
