@@ -334,13 +334,13 @@ def print_expected_score(run: TrainRun) -> None:
 def print_already_finished(run: TrainRun) -> None:
     """Say that the run has nothing left to do, and how to extend it or start over."""
     cfg, state = run.cfg, run.state
+    minutes = state.seconds / 60
     if state.iter_num >= cfg.max_iters:
         longer = {"max_iters": 2 * state.iter_num}
     else:
-        longer = {"max_minutes": math.ceil(2 * state.seconds / 60)}
+        longer = {"max_minutes": math.ceil(2 * minutes)}
     resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir, **longer)
-    print(f"the run in {cfg.out_dir} is finished; it is at step {state.iter_num:,}, after {state.seconds / 60:.1f} "
-          f"minutes\n"
+    print(f"the run in {cfg.out_dir} is finished; it is at step {state.iter_num:,}, after {minutes:.1f} minutes\n"
           f"resume:     {resume}\n"
           "start over: the command that began it, with --init_from scratch or another --out_dir")
 

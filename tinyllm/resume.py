@@ -1,13 +1,10 @@
 """Plan a run before its first step: new, resumed, or from the weights of a checkpoint; check all that it needs."""
 import math
 import re
-import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import torch
 
 from model import ModelArgs
 from tinyllm import checkpoint
@@ -26,7 +23,6 @@ MAY_CHANGE_ON_RESUME = ("preset", "init_from", "max_iters", "max_minutes", "eval
                         "checkpoint_minutes", "device", "dtype", "compile", "num_workers", "shard", "sample_prompts",
                         "sample_tokens", "data_dir", "vocab_size")
 FREE_WITH_CHECKPOINT = ("max_seq_len", "dropout", "vocab_size")         # may differ from the initial checkpoint's
-CHECKPOINT_BYTES_PER_PARAM = 12                     # weight and two moments, in float32
 
 RANGES = {                                          # lowest value, and the limit that values stay below
     "max_iters": (1, 2**31), "eval_interval": (1, 2**31), "log_interval": (1, 2**31),
@@ -79,8 +75,6 @@ def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedC
         command = format_command("train", init_from=Path(cfg.out_dir) / "last.pt")
         raise UserError(f"the text or the vocabulary in {cfg.data_dir} has changed since the run began\n"
                         f"       train on it with the weights of the run: {command}")
-    if not cfg.eval_only:
-        check_disk(cfg, args, is_resumed)
     if changes:
         print(f"a new run: the one in {cfg.out_dir}, at step {last_ckpt['iter_num']:,}, has other settings: "
               f"{', '.join(changes)}")
@@ -244,18 +238,3 @@ def choose_model_args(cfg: SimpleNamespace, ckpt: Checkpoint | None, tokenizer: 
     if args.vocab_size != tokenizer.vocab_size and not has_padding:
         raise UserError(f"the checkpoint's model has {args.vocab_size} tokens, the vocabulary {tokenizer.vocab_size}")
     return args
-
-
-def check_disk(cfg: SimpleNamespace, args: Any, is_resumed: bool) -> None:
-    """Raise UserError if the disk has no room for two checkpoints and one that is being written."""
-    with torch.device("meta"):
-        n_params = checkpoint.new_model(args).count_parameters()
-    folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = 3 * CHECKPOINT_BYTES_PER_PARAM * n_params
-    if is_resumed:
-        needed -= sum(path.stat().st_size for path in folder.glob("*.pt"))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"the checkpoints need {needed / 1e6:,.0f} MB, {folder.resolve()} has "
-                        f"{free / 1e6:,.0f} MB free\n       make room, or name another --out_dir")
