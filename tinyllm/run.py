@@ -170,9 +170,6 @@ class TrainRun:
 
     def sync_ranks(self) -> None:
         """Take the main process's clock, and learn whether any rank was asked to stop."""
-        if self.dist.world_size == 1:
-            self.stop_signal = self.requested_signal
-            return
         elapsed = time.perf_counter() - self.start_time if self.dist.is_main else 0.0
         self.synced_seconds, stop_signal = self.dist.max(elapsed, self.requested_signal)
         self.stop_signal = int(stop_signal)
