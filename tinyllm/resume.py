@@ -52,12 +52,8 @@ class RunPlan:
 def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext = SINGLE_PROCESS) -> RunPlan:
     """Check all settings, then the files, and decide how the run starts.
 
-    Args:
-        cfg: the settings; with init_from "resume" they become those of the resumed run.
-        overrides: the settings that the command line names.
-        dist: the processes that share the run.
-    Raises:
-        UserError: with all invalid settings at once, or with what is wrong with a file.
+    With init_from "resume", cfg takes the settings of the resumed run, except the overrides of the command line.
+    Raises UserError with all invalid settings at once, or with the problem of a file.
     """
     must_resume = cfg.init_from == "resume" and not cfg.eval_only
     last_ckpt = load_last(cfg)
@@ -132,13 +128,13 @@ def shape_from_settings(cfg: SimpleNamespace, vocab_size: int) -> ModelArgs:
 # ---- the run in out_dir -------------------------------------------------------------------------
 
 def load_last(cfg: SimpleNamespace) -> Checkpoint | None:
-    """Return the latest checkpoint in out_dir, or None if init_from rules out that it is resumed.
+    """Return the latest checkpoint in out_dir; None if there is none, or the command cannot resume it.
 
     Raises UserError if it is damaged, or missing with "resume". A run that starts with another checkpoint archives it.
     """
     path = Path(cfg.out_dir) / "last.pt"
-    is_optional = cfg.init_from != "resume"
-    if cfg.eval_only or cfg.init_from == "scratch" or is_optional and not path.is_file():
+    is_needed = cfg.init_from == "resume"
+    if cfg.eval_only or cfg.init_from == "scratch" or not (is_needed or path.is_file()):
         return None
     try:
         return checkpoint.load_checkpoint(path, checkpoint.REQUIRED_TO_RESUME)

@@ -250,9 +250,9 @@ class TrainRun:
             try:
                 self.load_checkpoint_dict(ckpt)
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                last = f"{self.cfg.out_dir}/last.pt"
-                command = format_command("train", out_dir=self.cfg.out_dir, init_from=last)
-                raise UserError(f"{last} is from another version, or damaged ({error!r:.200})\n"
+                path = f"{self.cfg.out_dir}/last.pt"
+                command = format_command("train", out_dir=self.cfg.out_dir, init_from=path)
+                raise UserError(f"{path} is from another version, or damaged ({error!r:.200})\n"
                                 f"       start a new run with its weights: {command}") from error
         has_best = self.dist.broadcast_from_main(Path(self.cfg.out_dir, "ckpt.pt").is_file())
         if not has_best and self.state.best_val_loss < math.inf:
