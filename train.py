@@ -30,8 +30,6 @@ from tinyllm.device import explain_oom
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
 from tinyllm.estimate import estimate_rest, format_hms, prepare_run
-from tinyllm.machine import peak_memory
-from tinyllm.presets import PRESETS
 from tinyllm.resume import run_settings
 from tinyllm.run import OOM_ADVICE, TrainRun, build_run
 from tinyllm.runlog import NullRunLog, RunLog
@@ -101,7 +99,7 @@ SAMPLE_TEMPERATURE = 0.8                # of the stories that are generated at e
 
 
 def main() -> None:
-    preset_settings = {name: preset.settings for name, preset in PRESETS.items()}
+    preset_settings = {name: preset.settings for name, preset in presets.PRESETS.items()}
     with distributed_context() as dist:
         with dist.fail_together():
             cfg, overrides = cli.parse_settings(globals(), epilog=presets.presets_table(), presets=preset_settings,
@@ -349,7 +347,8 @@ def print_result(run: TrainRun) -> None:
     """Say what the run has reached and which command comes next. Exit with the status of a signal that stopped it."""
     cfg = run.cfg
     step = run.state.iter_num
-    print_peak_memory(run.backend.device)
+    if run.backend.device.type == "cuda":
+        print(f"peak GPU memory: {torch.cuda.max_memory_reserved(run.backend.device) / 1e6:,.0f} MB")
     if run.stop_signal and not run.reached_limit():
         resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)
         print(f"saved step {step:,} in {cfg.out_dir}/last.pt\nresume: {resume}")
@@ -359,13 +358,6 @@ def print_result(run: TrainRun) -> None:
         print(f"samples of each evaluation: {cfg.out_dir}/samples.txt")
     next_command = cli.format_command("sample", checkpoint=f"{cfg.out_dir}/ckpt.pt", interactive=bool(run.chat) or "")
     print(f"next: {next_command}")
-
-
-def print_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        print(f"peak GPU memory: {torch.cuda.max_memory_reserved(device) / 1e6:,.0f} MB")
-    elif peak := peak_memory():
-        print(f"peak memory: {peak / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":
