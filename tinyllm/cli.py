@@ -148,7 +148,7 @@ def _check_not_moved(unknown: list[str], overrides: dict[str, Any], moved: dict[
     """Raise UserError for a flag that moved. In its new command, {values} are its values, {NAME} a setting's flag."""
     name = unknown[0].removeprefix("--").split("=")[0]
     if unknown[0].startswith("--") and name in moved:
-        flags = {key: format_flag(key, value) for key, value in overrides.items()}
+        flags = {key: _format_flag(key, value) for key, value in overrides.items()}
         flags["values"] = " ".join(map(shell_quote, unknown[1:]))
         command = moved[name].format_map(defaultdict(str, flags)).rstrip()
         raise UserError(f"--{name} is not a setting any more; type\n       {command}")
