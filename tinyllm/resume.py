@@ -22,7 +22,7 @@ COMMAND_ONLY = ("out_dir", "eval_only")             # settings of a command, not
 MAY_CHANGE_ON_RESUME = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval",
                         "checkpoint_minutes", "device", "dtype", "compile", "num_workers", "shard", "sample_prompts",
                         "sample_tokens", "data_dir", "vocab_size")
-FREE_WITH_CHECKPOINT = ("max_seq_len", "dropout", "vocab_size")         # may differ from the initial checkpoint's
+MAY_CHANGE_ON_INIT = ("max_seq_len", "dropout", "vocab_size")   # settings that may differ from the initial checkpoint's
 
 RANGES = {                                          # lowest value, and the limit that values stay below
     "max_iters": (1, 2**31), "eval_interval": (1, 2**31), "log_interval": (1, 2**31),
@@ -64,7 +64,7 @@ def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedC
     is_resumed = last_ckpt is not None and not changes
     ckpt = last_ckpt if is_resumed else load_init_checkpoint(cfg, overrides)
     if cfg.init_from not in INIT_MODES and not cfg.eval_only:
-        check_fixed(overrides, ckpt["model_args"], FREE_WITH_CHECKPOINT)
+        check_fixed(overrides, ckpt["model_args"], MAY_CHANGE_ON_INIT)
     shards, tokenizer = load_data(cfg, ckpt or last_ckpt)
     args = choose_model_args(cfg, ckpt, tokenizer)
     if must_resume and shards.sha256 != ckpt["data_sha256"]:
@@ -178,10 +178,12 @@ def changed_settings(cfg: SimpleNamespace, last_ckpt: Checkpoint) -> list[str]:
     return changes
 
 
-def check_fixed(overrides: dict[str, Any], fixed: dict[str, Any], free: tuple[str, ...]) -> None:
+def check_fixed(overrides: dict[str, Any], fixed: dict[str, Any], may_change: tuple[str, ...]) -> None:
     """Raise UserError if the command line asks for other values than a checkpoint's fixed ones."""
-    wrong = [f"{name} {fixed[name]}" for name, value in overrides.items()
-             if name not in free and fixed.get(name, value) != value]
+    wrong = []
+    for name, value in overrides.items():
+        if name not in may_change and fixed.get(name, value) != value:
+            wrong.append(f"{name} {fixed[name]}")
     if wrong:
         raise UserError(f"the checkpoint has {', '.join(wrong)}, which cannot change; leave those settings out")
 
