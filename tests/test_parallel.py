@@ -16,7 +16,7 @@ from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device import Backend
 from tinyllm.distributed import DistributedContext
-from tinyllm.run import plan_checksum
+from tinyllm.run import check_same_plan
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="PyTorch's torchrun does not start on Windows")
 
@@ -149,24 +149,25 @@ def test_random_numbers_are_those_of_a_step_and_a_process():
     assert DistributedContext().seed(1, 2) is None and not torch.equal(torch.rand(4), numbers(1, 2, 0))
 
 
-class SecondRank(DistributedContext):
-    """Rank 1 of two, which receives what rank 0 has broadcast."""
-    broadcasts: list[float] = []
+class OneOfTwo(DistributedContext):
+    """A rank that receives what rank 0 has broadcast."""
+    received: list[float] = []
 
     def broadcast_from_main(self, value):
-        return self.broadcasts.pop(0)
+        if self.is_main:
+            self.received[:] = [value]
+        return self.received[0]
 
 
 def test_processes_with_other_settings_or_files_are_refused():
-    def planned(dist, rate=0.1, device="cpu", text="a", weight=1.0, dtype=torch.bfloat16):
+    def check(rank, rate=0.1, device="cpu", text="a", weight=1.0, dtype=torch.bfloat16):
         cfg = SimpleNamespace(learning_rate=rate, device=device, out_dir="output")
-        saved = {"model": {"w": torch.full((3,), weight, dtype=torch.bfloat16)}, "optimizer": [{"m": torch.ones(2)}]}
-        where = Backend(torch.device(device), dtype, "for a test")
-        return resume.RunPlan(cfg, where, SimpleNamespace(sha256=text), None, None, saved, True, dist)
-    expected = plan_checksum(planned(DistributedContext(0, 2)))
-    second = SecondRank(1, 2)
-    second.broadcasts[:] = [expected] * 5
-    second.check_same(plan_checksum(planned(second, device="cuda")), "other settings", "")
+        ckpt = {"model": {"w": torch.full((3,), weight, dtype=torch.bfloat16)}, "optimizer": [{"m": torch.ones(2)}]}
+        backend = Backend(torch.device(device), dtype, "for a test")
+        shards = SimpleNamespace(sha256=text)
+        check_same_plan(resume.RunPlan(cfg, backend, shards, None, None, ckpt, True, OneOfTwo(rank, 2)))
+    check(0)
+    check(1, device="cuda")
     for change in ({"rate": 0.2}, {"text": "b"}, {"weight": 1.5}, {"dtype": torch.float16}):
-        with pytest.raises(UserError, match="^process 1 has other settings than process 0"):
-            second.check_same(plan_checksum(planned(second, **change)), "other settings", "")
+        with pytest.raises(UserError, match="^process 1 has other settings, text, dtype or checkpoint than process 0"):
+            check(1, **change)

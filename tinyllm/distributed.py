@@ -80,11 +80,6 @@ class DistributedContext:
         if len(failed_ranks):
             sys.exit(1)
 
-    def check_same(self, checksum: int, difference: str, hint: str) -> None:
-        """Raise UserError if this rank's checksum differs from the main process's."""
-        if checksum != self.broadcast_from_main(checksum):
-            raise UserError(f"process {self.rank} has {difference} than process 0\n       {hint}")
-
     @property
     def launch_command(self) -> str:
         """The command that starts a script as this one was started."""

@@ -59,9 +59,7 @@ def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: Distributed
         run_class = choose_run_class(cfg, dist)
     if dist.world_size > 1:
         with dist.fail_together():
-            dist.check_same(plan_checksum(plan), "other settings, text, dtype or checkpoint",
-                            "type the same command on all machines, with the same data and output folders, shared or "
-                            "copied, and a --dtype that all support")
+            check_same_plan(plan)
     return run_class(plan)
 
 
@@ -71,11 +69,15 @@ def choose_run_class(cfg: SimpleNamespace, dist: DistributedContext) -> type["Tr
     return TrainRun
 
 
-def plan_checksum(plan: RunPlan) -> int:
-    """Return a checksum of everything that must be the same on all ranks; dtype auto depends on the GPU."""
+def check_same_plan(plan: RunPlan) -> None:
+    """Raise UserError if this rank's settings, text, weights or dtype (auto may choose) are not the main process's."""
     settings = {name: value for name, value in run_settings(plan.cfg).items() if name not in PER_MACHINE_SETTINGS}
     weights = checkpoint.weights_checksum(plan.ckpt) if plan.ckpt else 0
-    return zlib.crc32(repr([settings, plan.shards.sha256, plan.backend.dtype, weights]).encode())
+    checksum = zlib.crc32(repr([settings, plan.shards.sha256, plan.backend.dtype, weights]).encode())
+    if checksum != plan.dist.broadcast_from_main(checksum):
+        raise UserError(f"process {plan.dist.rank} has other settings, text, dtype or checkpoint than process 0\n"
+                        "       type the same command on all machines, with the same data and output folders, shared "
+                        "or copied, and a --dtype that all support")
 
 
 class TrainRun:
