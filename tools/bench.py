@@ -39,7 +39,7 @@ from model import ModelArgs, Transformer
 from tinyllm import checkpoint as checkpoints
 from tinyllm import cli, corpus, documents, optional, shards
 from tinyllm import device as devices
-from extras.formats import Checkpoint
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
