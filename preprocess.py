@@ -29,7 +29,7 @@ from tinyllm.words import DocumentEncoder
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the tokenizer, and where the shards go
 data = ""               # the text; empty: the text of step 1
-encoding = ""           # of all files, such as gb18030; empty: that of step 1
+encoding = ""           # of all files, such as gb18030; empty: the one of step 1
 vocab_size = 0          # of the tokenizer to use if data_dir has several; 0: the only one
 tokenizer = ""          # a tokenizer from elsewhere, or a model with one; it is copied to data_dir and used
 num_workers = 0         # processes, at most 60; 0: one per core, if memory allows. Each takes up to 400 MB

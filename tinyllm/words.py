@@ -73,9 +73,10 @@ class WordTable:
         return self.n_words >= MAX_WORDS or self.n_bytes >= MAX_WORD_BYTES
 
     def assign_ids(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
-        """Return the id of each word of texts (words,), int32; the index of each text's first word (texts,); new words.
+        """Return the ids of the words of texts.
 
-        The new words are in the order of their ids.
+        Returns the id of each word (words,), int32; the index of each text's first word (texts,); the new words in the
+        order of their ids.
         """
         buffer, word_starts, first_words = split_words(texts)
         keys = _make_keys(buffer, word_starts[:-1], np.diff(word_starts))
