@@ -1,6 +1,7 @@
 """Step 2: what is in the shards, what a second run does, and what happens when something breaks."""
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -346,6 +347,14 @@ def test_damaged_shards_are_refused_by_name(texts, run_in_process, name, change,
     with pytest.raises(UserError, match=message) as error:
         load()
     assert "python preprocess.py" in str(error.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody replace a file that is mapped")
+def test_loaded_shards_outlive_their_files(texts, run_in_process):
+    run_in_process("preprocess")
+    found, vocabulary = load()
+    shutil.rmtree("data/tok400")
+    assert decoded(found, vocabulary, "val")
 
 
 def test_from_the_command_line(texts):

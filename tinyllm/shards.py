@@ -73,7 +73,7 @@ class ShardSet:
         return sum(getattr(shard, field_name) for shard in self.shards_of(split))
 
     def memmap(self, shard: Shard) -> np.ndarray:
-        """Return a shard's ids (tokens,), mapped into memory; kept, so that a run continues if step 2 replaces them."""
+        """Return a shard's ids (tokens,), mapped into memory. The map outlives a file that step 2 replaces."""
         if shard.file not in self.maps:
             path = self.folder / shard.file
             self.maps[shard.file] = np.memmap(path, self.dtype, "r") if shard.tokens else np.empty(0, self.dtype)
@@ -149,4 +149,6 @@ def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
         damaged = [folder / shard.file for shard, is_intact in zip(shard_set.shards, intact) if not is_intact]
     if damaged:
         raise UserError(f"missing or damaged: {shorten_list(damaged)}{rerun_hint(folder)}")
+    for shard in shard_set.shards:
+        shard_set.memmap(shard)         # before step 2 may replace the file
     return shard_set
