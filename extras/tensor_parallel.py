@@ -93,9 +93,9 @@ class TensorParallelEngine(Engine):
         self.group.broadcast_request("decode", tokens.tolist())
         return super().decode(tokens, cache)
 
-    def read(self, ids: list[int]) -> Iterator[Tensor]:
-        self.group.broadcast_request("read", ids)
-        yield from super().read(ids)
+    def logprobs(self, ids: list[int]) -> Iterator[Tensor]:
+        self.group.broadcast_request("logprobs", ids)
+        yield from super().logprobs(ids)
 
     def run(self, main_fn: Callable[[], None]) -> None:
         """Call main_fn() in the main process; the others compute with it until it returns."""
@@ -121,7 +121,7 @@ class TensorParallelEngine(Engine):
             elif name == "decode":
                 super().decode(torch.tensor(args[0], device=self.device), cache)
             else:
-                deque(super().read(*args), 0)
+                deque(super().logprobs(*args), 0)
 
 
 def shard_weights(model: Transformer, dist: DistributedContext) -> None:

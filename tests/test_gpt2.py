@@ -176,7 +176,7 @@ def test_ragged_prompts_give_what_each_gives_alone_also_beyond_the_window(model)
 
 def test_reading_gives_the_logits_of_the_model(model, tokens):
     ids = tokens[0].tolist()
-    found = torch.cat(list(build_engine(model).read(ids)))
+    found = torch.cat(list(build_engine(model).logprobs(ids)))
     torch.testing.assert_close(found, model(tokens[:1, :-1])[0].log_softmax(-1), **CLOSE)
 
 

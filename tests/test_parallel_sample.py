@@ -144,7 +144,7 @@ def logits_of(engine: Engine) -> list:
     """Of texts that are written, of a text that is read; as lists, since tensors in pipes need more."""
     written = [step.logits for step in engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2))]
     next(engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2)))            # given up after a token
-    return [torch.stack(written).tolist(), torch.cat(list(engine.read(list(range(1, 60))))).tolist()]
+    return [torch.stack(written).tolist(), torch.cat(list(engine.logprobs(list(range(1, 60))))).tolist()]
 
 
 def divided_logits(dtype: torch.dtype, quantize: str) -> list:

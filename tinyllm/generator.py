@@ -258,7 +258,7 @@ class TextGenerator:
         A sequence that is longer than the window is read in pieces of that length.
         """
         tokens: list[Token] = []
-        for logprobs in self.engine.read(ids):                                      # (n, vocab_size)
+        for logprobs in self.engine.logprobs(ids):                                      # (n, vocab_size)
             targets = ids[len(tokens) + 1:len(tokens) + 1 + len(logprobs)]
             target_logprobs = logprobs[torch.arange(len(targets)), targets].tolist()
             top_logprobs, top_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))        # (n, alternatives)

@@ -311,7 +311,7 @@ def val_loss(engine: Engine, ckpt: Checkpoint, data_dir: str) -> float:
     n_tokens = 0
     for x, y in Task.iter_split(data, "val", 1, engine.args.max_seq_len):
         targets = y[0][y[0] != IGNORE_INDEX]                                    # (T,)
-        logprobs = next(engine.read([*x[0].tolist(), 0]))[:len(targets)]        # (T, vocab_size)
+        logprobs = next(engine.logprobs([*x[0].tolist(), 0]))[:len(targets)]        # (T, vocab_size)
         nats -= logprobs.gather(1, targets.to(engine.device)[:, None]).sum().item()
         n_tokens += len(targets)
     return nats / n_tokens
