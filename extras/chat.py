@@ -9,6 +9,7 @@ in it has no effect. An answer ends at `end_id`.
 import io
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import cycle, islice
 from types import SimpleNamespace
 
@@ -38,20 +39,21 @@ class ChatFormat:
             self.marks = [tokenizer.special_token_id(mark) for mark in self.MARKS]
         self.end_id = self.marks[-1]
 
-    def encode_header(self, message: Message) -> list[int]:
-        """Encode the beginning of a message, which names its role."""
+    def encode_header(self, role: str) -> list[int]:
+        """Encode the beginning of a message of this role."""
         begin, end, _ = self.marks
-        return [begin, *self.tokenizer.encode(message["role"]), end, *self.tokenizer.encode("\n\n")]
+        return [begin, *self.tokenizer.encode(role), end, *self.tokenizer.encode("\n\n")]
 
     def encode_message(self, message: Message) -> list[int]:
-        return [*self.encode_header(message), *self.tokenizer.encode(message["content"].strip()), self.end_id]
+        content = self.tokenizer.encode(message["content"].strip())
+        return [*self.encode_header(message["role"]), *content, self.end_id]
 
     def encode_dialog_prompt(self, dialog: list[Message]) -> list[int]:
         """Encode a dialog and the header of the answer that the model will give."""
         ids = [self.tokenizer.bos_id] if self.STARTS_WITH_BOS else []
         for message in dialog:
             ids += self.encode_message(message)
-        return ids + self.encode_header({"role": "assistant"})
+        return ids + self.encode_header("assistant")
 
 
 class ChatML(ChatFormat):
@@ -59,8 +61,8 @@ class ChatML(ChatFormat):
     STARTS_WITH_BOS = False
     MARKS = ("<|im_start|>", "<|im_end|>")
 
-    def encode_header(self, message: Message) -> list[int]:
-        return [self.marks[0], *self.tokenizer.encode(message["role"] + "\n")]
+    def encode_header(self, role: str) -> list[int]:
+        return [self.marks[0], *self.tokenizer.encode(role + "\n")]
 
     def encode_message(self, message: Message) -> list[int]:
         content = self.tokenizer.encode(message["role"] + "\n" + message["content"])
@@ -114,10 +116,8 @@ def chat_loop(generator: TextGenerator, cfg: SimpleNamespace) -> None:
 
 
 def prepare_stdin() -> None:
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401    gives input() line editing and history; Windows has its own
-    except ImportError:
-        pass
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")     # invalid UTF-8 becomes an error of print_reply, not the end
     if sys.stdin.isatty():
@@ -151,19 +151,17 @@ def set_option(generator: TextGenerator, cfg: SimpleNamespace, args: list[str]) 
         generator.completions([], **sampling_kwargs(cfg))       # checks the settings, and generates nothing
     except (ValueError, UserError) as error:
         setattr(cfg, name, old_value)
-        reason = error if isinstance(error, UserError) else f"{name} cannot be {value!r}"
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {name} cannot be {value!r}: {error}", file=sys.stderr)
 
 
 def print_reply(generator: TextGenerator, history: list[str], cfg: SimpleNamespace) -> list[str]:
     """Print the model's reply and return the history with it. Ctrl-C ends the reply, not the program."""
     reply = ""
     try:
-        for piece in generate_reply(generator, history, cfg):
-            print(escape_for_terminal(piece), end="", flush=True)
-            reply += piece
-    except KeyboardInterrupt:
-        pass
+        with suppress(KeyboardInterrupt):
+            for piece in generate_reply(generator, history, cfg):
+                print(escape_for_terminal(piece), end="", flush=True)
+                reply += piece
     except UserError as error:
         print(escape_control_chars(f"error: {error}"), file=sys.stderr)
         return history[:-1]
@@ -186,7 +184,7 @@ def as_single_text(history: list[str]) -> str:
     story = ""
     for i, text in enumerate(history):
         is_line = i % 2 == 0
-        if is_line and story and text and not story[-1].isspace() and not text[0].isspace():
+        if is_line and story[-1:].strip() and text[:1].strip():
             story += " "
         story += text
     return story

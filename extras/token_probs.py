@@ -11,7 +11,6 @@ import math
 import sys
 from bisect import bisect
 from html import escape
-from itertools import pairwise
 from types import SimpleNamespace
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
@@ -26,14 +25,14 @@ def tokens_with_alternatives(generator: TextGenerator, completion: Completion, a
     prompt_ids = generator.tokenizer.encode_prompt(completion.prompt)
     tokens = generator.read(prompt_ids + completion.tokens, alternatives)
     for i, logprob in enumerate(completion.logprobs, len(prompt_ids) - 1):
-        # Beyond the window, the token came from another context than `read` has, so the alternatives are not its own.
+        # Beyond max_seq_len, the token came from another context than `read` has: the alternatives are not its own.
         top_tokens = tokens[i].top_tokens if i < generator.engine.args.max_seq_len else []
         tokens[i] = Token(tokens[i].piece, logprob, top_tokens)
     return prompt_ids, tokens
 
 
 def token_texts(tokenizer: BaseTokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
-    """Return the text of each id. A character of several tokens belongs to the last of them."""
+    """Return the text of each id behind a prompt. A character of several tokens belongs to the last of them."""
     decoder = StreamDecoder(tokenizer, prompt_ids, [])
     texts = [decoder.add(i) for i in ids]
     if texts:
@@ -102,8 +101,7 @@ def print_score(generator: TextGenerator, text: str) -> None:
 
 # ---- HTML page ----------------------------------------------------------------------------------
 
-TITLE = "How likely the model found each token"
-LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # between two of them, a probability has the same colour
+LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # where the color changes: p0 of STYLE is below the first
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --faint: #5c5c5c; --line: #c8c8c8; --box: #fff;
   --p0: #ee8a2c; --p1: #f6ad60; --p2: #f9cb95; --p3: #f5e0c0; --p4: #e6e9e4; --p5: #def0ff; }
@@ -137,12 +135,17 @@ PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
+<title>How likely the model found each token</title>
 <style>{style}</style>
 </head>
 <body>
-<h1>{title}</h1>
-<p class="legend">Probability: {legend} <span class="prompt">prompt</span><br>
+<h1>How likely the model found each token</h1>
+<p class="legend">Probability: <span class="p0">0 to 1%</span>
+<span class="p1">1 to 5%</span>
+<span class="p2">5 to 20%</span>
+<span class="p3">20 to 50%</span>
+<span class="p4">50 to 80%</span>
+<span class="p5">80 to 100%</span> <span class="prompt">prompt</span><br>
 Point at a token, tap it, or go from one to the next with Tab.</p>
 {stories}<footer>{model}<br>{settings}</footer>
 </body>
@@ -156,20 +159,12 @@ def write_html_page(generator: TextGenerator, completions: list[Completion], cfg
     for number, completion in enumerate(completions, 1):
         title = f"Story {number}" if len(completions) > 1 else ""
         stories.append(story_html(generator, completion, title, cfg.echo))
-    settings = {name: getattr(cfg, name) for name in sampling_kwargs(cfg)}
-    settings_text = ", ".join(f"{name} {value}" for name, value in settings.items() if value != "")
-    page = PAGE.format(title=TITLE, style=STYLE, legend=legend_html(), stories="".join(stories),
-                       model=escape_html(generator.description), settings=escape_html(settings_text))
+    settings = [f"{name} {getattr(cfg, name)}" for name in sampling_kwargs(cfg) if getattr(cfg, name) != ""]
+    page = PAGE.format(style=STYLE, stories="".join(stories), model=escape_html(generator.description),
+                       settings=escape_html(", ".join(settings)))
     with atomic_write(cfg.show_probs) as file:
         file.write(page.encode(errors="replace"))       # a checkpoint's name may not be valid text
     print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)
-
-
-def legend_html() -> str:
-    spans = []
-    for level, (low, high) in enumerate(pairwise([0, *LEVELS, 1])):
-        spans.append(f'<span class="p{level}">{100 * low:g} to {100 * high:g}%</span>')
-    return "\n".join(spans)
 
 
 def story_html(generator: TextGenerator, completion: Completion, title: str, echo: bool) -> str:
@@ -179,25 +174,20 @@ def story_html(generator: TextGenerator, completion: Completion, title: str, ech
     new_tokens = tokens[n_prompt:]
     facts = [summary_line(name, part) for name, part in (("Prompt", prompt_tokens), ("Written", new_tokens)) if part]
     heading = f"<h2>{title}</h2>\n" if title else ""
-    prompt = prompt_html(generator.tokenizer, prompt_ids, prompt_tokens) if echo else ""
-    texts = token_texts(generator.tokenizer, prompt_ids, completion.tokens)
+    story = prompt_html(generator.tokenizer, prompt_ids, prompt_tokens) if echo else ""
     n_left = len(completion.text)                   # it ends before a stop string
-    story = ""
-    for text, token in zip(texts, new_tokens):
+    for text, token in zip(token_texts(generator.tokenizer, prompt_ids, completion.tokens), new_tokens):
         story += token_span(text[:max(n_left, 0)], token)
         n_left -= len(text)
-    return (f'<article>\n{heading}<p class="facts">{"<br>".join(facts)}</p>\n<p class="story">{prompt}{story}</p>\n'
-            "</article>\n")
+    return f'<article>\n{heading}<p class="facts">{"<br>".join(facts)}</p>\n<p class="story">{story}</p>\n</article>\n'
 
 
 def prompt_html(tokenizer: BaseTokenizer, prompt_ids: list[int], tokens: list[Token]) -> str:
     """Return the elements of a prompt. Its first token has no probability: it is bos, or nothing comes before it."""
     first_text = tokenizer.decode(prompt_ids[:1])
+    first_span = f'<span class="prompt">{escape_html(first_text)}</span>' if first_text else ""
     texts = token_texts(tokenizer, prompt_ids[:1], prompt_ids[1:])
-    spans = [token_span(text, token, " prompt") for text, token in zip(texts, tokens)]
-    if first_text:
-        spans.insert(0, f'<span class="prompt">{escape_html(first_text)}</span>')
-    return "".join(spans)
+    return first_span + "".join(token_span(text, token, " prompt") for text, token in zip(texts, tokens))
 
 
 def summary_line(name: str, tokens: list[Token]) -> str:
@@ -219,9 +209,8 @@ def tooltip(token: Token) -> str:
     probability = format_percent(math.exp(token.logprob)).strip()
     lines = [quote_piece(token.piece), f"probability      {probability}", f"log-probability  {token.logprob:.3f} nats"]
     if token.top_tokens:
-        lines.append("likeliest here:")
-    for piece, probability in token.top_tokens:
-        lines.append(f"{format_percent(probability)}  {quote_piece(piece)}")
+        top_lines = [f"{format_percent(probability)}  {quote_piece(piece)}" for piece, probability in token.top_tokens]
+        lines += ["likeliest here:", *top_lines]
     return "\n".join(lines)
 
 

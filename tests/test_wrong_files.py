@@ -36,6 +36,7 @@ WRONG = {"empty": b"", "noise": random.Random(1).randbytes(3000), "zeros": bytes
          "not UTF-8": b"Once upon \xff\xfe a time", "UTF-16": "Once upon a time\nthere was".encode("utf-16"),
          "deep": b"[" * 200_000, "deep object": b'{"a":' * 200_000, "html": b"<html><body>404</body></html>"}
 TEXT = {"empty", "zeros", "deep", "deep object", "html"}        # what is text too, and so not wrong in a .txt
+REFUSE_EMPTY = ("--score", "--data", "--output_file")
 VALUES = [None, True, -1, 0.5, float("nan"), float("inf"), 10**30, "", "1", "\ud800", "\0", [], [1], {}, {"a": 1}]
 
 
@@ -90,7 +91,7 @@ def test_a_folder_in_its_place(files, name, order):
 @pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
 def test_other_content(files, name, order, kind):
     Path(name).write_bytes(WRONG[kind])
-    if kind not in TEXT or not name.endswith(".txt") or kind == "empty" and order[-2] in ("--score", "--data"):
+    if kind not in TEXT or not name.endswith(".txt") or kind == "empty" and order[-2] in REFUSE_EMPTY:
         refuses(order, Path(name).name)
 
 

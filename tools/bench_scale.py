@@ -47,7 +47,7 @@ def main() -> None:
         cores = max(available_cores() // dist.world_size, 1)
         bench_steps(cfg, train_cfg, args, backend, dist, cores)
         try:
-            check_divisible(args, dist)
+            check_divisible(args, dist.world_size)
         except UserError as error:
             print(f"generation is left out: {error}")
             return
