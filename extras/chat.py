@@ -39,21 +39,20 @@ class ChatFormat:
             self.marks = [tokenizer.special_token_id(mark) for mark in self.MARKS]
         self.end_id = self.marks[-1]
 
-    def encode_header(self, role: str) -> list[int]:
-        """Encode the beginning of a message of this role."""
+    def encode_header(self, message: Message) -> list[int]:
+        """Encode the beginning of a message, which names its role."""
         begin, end, _ = self.marks
-        return [begin, *self.tokenizer.encode(role), end, *self.tokenizer.encode("\n\n")]
+        return [begin, *self.tokenizer.encode(message["role"]), end, *self.tokenizer.encode("\n\n")]
 
     def encode_message(self, message: Message) -> list[int]:
-        content = self.tokenizer.encode(message["content"].strip())
-        return [*self.encode_header(message["role"]), *content, self.end_id]
+        return [*self.encode_header(message), *self.tokenizer.encode(message["content"].strip()), self.end_id]
 
     def encode_dialog_prompt(self, dialog: list[Message]) -> list[int]:
         """Encode a dialog and the header of the answer that the model will give."""
         ids = [self.tokenizer.bos_id] if self.STARTS_WITH_BOS else []
         for message in dialog:
             ids += self.encode_message(message)
-        return ids + self.encode_header("assistant")
+        return ids + self.encode_header({"role": "assistant"})
 
 
 class ChatML(ChatFormat):
@@ -61,8 +60,8 @@ class ChatML(ChatFormat):
     STARTS_WITH_BOS = False
     MARKS = ("<|im_start|>", "<|im_end|>")
 
-    def encode_header(self, role: str) -> list[int]:
-        return [self.marks[0], *self.tokenizer.encode(role + "\n")]
+    def encode_header(self, message: Message) -> list[int]:
+        return [self.marks[0], *self.tokenizer.encode(message["role"] + "\n")]
 
     def encode_message(self, message: Message) -> list[int]:
         content = self.tokenizer.encode(message["role"] + "\n" + message["content"])
@@ -100,10 +99,8 @@ def chat_loop(generator: TextGenerator, cfg: SimpleNamespace) -> None:
         raise UserError("--system is for chat models, and this is not one; leave it out")
     prepare_stdin()
     history: list[str] = []                     # your lines and the model's replies, alternating
-    while (line := read_line()) is not None:
+    while (line := read_line()).strip() != "/exit":
         command, *args = line.split() or [""]
-        if command == "/exit":
-            return
         if command == "/clear":
             history = []
         elif command == "/set":
@@ -124,33 +121,31 @@ def prepare_stdin() -> None:
         print("/help lists what else can be done, /exit ends", file=sys.stderr)
 
 
-def read_line() -> str | None:
-    """Return the next line, or None at the end of the input. Ctrl-C discards the line."""
+def read_line() -> str:
+    """Return the next line, or /exit at the end of the input. Ctrl-C discards the line."""
     while True:
         try:
             return input(">>> ")
         except EOFError:
             print()
-            return None
+            return "/exit"
         except KeyboardInterrupt:
             print()
 
 
 def set_option(generator: TextGenerator, cfg: SimpleNamespace, args: list[str]) -> None:
     """Set a setting, which args name, to the value that follows. Without a value, print all settings."""
-    names = list(sampling_kwargs(cfg))
+    settings = {known_name: getattr(cfg, known_name) for known_name in sampling_kwargs(cfg)}
     name = args[0] if args else ""
     value = " ".join(args[1:])
-    if name not in names or not value and name != "stop":
-        for known_name in names:
-            print(f"{known_name} = {getattr(cfg, known_name)!r}")
+    if name not in settings or not value and name != "stop":
+        print("\n".join(f"{known_name} = {current!r}" for known_name, current in settings.items()))
         return
-    old_value = getattr(cfg, name)
     try:
-        setattr(cfg, name, type(old_value)(value))
+        setattr(cfg, name, type(settings[name])(value))
         generator.completions([], **sampling_kwargs(cfg))       # checks the settings, and generates nothing
     except (ValueError, UserError) as error:
-        setattr(cfg, name, old_value)
+        setattr(cfg, name, settings[name])
         print(f"error: {name} cannot be {value!r}: {error}", file=sys.stderr)
 
 
@@ -174,8 +169,7 @@ def generate_reply(generator: TextGenerator, history: list[str], cfg: SimpleName
     if not generator.chat:
         return islice(generator.stream(as_single_text(history), **sampling_kwargs(cfg)), 1, None)
     dialog = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    for role, content in zip(cycle(("user", "assistant")), history):
-        dialog.append({"role": role, "content": content})
+    dialog += [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), history)]
     return generator.answer(dialog, **sampling_kwargs(cfg))
 
 

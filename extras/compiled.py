@@ -1,14 +1,12 @@
 """A layer's work on one token as one C++ function, and attention of several sequences: `python sample.py --compile`.
 
-    engine = build_engine(model, compiled=True)         # a CompiledEngine on a CPU, a CudaGraphEngine on a GPU
-
 For one token of a small model, engine.py spends more time on launching operations, some 30 a layer, than on arithmetic.
 PyTorch's compiler fuses them into one function if none of them calls a library, so the products are spelled out as
 multiply and sum. That is as fast for a single token, because reading each weight once takes the time. For several
 sequences the library is faster, so only their attention is compiled.
 
-The weights are arguments of the function. So one function serves all layers, and all checkpoints of a shape. Compiling
-takes about 15 seconds for each of the two functions; they are kept in files.
+The weights are arguments, so one function serves all layers, and all checkpoints of a shape. Compiling takes about 15
+seconds for each of the two functions; they are kept in files.
 """
 import hashlib
 import os
@@ -118,9 +116,8 @@ class CudaGraphDecode:
         self.steps: WeakKeyDictionary[KVCache, CudaGraphStep] = WeakKeyDictionary()
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        if cache not in self.steps:
-            self.steps[cache] = CudaGraphStep(self._decode_at_position)
-        return self.steps[cache](tokens, cache)
+        step = self.steps.setdefault(cache, CudaGraphStep(self._decode_at_position))
+        return step(tokens, cache)
 
 
 class CudaGraphStep:
@@ -254,7 +251,7 @@ def load_function(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
 
 def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, ...]) -> Path:
     """Return the file's name. It depends on all that was compiled for, since the code checks none of its arguments."""
-    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in example]
+    shapes = [(tensor.shape, tensor.dtype) for tensor in example]
     machine = [torch.__version__, torch.get_num_threads(), sorted(torch.cpu.get_capabilities().items())]
     source = Path(__file__).read_bytes()
     key = repr([type(module), module.args.n_heads, module.args.norm_eps, shapes, machine, source])
@@ -275,10 +272,9 @@ def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary),
                                                      inductor_configs=COMPILER_OPTIONS)
         atomic_replace(temporary, path)
-    except UnicodeError as error:           # Windows in Chinese, Japanese, Korean: another encoding than UTF-8
-        raise does_not_work(device.NOT_UTF8) from error
-    except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
-        raise does_not_work(error) from error
+    except (UnicodeError, torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
+        # UnicodeError: Windows in Chinese, Japanese, Korean with another encoding than UTF-8
+        raise does_not_work(device.NOT_UTF8 if isinstance(error, UnicodeError) else error) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -8,10 +8,7 @@ layer. The output layer is divided by rows; embeddings and norms are small, and 
 
 The main process reads, chooses the tokens, prints and writes files. It sends each request to its engine to the others:
 ids of prompts, new tokens. So processes cannot disagree about a token, and the others know nothing of sampling.
-
-PyTorch's parallelize_module is not used: no DTensor can hold the engine's packed float16 and int8 matrices, nor divide
-wq, wk and wv in one matrix by heads. With float32 matrices, a feed-forward of dim 288 took about three times the
-processor's time with DTensors (a throw-away script).
+PyTorch's DTensors cannot hold the packed float16 and int8 matrices, nor divide wq, wk and wv in one matrix by heads.
 """
 import math
 from collections import deque
@@ -73,12 +70,9 @@ class TensorParallelEngine(Engine):
         """Return a function that gathers the columns of all processes in the main one."""
         def gathered(x: Tensor) -> Tensor:
             part = linear(x).float()
-            if not self.group.is_main:
-                torch_dist.gather(part)
-                return part
-            parts = [torch.empty_like(part) for _ in range(self.group.world_size)]
+            parts = [torch.empty_like(part) for _ in range(self.group.world_size)] if self.group.is_main else None
             torch_dist.gather(part, parts)
-            return torch.cat(parts, 1)[:, :self.args.vocab_size]
+            return torch.cat(parts, 1)[:, :self.args.vocab_size] if self.group.is_main else part
         return gathered
 
     def new_cache(self, batch: int, cache_len: int) -> KVCache:

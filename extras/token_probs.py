@@ -1,8 +1,4 @@
-"""Show how probable the model found each token: lines in the terminal, or a page for the browser.
-
-    python sample.py --prompt "The dog" --show_probs                # in the terminal
-    python sample.py --prompt "The dog" --show_probs probs.html     # a page
-    python sample.py --score story.txt                              # loss and perplexity of an existing text
+"""Show how probable the model found each token: `sample.py --show_probs`, `--logprobs` and `--score`.
 
 The page is one file without scripts. Tooltips are attributes that the style sheet shows, so the text of the page is the
 story alone and can be copied. The lightness of the colors runs with the probability, also for color-blind readers.
@@ -54,8 +50,7 @@ def print_token_table(generator: TextGenerator, completion: Completion, cfg: Sim
     first = 1 if cfg.echo else len(prompt_ids)
     tokens = tokens[first - 1:]
     if cfg.show_probs is True:
-        ids = (prompt_ids + completion.tokens)[first:]
-        texts = token_texts(generator.tokenizer, prompt_ids[:first], ids)
+        texts = token_texts(generator.tokenizer, prompt_ids[:first], (prompt_ids + completion.tokens)[first:])
         first_text = generator.tokenizer.decode(prompt_ids[:1]) if cfg.echo else ""
         colored = [colorize(text, token.logprob) for text, token in zip(texts, tokens)]
         print(escape_for_terminal(first_text) + "".join(colored))
@@ -71,9 +66,8 @@ def colorize(text: str, logprob: float) -> str:
     """Return a token's text, on a terminal in colors from red (improbable) to green."""
     if not sys.stdout.isatty():
         return text
-    level = min(int(6 * math.exp(logprob)), 5)
-    color = 16 + 36 * (5 - level) + 6 * level
-    return f"\033[38;5;{color}m{escape_control_chars(text)}\033[0m"
+    level = min(int(6 * math.exp(logprob)), 5)          # each takes 1/5 of the red, 36 colors of 216, and adds green, 6
+    return f"\033[38;5;{196 - 30 * level}m{escape_control_chars(text)}\033[0m"
 
 
 def print_score(generator: TextGenerator, text: str) -> None:
@@ -89,10 +83,8 @@ def print_score(generator: TextGenerator, text: str) -> None:
         raise UserError("the text is one token, and this tokenizer has no bos token before it; score a longer text")
     tokens = generator.read(ids, alternatives=0)
     loss, perplexity = loss_and_perplexity(tokens)
-    bits_per_byte = loss * len(tokens) / math.log(2) / n_bytes
     print(f"{len(tokens)} tokens, {n_bytes} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
-          f"bits per byte {bits_per_byte:.4f}")
-    print("least expected:")
+          f"bits per byte {loss * len(tokens) / math.log(2) / n_bytes:.4f}\nleast expected:")
     first_shown = 0 if first_text else 1            # bos has no text
     for i in sorted(range(len(tokens)), key=lambda i: tokens[i].logprob)[:10]:
         context = tokenizer.decode(ids[max(i - 7, first_shown):i + 1])
@@ -172,7 +164,11 @@ def story_html(generator: TextGenerator, completion: Completion, title: str, ech
     n_prompt = len(prompt_ids) - 1
     prompt_tokens = tokens[:n_prompt] if echo else []
     new_tokens = tokens[n_prompt:]
-    facts = [summary_line(name, part) for name, part in (("Prompt", prompt_tokens), ("Written", new_tokens)) if part]
+    facts = []
+    for name, part in (("Prompt", prompt_tokens), ("Written", new_tokens)):
+        if part:
+            loss, perplexity = loss_and_perplexity(part)
+            facts.append(f"{name}: {len(part)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}")
     heading = f"<h2>{title}</h2>\n" if title else ""
     story = prompt_html(generator.tokenizer, prompt_ids, prompt_tokens) if echo else ""
     n_left = len(completion.text)                   # it ends before a stop string
@@ -188,11 +184,6 @@ def prompt_html(tokenizer: BaseTokenizer, prompt_ids: list[int], tokens: list[To
     first_span = f'<span class="prompt">{escape_html(first_text)}</span>' if first_text else ""
     texts = token_texts(tokenizer, prompt_ids[:1], prompt_ids[1:])
     return first_span + "".join(token_span(text, token, " prompt") for text, token in zip(texts, tokens))
-
-
-def summary_line(name: str, tokens: list[Token]) -> str:
-    loss, perplexity = loss_and_perplexity(tokens)
-    return f"{name}: {len(tokens)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}"
 
 
 def token_span(text: str, token: Token, css_class: str = "") -> str:
