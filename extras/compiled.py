@@ -37,8 +37,10 @@ CompiledFn = Callable[[list[Tensor]], list[Tensor]]
 
 
 def compiled_engine_class(engine_class: type[Engine], quantize: str, device: torch.device) -> type[Engine]:
-    """Return the subclass of an engine that decodes with compiled code on this device."""
-    if device.type != "cpu":
+    """Return the subclass of an engine that decodes with compiled code on this device. Raises UserError."""
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--compile is not for {device}; leave it out")
+    if device.type == "cuda":
         return type("CudaGraphEngine", (CudaGraphDecode, engine_class), {})
     if engine_class is not Engine:
         raise UserError("--compile is for Llama models on a CPU, and this is a GPT-2; leave it out")

@@ -7,6 +7,8 @@ import math
 import sys
 from bisect import bisect
 from html import escape
+from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
@@ -93,56 +95,8 @@ def print_score(generator: TextGenerator, text: str) -> None:
 
 # ---- HTML page ----------------------------------------------------------------------------------
 
-LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # where the color changes: p0 of STYLE is below the first
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --faint: #5c5c5c; --line: #c8c8c8; --box: #fff;
-  --p0: #ee8a2c; --p1: #f6ad60; --p2: #f9cb95; --p3: #f5e0c0; --p4: #e6e9e4; --p5: #def0ff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececec; --paper: #15171a; --faint: #a8a8a8; --line: #4a4e55;
-  --box: #22262c; --p0: #a65200; --p1: #8a4a0c; --p2: #65401a; --p3: #463626; --p4: #2a333c; --p5: #1c3048; } }
-body { max-width: 42rem; margin: 0 auto; padding: 1rem 1rem 12rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.1rem; margin-bottom: 0; }
-.legend, .facts, footer { color: var(--faint); font-size: .875rem; overflow-wrap: anywhere; }
-.legend { line-height: 1.8; } .legend span { color: var(--ink); margin-right: .3rem; white-space: nowrap; }
-.story { font: 1.125rem/2 Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere; }
-[data-tip] { position: relative; cursor: help; }
-span { border-radius: .2rem; padding: .15em .06em; margin: 0 .03em; }
-.p0 { background: var(--p0); } .p1 { background: var(--p1); } .p2 { background: var(--p2); }
-.p3 { background: var(--p3); } .p4 { background: var(--p4); } .p5 { background: var(--p5); }
-.prompt { border-bottom: .15em solid; border-radius: .2rem .2rem 0 0; }
-.line::before { content: "\\21b5"; } [data-tip]:empty::before { content: "\\b7"; }
-[data-tip]:hover, [data-tip]:focus { outline: .12em solid var(--ink); }
-[data-tip]:hover::after, [data-tip]:focus::after { content: attr(data-tip); position: fixed; z-index: 1;
-  inset: auto 0 0; padding: .7rem 1rem; background: var(--box); color: var(--ink); border-top: 1px solid var(--line);
-  box-shadow: 0 0 1rem #0004; font: .875rem/1.45 ui-monospace, Consolas, monospace; white-space: pre-wrap; }
-body:has([data-tip]:hover) [data-tip]:focus:not(:hover)::after { display: none; }
-footer { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: .5rem; }
-@media (min-width: 80rem) { [data-tip]:hover::after, [data-tip]:focus::after { position: absolute;
-  inset: 100% auto auto 0; width: max-content; max-width: 15rem; margin-top: .3rem; border: 1px solid var(--line);
-  border-radius: .4rem; } }
-"""
-PAGE = """<!DOCTYPE html>
-<html lang="">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>How likely the model found each token</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>How likely the model found each token</h1>
-<p class="legend">Probability: <span class="p0">0 to 1%</span>
-<span class="p1">1 to 5%</span>
-<span class="p2">5 to 20%</span>
-<span class="p3">20 to 50%</span>
-<span class="p4">50 to 80%</span>
-<span class="p5">80 to 100%</span> <span class="prompt">prompt</span><br>
-Point at a token, tap it, or go from one to the next with Tab.</p>
-{stories}<footer>{model}<br>{settings}</footer>
-</body>
-</html>
-"""
+LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # where the color changes: p0 of the page is below the first
+PAGE = Path(__file__).with_suffix(".html")       # $stories, $model and $settings are filled in
 
 
 def write_html_page(generator: TextGenerator, completions: list[Completion], cfg: SimpleNamespace) -> None:
@@ -152,8 +106,8 @@ def write_html_page(generator: TextGenerator, completions: list[Completion], cfg
         title = f"Story {number}" if len(completions) > 1 else ""
         stories.append(story_html(generator, completion, title, cfg.echo))
     settings = [f"{name} {getattr(cfg, name)}" for name in sampling_kwargs(cfg) if getattr(cfg, name) != ""]
-    page = PAGE.format(style=STYLE, stories="".join(stories), model=escape_html(generator.description),
-                       settings=escape_html(", ".join(settings)))
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+        stories="".join(stories), model=escape_html(generator.description), settings=escape_html(", ".join(settings)))
     with atomic_write(cfg.show_probs) as file:
         file.write(page.encode(errors="replace"))       # a checkpoint's name may not be valid text
     print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)

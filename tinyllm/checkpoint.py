@@ -13,7 +13,6 @@ import zipfile
 import zlib
 from dataclasses import asdict
 from difflib import get_close_matches
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from tokenizer import BaseTokenizer
 Checkpoint = dict[str, Any]
 
 FORMAT = 1
-ARCHITECTURES = ("llama", "gpt2")
 SUFFIXES = (".pt", ".gguf", ".bin")             # of files that may be models
 TOKENIZER_SUFFIXES = (".model", ".json")
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -57,17 +55,15 @@ def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap: bool = False) -> Checkpoint:
-    """Load a checkpoint to the CPU. Nothing in the file can run code.
+    """Load a checkpoint to the CPU. Nothing in the file can run code. For mmap, see read_tensors.
 
-    Raises UserError when the file is missing, damaged, of a newer format, or has not all required keys. With mmap,
-    tensors stay in the file until they are used; not on Windows, where the file could not be replaced.
+    Raises UserError when the file is missing, damaged, of a newer format, or has not all required keys.
     """
     path = Path(path)
     if not path.is_file():
         raise missing_checkpoint_error(path)
     ckpt = read_tensors(path, mmap)
-    problem = find_problem(ckpt, required)
-    if problem:
+    if problem := find_problem(ckpt, required):
         raise UserError(f"{path} is not a checkpoint for this version of tiny-llm: {problem}")
     return upgrade(ckpt)
 
@@ -76,8 +72,7 @@ def find_problem(ckpt: Any, required: tuple[str, ...]) -> str:
     """Return why something is not a checkpoint with the required keys; empty if it is one."""
     if not isinstance(ckpt, dict):
         return f"it holds a {type(ckpt).__name__}"
-    missing = [key for key in required if key not in ckpt]
-    if missing:
+    if missing := [key for key in required if key not in ckpt]:
         return f"it has no {', '.join(missing)}"
     for key, expected in EXPECTED_TYPES.items():
         if key in ckpt and not isinstance(ckpt[key], expected):
@@ -108,7 +103,10 @@ def upgrade(ckpt: Checkpoint) -> Checkpoint:
 
 
 def read_tensors(path: Path, mmap: bool = False) -> Any:
-    """Read a file of torch.save. Raises UserError if it is damaged, or holds anything but tensors and plain values."""
+    """Read a file of torch.save. Raises UserError if it is damaged, or holds anything but tensors and plain values.
+
+    mmap: leave tensors in the file until they are used; not on Windows, where the file could not be replaced.
+    """
     try:
         _verify_zip_crc(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and os.name == "posix")
@@ -134,8 +132,7 @@ def _verify_zip_crc(path: Path) -> None:
 def missing_checkpoint_error(path: Path) -> UserError:
     """Return the error for a missing checkpoint: with similar ones that exist, or the command that makes one."""
     folder = path.parent if path.parent.is_dir() else Path("output")
-    candidates = [*folder.glob("*"), *folder.glob(f"*/{escape(path.name)}"), *folder.glob("*/ckpt.pt")]
-    others = {str(file) for file in candidates if file.suffix in SUFFIXES and not file.name.endswith(".tokenizer.bin")}
+    others = [str(file) for file in (*folder.glob("*"), *folder.glob("*/ckpt.pt")) if file.suffix in SUFFIXES]
     closest = get_close_matches(str(path), sorted(others), n=5, cutoff=0)
     command = format_command("train", out_dir="" if path.parent == Path("output") else path.parent)
     advice = f"there is {', '.join(closest)}" if closest else f"{command} makes one"
@@ -238,8 +235,8 @@ class _SkipInit(TorchFunctionMode):
 def load_model_args(ckpt: Checkpoint, source: str | Path = "the checkpoint") -> Any:
     """Build the config of a checkpoint's model. Raises UserError, with the source's name, if no model can have it."""
     architecture = ckpt.get("architecture", "llama")
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{source} has the architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
+    if architecture not in ("llama", "gpt2"):
+        raise UserError(f"{source} has the architecture {architecture!r}; known are llama, gpt2")
     args_class = ModelArgs if architecture == "llama" else optional.load("gpt2").GPT2Args
     try:
         args = args_class(**ckpt["model_args"])

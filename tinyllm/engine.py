@@ -325,8 +325,10 @@ def folded_norm_weight(norm: RMSNorm, device: torch.device) -> Tensor:
 
 
 def choose_linear(dtype: torch.dtype, quantize: str, device: torch.device) -> Callable[[Tensor], LinearFn]:
-    """Return the function that turns a weight (out, in) into a linear layer."""
-    if quantize == "int8":
+    """Return the function that turns a weight (out, in) into a linear layer. Raises UserError."""
+    if quantize and (quantize != "int8" or device.type != "cpu"):
+        raise UserError(f"--quantize {quantize} is not for {device}; there is int8, for a CPU")
+    if quantize:
         return linear_int8
     if device.type == "cpu" and dtype == torch.float16:
         return linear_fp16

@@ -121,7 +121,8 @@ class TextGenerator:
                  dtype: str, quantize: str, compile: bool, chat: str, tp_group: Any = None):
         """Load a checkpoint. tp_group: a TensorParallelGroup, to load this process's part."""
         self.backend = choose_backend(device, dtype, training=False)
-        self._check_options(quantize, compile, tp_group)
+        if compile and tp_group:
+            raise UserError("--compile is for one process, without torchrun; leave it out")
         ckpt = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(ckpt)
         model = checkpoints.build_model(ckpt, copy_weights=False, source=checkpoint)
@@ -137,15 +138,6 @@ class TextGenerator:
             self.engine = tp_group.engine(model, self.backend, quantize)
         else:
             self.engine = build_engine(model, self.backend.dtype, quantize, compile, self.backend.device)
-
-    def _check_options(self, quantize: str, compile: bool, tp_group: Any) -> None:
-        device = self.backend.device
-        if quantize and (quantize != "int8" or device.type != "cpu"):
-            raise UserError(f"--quantize {quantize} is not for {device}; there is int8, for a CPU")
-        if compile and device.type not in ("cpu", "cuda"):
-            raise UserError(f"--compile is not for {device}; leave it out")
-        if compile and tp_group:
-            raise UserError("--compile is for one process, without torchrun; leave it out")
 
     def sample(self, start: str, num_samples: int, *args, **options) -> list[str]:
         """Return num_samples texts, each with `start` at its beginning. Takes the further arguments of `generate`."""
@@ -239,7 +231,7 @@ class TextGenerator:
             if piece := completions[i].finish("eos" if ended else "length", decoders[i]):
                 yield i, piece
         max_seq_len = self.engine.args.max_seq_len
-        longest = max(len(decoder.ids) for decoder in decoders) - 1        # the model does not read the last token
+        longest = max(len(decoder.ids) for decoder in decoders) - 1        # the model does not see the last token
         if longest > max_seq_len and not self.crop_note_shown:
             print(f"\nnote: the model sees {max_seq_len} tokens: the first one and the newer half of a longer text",
                   file=sys.stderr)
