@@ -286,10 +286,7 @@ class PlainEngine(Engine):
 
 def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
                  device: torch.device | None = None) -> Engine:
-    """Make the engine of a model. Takes the arguments of Engine.
-
-    compiled: decode with extras/compiled.py.
-    """
+    """Make the engine of a model. compiled: decode with extras/compiled.py; for the other arguments see Engine."""
     engine_class = Engine if isinstance(model, Transformer) else optional.load("gpt2").GPT2Engine
     if engine_class is Engine and not model_is_original():
         if quantize or compiled:
