@@ -98,7 +98,7 @@ class TextGenerator(BaseTextGenerator):
 # ---- command line -------------------------------------------------------------------------------
 
 RECORD_START = b'{"prompt": "'       # of each line of output_file
-# a setting: another one, without which it has no effect
+# setting: another one, without which it has no effect
 ONLY_WITH = {"system": "interactive", "output_file": "input_file"}
 GENERATION_ONLY = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
 # mode: the settings that have no effect in it

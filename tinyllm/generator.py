@@ -230,6 +230,10 @@ class TextGenerator:
             ended = len(completions[i].tokens) < max_new_tokens
             if piece := completions[i].finish("eos" if ended else "length", decoders[i]):
                 yield i, piece
+        self._print_crop_note(decoders)
+
+    def _print_crop_note(self, decoders: list[StreamDecoder]) -> None:
+        """Print once that a sequence was longer than the model's context."""
         max_seq_len = self.engine.args.max_seq_len
         longest = max(len(decoder.ids) for decoder in decoders) - 1        # the model does not see the last token
         if longest > max_seq_len and not self.crop_note_shown:
@@ -243,7 +247,7 @@ class TextGenerator:
         More than max_seq_len tokens are read in windows of that length, see Engine.logprobs.
         """
         tokens: list[Token] = []
-        for logprobs in self.engine.logprobs(ids):                                      # (n, vocab_size)
+        for logprobs in self.engine.logprobs(ids):                                  # (n, vocab_size)
             targets = ids[len(tokens) + 1:len(tokens) + 1 + len(logprobs)]
             target_logprobs = logprobs[torch.arange(len(targets)), targets].tolist()
             top_logprobs, top_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))        # (n, alternatives)

@@ -152,7 +152,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: CrossEntropyChunk) -> Tensor:
         max_logits = MAX_LOGITS_ON_CPU if h.device.type == "cpu" else MAX_LOGITS_ON_GPU
-        rows = 1 << max(max_logits // len(weight), 1).bit_length() - 1      # nearly all chunks have the same size
+        rows = 1 << max(max_logits // len(weight), 1).bit_length() - 1      # a power of 2, so most chunks are alike
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
         losses, grads = [], []
         for h_chunk, target_chunk in zip(h.split(rows), targets.split(rows)):
