@@ -268,13 +268,8 @@ def model_state(model: nn.Module) -> Checkpoint:
 
 
 def build_tokenizer(ckpt: Checkpoint) -> BaseTokenizer:
-    """Load the tokenizer inside a checkpoint. Raises UserError if there is none, or one of another model."""
+    """Load the tokenizer inside a checkpoint. Raises UserError if it has none, as files of other projects."""
     if not ckpt.get("tokenizer"):
         example = [*tokenizer_files(DATA), DATA / "tok4096.model"][0]
         raise UserError(f"the checkpoint has no tokenizer inside\n       name its file, such as --tokenizer {example}")
-    tokenizer = load_tokenizer(ckpt["tokenizer"])
-    vocab_size = ckpt["model_args"]["vocab_size"]
-    if tokenizer.n_words > vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.n_words} tokens, the model {vocab_size}; "
-                        "they do not belong together")
-    return tokenizer
+    return load_tokenizer(ckpt["tokenizer"])

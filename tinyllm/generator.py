@@ -126,6 +126,9 @@ class TextGenerator:
         ckpt = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(ckpt)
         model = checkpoints.build_model(ckpt, copy_weights=False, source=checkpoint)
+        if self.tokenizer.n_words > model.args.vocab_size:
+            raise UserError(f"the tokenizer has {self.tokenizer.n_words} tokens, the model {model.args.vocab_size}; "
+                            "they do not belong together")
         self.chat = None                    # a ChatFormat of extras/chat.py
         if chat != "none" and (chat != "auto" or ckpt.get("chat")):
             self.chat = optional.load("chat").choose_format(chat, ckpt.get("chat", ""), self.tokenizer)
