@@ -40,7 +40,7 @@ from tinyllm.sampling import SamplingParams, validate_sampling
 checkpoint = "output/ckpt.pt"   # the best model, or output/last.pt, the latest. Also whatever convert.py reads, such as
                                 # a .gguf file or a Hugging Face folder; gpt2 and gpt2-medium to -xl are downloaded
 tokenizer = ""                  # file of the vocabulary, where the checkpoint has none
-# what to do
+# task
 prompt = ""                     # how the stories begin; FILE:path reads a file
 num_samples = 1                 # stories, written at the same time
 interactive = False             # type a prompt and the model continues it; chat models answer
@@ -49,7 +49,7 @@ system = ""                     # system prompt of a chat
 input_file = ""                 # a prompt in each line; a story is written for each
 output_file = ""                # JSON lines for the stories of input_file; an interrupted run resumes in it
 score = ""                      # a text file: print how well the model expects it, and write nothing
-# how to choose tokens
+# choice of tokens
 max_new_tokens = 256            # a story may end sooner
 temperature = 0.8               # 0: always the likeliest token; 1: as the model sees it; more: wilder
 top_k = 300                     # draw from the k likeliest tokens; 0: from all
@@ -58,11 +58,11 @@ min_p = 0.0                     # draw from the tokens with at least this share 
 repetition_penalty = 1.0        # 1.1 to 1.3 when the model repeats itself
 stop = ""                       # a text that ends a story and is not shown; several with | between
 seed = 1337                     # another one gives other stories
-# what to show
+# display
 stream = True                   # show the first story as it grows
 echo = True                     # show the prompt too
-logprobs = False                # list all tokens with their log-probability (nats), also those of `stop`
-show_probs: bool | str = False  # the same in colours by probability, and with what else was likely: in the terminal, or
+logprobs = False                # list all tokens with their log-probability (nats), those of `stop` too
+show_probs: bool | str = False  # the same in colors by probability, and with likely alternatives: in the terminal, or
                                 # with a name as probs.html in a page for the browser, beside the plain stories here
 # machine
 quantize = ""                   # int8: weights of 8 bits, on a CPU; a seed then gives other texts in a batch than alone
@@ -113,8 +113,8 @@ IGNORED_WITH = {
 def main() -> None:
     dist = distributed.from_env()
     cfg, _ = cli.parse_settings(globals(), out=sys.stderr if dist.is_main else io.StringIO())
-    with explain_oom("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; what is too much "
-                     "for a GPU may fit --device cpu"):
+    with explain_oom("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; "
+                     "a computer may have more memory than its GPU: --device cpu"):
         if dist.world_size > 1:
             run_tensor_parallel(cfg, dist)
         else:

@@ -118,7 +118,7 @@ def prepare_stdin() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")     # invalid UTF-8 becomes an error of print_reply, not the end
     if sys.stdin.isatty():
-        print("/help lists what else can be done, /exit ends", file=sys.stderr)
+        print("/help lists the commands, /exit ends", file=sys.stderr)
 
 
 def read_line() -> str:

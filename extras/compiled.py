@@ -160,7 +160,7 @@ class CudaGraphStep:
                 self.logits = self.run(cache)
 
 
-# ---- what is compiled ---------------------------------------------------------------------------
+# ---- the arithmetic -----------------------------------------------------------------------------
 
 class DecodeLayer(nn.Module):
     """The arithmetic of a layer on one token, without library calls and complex numbers, so that it can be fused."""
@@ -252,7 +252,7 @@ def load_function(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
 
 
 def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, ...]) -> Path:
-    """Return the file's name. It depends on all that was compiled for, since the code checks none of its arguments."""
+    """Return a file name that depends on shapes, machine and this file, since compiled code checks no arguments."""
     shapes = [(tensor.shape, tensor.dtype) for tensor in example]
     machine = [torch.__version__, torch.get_num_threads(), sorted(torch.cpu.get_capabilities().items())]
     source = Path(__file__).read_bytes()

@@ -4,8 +4,8 @@
     logits = model(tokens)                              # (B, T, vocab_size)
     engine = GPT2Engine(model)                          # generates as engine.py does
 
-What differs from model.py: positions are learned, the norms take away the mean, the feed-forward has a GELU and no
-gate, and everything has a bias. Shapes as in model.py.
+Other than in model.py, positions are learned, the norms subtract the mean, the feed-forward has a GELU and no gate,
+and everything has a bias. Shapes as in model.py.
 """
 from collections.abc import Callable
 from dataclasses import dataclass

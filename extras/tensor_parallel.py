@@ -103,7 +103,7 @@ class TensorParallelEngine(Engine):
 
     @torch.inference_mode()
     def _worker_loop(self) -> None:
-        """Do what the main process requests, each time with the cache that it requested last."""
+        """Follow the main process's requests, each with the cache that it requested last."""
         while request := self.group.broadcast_request():
             match request:
                 case "new_cache", batch, cache_len:
@@ -153,7 +153,7 @@ def _shard(weight: Tensor, group: TensorParallelGroup, dim: int) -> nn.Parameter
 
 
 def _all_reduced(linear: LinearFn) -> LinearFn:
-    """Return a function that adds up what the processes compute from their parts, in float32."""
+    """Return a function that adds up the products of all processes, in float32."""
     def reduced(x: Tensor) -> Tensor:
         part = linear(x).float()
         torch_dist.all_reduce(part)

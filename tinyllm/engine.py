@@ -69,7 +69,7 @@ class KVCache:
             self.move_to(torch.tensor(positions, device=self.kv.device)[:, None], end)
 
     def move_to(self, position: int | Tensor, end: int) -> None:
-        """Set the position that `write` writes to, one for all rows or (B, 1), and the end of what `read` returns."""
+        """Set the position that `write` writes to, one for all rows or (B, 1), and the end that `read` reads to."""
         self.position = position
         keys, values = self.kv[:, :, :, :end].chunk(2, 2)       # (n_layers, B, K, end, D); views of all layers at once
         self._keys = keys.unbind()
@@ -317,7 +317,7 @@ def fuse_layer_weights(layer: TransformerBlock, device: torch.device) -> tuple[T
 
 
 def folded_norm_weight(norm: RMSNorm, device: torch.device) -> Tensor:
-    """Return what `_rms_norm` leaves out: the weight, and the factor that turns a sum of squares into a mean."""
+    """Return the factors that `_rms_norm` leaves out: the weight, and the one from a sum of squares to a mean."""
     return norm.weight.to(device, torch.float32) * norm.weight.numel() ** 0.5
 
 

@@ -24,7 +24,7 @@ MAX_LOGITS_ON_CPU = 1 << 20                     # in a chunk of the loss: 4 MB i
 MAX_LOGITS_ON_GPU = 1 << 24                     # 64 MB
 
 
-# ---- which form runs ----------------------------------------------------------------------------
+# ---- choice between the two forms ---------------------------------------------------------------
 
 def build_transformer(args: model.ModelArgs) -> model.Transformer:
     """Build a model of model.py with these kernels, or with its own functions if it was edited."""
