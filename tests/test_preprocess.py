@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -407,3 +408,9 @@ def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
     result = run_subprocess("preprocess", "--data", texts)
     assert result.returncode == 0, result.stderr
     assert load()[0].total("train", "documents") + load()[0].total("val", "documents") == len(STORIES) * 100
+
+
+def test_the_next_step_writes_to_a_folder_of_its_own(ckpt, capsys):
+    Path("output/tuned").mkdir(parents=True)
+    preprocess.print_next_step(SimpleNamespace(tokenizer=str(ckpt)), Path("data/tok512.model"))
+    assert f"--out_dir {Path('output/tuned-1')} " in capsys.readouterr().out
