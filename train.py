@@ -30,6 +30,7 @@ from tinyllm.device import explain_oom
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
 from tinyllm.estimate import estimate_rest, format_hms, prepare_run
+from tinyllm.machine import peak_memory
 from tinyllm.resume import run_settings
 from tinyllm.run import OOM_ADVICE, TrainRun, build_run
 from tinyllm.runlog import NullRunLog, RunLog
@@ -347,8 +348,10 @@ def print_result(run: TrainRun) -> None:
     """Say what the run has reached and which command comes next. Exit with the status of a signal that stopped it."""
     cfg = run.cfg
     step = run.state.iter_num
-    if run.backend.device.type == "cuda":
-        print(f"peak GPU memory: {torch.cuda.max_memory_reserved(run.backend.device) / 1e6:,.0f} MB")
+    on_gpu = run.backend.device.type == "cuda"
+    peak = torch.cuda.max_memory_reserved(run.backend.device) if on_gpu else peak_memory()
+    if peak:
+        print(f"peak {'GPU memory' if on_gpu else 'memory'}: {peak / 1e6:,.0f} MB")
     if run.stop_signal and not run.reached_limit():
         resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)
         print(f"saved step {step:,} in {cfg.out_dir}/last.pt\nresume: {resume}")

@@ -190,3 +190,14 @@ def test_processes_with_other_settings_or_files_are_refused():
     for change in ({"rate": 0.2}, {"text": "b"}, {"weight": 1.5}, {"dtype": torch.float16}):
         with pytest.raises(UserError, match="^process 1 has other settings, text, dtype or checkpoint than process 0"):
             check(1, **change)
+
+
+def test_scratch_is_for_the_first_time_only(train_small, monkeypatch):
+    """A run that torchrun starts again after a death would otherwise start over."""
+    train_small("out", "--max_iters", 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train_small("out", "--max_iters", 4, "--init_from", "scratch")
+    assert load_state("out")["iter_num"] == 4 and not Path("out/old-1").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    train_small("out", "--max_iters", 4, "--init_from", "scratch")
+    assert Path("out/old-1").exists()

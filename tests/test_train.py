@@ -2,6 +2,8 @@
 import itertools
 import json
 import math
+import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -341,6 +343,7 @@ def test_from_the_command_line(project):
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):
         assert part in result.stdout, part
+    assert os.name == "nt" or re.search(r"peak memory: \d[\d,]+ MB\n", result.stdout)     # Windows does not tell
 
 
 def test_a_second_vocabulary_does_not_stop_a_run(train_small, run_in_process, project, tmp_path, capsys):

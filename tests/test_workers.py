@@ -28,7 +28,7 @@ def test_processes_follow_cores_parts_and_memory(monkeypatch, free, jobs, reques
 def test_memory_is_known_on_linux():
     if Path("/proc/meminfo").exists():
         total = int(Path("/proc/meminfo").read_text(encoding="utf-8").split()[1]) * 1024
-        assert 0 < machine.free_memory() <= total
+        assert 0 < machine.free_memory() <= total and 10**7 < machine.peak_memory() < total
 
 
 @pytest.mark.parametrize("share, want", [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1),

@@ -81,6 +81,11 @@ class DistributedContext:
             sys.exit(1)
 
     @property
+    def was_restarted(self) -> bool:
+        """True if torchrun has restarted the processes after one of them had died."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+    @property
     def launch_command(self) -> str:
         """The command that starts a script as this one was started."""
         n_local = os.environ.get("LOCAL_WORLD_SIZE", self.world_size)

@@ -1,5 +1,6 @@
 """Cores and memory of this machine, or of the container around this process."""
 import os
+import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")         # where Linux writes a container's limits
@@ -30,3 +31,14 @@ def free_memory() -> int | None:
         return free
     file_cache = int(details.partition("inactive_file ")[2].split()[0])       # Linux drops it when memory is needed
     return free if limit == "max" else min(free, max(int(limit) - used + file_cache, 0))
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has used, imports included; 0 on Windows, where it is unknown."""
+    if sys.platform == "linux":                 # where getrusage counts the parent's memory before the start too
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

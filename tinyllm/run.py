@@ -54,6 +54,8 @@ def load_train_state(stored: dict[str, Any]) -> TrainState:
 
 def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext) -> "TrainRun":
     """Check all settings, then build the run: new, resumed, or from the weights of a checkpoint."""
+    if cfg.init_from == "scratch" and dist.was_restarted:
+        cfg.init_from = "auto"          # torchrun repeats the command of a run that has begun: resume it
     with dist.fail_together():
         plan = plan_run(cfg, overrides, dist)
         run_class = choose_run_class(cfg, dist)
