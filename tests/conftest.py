@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"         # models are tiny here, and forks of several threads may hang
 os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"         # a third of the time to compile a layer
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"        # saves compiling a program for each kind of vector instruction
 os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whose results are the same everywhere
 
 import torch  # noqa: E402
