@@ -13,12 +13,12 @@ than its dtype explains is not kept.
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyllm import checkpoint, cli, kernels, optional
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
 from tinyllm.files import atomic_replace
 
@@ -44,31 +44,33 @@ def main() -> None:
     kind = choose_format(cfg, formats)
     targets = formats.output_files(Path(cfg.target), kind)
     check_targets(targets, kind, cfg.force, formats.huggingface.OUTPUT_FILES)
-    state = checkpoint.read_model(cfg.source, cfg.tokenizer)
-    if state.get("architecture", "llama") != "llama" and kind != "pt":
+    ckpt = checkpoint.read_model(cfg.source, cfg.tokenizer)
+    if ckpt.get("architecture", "llama") != "llama" and kind != "pt":
         raise UserError(f"{cfg.source} is a GPT-2, which can be written as .pt alone, not as {kind}")
-    print(f"{cfg.source}: {describe(state)}")
+    print(f"{cfg.source}: {describe(ckpt)}")
     if kind != "pt" and not kernels.model_is_original():
         print("note: model.py was edited; other programs compute the original model")
-        formats.huggingface.check_weight_names(state, cfg.source)
-    convert(state, targets, kind, formats)
+        formats.huggingface.check_weight_names(ckpt, cfg.source)
+    convert(ckpt, targets, kind, formats)
     print(f"wrote {' and '.join(map(str, targets))}\nnext: {cli.format_command('sample', checkpoint=targets[0])}")
 
 
-def convert(state: dict[str, Any], targets: list[Path], kind: str, formats: ModuleType) -> None:
-    """Write a state to a temporary folder, read it back, compare, and give it its name."""
-    expected = reference_logits(state)
+def convert(ckpt: Checkpoint, targets: list[Path], kind: str, formats: ModuleType) -> None:
+    """Write a checkpoint to a temporary folder, read it back, compare, and give it its name."""
+    expected = reference_logits(ckpt)
     path = targets[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
         try:
-            formats.WRITERS[kind](state, unfinished)
+            formats.WRITERS[kind](ckpt, unfinished)
         except OSError as error:
             raise UserError(f"{path.name} cannot be written: {error}; is the disk full?") from error
-        written, logits = read_back(unfinished, formats)
+        written = checkpoint.read_model(unfinished)
+        logits = reference_logits(written)
+        del written["model"]            # Windows neither renames nor deletes a file that is mapped into memory
         compare_logits(expected, logits, kind)
-        compare_tokenizers(state, written)
+        compare_tokenizers(ckpt, written)
         for target in reversed(targets):
             install_target(Path(folder, target.name), target)
 
@@ -79,9 +81,7 @@ def choose_format(cfg: SimpleNamespace, formats: ModuleType) -> str:
     """Return the format to write: --to, or by the suffix of the target."""
     if not cfg.source or not cfg.target:
         raise UserError("name a model and what to write: python convert.py output/ckpt.pt story.gguf")
-    kind = cfg.to
-    if kind == "auto":
-        kind = FORMAT_BY_SUFFIX.get(Path(cfg.target).suffix.lower(), "")
+    kind = FORMAT_BY_SUFFIX.get(Path(cfg.target).suffix.lower()) if cfg.to == "auto" else cfg.to
     if kind not in formats.WRITERS:
         raise UserError(f"{cfg.target} with --to {cfg.to} names no format; use --to {', '.join(formats.WRITERS)}")
     return kind
@@ -100,58 +100,45 @@ def check_targets(targets: list[Path], kind: str, force: bool, folder_files: tup
             raise UserError(f"{target} is there already; another name, or --force")
 
 
-def describe(state: dict[str, Any]) -> str:
-    args = checkpoint.load_model_args(state)
-    return (f"{state.get('architecture', 'llama')}, dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
+def describe(ckpt: Checkpoint) -> str:
+    args = checkpoint.load_model_args(ckpt)
+    return (f"{ckpt.get('architecture', 'llama')}, dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
             f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}")
 
 
 # ---- comparison ---------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def reference_logits(state: dict[str, Any]) -> Tensor:
+def reference_logits(ckpt: Checkpoint) -> Tensor:
     """Return the model's logits for fixed ids, (1, T, vocab_size), computed in float32 whatever its dtype is."""
-    model = checkpoint.build_model(state, copy_weights=False).eval()        # without dropout
+    model = checkpoint.build_model(ckpt, copy_weights=False).eval()        # without dropout
     for part in model.modules():
-        if list(part.parameters(recurse=False)):
-            upcast_during_forward(part)
+        upcast_during_forward(part)
     ids = torch.arange(min(model.args.max_seq_len, 64)) * 7919 % model.args.vocab_size
     return model(ids[None])
 
 
 def upcast_during_forward(part: nn.Module) -> None:
     """Give a module float32 weights while it runs, so that a large model is never in float32 as a whole."""
-    stored: dict[str, Tensor] = {}
+    stored = {name: weight.data for name, weight in part.named_parameters(recurse=False)}
 
-    def upcast(part: nn.Module, _: Any) -> None:
-        for name, weight in part.named_parameters(recurse=False):
-            stored[name] = weight.data
-            weight.data = weight.data.float()
+    def upcast(part: nn.Module, *_) -> None:
+        for name, data in stored.items():
+            getattr(part, name).data = data.float()
 
-    def restore(part: nn.Module, *_: Any) -> None:
-        for name, weight in part.named_parameters(recurse=False):
-            weight.data = stored.pop(name)
+    def restore(part: nn.Module, *_) -> None:
+        for name, data in stored.items():
+            getattr(part, name).data = data
 
     part.register_forward_pre_hook(upcast)
     part.register_forward_hook(restore)
 
 
-def read_back(path: Path, formats: ModuleType) -> tuple[dict[str, Any], Tensor]:
-    """Return a written state, without its tensors, and its logits.
-
-    The file does not stay mapped into memory, since Windows would neither rename nor delete it.
-    """
-    state = checkpoint.read_model(path)
-    logits = reference_logits(state)
-    del state["model"]
-    return state, logits
-
-
-def compare_tokenizers(source: dict[str, Any], written: dict[str, Any]) -> None:
+def compare_tokenizers(source: Checkpoint, written: Checkpoint) -> None:
     """Raise UserError if the text has other ids than before."""
     if not source.get("tokenizer"):
         return
-    ids = [checkpoint.build_tokenizer(state).encode(ROUND_TRIP_TEXT, bos=True, eos=True) for state in (source, written)]
+    ids = [checkpoint.build_tokenizer(ckpt).encode(ROUND_TRIP_TEXT, bos=True, eos=True) for ckpt in (source, written)]
     if ids[0] != ids[1]:
         raise UserError("the tokenizer gives other ids after writing; the target is not kept. Please report this")
 

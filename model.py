@@ -146,10 +146,10 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        heads = (-1, self.args.head_dim)
-        q = apply_rope(self.wq(x).unflatten(-1, heads), rope).transpose(1, 2)       # (B, H, T, D)
-        k = apply_rope(self.wk(x).unflatten(-1, heads), rope).transpose(1, 2)       # (B, K, T, D)
-        v = self.wv(x).unflatten(-1, heads).transpose(1, 2)                         # (B, K, T, D)
+        per_head = (-1, self.args.head_dim)
+        q = apply_rope(self.wq(x).unflatten(-1, per_head), rope).transpose(1, 2)    # (B, H, T, D)
+        k = apply_rope(self.wk(x).unflatten(-1, per_head), rope).transpose(1, 2)    # (B, K, T, D)
+        v = self.wv(x).unflatten(-1, per_head).transpose(1, 2)                      # (B, K, T, D)
         out = self.attention_fn(q, k, v, self.args.dropout if self.training else 0.0)       # (B, H, T, D)
         return self.wo(out.transpose(1, 2).flatten(-2))                             # (B, T, dim)
 
@@ -233,9 +233,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             h = layer(h, rope)
         h = self.norm(h)
-        if targets is None:
-            return self.output(h)
-        return self.loss_fn(h, self.output.weight, targets)
+        return self.output(h) if targets is None else self.loss_fn(h, self.output.weight, targets)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
@@ -262,7 +260,5 @@ class Transformer(nn.Module):
     def flops_per_token(self) -> int:
         """Return the floating-point operations, forward and backward, to train on one token of a full window."""
         attention = self.args.n_layers * self.args.n_heads * self.args.head_dim * self.args.max_seq_len
-        products = self.count_parameters()
-        if not self.args.tie_embeddings:
-            products -= self.tok_embeddings.weight.numel()                          # a lookup is no product
-        return 6 * (products + attention)
+        lookups = 0 if self.args.tie_embeddings else self.tok_embeddings.weight.numel()         # are no products
+        return 6 * (self.count_parameters() - lookups + attention)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +21,15 @@ import numpy as np
 from tinyllm import cli, corpus, documents, shards, workers
 from tinyllm.cli import UserError, escape_for_terminal
 from tinyllm.corpus import TextSource
-from tinyllm.files import atomic_replace, atomic_write, folder_lock, sha256
+from tinyllm.files import atomic_replace, atomic_write, folder_lock, sha256, unused_path
 from tinyllm.project import find_tokenizer, load_tokenizer, path_flags
 from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
-from tinyllm.words import DocumentEncoder, is_wordwise
+from tinyllm.words import DocumentEncoder
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # where step 1 wrote the tokenizer, and where the shards go
 data = ""               # the text; empty: the text of step 1
-encoding = ""           # of all files, such as gb18030; empty: that of step 1
+encoding = ""           # of all files, such as gb18030; empty: the one of step 1
 vocab_size = 0          # of the tokenizer to use if data_dir has several; 0: the only one
 tokenizer = ""          # a tokenizer from elsewhere, or a model with one; it is copied to data_dir and used
 num_workers = 0         # processes, at most 60; 0: one per core, if memory allows. Each takes up to 400 MB
@@ -47,7 +47,7 @@ class Job:
     folder: Path
     model_path: Path
     model_sha256: str
-    threshold: int
+    val_threshold: int
     encoding: str = ""
 
     @property
@@ -71,13 +71,11 @@ def main() -> None:
         corpus.save_source(model_path, tokenizer.sha256, source)
     text = f"{source.path}, {corpus.format_count(len(files), 'file')}"
     print(escape_for_terminal(f"text: {text}; vocabulary: {model_path}, {tokenizer.n_words} entries"))
-    if not is_wordwise(tokenizer):
-        print("encoding: whole texts; this tokenizer does not allow to encode word by word, which would be faster")
     folder = model_path.with_suffix("")
-    target = ShardSet(folder, tokenizer.sha256, tokenizer.n_words, source.val_threshold, [])
-    with folder_lock(folder), documents.report_all_bad_encodings(files, source.encoding):
-        build_shards(target, make_jobs(files, source, model_path, target), cfg.num_workers)
-    print_stats(target)
+    shard_set = ShardSet(folder, tokenizer.sha256, tokenizer.n_words, source.val_threshold, [])
+    with folder_lock(folder):
+        build_shards(shard_set, make_jobs(files, source, model_path, shard_set), cfg.num_workers)
+    print_stats(shard_set)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
     print_next_step(cfg, model_path)
 
@@ -88,31 +86,28 @@ def import_tokenizer(path: Path, data_dir: str) -> Path:
     imported = checkpoint.read_tokenizer(path)
     if min(imported.bos_id, imported.eos_id) < 0:
         raise UserError(f"{path} has no bos or no eos; documents could not be told apart")
-    target = Path(data_dir) / f"tok{imported.n_words}.model"
-    if target.exists() and load_tokenizer(target).sha256 != imported.sha256:
-        raise UserError(f"{target} is another vocabulary of that size\n       name another --data_dir for {path}")
-    with folder_lock(data_dir), atomic_write(target) as file:
+    model_path = Path(data_dir) / f"tok{imported.n_words}.model"
+    if model_path.exists() and load_tokenizer(model_path).sha256 != imported.sha256:
+        raise UserError(f"{model_path} is another vocabulary of that size\n       name another --data_dir for {path}")
+    with folder_lock(data_dir), atomic_write(model_path) as file:
         file.write(imported.model)
-    return target
+    return model_path
 
 
 def find_source(cfg: SimpleNamespace, model_path: Path, model_sha256: str) -> TextSource:
-    """Return the text to read: that of step 1, unless the settings name another."""
+    """Return the text to read: the one of step 1, unless the settings name another."""
     recorded = corpus.load_source(model_path, model_sha256)
     if not recorded and not cfg.data and not cfg.tokenizer:
         raise UserError(f"no {model_path.with_suffix('.json')}, which would tell what text {model_path.name} is for"
                         "\n       name it: --data PATH")
     text_encoding = cfg.encoding or (recorded.encoding if recorded else "")
-    documents.check_encoding(text_encoding)
     if recorded and (not cfg.data or Path(cfg.data) == recorded.path):
-        return TextSource(recorded.path, recorded.val_threshold, text_encoding)
+        return replace(recorded, encoding=text_encoding)
     path = Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
-    files = corpus.find_files(path)
-    with documents.report_all_bad_encodings(files, text_encoding):
-        return TextSource(path, corpus.val_hash_threshold(files, text_encoding), text_encoding)
+    return TextSource(path, corpus.find_val_threshold(corpus.find_files(path), text_encoding), text_encoding)
 
 
-def make_jobs(files: list[Path], source: TextSource, model_path: Path, target: ShardSet) -> list[Job]:
+def make_jobs(files: list[Path], source: TextSource, model_path: Path, shard_set: ShardSet) -> list[Job]:
     """Arrange the source files into groups, one for each pair of shards."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, files))
@@ -122,58 +117,55 @@ def make_jobs(files: list[Path], source: TextSource, model_path: Path, target: S
     for path, digest in zip(files, digests):
         name = path.relative_to(source.path).as_posix() if source.path.is_dir() else path.name
         sources[path] = Source(name, path.stat().st_size, digest)
-    return [Job(i, {path: sources[path] for path in group}, target.folder, model_path, target.tokenizer_sha256,
+    return [Job(i, {path: sources[path] for path in group}, shard_set.folder, model_path, shard_set.tokenizer_sha256,
                 source.val_threshold, source.encoding) for i, group in enumerate(corpus.group_small_files(files))]
 
 
-def build_shards(target: ShardSet, jobs: list[Job], num_workers: int) -> None:
+def build_shards(shard_set: ShardSet, jobs: list[Job], num_workers: int) -> None:
     """Bring the shards up to date. Until all are complete, their list has another name than the manifest."""
-    finished = find_reusable_shards(target, jobs)
+    finished = find_reusable_shards(shard_set, jobs)
     todo = [job for job in jobs if job.index not in finished]
     if finished:
         print(f"{len(finished)} of {len(jobs)} pairs of shards are up to date")
-    if todo and (target.folder / MANIFEST).exists():
-        atomic_replace(target.folder / MANIFEST, target.folder / PARTIAL_MANIFEST)
+    manifest = shard_set.folder / MANIFEST
+    partial_manifest = shard_set.folder / PARTIAL_MANIFEST
+    if todo and manifest.exists():
+        atomic_replace(manifest, partial_manifest)
     num_workers = workers.choose_num_workers(num_workers, len(todo))
     size = sum(source.size for job in todo for source in job.sources.values())
     for job, pair in workers.run_jobs(write_shards, todo, num_workers, size, "tokenizing"):
         finished[job.index] = pair
-        target.shards = in_order(finished)
-        target.save(PARTIAL_MANIFEST)
-    target.shards = in_order(finished)
-    publish(target)
+        shard_set.shards = [shard for pair in finished.values() for shard in pair]
+        shard_set.save(PARTIAL_MANIFEST)
+    shard_set.shards = [shard for job in jobs for shard in finished[job.index]]
+    shard_set.check_splits_not_empty()
+    shard_set.save()
+    partial_manifest.unlink(missing_ok=True)
+    delete_unlisted_shards(shard_set)
 
 
-def find_reusable_shards(target: ShardSet, jobs: list[Job]) -> dict[int, list[Shard]]:
+def find_reusable_shards(shard_set: ShardSet, jobs: list[Job]) -> dict[int, list[Shard]]:
     """Return the intact shards of an earlier run, by job, that this run would write with the same content."""
-    old: dict[str, Shard] = {}
+    intact: dict[str, Shard] = {}
     for name in (PARTIAL_MANIFEST, MANIFEST):
         try:
-            shard_set = shards.read_manifest(target.folder, name)
+            old = shards.read_manifest(shard_set.folder, name)
         except UserError:
             continue
-        if (shard_set.tokenizer_sha256, shard_set.val_threshold) == (target.tokenizer_sha256, target.val_threshold):
-            old |= {shard.file: shard for shard in shard_set.shards if not shard_set.find_damage(shard)}
+        if (old.tokenizer_sha256, old.val_threshold) == (shard_set.tokenizer_sha256, shard_set.val_threshold):
+            intact |= {shard.file: shard for shard in old.shards if old.is_intact(shard)}
     reusable = {}
     for job in jobs:
-        pair = [old.get(name) for name in job.names.values()]
+        pair = [intact.get(name) for name in job.names.values()]
         if all(shard and shard.sources == list(job.sources.values()) for shard in pair):
             reusable[job.index] = pair
     return reusable
 
 
-def in_order(finished: dict[int, list[Shard]]) -> list[Shard]:
-    return [shard for index in sorted(finished) for shard in finished[index]]
-
-
-def publish(target: ShardSet) -> None:
-    """Write the manifest, and delete the shards that it does not list."""
-    target.check_splits_not_empty()
-    target.save()
-    (target.folder / PARTIAL_MANIFEST).unlink(missing_ok=True)
-    listed = {shard.file for shard in target.shards}
+def delete_unlisted_shards(shard_set: ShardSet) -> None:
+    listed = {shard.file for shard in shard_set.shards}
     for split in SPLITS:
-        for path in target.folder.glob(f"{split}_*.bin*"):
+        for path in shard_set.folder.glob(f"{split}_*.bin*"):
             if path.name not in listed:
                 path.unlink()
 
@@ -208,7 +200,7 @@ def split_batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[s
     """Yield (split, documents in UTF-8) in the order of the source; encoding many at a time is faster."""
     pending: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     for batch in documents.read_batches(job.sources, progress, job.encoding):
-        for split, texts in corpus.split_texts(batch, job.threshold).items():
+        for split, texts in corpus.split_texts(batch, job.val_threshold).items():
             pending[split] += texts
             if sum(map(len, pending[split])) > documents.BATCH_BYTES // 2:
                 yield split, pending[split]
@@ -231,8 +223,11 @@ def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
     if cfg.tokenizer:
         from tinyllm import checkpoint  # loads torch, which workers do not need
         if checkpoint.is_model(cfg.tokenizer):
-            flags |= {"init_from": cfg.tokenizer, "out_dir": Path("output/tuned"), "batch_size": 4,
-                      "learning_rate": "3e-4", "max_iters": 200}
+            out_dir = Path("output/tuned")
+            if out_dir.exists():
+                out_dir = unused_path(out_dir.parent, "tuned-{}")
+            flags |= {"init_from": cfg.tokenizer, "out_dir": out_dir, "batch_size": 4, "learning_rate": "3e-4",
+                      "max_iters": 200}
     train = cli.format_command("train", **flags)
     print(f"next: {train}")
     if "init_from" not in flags:

@@ -17,6 +17,7 @@ Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stori
 """
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ from tinyllm.sampling import SamplingParams, validate_sampling
 checkpoint = "output/ckpt.pt"   # the best model, or output/last.pt, the latest. Also whatever convert.py reads, such as
                                 # a .gguf file or a Hugging Face folder; gpt2 and gpt2-medium to -xl are downloaded
 tokenizer = ""                  # file of the vocabulary, where the checkpoint has none
-# what to do
+# task
 prompt = ""                     # how the stories begin; FILE:path reads a file
 num_samples = 1                 # stories, written at the same time
 interactive = False             # type a prompt and the model continues it; chat models answer
@@ -48,7 +49,7 @@ system = ""                     # system prompt of a chat
 input_file = ""                 # a prompt in each line; a story is written for each
 output_file = ""                # JSON lines for the stories of input_file; an interrupted run resumes in it
 score = ""                      # a text file: print how well the model expects it, and write nothing
-# how to choose tokens
+# choice of tokens
 max_new_tokens = 256            # a story may end sooner
 temperature = 0.8               # 0: always the likeliest token; 1: as the model sees it; more: wilder
 top_k = 300                     # draw from the k likeliest tokens; 0: from all
@@ -57,11 +58,11 @@ min_p = 0.0                     # draw from the tokens with at least this share 
 repetition_penalty = 1.0        # 1.1 to 1.3 when the model repeats itself
 stop = ""                       # a text that ends a story and is not shown; several with | between
 seed = 1337                     # another one gives other stories
-# what to show
+# display
 stream = True                   # show the first story as it grows
 echo = True                     # show the prompt too
-logprobs = False                # list all tokens with their log-probability (nats), also those of `stop`
-show_probs: bool | str = False  # the same in colours by probability, and with what else was likely: in the terminal, or
+logprobs = False                # list all tokens with their log-probability (nats), those of `stop` too
+show_probs: bool | str = False  # the same in colors by probability, and with likely alternatives: in the terminal, or
                                 # with a name as probs.html in a page for the browser, beside the plain stories here
 # machine
 quantize = ""                   # int8: weights of 8 bits, on a CPU; a seed then gives other texts in a batch than alone
@@ -97,7 +98,7 @@ class TextGenerator(BaseTextGenerator):
 # ---- command line -------------------------------------------------------------------------------
 
 RECORD_START = b'{"prompt": "'       # of each line of output_file
-# setting: the setting without which it has no effect
+# setting: another one, without which it has no effect
 ONLY_WITH = {"system": "interactive", "output_file": "input_file"}
 GENERATION_ONLY = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
 # mode: the settings that have no effect in it
@@ -112,14 +113,13 @@ IGNORED_WITH = {
 def main() -> None:
     dist = distributed.from_env()
     cfg, _ = cli.parse_settings(globals(), out=sys.stderr if dist.is_main else io.StringIO())
-    with explain_oom("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; what is too much "
-                     "for a GPU may fit --device cpu"):
+    with explain_oom("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; "
+                     "a computer may have more memory than its GPU: --device cpu"):
         if dist.world_size > 1:
             run_tensor_parallel(cfg, dist)
-            return
-        check_settings(cfg)
-        text = read_input(cfg)
-        run_mode(load_generator(cfg), text, cfg)
+        else:
+            generator, text = prepare(cfg)
+            run_mode(generator, text, cfg)
 
 
 def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedContext) -> None:
@@ -129,10 +129,16 @@ def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedConte
     with distributed.distributed_context():
         tp_group = optional.load("tensor_parallel").TensorParallelGroup(dist)
         with dist.fail_together(tp_group.control_group):
-            check_settings(cfg)
-            text = read_input(cfg) if dist.is_main else ""
-            generator = load_generator(cfg, tp_group)
+            generator, text = prepare(cfg, tp_group)
         generator.engine.run(partial(run_mode, generator, text, cfg))
+
+
+def prepare(cfg: SimpleNamespace, tp_group: Any = None) -> tuple[TextGenerator, str]:
+    """Check the settings, read the input in the main process, and load the model."""
+    check_settings(cfg)
+    text = read_input(cfg) if not tp_group or tp_group.is_main else ""
+    return TextGenerator(cfg.checkpoint, cfg.tokenizer, cfg.seed, cfg.device, cfg.dtype, cfg.quantize, cfg.compile,
+                         cfg.chat, tp_group), text
 
 
 def check_settings(cfg: SimpleNamespace) -> None:
@@ -159,16 +165,14 @@ def read_input(cfg: SimpleNamespace) -> str:
     if path == cfg.prompt:
         return cfg.prompt
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"no file at {Path(path).resolve()}{suggest_path(path)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; save it as such with an editor") from error
-
-
-def load_generator(cfg: SimpleNamespace, tp_group: Any = None) -> TextGenerator:
-    return TextGenerator(cfg.checkpoint, cfg.tokenizer, cfg.seed, cfg.device, cfg.dtype, cfg.quantize, cfg.compile,
-                         cfg.chat, tp_group)
+    if cfg.input_file and not text:
+        raise UserError(f"{path} is empty; write a prompt in each line")
+    return text
 
 
 def run_mode(generator: TextGenerator, text: str, cfg: SimpleNamespace) -> None:
@@ -179,7 +183,7 @@ def run_mode(generator: TextGenerator, text: str, cfg: SimpleNamespace) -> None:
         optional.load("chat").chat_loop(generator, cfg)
     elif cfg.input_file:
         with file_lock(Path(cfg.output_file)) if cfg.output_file else nullcontext():
-            run_input_file(generator, text.removesuffix("\n").split("\n") if text else [], cfg)
+            run_input_file(generator, text.removesuffix("\n").split("\n"), cfg)
     else:
         if generator.chat and cfg.chat == "auto":
             print("note: this is a chat model and may add little to a prompt; try --interactive", file=sys.stderr)
@@ -225,7 +229,8 @@ def run_input_file(generator: TextGenerator, prompts: list[str], cfg: SimpleName
         end = min(begin + chunk_size, len(prompts))
         completions = complete_chunk(generator, prompts, range(begin, end), cfg)
         if cfg.output_file:
-            append_records(path, completions[max(n_finished - begin, 0):])
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
+                file.writelines(json_line(asdict(new)) for new in completions[max(n_finished - begin, 0):])
             print(f"{end} of {len(prompts)}", file=sys.stderr)
             continue
         for i, completion in enumerate(completions, begin):
@@ -247,28 +252,20 @@ def complete_chunk(generator: TextGenerator, prompts: list[str], sample_ids: ran
     return [completions[i] for i in sample_ids]
 
 
-def append_records(path: Path, completions: list[Completion]) -> None:
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.writelines(json_line(asdict(completion)) for completion in completions)
-
-
 def count_finished(path: Path, prompts: list[str]) -> int:
-    """Return how many of the prompts an output file has. Remove an incomplete last line from it."""
+    """Return how many of the prompts have a record in an output file. Remove an incomplete last line from it."""
     if not path.is_file():
         raise UserError(f"{path} is not a regular file; choose another --output_file")
     content = path.read_bytes()
-    n_complete = content.rfind(b"\n") + 1
-    incomplete = content[n_complete:]
+    *lines, incomplete = content.split(b"\n")
     try:
-        lines = content[:n_complete].decode().split("\n")[:-1]
         finished = [json.loads(line)["prompt"] for line in lines]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not from this command; choose another --output_file") from error
     if finished != prompts[:len(finished)] or not RECORD_START.startswith(incomplete[:len(RECORD_START)]):
         raise UserError(f"{path} is from other prompts; choose another --output_file")
     if incomplete:
-        with open(path, "r+b") as file:
-            file.truncate(n_complete)
+        os.truncate(path, len(content) - len(incomplete))
     return len(finished)
 
 

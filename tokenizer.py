@@ -6,9 +6,7 @@
 
 `train_tokenizer` learns byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) with Llama 2's layout: 0 unknown,
 1 bos, 2 eos, 3 to 258 the single bytes, then the learned pieces. It is lossless: decode(encode(text)) == text for
-every text. Models trained elsewhere keep their own behaviour.
-
-This file needs nothing but sentencepiece: copy it anywhere.
+every text. This file needs nothing but sentencepiece: copy it anywhere.
 """
 import hashlib
 import io
@@ -105,11 +103,10 @@ class Tokenizer(BaseTokenizer):
         try:
             self._sp = SentencePieceProcessor(model_proto=self.model)
             self.n_words = self._sp.vocab_size()
-            self.pieces()               # raises UnicodeDecodeError if one is not text
+            if not self.pieces():       # raises UnicodeDecodeError if one is not text
+                raise RuntimeError("no pieces")
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is not a SentencePiece model ({len(self.model)} bytes)") from error
-        if not self.n_words:
-            raise ValueError(f"{name} is an empty SentencePiece model")
         self.bos_id = self._sp.bos_id()
         self.eos_id = self._sp.eos_id()
         self.pad_id = self._sp.pad_id()
@@ -131,7 +128,7 @@ class Tokenizer(BaseTokenizer):
         return batch
 
     def _encode_with_space_mark(self, text: str) -> list[int]:
-        """Encode a text that contains U+2581, which SentencePiece would take for a space: spell it in bytes."""
+        """Spell U+2581 in bytes, because SentencePiece would take it for a space."""
         first, *rest = text.split(SPACE_MARK)
         ids = self._sp.encode(first) or self._sp.encode("\n")[:1]
         space_mark_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -180,11 +177,10 @@ def train_tokenizer(word_counts: dict[bytes, int], vocab_size: int) -> Tokenizer
 
     A space begins a word, a newline and a digit stand alone, a tab is always spelled as its byte, and no text is
     normalized. If the text has more distinct characters than fit, the most common ones get half of the room and the
-    others are spelled in bytes.
+    others are spelled in bytes. A small text may yield fewer than vocab_size entries.
 
     Args:
         word_counts: how often each word occurs, with the space in front of it, in UTF-8.
-        vocab_size: the most entries; a small text may yield fewer.
     Raises:
         ValueError: when there is no text, or vocab_size has no room for characters.
     """
@@ -209,7 +205,6 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def _rare_characters(word_counts: dict[bytes, int], n_common: int) -> list[str]:
-    """Return all characters but the most common ones."""
     counts = Counter()
     for word, count in word_counts.items():
         for character in word.decode():

@@ -29,9 +29,8 @@ from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device import explain_oom
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
-from tinyllm.estimate import format_hms, prepare_run
+from tinyllm.estimate import estimate_rest, format_hms, prepare_run
 from tinyllm.machine import peak_memory
-from tinyllm.presets import PRESETS
 from tinyllm.resume import run_settings
 from tinyllm.run import OOM_ADVICE, TrainRun, build_run
 from tinyllm.runlog import NullRunLog, RunLog
@@ -95,12 +94,13 @@ shard = False                       # under torchrun: shard weights and optimize
 seed = 1337
 # ---- end of settings ----------------------------------------------------------------------------
 
-MOVED_FLAGS = {"doctor": "python -m tools.doctor", "compare": "python -m tools.compare output output/old-1"}
+MOVED_FLAGS = {"doctor": "python -m tools.doctor {data_dir} {out_dir}",
+               "compare": "python -m tools.compare {values} {out_dir}"}
 SAMPLE_TEMPERATURE = 0.8                # of the stories that are generated at each evaluation
 
 
 def main() -> None:
-    preset_settings = {name: preset.settings for name, preset in PRESETS.items()}
+    preset_settings = {name: preset.settings for name, preset in presets.PRESETS.items()}
     with distributed_context() as dist:
         with dist.fail_together():
             cfg, overrides = cli.parse_settings(globals(), epilog=presets.presets_table(), presets=preset_settings,
@@ -116,13 +116,13 @@ def main() -> None:
 def run_training(run: TrainRun) -> None:
     """Train to completion, unless the run has nothing left to do."""
     if run.reached_limit():
-        if run.was_complete and run.state.best_val_loss == math.inf:       # its ckpt.pt was lost
+        if run.state.best_val_loss == math.inf:                 # ckpt.pt was lost
             evaluate_and_keep_best(run, open_log(run))
         print_already_finished(run)
         return
     prepare_run(run)
     run.sync_ranks()
-    if not run.can_resume:
+    if not run.has_checkpoint:
         run.save_first_state()
     with save_on_signals(run):
         train(run)
@@ -170,7 +170,7 @@ def train(run: TrainRun) -> None:
 def training_batches(run: TrainRun) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield micro-batches x, y (batch_size, max_seq_len) on the device without end, from the run's position on."""
     cfg = run.cfg
-    return Task.iter_batches(run.data, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
+    return Task.iter_batches(run.shards, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
                              position=run.state.position, device=run.backend.device, num_workers=cfg.num_workers,
                              rank=run.dist.rank, world_size=run.dist.world_size)
 
@@ -230,7 +230,7 @@ def get_lr(run: TrainRun) -> float:
 @torch.inference_mode()
 def evaluate(run: TrainRun) -> dict[str, float]:
     """Score the whole val split, whose windows do not depend on the batch size. The ranks share it."""
-    batches = Task.iter_split(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len,
+    batches = Task.iter_split(run.shards, "val", run.cfg.batch_size, run.model.args.max_seq_len,
                               device=run.backend.device, rank=run.dist.rank, world_size=run.dist.world_size)
     hide_bar = None if run.dist.is_main else True               # None: tqdm hides it unless stderr is a terminal
     losses, counts = [], []                                     # read at the end, since reading waits for the device
@@ -248,7 +248,7 @@ def evaluate(run: TrainRun) -> dict[str, float]:
     nats, n_tokens = run.dist.sum(sums).tolist()
     val_loss = nats / n_tokens
     return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700)),
-            "bpb": nats / math.log(2) / run.data.total("val", "bytes")}
+            "bpb": nats / math.log(2) / run.shards.total("val", "bytes")}
 
 
 def generate_samples(run: TrainRun) -> list[str]:
@@ -275,7 +275,7 @@ def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
     samples = generate_samples(run)
     run.sync_ranks()
     with run.dist.fail_together():
-        log.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens, "samples": samples},
+        log.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens_seen, "samples": samples},
                   {"seconds": run.seconds()})
         log.write_reports(presets.expected_curve(run.cfg.preset))
     print_scores(scores)
@@ -312,12 +312,12 @@ def log_step(run: TrainRun, log: RunLog | NullRunLog, loss: float, lr: float, gr
              seconds_per_step: float) -> None:
     step = run.state.iter_num
     speed = run.tokens_per_step / seconds_per_step
-    log.write({"iter": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens},
+    log.write({"iter": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen},
               {"seconds": run.seconds(), "tokens_per_second": speed})
     mfu = run.backend.mfu(speed / run.dist.world_size * run.model.flops_per_token())
     mfu_text = f"{mfu:.0%} MFU  " if mfu else ""
     print(f"step {step:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {grad_norm:.2f}  {speed:,.0f} tokens/s  {mfu_text}"
-          f"{format_hms(run.seconds_left(seconds_per_step))} left", flush=True)
+          f"{format_hms(estimate_rest(run, seconds_per_step)[0])} left", flush=True)
 
 
 def print_scores(scores: dict[str, float]) -> None:
@@ -331,17 +331,15 @@ def print_expected_score(run: TrainRun) -> None:
 
 
 def print_already_finished(run: TrainRun) -> None:
-    """Say that the run has already finished, and how to extend it or start over."""
-    cfg = run.cfg
-    longer = {}
-    if run.was_complete and cfg.max_minutes:
-        longer["max_minutes"] = math.ceil(2 * max(cfg.max_minutes, run.state.seconds / 60))
-    elif run.was_complete:
-        longer["max_iters"] = 2 * max(cfg.max_iters, run.state.iter_num)
+    """Say that the run has nothing left to do, and how to extend it or start over."""
+    cfg, state = run.cfg, run.state
+    minutes = state.seconds / 60
+    if state.iter_num >= cfg.max_iters:
+        longer = {"max_iters": 2 * state.iter_num}
+    else:
+        longer = {"max_minutes": math.ceil(2 * minutes)}
     resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir, **longer)
-    status = "is finished" if run.was_complete else "was planned to be longer than this command asks for"
-    print(f"the run in {cfg.out_dir} {status}; it is at step {run.state.iter_num:,}, after "
-          f"{run.state.seconds / 60:.1f} minutes\n"
+    print(f"the run in {cfg.out_dir} is finished; it is at step {state.iter_num:,}, after {minutes:.1f} minutes\n"
           f"resume:     {resume}\n"
           "start over: the command that began it, with --init_from scratch or another --out_dir")
 
@@ -350,7 +348,10 @@ def print_result(run: TrainRun) -> None:
     """Say what the run has reached and which command comes next. Exit with the status of a signal that stopped it."""
     cfg = run.cfg
     step = run.state.iter_num
-    print_peak_memory(run.backend.device)
+    on_gpu = run.backend.device.type == "cuda"
+    peak = torch.cuda.max_memory_reserved(run.backend.device) if on_gpu else peak_memory()
+    if peak:
+        print(f"peak {'GPU memory' if on_gpu else 'memory'}: {peak / 1e6:,.0f} MB")
     if run.stop_signal and not run.reached_limit():
         resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)
         print(f"saved step {step:,} in {cfg.out_dir}/last.pt\nresume: {resume}")
@@ -358,16 +359,8 @@ def print_result(run: TrainRun) -> None:
     print(f"done: {step:,} steps in {format_hms(run.seconds())}, best val loss {run.state.best_val_loss:.4f}")
     if cfg.sample_tokens and not run.is_sharded:
         print(f"samples of each evaluation: {cfg.out_dir}/samples.txt")
-    next_command = cli.format_command("sample", run.sample_launcher(), checkpoint=f"{cfg.out_dir}/ckpt.pt",
-                                      interactive=bool(run.chat) or "")
+    next_command = cli.format_command("sample", checkpoint=f"{cfg.out_dir}/ckpt.pt", interactive=bool(run.chat) or "")
     print(f"next: {next_command}")
-
-
-def print_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        print(f"peak GPU memory: {torch.cuda.max_memory_reserved(device) / 1e6:,.0f} MB")
-    elif peak := peak_memory():
-        print(f"peak memory: {peak / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ num_workers = 0         # processes, at most 60; 0: one per core, if memory allo
 class Job:
     """The files whose words a process counts, and how to read them."""
     files: list[Path]
-    threshold: int
+    val_threshold: int
     encoding: str = ""
 
 
@@ -47,13 +47,6 @@ class CorpusStats:
     documents: int = 0
     bytes: int = 0
     n_val_documents: int = 0
-
-    def add(self, texts: list[bytes], threshold: int) -> None:
-        train_texts = corpus.split_texts(texts, threshold)["train"]
-        self.words.add(train_texts)
-        self.documents += len(train_texts)
-        self.bytes += sum(map(len, train_texts))
-        self.n_val_documents += len(texts) - len(train_texts)
 
     def merge(self, other: "CorpusStats") -> None:
         self.words.merge(other.words)
@@ -66,15 +59,13 @@ def main() -> None:
     cfg, _ = cli.parse_settings(globals())
     with tokenizer_errors():
         check_vocab_size(cfg.vocab_size)
-    documents.check_encoding(cfg.encoding)
     if cfg.data and cfg.download:
         raise UserError("--data and --download name two sources; give one of them")
     with folder_lock(cfg.data_dir):
         source = find_source(cfg)
         corpus.check_not_nested(source, cfg.data_dir)
         files = corpus.find_files(source)
-        with documents.report_all_bad_encodings(files, cfg.encoding):
-            path = learn_vocabulary(cfg, source, files)
+        path = learn_vocabulary(cfg, source, files)
     print("next:", cli.format_command("preprocess", **path_flags(path)))
 
 
@@ -88,13 +79,16 @@ def find_source(cfg: SimpleNamespace) -> Path:
 def learn_vocabulary(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
     """Count the words of the text, train a tokenizer on them and write it. Returns its path."""
     start = time.perf_counter()
-    threshold = corpus.val_hash_threshold(files, cfg.encoding)
-    jobs = [Job(group, threshold, cfg.encoding) for group in corpus.group_small_files(files)]
+    val_threshold = corpus.find_val_threshold(files, cfg.encoding)
+    jobs = [Job(group, val_threshold, cfg.encoding) for group in corpus.group_small_files(files)]
     num_workers = workers.choose_num_workers(cfg.num_workers, len(jobs))
     skipped = corpus.summarize_skipped(source)
     note = f"; passed over: {skipped}" if skipped else ""
     print(f"text: {source}, {corpus.format_count(len(files), 'file')}{note}; workers: {num_workers}")
-    stats = count_words(jobs, num_workers)
+    stats = CorpusStats()
+    size = sum(file.stat().st_size for file in files)
+    for _, part in workers.run_jobs(count_part, jobs, num_workers, size, "counting words"):
+        stats.merge(part)           # in the order of the jobs, so that every run prunes the same words
     print_stats(stats)
     with tokenizer_errors():
         tokenizer = train_tokenizer(stats.words.counts, cfg.vocab_size)
@@ -104,31 +98,25 @@ def learn_vocabulary(cfg: SimpleNamespace, source: Path, files: list[Path]) -> P
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     with atomic_write(path) as file:
         file.write(tokenizer.model)
-    corpus.save_source(path, tokenizer.sha256, corpus.TextSource(source, threshold, cfg.encoding))
+    corpus.save_source(path, tokenizer.sha256, corpus.TextSource(source, val_threshold, cfg.encoding))
     print(f"wrote {path} ({tokenizer.n_words} entries) after {time.perf_counter() - start:.0f} s")
     return path
-
-
-def count_words(jobs: list[Job], num_workers: int) -> CorpusStats:
-    """Count the words of all jobs, in their order, so that every run prunes the same words."""
-    stats = CorpusStats()
-    size = sum(file.stat().st_size for job in jobs for file in job.files)
-    for _, part in workers.run_jobs(count_part, jobs, num_workers, size, "counting words"):
-        stats.merge(part)
-    return stats
 
 
 def count_part(job: Job, progress: Callable[[int], None]) -> CorpusStats:
     """Count the words of a job. May run in a worker process."""
     stats = CorpusStats()
-    for texts in documents.read_batches(job.files, progress, job.encoding):
-        stats.add(texts, job.threshold)
+    for batch in documents.read_batches(job.files, progress, job.encoding):
+        splits = corpus.split_texts(batch, job.val_threshold)
+        stats.words.add(splits["train"])
+        stats.documents += len(splits["train"])
+        stats.bytes += sum(map(len, splits["train"]))
+        stats.n_val_documents += len(splits["val"])
     stats.words.flush()
     return stats
 
 
 def print_stats(stats: CorpusStats) -> None:
-    """Print how much text there is to learn from, and warn if much of it is not used."""
     n_words = len(stats.words.counts)
     n_pruned = stats.words.n_pruned
     print(f"read: {corpus.format_count(stats.documents, 'document')}, {stats.bytes / 1e6:,.1f} MB of text to learn "

@@ -9,6 +9,7 @@ in it has no effect. An answer ends at `end_id`.
 import io
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import cycle, islice
 from types import SimpleNamespace
 
@@ -98,10 +99,8 @@ def chat_loop(generator: TextGenerator, cfg: SimpleNamespace) -> None:
         raise UserError("--system is for chat models, and this is not one; leave it out")
     prepare_stdin()
     history: list[str] = []                     # your lines and the model's replies, alternating
-    while (line := read_line()) is not None:
+    while (line := read_line()).strip() != "/exit":
         command, *args = line.split() or [""]
-        if command == "/exit":
-            return
         if command == "/clear":
             history = []
         elif command == "/set":
@@ -114,56 +113,50 @@ def chat_loop(generator: TextGenerator, cfg: SimpleNamespace) -> None:
 
 
 def prepare_stdin() -> None:
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401    gives input() line editing and history; Windows has its own
-    except ImportError:
-        pass
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")     # invalid UTF-8 becomes an error of print_reply, not the end
     if sys.stdin.isatty():
-        print("/help lists what else can be done, /exit ends", file=sys.stderr)
+        print("/help lists the commands, /exit ends", file=sys.stderr)
 
 
-def read_line() -> str | None:
-    """Return the next line, or None at the end of the input. Ctrl-C discards the line."""
+def read_line() -> str:
+    """Return the next line, or /exit at the end of the input. Ctrl-C discards the line."""
     while True:
         try:
             return input(">>> ")
         except EOFError:
             print()
-            return None
+            return "/exit"
         except KeyboardInterrupt:
             print()
 
 
 def set_option(generator: TextGenerator, cfg: SimpleNamespace, args: list[str]) -> None:
     """Set a setting, which args name, to the value that follows. Without a value, print all settings."""
-    names = list(sampling_kwargs(cfg))
+    settings = {known_name: getattr(cfg, known_name) for known_name in sampling_kwargs(cfg)}
     name = args[0] if args else ""
     value = " ".join(args[1:])
-    if name not in names or not value and name != "stop":
-        for known_name in names:
-            print(f"{known_name} = {getattr(cfg, known_name)!r}")
+    if name not in settings or not value and name != "stop":
+        print("\n".join(f"{known_name} = {current!r}" for known_name, current in settings.items()))
         return
-    old_value = getattr(cfg, name)
     try:
-        setattr(cfg, name, type(old_value)(value))
+        setattr(cfg, name, type(settings[name])(value))
         generator.completions([], **sampling_kwargs(cfg))       # checks the settings, and generates nothing
     except (ValueError, UserError) as error:
-        setattr(cfg, name, old_value)
-        reason = error if isinstance(error, UserError) else f"{name} cannot be {value!r}"
-        print(f"error: {reason}", file=sys.stderr)
+        setattr(cfg, name, settings[name])
+        print(f"error: {name} cannot be {value!r}: {error}", file=sys.stderr)
 
 
 def print_reply(generator: TextGenerator, history: list[str], cfg: SimpleNamespace) -> list[str]:
     """Print the model's reply and return the history with it. Ctrl-C ends the reply, not the program."""
     reply = ""
     try:
-        for piece in generate_reply(generator, history, cfg):
-            print(escape_for_terminal(piece), end="", flush=True)
-            reply += piece
-    except KeyboardInterrupt:
-        pass
+        with suppress(KeyboardInterrupt):
+            for piece in generate_reply(generator, history, cfg):
+                print(escape_for_terminal(piece), end="", flush=True)
+                reply += piece
     except UserError as error:
         print(escape_control_chars(f"error: {error}"), file=sys.stderr)
         return history[:-1]
@@ -176,8 +169,7 @@ def generate_reply(generator: TextGenerator, history: list[str], cfg: SimpleName
     if not generator.chat:
         return islice(generator.stream(as_single_text(history), **sampling_kwargs(cfg)), 1, None)
     dialog = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    for role, content in zip(cycle(("user", "assistant")), history):
-        dialog.append({"role": role, "content": content})
+    dialog += [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), history)]
     return generator.answer(dialog, **sampling_kwargs(cfg))
 
 
@@ -186,7 +178,7 @@ def as_single_text(history: list[str]) -> str:
     story = ""
     for i, text in enumerate(history):
         is_line = i % 2 == 0
-        if is_line and story and text and not story[-1].isspace() and not text[0].isspace():
+        if is_line and story[-1:].strip() and text[:1].strip():
             story += " "
         story += text
     return story

@@ -1,14 +1,12 @@
 """A layer's work on one token as one C++ function, and attention of several sequences: `python sample.py --compile`.
 
-    engine = build_engine(model, compiled=True)         # a CompiledEngine on a CPU, a CudaGraphEngine on a GPU
-
 For one token of a small model, engine.py spends more time on launching operations, some 30 a layer, than on arithmetic.
 PyTorch's compiler fuses them into one function if none of them calls a library, so the products are spelled out as
 multiply and sum. That is as fast for a single token, because reading each weight once takes the time. For several
 sequences the library is faster, so only their attention is compiled.
 
-The weights are arguments of the function. So one function serves all layers, and all checkpoints of a shape. Compiling
-takes about 15 seconds for each of the two functions; they are kept in files.
+The weights are arguments, so one function serves all layers, and all checkpoints of a shape. Compiling takes about 15
+seconds for each of the two functions; they are kept in files.
 """
 import hashlib
 import os
@@ -26,7 +24,7 @@ from model import ModelArgs, Transformer
 from tinyllm import device
 from tinyllm.cli import UserError
 from tinyllm.engine import DecodeStep, Engine, KVCache, LinearFn
-from tinyllm.files import atomic_replace, sha256
+from tinyllm.files import atomic_replace
 
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -39,8 +37,10 @@ CompiledFn = Callable[[list[Tensor]], list[Tensor]]
 
 
 def compiled_engine_class(engine_class: type[Engine], quantize: str, device: torch.device) -> type[Engine]:
-    """Return the subclass of an engine that decodes with compiled code on this device."""
-    if device.type != "cpu":
+    """Return the subclass of an engine that decodes with compiled code on this device. Raises UserError."""
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--compile is not for {device}; leave it out")
+    if device.type == "cuda":
         return type("CudaGraphEngine", (CudaGraphDecode, engine_class), {})
     if engine_class is not Engine:
         raise UserError("--compile is for Llama models on a CPU, and this is a GPT-2; leave it out")
@@ -74,27 +74,20 @@ class CompiledEngine(Engine):
         return super().generate(prompts, *args, **options)
 
     def load_layer(self) -> None:
-        if self.run_layer:
-            return
-        x = torch.zeros(1, self.args.dim)
         kv = torch.zeros(1, 2 * self.n_kv_heads, 16, self.args.head_dim)
-        example = (x, self.cos_sin[0], torch.tensor([1]), kv, *self.layer_weights[0])
+        example = (torch.zeros(1, self.args.dim), self.cos_sin[0], torch.tensor([1]), kv, *self.layer_weights[0])
         dynamic_dims = (None, None, None, {2: DYNAMIC}, None, None, None, None)
-        self.run_layer = load_function(DecodeLayer(self.args), example, dynamic_dims)
+        self.run_layer = self.run_layer or load_function(DecodeLayer(self.args), example, dynamic_dims)
 
     def load_attention(self) -> None:
-        if self.run_attention:
-            return
-        heads = torch.zeros(2, self.n_heads + 2 * self.n_kv_heads, self.args.head_dim)
-        kv = torch.zeros(2, 2 * self.n_kv_heads, 16, self.args.head_dim)
+        qkv = torch.zeros(2, self.n_heads + 2 * self.n_kv_heads, self.args.head_dim)
+        example = (qkv, torch.tensor([1, 2]), torch.zeros(2, 2 * self.n_kv_heads, 16, self.args.head_dim))
         dynamic_dims = ({0: DYNAMIC}, {0: DYNAMIC}, {0: DYNAMIC, 2: DYNAMIC})
-        self.run_attention = load_function(DecodeAttention(self.args), (heads, torch.tensor([1, 2]), kv), dynamic_dims)
+        self.run_attention = self.run_attention or load_function(DecodeAttention(self.args), example, dynamic_dims)
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         cache.advance()
-        if len(tokens) == 1:
-            return self._decode_single(tokens, cache)
-        return self._decode_batch(tokens, cache)
+        return self._decode_single(tokens, cache) if len(tokens) == 1 else self._decode_batch(tokens, cache)
 
     def _decode_single(self, tokens: Tensor, cache: KVCache) -> Tensor:
         x = F.embedding(tokens, self.embeddings)                                    # (1, dim + 1)
@@ -110,9 +103,9 @@ class CompiledEngine(Engine):
         position = cache.position
         lengths = torch.full((len(tokens),), position) if isinstance(position, int) else position.flatten()     # (B,)
 
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            cache.write(layer, heads[:, self.n_heads:])
-            return self.run_attention([heads, lengths, cache.kv[layer]])[0]
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            cache.write(layer, qkv[:, self.n_heads:])
+            return self.run_attention([qkv, lengths, cache.kv[layer]])[0]
 
         return self._logits(self._run_layers(tokens[:, None], self._rope_factors(cache.position), attend))
 
@@ -125,19 +118,18 @@ class CudaGraphDecode:
         self.steps: WeakKeyDictionary[KVCache, CudaGraphStep] = WeakKeyDictionary()
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        if cache not in self.steps:
-            self.steps[cache] = CudaGraphStep(self._decode_at_position)
-        return self.steps[cache](tokens, cache)
+        step = self.steps.setdefault(cache, CudaGraphStep(self._decode_at_position))
+        return step(tokens, cache)
 
 
 class CudaGraphStep:
     """A decode step recorded as a CUDA graph, which launches all its kernels at once.
 
     The graph reads fixed addresses. So tokens and positions are copied there, and attention sees the whole cache.
+    decode(tokens (B,), cache) returns logits (B, vocab_size) without synchronizing with the CPU.
     """
 
     def __init__(self, decode: Callable[[Tensor, KVCache], Tensor]):
-        """decode(tokens (B,), cache) returns logits (B, vocab_size) without synchronizing with the CPU."""
         self.decode = decode
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -168,7 +160,7 @@ class CudaGraphStep:
                 self.logits = self.run(cache)
 
 
-# ---- what is compiled ---------------------------------------------------------------------------
+# ---- the arithmetic -----------------------------------------------------------------------------
 
 class DecodeLayer(nn.Module):
     """The arithmetic of a layer on one token, without library calls and complex numbers, so that it can be fused."""
@@ -177,23 +169,23 @@ class DecodeLayer(nn.Module):
         super().__init__()
         self.args = args
 
-    def forward(self, x: Tensor, cos_sin: Tensor, length: Tensor, kv_cache: Tensor, qkv: Tensor, out: Tensor,
-                gate_and_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, cos_sin: Tensor, length: Tensor, kv_cache: Tensor, wqkv: Tensor, wo: Tensor,
+                w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
         """Run a token after `length` others.
 
         x: (1, dim); cos_sin: (2, D / 2); length: (1,); kv_cache: (1, 2 K, cache_len, D); four matrices (out, in).
         Returns x after the layer, and the token's keys and values (1, 2 K, D).
         """
         n_heads, n_kv_heads = self.args.n_heads, self.args.n_kv_heads
-        heads = (_linear(x, qkv) * self._inverse_norm(x)).view(1, -1, self.args.head_dim)       # (1, H + 2 K, D)
-        even, odd = heads[:, :n_heads + n_kv_heads].unflatten(-1, (-1, 2)).unbind(-1)           # (1, H + K, D / 2)
+        qkv = (_linear(x, wqkv) * self._inverse_norm(x)).view(1, -1, self.args.head_dim)        # (1, H + 2 K, D)
+        even, odd = qkv[:, :n_heads + n_kv_heads].unflatten(-1, (-1, 2)).unbind(-1)             # (1, H + K, D / 2)
         cos, sin = cos_sin
         rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
         q, k = rotated[:, :n_heads], rotated[:, n_heads:]                                       # (1, H, D), (1, K, D)
-        v = heads[:, n_heads + n_kv_heads:]                                                     # (1, K, D)
-        x = x + _linear(_attention(q, k, v, length, kv_cache), out)
-        gate, up = (_linear(x, gate_and_up) * self._inverse_norm(x)).chunk(2, -1)
-        return x + _linear(F.silu(gate) * up, down), torch.cat((k, v), 1)
+        v = qkv[:, n_heads + n_kv_heads:]                                                       # (1, K, D)
+        x = x + _linear(_attention(q, k, v, length, kv_cache), wo)
+        gate, up = (_linear(x, w13) * self._inverse_norm(x)).chunk(2, -1)
+        return x + _linear(F.silu(gate) * up, w2), torch.cat((k, v), 1)
 
     def _inverse_norm(self, x: Tensor) -> Tensor:
         """Return the factor that turns a product with x into a product with RMSNorm(x)."""
@@ -207,9 +199,9 @@ class DecodeAttention(nn.Module):
         super().__init__()
         self.args = args
 
-    def forward(self, heads: Tensor, lengths: Tensor, kv_cache: Tensor) -> tuple[Tensor]:
-        """heads: (B, H + 2 K, D), rotated; lengths: (B,), 1 or more; kv_cache: (B, 2 K, cache_len, D)."""
-        q, k, v = heads.split((self.args.n_heads, self.args.n_kv_heads, self.args.n_kv_heads), 1)
+    def forward(self, qkv: Tensor, lengths: Tensor, kv_cache: Tensor) -> tuple[Tensor]:
+        """qkv: (B, H + 2 K, D), rotated; lengths: (B,), 1 or more; kv_cache: (B, 2 K, cache_len, D)."""
+        q, k, v = qkv.split((self.args.n_heads, self.args.n_kv_heads, self.args.n_kv_heads), 1)
         return _attention(q, k, v, lengths, kv_cache),
 
 
@@ -249,36 +241,30 @@ def load_function(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
     dynamic_dims: which dimensions of the tensors may differ from the example's.
     """
     path = compiled_path(module, example)
-    if not is_intact(path):
+    if not path.is_file():
         compile_to_file(module, example, dynamic_dims, path)
     try:
         # the class that torch._inductor.aoti_load_package wraps, without that import, which takes two seconds
         return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
     except RuntimeError as error:
+        path.unlink()                           # it may be damaged; the next run compiles again
         raise does_not_work(error) from error
 
 
 def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, ...]) -> Path:
-    """Return the file's name. It depends on all that was compiled for, since the code checks none of its arguments."""
-    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in example]
+    """Return a file name that depends on shapes, machine and this file, since compiled code checks no arguments."""
+    shapes = [(tensor.shape, tensor.dtype) for tensor in example]
     machine = [torch.__version__, torch.get_num_threads(), sorted(torch.cpu.get_capabilities().items())]
     source = Path(__file__).read_bytes()
     key = repr([type(module), module.args.n_heads, module.args.norm_eps, shapes, machine, source])
     return FOLDER / f"{type(module).__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
 
 
-def is_intact(path: Path) -> bool:
-    """True if the file has the checksum it was written with. Damaged machine code may crash the process."""
-    digest = path.with_suffix(".sha256")
-    return path.is_file() and digest.is_file() and digest.read_bytes() == sha256(path).encode()
-
-
 def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims: tuple, path: Path) -> None:
     if reason := device.why_no_compiler():
         raise UserError(f"--compile does not work here: {reason}; leave it out, or fix that")
-    temporary = path.with_suffix(f".{os.getpid()}.pt2")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.touch()
+    temporary = path.with_suffix(f".{os.getpid()}.pt2")
     purpose = "single texts" if isinstance(module, DecodeLayer) else "several texts at a time"
     print(f"compiling for {purpose}, once for models of this shape: about 15 seconds", file=sys.stderr, flush=True)
     try:
@@ -288,11 +274,9 @@ def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary),
                                                      inductor_configs=COMPILER_OPTIONS)
         atomic_replace(temporary, path)
-        path.with_suffix(".sha256").write_text(sha256(path), encoding="utf-8")
-    except UnicodeError as error:           # Windows in Chinese, Japanese, Korean: another encoding than UTF-8
-        raise does_not_work(device.NOT_UTF8) from error
-    except (torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
-        raise does_not_work(error) from error
+    except (UnicodeError, torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
+        # UnicodeError: Windows in Chinese, Japanese, Korean with another encoding than UTF-8
+        raise does_not_work(device.NOT_UTF8 if isinstance(error, UnicodeError) else error) from error
     finally:
         temporary.unlink(missing_ok=True)
 

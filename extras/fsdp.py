@@ -15,8 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from extras.tensor_parallel import check_divisible
-from tinyllm.cli import UserError
 from tinyllm.optim import Muon, build_optimizers, orthogonalize
 from tinyllm.run import TrainRun
 
@@ -51,13 +49,6 @@ class ShardedRun(TrainRun):
 
     def clip_gradients(self) -> Tensor:
         return super().clip_gradients().full_tensor()
-
-    def sample_launcher(self) -> str:
-        try:
-            check_divisible(self.model.args, self.dist)
-        except UserError:
-            return "python"
-        return self.dist.launch_command
 
     def checkpoint_dict(self) -> dict[str, Any]:
         return gather(super().checkpoint_dict(), self.dist.is_main)

@@ -4,11 +4,12 @@
     logits = model(tokens)                              # (B, T, vocab_size)
     engine = GPT2Engine(model)                          # generates as engine.py does
 
-What differs from model.py: positions are learned, the norms take away the mean, the feed-forward has a GELU and no
-gate, and everything has a bias. Shapes as in model.py.
+Other than in model.py, positions are learned, the norms subtract the mean, the feed-forward has a GELU and no gate,
+and everything has a bias. Shapes as in model.py.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from tinyllm.kernels import LinearCrossEntropy, causal_attention
 @dataclass(frozen=True)
 class GPT2Args:
     """The config of a GPT-2. Raises ValueError if the numbers do not fit together."""
+    tie_embeddings: ClassVar[bool] = True
     dim: int = 768
     n_layers: int = 12
     n_heads: int = 12
@@ -41,10 +43,6 @@ class GPT2Args:
     def n_kv_heads(self) -> int:
         return self.n_heads
 
-    @property
-    def tie_embeddings(self) -> bool:
-        return True
-
 
 class Attention(nn.Module):
     def __init__(self, args: GPT2Args):
@@ -54,8 +52,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.dim, args.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.wqkv(x).unflatten(-1, (-1, self.args.head_dim)).transpose(1, 2)        # (B, 3 H, T, D)
-        out = causal_attention(*heads.chunk(3, 1), self.args.dropout if self.training else 0.0)
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.args.head_dim)).transpose(1, 2)          # (B, 3 H, T, D)
+        out = causal_attention(*qkv.chunk(3, 1), self.args.dropout if self.training else 0.0)
         return self.wo(out.transpose(1, 2).flatten(-2))                                     # (B, T, dim)
 
 
@@ -104,19 +102,24 @@ class GPT2(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
 
+    def load_state_dict(self, weights: dict[str, Tensor], **options: Any) -> Any:
+        """Load weights, also those of a longer window, whose last positions are left out."""
+        positions = weights["positions.weight"]
+        if len(positions) > self.args.max_seq_len:
+            weights = {**weights, "positions.weight": positions[:self.args.max_seq_len].clone()}
+        return super().load_state_dict(weights, **options)
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits, or the loss if there are targets, as Transformer.forward does."""
         length = tokens.shape[1]
         if length > self.args.max_seq_len:
             raise ValueError(f"{length} tokens do not fit into max_seq_len {self.args.max_seq_len}")
-        places = self.positions(torch.arange(length, device=tokens.device))                 # (T, dim)
-        h = self.dropout(self.tok_embeddings(tokens) + places)                              # (B, T, dim)
+        positions = self.positions(torch.arange(length, device=tokens.device))              # (T, dim)
+        h = self.dropout(self.tok_embeddings(tokens) + positions)                           # (B, T, dim)
         for layer in self.layers:
             h = layer(h)
         h = self.norm(h)
-        if targets is None:
-            return self.output(h)
-        return self.loss_fn(h, self.output.weight, targets)
+        return self.output(h) if targets is None else self.loss_fn(h, self.output.weight, targets)
 
     def flops_per_token(self) -> int:
         """Return the operations per token, as Transformer does. Looking up positions costs none."""
@@ -130,17 +133,16 @@ class GPT2Engine(Engine):
     def _fuse_weights(self, model: GPT2, make_linear: Callable[[Tensor], LinearFn]) -> None:
         self.embeddings = self._on_device(model.tok_embeddings.weight)
         self.positions = self._on_device(model.positions.weight)
-        q_scale = torch.ones(3 * self.args.dim, device=model.tok_embeddings.weight.device)
-        q_scale[:self.args.dim] = self.args.head_dim ** -0.5
+        scale = torch.ones(3 * self.args.dim, device=model.tok_embeddings.weight.device)
+        scale[:self.args.dim] = self.args.head_dim ** -0.5                          # of q; k and v stay
         for layer in model.layers:
-            attention, feed_forward = layer.attention, layer.feed_forward
-            qkv_weight = attention.wqkv.weight * q_scale[:, None]
-            qkv_bias = attention.wqkv.bias * q_scale
+            wqkv, wo = layer.attention.wqkv, layer.attention.wo
+            w1, w2 = layer.feed_forward.w1, layer.feed_forward.w2
             self.layers.append([
-                self._affine(make_linear, qkv_weight, qkv_bias, layer.attention_norm),
-                self._affine(make_linear, attention.wo.weight, attention.wo.bias),
-                self._affine(make_linear, feed_forward.w1.weight, feed_forward.w1.bias, layer.ffn_norm),
-                self._affine(make_linear, feed_forward.w2.weight, feed_forward.w2.bias)])
+                self._affine(make_linear, wqkv.weight * scale[:, None], wqkv.bias * scale, layer.attention_norm),
+                self._affine(make_linear, wo.weight, wo.bias),
+                self._affine(make_linear, w1.weight, w1.bias, layer.ffn_norm),
+                self._affine(make_linear, w2.weight, w2.bias)])
         self.output = self._affine(make_linear, model.output.weight, torch.zeros(1), model.norm)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
@@ -164,10 +166,10 @@ class GPT2Engine(Engine):
     def _run_layers(self, tokens: Tensor, positions: Tensor, attend: AttentionFn) -> Tensor:
         """Run all layers on tokens (B, T). Returns (B * T, dim), before the final norm."""
         x = (F.embedding(tokens, self.embeddings) + positions).flatten(0, 1)        # (B * T, dim)
-        for layer, (qkv, out, up, down) in enumerate(self.layers):
-            heads = qkv(self._norm(x)).unflatten(-1, (-1, self.args.head_dim))      # (B * T, 3 H, D)
-            x = x + out(attend(layer, heads.to(self.cache_dtype)))
-            x = x + down(F.gelu(up(self._norm(x)), approximate="tanh"))
+        for layer, (wqkv, wo, w1, w2) in enumerate(self.layers):
+            qkv = wqkv(self._norm(x)).unflatten(-1, (-1, self.args.head_dim))       # (B * T, 3 H, D)
+            x = x + wo(attend(layer, qkv.to(self.cache_dtype)))
+            x = x + w2(F.gelu(w1(self._norm(x)), approximate="tanh"))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ def draw_losses(path: Path, entries: list[dict[str, Any]], clock: list[dict[str,
     if expected:
         minute_panel.plot(*zip(*expected), color="0.6", label="val of the preset, where it was measured")
     zoom_y_axis(token_panel, [curve(entries, "loss", tokens), curve(entries, "val_loss", tokens), expected])
-    to_bpb, to_nats = (lambda y: y * bpb_per_nat), (lambda y: y / bpb_per_nat)
-    minute_panel.secondary_yaxis("right", functions=(to_bpb, to_nats)).set_ylabel("bits per byte (bpb) of val")
+    bpb_axis = minute_panel.secondary_yaxis("right", (lambda y: y * bpb_per_nat, lambda y: y / bpb_per_nat))
+    bpb_axis.set_ylabel("bits per byte (bpb) of val")
     save(figure, path)
 
 
@@ -61,12 +61,12 @@ def new_figure(path: Path, ylabel: str) -> tuple[Any, Any, Any]:
 
 
 def curve(entries: list[dict[str, Any]], key: str, x_by_step: dict[int, float]) -> list[tuple[float, float]]:
-    """Return the points of a quantity in the log; x_by_step maps a step to its tokens or minutes."""
+    """Return the points of a log entry's key; x_by_step maps a step to its tokens or minutes."""
     return [(x_by_step[entry["iter"]], entry[key]) for entry in entries if key in entry and entry["iter"] in x_by_step]
 
 
 def plot_smoothed(panel: Any, points: Points, label: str, color: str) -> None:
-    """Plot a noisy curve in pale, and its moving average over it."""
+    """Plot a noisy curve in pale, and over it its moving average."""
     x, y = np.array(points, float).reshape(-1, 2).T
     panel.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
     panel.plot(x, smooth(y), color=color, label=label)

@@ -8,10 +8,7 @@ layer. The output layer is divided by rows; embeddings and norms are small, and 
 
 The main process reads, chooses the tokens, prints and writes files. It sends each request to its engine to the others:
 ids of prompts, new tokens. So processes cannot disagree about a token, and the others know nothing of sampling.
-
-PyTorch's parallelize_module is not used: no DTensor can hold the engine's packed float16 and int8 matrices, nor divide
-wq, wk and wv in one matrix by heads. With float32 matrices, a feed-forward of dim 288 took about three times the
-processor's time with DTensors (a throw-away script).
+PyTorch's DTensors cannot hold the packed float16 and int8 matrices, nor divide wq, wk and wv in one matrix by heads.
 """
 import math
 from collections import deque
@@ -38,8 +35,9 @@ class TensorParallelGroup:
     """The processes that share a model, and their messages besides sums."""
 
     def __init__(self, dist: DistributedContext):
-        self.dist = dist
         self.is_main = dist.is_main
+        self.rank = dist.rank
+        self.world_size = dist.world_size
         self.control_group = torch_dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
 
     def broadcast_request(self, *request: Any) -> tuple[Any, ...]:
@@ -56,29 +54,25 @@ class TensorParallelEngine(Engine):
     """An engine with a part of the weights. The main process uses it as any other; all processes call `run`."""
 
     def __init__(self, model: Transformer, group: TensorParallelGroup, backend: Backend, quantize: str = ""):
-        """Take this process's part of the weights, and the rest away from the model. Raises UserError if they cannot
-        be divided evenly."""
+        """Keep this process's part of the model's weights only. Raises UserError if they cannot be divided evenly."""
         self.group = group
-        shard_weights(model, group.dist)
+        shard_weights(model, group)
         super().__init__(model, backend.dtype, quantize, backend.device)
-        self.n_heads //= group.dist.world_size
-        self.n_kv_heads //= group.dist.world_size
+        self.n_heads //= group.world_size
+        self.n_kv_heads //= group.world_size
         self.output = self._gathered(self.output)
 
     def _add_layer(self, matrices: tuple[Tensor, ...], make_linear: Callable[[Tensor], LinearFn]) -> None:
-        qkv, out, gate_and_up, down = map(make_linear, matrices)
-        self.layers.append([qkv, _all_reduced(out), gate_and_up, _all_reduced(down)])
+        wqkv, wo, w13, w2 = map(make_linear, matrices)
+        self.layers.append([wqkv, _all_reduced(wo), w13, _all_reduced(w2)])
 
     def _gathered(self, linear: LinearFn) -> LinearFn:
         """Return a function that gathers the columns of all processes in the main one."""
         def gathered(x: Tensor) -> Tensor:
             part = linear(x).float()
-            if not self.group.is_main:
-                torch_dist.gather(part)
-                return part
-            parts = [torch.empty_like(part) for _ in range(self.group.dist.world_size)]
+            parts = [torch.empty_like(part) for _ in range(self.group.world_size)] if self.group.is_main else None
             torch_dist.gather(part, parts)
-            return torch.cat(parts, 1)[:, :self.args.vocab_size]
+            return torch.cat(parts, 1)[:, :self.args.vocab_size] if self.group.is_main else part
         return gathered
 
     def new_cache(self, batch: int, cache_len: int) -> KVCache:
@@ -93,9 +87,9 @@ class TensorParallelEngine(Engine):
         self.group.broadcast_request("decode", tokens.tolist())
         return super().decode(tokens, cache)
 
-    def read(self, ids: list[int]) -> Iterator[Tensor]:
-        self.group.broadcast_request("read", ids)
-        yield from super().read(ids)
+    def logprobs(self, ids: list[int]) -> Iterator[Tensor]:
+        self.group.broadcast_request("logprobs", ids)
+        yield from super().logprobs(ids)
 
     def run(self, main_fn: Callable[[], None]) -> None:
         """Call main_fn() in the main process; the others compute with it until it returns."""
@@ -109,60 +103,57 @@ class TensorParallelEngine(Engine):
 
     @torch.inference_mode()
     def _worker_loop(self) -> None:
-        """Do what the main process requests, each time with the cache that it requested last."""
-        cache = None
+        """Follow the main process's requests, each with the cache that it requested last."""
         while request := self.group.broadcast_request():
-            name, *args = request
-            if name == "new_cache":
-                cache = super().new_cache(*args)
-            elif name == "prefill":
-                prompts, rows = args
-                super().prefill(prompts, cache, rows)
-            elif name == "decode":
-                super().decode(torch.tensor(args[0], device=self.device), cache)
-            else:
-                deque(super().read(*args), 0)
+            match request:
+                case "new_cache", batch, cache_len:
+                    cache = super().new_cache(batch, cache_len)
+                case "prefill", prompts, rows:
+                    super().prefill(prompts, cache, rows)
+                case "decode", ids:
+                    super().decode(torch.tensor(ids, device=self.device), cache)
+                case "logprobs", ids:
+                    deque(super().logprobs(ids), maxlen=0)
 
 
-def shard_weights(model: Transformer, dist: DistributedContext) -> None:
+def shard_weights(model: Transformer, group: TensorParallelGroup) -> None:
     """Replace the weights of a model by this process's part of them."""
-    check_divisible(model.args, dist)
+    check_divisible(model.args, group.world_size)
     for layer in model.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
         for linear in (attention.wq, attention.wk, attention.wv, feed_forward.w1, feed_forward.w3):
-            linear.weight = _shard(linear.weight, dist, 0)
+            linear.weight = _shard(linear.weight, group, 0)
         for linear in (attention.wo, feed_forward.w2):
-            linear.weight = _shard(linear.weight, dist, 1)
-    model.output.weight = _shard(model.output.weight, dist, 0)
+            linear.weight = _shard(linear.weight, group, 1)
+    model.output.weight = _shard(model.output.weight, group, 0)
 
 
-def check_divisible(args: ModelArgs, dist: DistributedContext) -> None:
+def check_divisible(args: ModelArgs, world_size: int) -> None:
     """Raise UserError if the processes cannot have equal parts."""
     if not isinstance(args, ModelArgs):
         raise UserError("a GPT-2 is not divided among processes; use python sample.py, without torchrun")
     if not model_is_original():
         raise UserError("model.py was edited, so it cannot be divided; use python sample.py, without torchrun")
     parts = math.gcd(args.n_kv_heads, args.ffn_dim)         # n_heads is a multiple of n_kv_heads
-    if parts % dist.world_size:
+    if parts % world_size:
         fitting = [str(number) for number in range(1, parts + 1) if parts % number == 0]
-        raise UserError(f"{dist.world_size} processes cannot share n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads}"
-                        f" and a feed-forward of {args.ffn_dim} evenly\n       use torchrun --nproc_per_node="
-                        f"{' or '.join(fitting)}")
+        raise UserError(f"{world_size} processes cannot share n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} "
+                        f"and a feed-forward of {args.ffn_dim} evenly\n"
+                        f"       use torchrun --nproc_per_node={' or '.join(fitting)}")
 
 
-def _shard(weight: Tensor, dist: DistributedContext, dim: int) -> nn.Parameter:
+def _shard(weight: Tensor, group: TensorParallelGroup, dim: int) -> nn.Parameter:
     """Return this process's part of the rows (dim 0) or columns (1). Zeros fill up an uneven vocabulary."""
-    width = -(-weight.shape[dim] // dist.world_size)
-    begin = min(width * dist.rank, weight.shape[dim])
+    width = -(-weight.shape[dim] // group.world_size)
+    begin = min(width * group.rank, weight.shape[dim])
     part = weight.detach().narrow(dim, begin, min(width, weight.shape[dim] - begin))
-    missing = width - part.shape[dim]
-    if missing:
-        part = F.pad(part, (0, 0, 0, missing))
+    if part.shape[dim] < width:
+        part = F.pad(part, (0, 0, 0, width - part.shape[dim]))
     return nn.Parameter(part.contiguous(), requires_grad=False)
 
 
 def _all_reduced(linear: LinearFn) -> LinearFn:
-    """Return a function that adds up what the processes compute from their parts, in float32."""
+    """Return a function that adds up the products of all processes, in float32."""
     def reduced(x: Tensor) -> Tensor:
         part = linear(x).float()
         torch_dist.all_reduce(part)

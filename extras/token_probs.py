@@ -1,8 +1,4 @@
-"""Show how probable the model found each token: lines in the terminal, or a page for the browser.
-
-    python sample.py --prompt "The dog" --show_probs                # in the terminal
-    python sample.py --prompt "The dog" --show_probs probs.html     # a page
-    python sample.py --score story.txt                              # loss and perplexity of an existing text
+"""Show how probable the model found each token: `sample.py --show_probs`, `--logprobs` and `--score`.
 
 The page is one file without scripts. Tooltips are attributes that the style sheet shows, so the text of the page is the
 story alone and can be copied. The lightness of the colors runs with the probability, also for color-blind readers.
@@ -11,7 +7,8 @@ import math
 import sys
 from bisect import bisect
 from html import escape
-from itertools import pairwise
+from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 
 from tinyllm.cli import UserError, escape_control_chars, escape_for_terminal
@@ -26,14 +23,14 @@ def tokens_with_alternatives(generator: TextGenerator, completion: Completion, a
     prompt_ids = generator.tokenizer.encode_prompt(completion.prompt)
     tokens = generator.read(prompt_ids + completion.tokens, alternatives)
     for i, logprob in enumerate(completion.logprobs, len(prompt_ids) - 1):
-        # Beyond the window, the token came from another context than `read` has, so the alternatives are not its own.
+        # Beyond max_seq_len, the token came from another context than `read` has: the alternatives are not its own.
         top_tokens = tokens[i].top_tokens if i < generator.engine.args.max_seq_len else []
         tokens[i] = Token(tokens[i].piece, logprob, top_tokens)
     return prompt_ids, tokens
 
 
 def token_texts(tokenizer: BaseTokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
-    """Return the text of each id. A character of several tokens belongs to the last of them."""
+    """Return the text of each id behind a prompt. A character of several tokens belongs to the last of them."""
     decoder = StreamDecoder(tokenizer, prompt_ids, [])
     texts = [decoder.add(i) for i in ids]
     if texts:
@@ -55,8 +52,7 @@ def print_token_table(generator: TextGenerator, completion: Completion, cfg: Sim
     first = 1 if cfg.echo else len(prompt_ids)
     tokens = tokens[first - 1:]
     if cfg.show_probs is True:
-        ids = (prompt_ids + completion.tokens)[first:]
-        texts = token_texts(generator.tokenizer, prompt_ids[:first], ids)
+        texts = token_texts(generator.tokenizer, prompt_ids[:first], (prompt_ids + completion.tokens)[first:])
         first_text = generator.tokenizer.decode(prompt_ids[:1]) if cfg.echo else ""
         colored = [colorize(text, token.logprob) for text, token in zip(texts, tokens)]
         print(escape_for_terminal(first_text) + "".join(colored))
@@ -72,9 +68,8 @@ def colorize(text: str, logprob: float) -> str:
     """Return a token's text, on a terminal in colors from red (improbable) to green."""
     if not sys.stdout.isatty():
         return text
-    level = min(int(6 * math.exp(logprob)), 5)
-    color = 16 + 36 * (5 - level) + 6 * level
-    return f"\033[38;5;{color}m{escape_control_chars(text)}\033[0m"
+    level = min(int(6 * math.exp(logprob)), 5)          # each takes 1/5 of the red, 36 colors of 216, and adds green, 6
+    return f"\033[38;5;{196 - 30 * level}m{escape_control_chars(text)}\033[0m"
 
 
 def print_score(generator: TextGenerator, text: str) -> None:
@@ -90,10 +85,8 @@ def print_score(generator: TextGenerator, text: str) -> None:
         raise UserError("the text is one token, and this tokenizer has no bos token before it; score a longer text")
     tokens = generator.read(ids, alternatives=0)
     loss, perplexity = loss_and_perplexity(tokens)
-    bits_per_byte = loss * len(tokens) / math.log(2) / n_bytes
     print(f"{len(tokens)} tokens, {n_bytes} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
-          f"bits per byte {bits_per_byte:.4f}")
-    print("least expected:")
+          f"bits per byte {loss * len(tokens) / math.log(2) / n_bytes:.4f}\nleast expected:")
     first_shown = 0 if first_text else 1            # bos has no text
     for i in sorted(range(len(tokens)), key=lambda i: tokens[i].logprob)[:10]:
         context = tokenizer.decode(ids[max(i - 7, first_shown):i + 1])
@@ -102,52 +95,8 @@ def print_score(generator: TextGenerator, text: str) -> None:
 
 # ---- HTML page ----------------------------------------------------------------------------------
 
-TITLE = "How likely the model found each token"
-LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # between two of them, a probability has the same colour
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --faint: #5c5c5c; --line: #c8c8c8; --box: #fff;
-  --p0: #ee8a2c; --p1: #f6ad60; --p2: #f9cb95; --p3: #f5e0c0; --p4: #e6e9e4; --p5: #def0ff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececec; --paper: #15171a; --faint: #a8a8a8; --line: #4a4e55;
-  --box: #22262c; --p0: #a65200; --p1: #8a4a0c; --p2: #65401a; --p3: #463626; --p4: #2a333c; --p5: #1c3048; } }
-body { max-width: 42rem; margin: 0 auto; padding: 1rem 1rem 12rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.1rem; margin-bottom: 0; }
-.legend, .facts, footer { color: var(--faint); font-size: .875rem; overflow-wrap: anywhere; }
-.legend { line-height: 1.8; } .legend span { color: var(--ink); margin-right: .3rem; white-space: nowrap; }
-.story { font: 1.125rem/2 Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere; }
-[data-tip] { position: relative; cursor: help; }
-span { border-radius: .2rem; padding: .15em .06em; margin: 0 .03em; }
-.p0 { background: var(--p0); } .p1 { background: var(--p1); } .p2 { background: var(--p2); }
-.p3 { background: var(--p3); } .p4 { background: var(--p4); } .p5 { background: var(--p5); }
-.prompt { border-bottom: .15em solid; border-radius: .2rem .2rem 0 0; }
-.line::before { content: "\\21b5"; } [data-tip]:empty::before { content: "\\b7"; }
-[data-tip]:hover, [data-tip]:focus { outline: .12em solid var(--ink); }
-[data-tip]:hover::after, [data-tip]:focus::after { content: attr(data-tip); position: fixed; z-index: 1;
-  inset: auto 0 0; padding: .7rem 1rem; background: var(--box); color: var(--ink); border-top: 1px solid var(--line);
-  box-shadow: 0 0 1rem #0004; font: .875rem/1.45 ui-monospace, Consolas, monospace; white-space: pre-wrap; }
-body:has([data-tip]:hover) [data-tip]:focus:not(:hover)::after { display: none; }
-footer { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: .5rem; }
-@media (min-width: 80rem) { [data-tip]:hover::after, [data-tip]:focus::after { position: absolute;
-  inset: 100% auto auto 0; width: max-content; max-width: 15rem; margin-top: .3rem; border: 1px solid var(--line);
-  border-radius: .4rem; } }
-"""
-PAGE = """<!DOCTYPE html>
-<html lang="">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="legend">Probability: {legend} <span class="prompt">prompt</span><br>
-Point at a token, tap it, or go from one to the next with Tab.</p>
-{stories}<footer>{model}<br>{settings}</footer>
-</body>
-</html>
-"""
+LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # where the color changes: p0 of the page is below the first
+PAGE = Path(__file__).with_suffix(".html")       # $stories, $model and $settings are filled in
 
 
 def write_html_page(generator: TextGenerator, completions: list[Completion], cfg: SimpleNamespace) -> None:
@@ -156,20 +105,12 @@ def write_html_page(generator: TextGenerator, completions: list[Completion], cfg
     for number, completion in enumerate(completions, 1):
         title = f"Story {number}" if len(completions) > 1 else ""
         stories.append(story_html(generator, completion, title, cfg.echo))
-    settings = {name: getattr(cfg, name) for name in sampling_kwargs(cfg)}
-    settings_text = ", ".join(f"{name} {value}" for name, value in settings.items() if value != "")
-    page = PAGE.format(title=TITLE, style=STYLE, legend=legend_html(), stories="".join(stories),
-                       model=escape_html(generator.description), settings=escape_html(settings_text))
+    settings = [f"{name} {getattr(cfg, name)}" for name in sampling_kwargs(cfg) if getattr(cfg, name) != ""]
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+        stories="".join(stories), model=escape_html(generator.description), settings=escape_html(", ".join(settings)))
     with atomic_write(cfg.show_probs) as file:
         file.write(page.encode(errors="replace"))       # a checkpoint's name may not be valid text
     print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)
-
-
-def legend_html() -> str:
-    spans = []
-    for level, (low, high) in enumerate(pairwise([0, *LEVELS, 1])):
-        spans.append(f'<span class="p{level}">{100 * low:g} to {100 * high:g}%</span>')
-    return "\n".join(spans)
 
 
 def story_html(generator: TextGenerator, completion: Completion, title: str, echo: bool) -> str:
@@ -177,32 +118,26 @@ def story_html(generator: TextGenerator, completion: Completion, title: str, ech
     n_prompt = len(prompt_ids) - 1
     prompt_tokens = tokens[:n_prompt] if echo else []
     new_tokens = tokens[n_prompt:]
-    facts = [summary_line(name, part) for name, part in (("Prompt", prompt_tokens), ("Written", new_tokens)) if part]
+    facts = []
+    for name, part in (("Prompt", prompt_tokens), ("Written", new_tokens)):
+        if part:
+            loss, perplexity = loss_and_perplexity(part)
+            facts.append(f"{name}: {len(part)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}")
     heading = f"<h2>{title}</h2>\n" if title else ""
-    prompt = prompt_html(generator.tokenizer, prompt_ids, prompt_tokens) if echo else ""
-    texts = token_texts(generator.tokenizer, prompt_ids, completion.tokens)
+    story = prompt_html(generator.tokenizer, prompt_ids, prompt_tokens) if echo else ""
     n_left = len(completion.text)                   # it ends before a stop string
-    story = ""
-    for text, token in zip(texts, new_tokens):
+    for text, token in zip(token_texts(generator.tokenizer, prompt_ids, completion.tokens), new_tokens):
         story += token_span(text[:max(n_left, 0)], token)
         n_left -= len(text)
-    return (f'<article>\n{heading}<p class="facts">{"<br>".join(facts)}</p>\n<p class="story">{prompt}{story}</p>\n'
-            "</article>\n")
+    return f'<article>\n{heading}<p class="facts">{"<br>".join(facts)}</p>\n<p class="story">{story}</p>\n</article>\n'
 
 
 def prompt_html(tokenizer: BaseTokenizer, prompt_ids: list[int], tokens: list[Token]) -> str:
     """Return the elements of a prompt. Its first token has no probability: it is bos, or nothing comes before it."""
     first_text = tokenizer.decode(prompt_ids[:1])
+    first_span = f'<span class="prompt">{escape_html(first_text)}</span>' if first_text else ""
     texts = token_texts(tokenizer, prompt_ids[:1], prompt_ids[1:])
-    spans = [token_span(text, token, " prompt") for text, token in zip(texts, tokens)]
-    if first_text:
-        spans.insert(0, f'<span class="prompt">{escape_html(first_text)}</span>')
-    return "".join(spans)
-
-
-def summary_line(name: str, tokens: list[Token]) -> str:
-    loss, perplexity = loss_and_perplexity(tokens)
-    return f"{name}: {len(tokens)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}"
+    return first_span + "".join(token_span(text, token, " prompt") for text, token in zip(texts, tokens))
 
 
 def token_span(text: str, token: Token, css_class: str = "") -> str:
@@ -219,9 +154,8 @@ def tooltip(token: Token) -> str:
     probability = format_percent(math.exp(token.logprob)).strip()
     lines = [quote_piece(token.piece), f"probability      {probability}", f"log-probability  {token.logprob:.3f} nats"]
     if token.top_tokens:
-        lines.append("likeliest here:")
-    for piece, probability in token.top_tokens:
-        lines.append(f"{format_percent(probability)}  {quote_piece(piece)}")
+        top_lines = [f"{format_percent(probability)}  {quote_piece(piece)}" for piece, probability in token.top_tokens]
+        lines += ["likeliest here:", *top_lines]
     return "\n".join(lines)
 
 

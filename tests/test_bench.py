@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, run_captured
+from conftest import assert_user_error, run_captured
 
 from model import ModelArgs
 from tinyllm import cli, demo_stories, shards
@@ -66,7 +66,8 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, backen
 
 
 @pytest.mark.parametrize("argv, message", [([], "tools.bench train | quality"), (["quality"], "--data PATH"),
-                                           (["quality", "--data", "x", "--minutes", "1"], "--minutes 3"),
+                                           (["quality", "--data", "x"], "no file or folder"),
+                                           (["quality", "--data", ".", "--minutes", "1"], "--minutes 3"),
                                            (["train", "--rounds", "0"], "rounds must be"),
                                            (["train", "--peer", "nowhere"], "no model.py in"),
                                            (["train", "--preset", "cpu_3min", "--peer", "nowhere"], "no model.py in"),
@@ -85,17 +86,17 @@ def test_text_is_measured_against_the_plain_way(run_in_process, capsys, monkeypa
     stories = [{"story": story} for story in demo_stories.generate_stories(50)]
     Path("mine.json").write_text(json.dumps(stories), encoding="utf-8")
     tokens = []
-    took = bench.time_process
+    time_script = bench.time_script
 
-    def look(command):
-        found = took(command)
-        if "shards" in command:
-            tokens.append(sum(path.stat().st_size for path in Path(command[-2]).iterdir()) / 2)
-        elif "preprocess.py" in str(command[1]):
-            tokens.append(shards.read_manifest(Path(command[3], "tok4096")).total("train", "tokens")
-                          + shards.read_manifest(Path(command[3], "tok4096")).total("val", "tokens"))
+    def look(script, *args):
+        found = time_script(script, *args)
+        if "shards" in args:
+            tokens.append(sum(path.stat().st_size for path in Path(args[-2]).iterdir()) / 2)
+        elif script == "preprocess.py":
+            manifest = shards.read_manifest(Path(args[1], "tok4096"))
+            tokens.append(manifest.total("train", "tokens") + manifest.total("val", "tokens"))
         return found
-    monkeypatch.setattr(bench, "time_process", look)
+    monkeypatch.setattr(bench, "time_script", look)
     run_in_process("bench", "text", "--data", "mine.json", "--text_mb", 0.3, "--rounds", 1)
     assert tokens[0] == tokens[1] > 50_000
     assert capsys.readouterr().out.count("x the speed") == 2
@@ -103,7 +104,7 @@ def test_text_is_measured_against_the_plain_way(run_in_process, capsys, monkeypa
 
 def test_a_contender_that_fails_is_said():
     with pytest.raises(UserError, match="no text in|no file or folder"):
-        bench.time_process([sys.executable, ROOT / "train_vocab.py", "--data", "nowhere"])
+        bench.time_script("train_vocab.py", "--data", "nowhere")
 
 
 def test_scaling_needs_several_processes():

@@ -175,5 +175,11 @@ def test_a_list_may_stand_without_its_name(block):
 def test_a_flag_that_moved_names_its_command(block, argv):
     with pytest.raises(cli.UserError, match="--gone is not a setting any more; type\n       python -m tools.gone"):
         cli.parse_settings(block, argv, moved={"gone": "python -m tools.gone"})
-    with pytest.raises(cli.UserError, match="python -m tools.doctor"):
-        cli.parse_settings(vars(train), ["--doctor"], moved=train.MOVED_FLAGS)
+
+
+@pytest.mark.parametrize("argv, command", [
+    (["--doctor"], "doctor"), (["--compare", "a", "b c", "--seed", "1"], 'compare a "b c"'),
+    (["--data_dir", "d", "--doctor", "--out_dir=my o"], 'doctor --data_dir d --out_dir "my o"')])
+def test_the_command_of_a_moved_flag_keeps_what_was_typed(argv, command):
+    with pytest.raises(cli.UserError, match=f"\n       python -m tools.{command}$"):
+        cli.parse_settings(vars(train), argv, moved=train.MOVED_FLAGS)

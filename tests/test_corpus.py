@@ -1,15 +1,15 @@
 """Reading text: every format, every way a file can be wrong, the split, and memory that does not grow."""
 import gzip
 import json
-import os
 import random
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from tinyllm import corpus, documents
 from tinyllm.cli import UserError
-from tinyllm.corpus import document_hash, find_files, summarize_skipped, val_hash_threshold
+from tinyllm.corpus import document_hash, find_files, find_val_threshold, summarize_skipped
 from tinyllm.documents import read_documents
 
 
@@ -134,9 +134,10 @@ def test_a_named_encoding_is_that_of_every_file(tmp_path, encoding):
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
-    def no_entry(*args):
-        raise PermissionError(13, "Permission denied", str(tmp_path))
-    monkeypatch.setattr(os, "scandir", no_entry)
+    def no_entry(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
+    monkeypatch.setattr(Path, "iterdir", no_entry)
     with pytest.raises(PermissionError):
         find_files(tmp_path)
 
@@ -157,7 +158,7 @@ def test_nothing_to_read_is_said(tmp_path):
 
 
 def split(files):
-    threshold = val_hash_threshold(files)
+    threshold = find_val_threshold(files)
     texts = [text for file in files for text in read_documents(file)]
     marks = [document_hash(text.encode()) for text in texts]
     return ([text for text, mark in zip(texts, marks) if mark > threshold],
@@ -201,7 +202,7 @@ def test_the_split_does_not_depend_on_files_or_order(tmp_path):
 def test_too_little_text_is_said(tmp_path, content, message):
     (tmp_path / "a.txt").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        val_hash_threshold([tmp_path / "a.txt"])
+        find_val_threshold([tmp_path / "a.txt"])
 
 
 def test_the_built_in_stories_are_the_last_resort(tmp_path, capsys):

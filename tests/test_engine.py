@@ -80,7 +80,7 @@ def test_weights_in_half_precision_are_not_rounded_once_more(dtype):
     state = checkpoint.model_state(model)
     state["model"] = {name: (weight * 3).to(dtype) for name, weight in state["model"].items()}
     want = checkpoint.build_model(state)(torch.arange(20)[None])[0, :-1].log_softmax(-1)
-    found = torch.cat(list(Engine(checkpoint.build_model(state, copy_weights=False)).read(list(range(20)))))
+    found = torch.cat(list(Engine(checkpoint.build_model(state, copy_weights=False)).logprobs(list(range(20)))))
     torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
 
 
@@ -179,7 +179,7 @@ def test_the_plain_engine_generates_the_same(model, engine):
     plain = PlainEngine(model)
     want = tokens_by_row(engine.generate(prompts, 40, params, [7]), 3)
     assert tokens_by_row(plain.generate(prompts, 40, params, [7]), 3) == want
-    for one, two in zip(engine.read([1] * 30), plain.read([1] * 30), strict=True):
+    for one, two in zip(engine.logprobs([1] * 30), plain.logprobs([1] * 30), strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
 

@@ -34,7 +34,7 @@ def test_a_micro_batch_keeps_about_what_is_estimated(planned_run):
         run.model(tokens, tokens)
     weights = {weight.untyped_storage().data_ptr() for weight in run.model.parameters()}
     counted = sum(size for storage, size in kept.items() if storage not in weights)
-    assert 0.7 < counted / estimate.activation_bytes(run) < 1.4
+    assert 0.7 < counted / estimate.estimate_memory(run)[1] < 1.4
 
 
 @pytest.mark.parametrize("done, max_minutes, seconds, steps", [
@@ -44,14 +44,14 @@ def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, st
     """A step takes 0.1 s, an evaluation 2 s; there are 1000 steps, with an evaluation each 300 and at the end."""
     run = SimpleNamespace(cfg=SimpleNamespace(max_iters=1000, eval_interval=300, max_minutes=max_minutes),
                           state=TrainState(iter_num=done), eval_seconds=2.0, seconds=lambda: 5.0)
-    assert TrainRun.seconds_left(run, 0.1) == pytest.approx(seconds) and TrainRun.steps_left(run, 0.1) == steps
+    assert estimate.estimate_rest(run, 0.1) == (pytest.approx(seconds), steps)
 
 
 def test_an_epoch_is_as_many_tokens_as_there_are(planned_run, capsys):
     """Not as many windows: these begin at documents, and short ones are in several."""
     run = planned_run("--max_iters", 500)
     estimate.print_duration_estimate(run, 0.1)
-    read = 500 * run.tokens_per_step / run.data.total("train", "tokens")
+    read = 500 * run.tokens_per_step / run.shards.total("train", "tokens")
     assert f" 500 steps, {read:.1f} epochs" in capsys.readouterr().out
 
 
@@ -67,8 +67,8 @@ def test_a_run_that_is_too_long_gets_notes(planned_run, monkeypatch, capsys, not
 
 @pytest.mark.parametrize("error, says, use", [
     (BackendCompilerFailed(print, ImportError("main.so: file too short"), None), "main.so: file too short",
-     "--compile False; or delete .*torchinductor"),
-    (SystemError("a kernel of another processor"), "another processor", "or delete .*torchinductor"),
+     "--compile False"),
+    (SystemError("a kernel of another processor"), "another processor", "--compile False"),
     (UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal"), "PYTHONUTF8=1", "--compile False")])
 def test_a_compiler_that_fails_is_told_with_its_mending(train_small, monkeypatch, capsys, error, says, use):
     """The last one as in Windows in Chinese, where an import fails."""
@@ -87,15 +87,13 @@ def test_a_compiler_that_fails_is_told_with_its_mending(train_small, monkeypatch
     assert load_state("auto")["iter_num"] == 1 and not load_state("auto")["state"]["compiled"]
 
 
-@pytest.mark.parametrize("device, compiler, triton, capability, why", [
-    ("cpu", True, False, (0, 0), ""), ("cpu", False, False, (0, 0), "C++ compiler"), ("mps", True, True, (9, 0), "mps"),
-    ("cuda", False, True, (7, 0), ""), ("cuda", True, False, (9, 0), "triton"),
-    ("cuda", True, True, (6, 1), "too old")])
-def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, capability, why):
+@pytest.mark.parametrize("device, compiler, triton, why", [
+    ("cpu", True, False, ""), ("cpu", False, False, "C++ compiler"), ("mps", True, True, "mps"),
+    ("cuda", False, True, ""), ("cuda", True, False, "triton")])
+def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, why):
     monkeypatch.setattr(estimate.devices, "why_no_compiler", lambda: "" if compiler else "there is no C++ compiler")
     monkeypatch.setattr(estimate.devices, "why_no_headers", lambda: "")
     monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: triton or None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = estimate.why_not_compilable(torch.device(device))
     assert why in found if why else found == ""
 
@@ -103,5 +101,5 @@ def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, ca
 @pytest.mark.parametrize("free, warns", [(1e12, False), (3e6, True), (None, False)])
 def test_too_little_memory_is_announced(planned_run, monkeypatch, capsys, free, warns):
     monkeypatch.setattr(estimate, "free_memory", lambda: free)
-    estimate.warn_of_memory(planned_run("--max_seq_len", 256, "--batch_size", 8))
-    assert ("halve --batch_size" in capsys.readouterr().out) == warns
+    text = estimate.describe_memory(planned_run("--max_seq_len", 256, "--batch_size", 8))
+    assert ("halve --batch_size" in text) == warns

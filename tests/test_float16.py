@@ -13,7 +13,7 @@ def test_an_overflow_that_one_optimizer_sees_holds_both_back(planned_run, overfl
     """As in float16, where the embedding, which is AdamW's, overflows first."""
     run = planned_run("--dtype", "float32", "--grad_clip", clip)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    batches = train.Task.iter_batches(run.data, "train", run.cfg.batch_size, 32, seed=1)
+    batches = train.Task.iter_batches(run.shards, "train", run.cfg.batch_size, 32, seed=1)
     train.train_step(run, batches)                                       # Muon has its momentum now
     weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     run.model.tok_embeddings.weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([5]), overflow))

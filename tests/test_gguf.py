@@ -18,7 +18,8 @@ from tinyllm.cli import UserError
 gguf = pytest.importorskip("gguf")
 from extras.formats import gguf_file  # noqa: E402
 
-TEXTS = [*demo_stories.generate_stories(20), "12345 and 67,\n\n  8", "It's DON'T  x\t\ty ", "中文, 🙂 é", "<s></s>"]
+TEXTS = [*demo_stories.generate_stories(20), "12345 and 67,\n\n  8", "It's DON'T  x\t\ty ", "中文, 🙂 é",
+         "<s></s>"]
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 

@@ -198,7 +198,7 @@ def test_checkpoints_of_llama2_c_load(vocabulary):
     torch.save({"model": weights | constants, "optimizer": {"state": {}, "param_groups": []}, "model_args": args,
                 "iter_num": 7, "best_val_loss": torch.tensor(1.5), "config": {"out_dir": "out"}}, "ckpt.pt")
     llama2c.write_tokenizer(vocabulary, Path("tokenizer.bin"))
-    found = checkpoint.read_model("ckpt.pt", tokenizer="tokenizer.bin")
+    found = checkpoint.read_model("ckpt.pt", "tokenizer.bin")
     assert found["model_args"] == asdict(ModelArgs(**{**state["model_args"], "n_kv_heads": 4}))
     assert all(torch.equal(found["model"][name], weight) for name, weight in state["model"].items())
     done = run_captured("sample", "--checkpoint", "ckpt.pt", "--tokenizer", "tokenizer.bin", "--max_new_tokens", 3,

@@ -22,7 +22,6 @@ from sample import TextGenerator
 from tinyllm import checkpoint, distributed
 from tinyllm.cli import UserError
 from tinyllm.device import Backend, _has_fbgemm
-from tinyllm.distributed import DistributedContext
 from tinyllm.engine import Engine
 from tinyllm.sampling import SamplingParams
 
@@ -93,9 +92,9 @@ def test_what_cannot_be_divided_is_refused_once(tmp_path):
 
 def test_what_does_not_go_with_several_processes(trained):
     with pytest.raises(UserError, match="nproc_per_node=1 or 2 or 4$"):
-        tensor_parallel.check_divisible(make().args, DistributedContext(0, 3))
+        tensor_parallel.check_divisible(make().args, 3)
     with pytest.raises(UserError, match="GPT-2"):
-        tensor_parallel.check_divisible(GPT2Args(), DistributedContext(0, 2))
+        tensor_parallel.check_divisible(GPT2Args(), 2)
     with pytest.raises(UserError, match="--compile is for one process"):
         TextGenerator(trained, compile=True, device="cpu", tp_group=object())
 
@@ -144,7 +143,7 @@ def logits_of(engine: Engine) -> list:
     """Of texts that are written, of a text that is read; as lists, since tensors in pipes need more."""
     written = [step.logits for step in engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2))]
     next(engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2)))            # given up after a token
-    return [torch.stack(written).tolist(), torch.cat(list(engine.read(list(range(1, 60))))).tolist()]
+    return [torch.stack(written).tolist(), torch.cat(list(engine.logprobs(list(range(1, 60))))).tolist()]
 
 
 def divided_logits(dtype: torch.dtype, quantize: str) -> list:

@@ -1,13 +1,14 @@
 """Step 2: what is in the shards, what a second run does, and what happens when something breaks."""
 import gzip
 import json
-import re
+import os
 import shutil
 import subprocess
 import sys
 import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, run_in_proc
     for folder in "data/mine", "data/yours":
         run_in_process("train_vocab", "--data", texts, "--data_dir", folder, "--vocab_size", 300)
     run_in_process("preprocess", "--data_dir", "data/mine")
-    with pytest.raises(UserError, match="no vocabulary in .*mime\n.*: data.mine, data.yours, data. else make one: "
+    with pytest.raises(UserError, match="no vocabulary in .*mime; did you mean data.mine\\?\n *make one: "
                        "python train_vocab.py --data_dir data.mime"):
         run_in_process("train", "--data_dir", "data/mime")
     with pytest.raises(UserError, match="no data.yours.tok300.*\n +run python preprocess.py --data_dir data.yours$"):
@@ -168,27 +169,14 @@ def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, run_in_proc
 
 
 @pytest.mark.parametrize("script", ["train_vocab", "preprocess"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_all_files_that_are_not_utf8_are_named_at_once(texts, run_in_process, script, processes):
-    wrong = [texts / f"{i}.txt" for i in range(7)]
-    for path in wrong:
-        path.write_bytes("你好".encode("gbk"))
-    (texts / "z.txt.gz").write_bytes(b"wrong in another way")
-    with pytest.raises(UserError, match="7 of 12 files are not UTF-8 text: .*0.txt, .*4.txt and 2 more\n") as error:
-        run_in_process(script, "--data", texts, "--num_workers", processes)
-    assert "--encoding gb18030" in str(error.value)
-    wrong[3].write_bytes(b"\xff\xff\xff")
-    with pytest.raises(UserError, match="3.txt: this is not gb18030 text"):         # the others are
-        run_in_process(script, "--data", texts, "--num_workers", processes, "--encoding", "gb18030")
-    for path in wrong[1:]:
-        path.unlink()
-    with pytest.raises(UserError, match="0.txt: this is not UTF-8 text.*\n.*--encoding gb18030"):
-        run_in_process(script, "--data", wrong[0], "--num_workers", processes)
-    with pytest.raises(UserError, match="0.txt: this is not utf-16 text"):
-        run_in_process(script, "--data", wrong[0], "--encoding", "utf-16")
-    for name in ("gbkk", "base64"):
-        with pytest.raises(UserError, match=f"--encoding {name} is not known"):
-            run_in_process(script, "--encoding", name)
+def test_a_file_in_another_encoding_is_named_with_what_to_do(texts, run_in_process, script):
+    wrong = texts / "e.txt"
+    wrong.write_bytes("你好".encode("gbk"))
+    with pytest.raises(UserError, match="e.txt: this is not UTF-8 text.*\n.*--encoding gb18030"):
+        run_in_process(script, "--data", texts, "--num_workers", 2)
+    for name in ("utf-16", "gbkk", "base64"):
+        with pytest.raises(UserError, match=f"e.txt: this is not {name} text"):
+            run_in_process(script, "--data", wrong, "--encoding", name)
 
 
 @pytest.mark.parametrize("name", ["2.txt", "2.txt.gz", "2.jsonl"])
@@ -261,15 +249,9 @@ def test_a_text_that_repeats_its_validation_documents_is_noted(run_in_process, c
 @pytest.mark.parametrize("folder", ["texts", "texts/vocabulary"])
 def test_what_is_written_must_not_be_in_the_text(texts, run_in_process, folder, script):
     before = sorted(texts.iterdir())
-    with pytest.raises(UserError, match="is in the text.*\n.*--data_dir data.mine"):
+    with pytest.raises(UserError, match="is in the text.*\n.*outside .*texts, such as --data_dir ../data"):
         run_in_process(*script, "--data", texts, "--data_dir", texts.parent / folder)
     assert sorted(texts.iterdir()) == before
-    here = Path.cwd()
-    with pytest.raises(UserError, match=re.escape(f"--data_dir {here.with_name(f'{here.name}-data')}")):
-        run_in_process(*script, "--data", ".", "--data_dir", "d9")                # data/mine would be in it too
-    assert not Path("d9").exists()
-    with pytest.raises(UserError, match="make one: python train_vocab.py --data .*texts --data_dir data/mine$"):
-        run_in_process("train", "--data_dir", texts)
 
 
 def test_an_adopted_vocabulary_whose_text_failed_is_told_how_to_go_on(texts, run_in_process):
@@ -280,7 +262,7 @@ def test_an_adopted_vocabulary_whose_text_failed_is_told_how_to_go_on(texts, run
         run_in_process("preprocess", "--tokenizer", "theirs.model", "--data", texts)
     with pytest.raises(UserError, match="run python preprocess.py --data PATH$"):
         run_in_process("train")
-    with pytest.raises(UserError, match="no tokenizer at their.model\n.*there is theirs.model"):
+    with pytest.raises(UserError, match="no tokenizer at their.model; did you mean theirs.model"):
         run_in_process("preprocess", "--tokenizer", "their.model", "--data", texts)
 
 
@@ -345,12 +327,12 @@ def sealed(content: dict) -> bytes:
 
 
 @pytest.mark.parametrize("name, change, message", [
-    ("train_0001.bin", lambda content: content[:-1], "train_0001.bin has .* bytes instead"),
-    ("train_0001.bin", lambda content: content[:-2], "train_0001.bin has .* bytes instead"),
-    ("train_0001.bin", lambda content: content + b"x", "train_0001.bin has .* bytes instead"),
-    ("train_0001.bin", lambda content: content[:-1] + b"x", "train_0001.bin is damaged"),
-    ("val_0000.bin", None, "val_0000.bin is missing"),
-    ("manifest.json", None, "not tokenised yet"),
+    ("train_0001.bin", lambda content: content[:-1], "damaged: .*train_0001.bin"),
+    ("train_0001.bin", lambda content: content[:-2], "damaged: .*train_0001.bin"),
+    ("train_0001.bin", lambda content: content + b"x", "damaged: .*train_0001.bin"),
+    ("train_0001.bin", lambda content: content[:-1] + b"x", "damaged: .*train_0001.bin"),
+    ("val_0000.bin", None, "missing or damaged: .*val_0000.bin"),
+    ("manifest.json", None, "not tokenized yet"),
     ("manifest.json", lambda content: content[:100], "manifest.json is damaged"),
     ("manifest.json", lambda content: b"[]", "manifest.json is damaged"),
     ("manifest.json", lambda content: content.replace(b"true", b"false").replace(b"train_0", b"train_1"), "checksum"),
@@ -366,6 +348,14 @@ def test_damaged_shards_are_refused_by_name(texts, run_in_process, name, change,
     with pytest.raises(UserError, match=message) as error:
         load()
     assert "python preprocess.py" in str(error.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody replace a file that is mapped")
+def test_loaded_shards_outlive_their_files(texts, run_in_process):
+    run_in_process("preprocess")
+    found, vocabulary = load()
+    shutil.rmtree("data/tok400")
+    assert decoded(found, vocabulary, "val")
 
 
 def test_from_the_command_line(texts):
@@ -418,3 +408,9 @@ def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
     result = run_subprocess("preprocess", "--data", texts)
     assert result.returncode == 0, result.stderr
     assert load()[0].total("train", "documents") + load()[0].total("val", "documents") == len(STORIES) * 100
+
+
+def test_the_next_step_writes_to_a_folder_of_its_own(ckpt, capsys):
+    Path("output/tuned").mkdir(parents=True)
+    preprocess.print_next_step(SimpleNamespace(tokenizer=str(ckpt)), Path("data/tok512.model"))
+    assert f"--out_dir {Path('output/tuned-1')} " in capsys.readouterr().out

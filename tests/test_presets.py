@@ -33,7 +33,7 @@ def test_an_unknown_preset_is_refused_with_the_list():
 
 
 def test_what_to_expect_is_read_off_the_curve(monkeypatch):
-    monkeypatch.setitem(PRESETS, "mine", Preset("", 512, {}, ((1.0, 2.0, "a"), (3.0, 1.0, "b"))))
+    monkeypatch.setitem(PRESETS, "mine", Preset("", 512, {}, ((1.0, 2.0), (3.0, 1.0))))
     assert [presets.expected_bpb("mine", minutes) for minutes in (0.5, 1, 2, 3, 9)] == [None, 2.0, 1.5, 1.0, 1.0]
     assert presets.expected_bpb("", 2) is None
 
@@ -49,6 +49,6 @@ def test_help_lists_them(capsys):
 def test_training_says_how_the_preset_did(run_in_process, project, monkeypatch, capsys):
     tiny = dict(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, max_seq_len=32, batch_size=2, max_iters=4, eval_interval=2,
                 sample_tokens=0, compile=False)
-    monkeypatch.setitem(PRESETS, "mine", Preset("", 512, tiny, ((0.0, 1.25, ""), (9.0, 1.25, ""))))
+    monkeypatch.setitem(PRESETS, "mine", Preset("", 512, tiny, ((0.0, 1.25), (9.0, 1.25))))
     run_in_process("train", "--preset", "mine", "--data_dir", project)
     assert capsys.readouterr().out.count("mine was at 1.250 bits per byte by now") == 2

@@ -2,11 +2,7 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from extras.gpt2 import GPT2, GPT2Args
-from model import ModelArgs, Transformer
-from tinyllm import resume
 from tinyllm.cli import UserError
 
 
@@ -22,22 +18,9 @@ def test_all_problems_are_reported_at_once(train_small):
         train_small("out", "--sample_prompts", "caf\udce9")
 
 
-def test_too_little_disk_is_said_before_the_first_step(train_small, monkeypatch):
-    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match="MB free"):
-        train_small("out", "--max_iters", 2)
-
-
-@pytest.mark.parametrize("model, args", [(Transformer, ModelArgs(n_layers=5)), (GPT2, GPT2Args()),
-                                         (Transformer, ModelArgs(n_layers=1, tie_embeddings=False))])
-def test_parameters_are_counted_without_building_every_layer(model, args):
-    with torch.device("meta"):
-        assert resume.count_parameters(args) == model(args).count_parameters()
-
-
 @pytest.mark.parametrize("shape, says", [
-    ({"n_layers": 2**31 - 1}, "the checkpoints need"), ({"dim": 2 * 10**9, "n_heads": 10**8}, "larger than any memory"),
-    ({"hidden_dim": 2**31 - 1, "dim": 2 * 10**9, "n_heads": 10**8}, "larger than any memory")])
+    ({"n_layers": 2**31 - 1}, "n_layers must be"), ({"dim": 2 * 10**9, "n_heads": 10**8}, "not enough memory"),
+    ({"hidden_dim": 2**31 - 1, "dim": 2 * 10**9, "n_heads": 10**8}, "not enough memory")])
 def test_a_model_for_no_machine_is_refused_at_once(train_small, shape, says):
     with pytest.raises(UserError, match=says):
         train_small("out", "--n_kv_heads", 1, *(word for name, value in shape.items() for word in (f"--{name}", value)))

@@ -153,14 +153,6 @@ def test_a_state_of_another_version_is_one_clear_line(train_small, change):
     assert Path("out/last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
-def test_a_best_checkpoint_that_is_gone_or_damaged_is_written_again(train_small, damage):
-    train_small("out", "--max_iters", 2)
-    damage(Path("out/ckpt.pt"))
-    train_small("out", "--max_iters", 4)
-    assert load_state("out", "ckpt.pt")["iter_num"] == 4
-
-
 def test_settings_of_the_optimizer_may_change_while_a_run_goes_on(train_small):
     train_small("out", "--max_iters", 2)
     train_small("out", "--max_iters", 4, "--init_from", "resume", "--weight_decay", 0.7)

@@ -247,9 +247,13 @@ def test_an_interrupted_output_file_is_completed(output_file_command):
 def test_a_file_that_is_no_output_file_of_these_prompts_is_refused(output_file_command, content, message):
     Path("out.jsonl").write_text(content, encoding="utf-8")
     assert_user_error(run_captured(*output_file_command), "out.jsonl", message)
-    Path("prompts.txt").write_text("", encoding="utf-8")            # also if there is nothing to write
-    assert_user_error(run_captured(*output_file_command), "out.jsonl", message)
     assert Path("out.jsonl").read_text(encoding="utf-8") == content
+
+
+def test_an_empty_input_file_is_refused(output_file_command):
+    Path("prompts.txt").write_text("", encoding="utf-8")
+    assert_user_error(run_captured(*output_file_command), "prompts.txt is empty")
+    assert not Path("out.jsonl").exists()
 
 
 def test_an_output_file_is_locked(output_file_command):

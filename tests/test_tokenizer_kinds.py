@@ -150,7 +150,7 @@ def test_the_beginning_is_what_the_model_knows(byte_level):
 
 @pytest.mark.parametrize("model, part", [(b"{}", "no tokenizer.json"), (b"{", "no tokenizer.json"),
                                          (b"YQ== 0\nYg== x\n", "no tiktoken file"), (b"YQ== 0\n?? 1\n", "no tiktoken"),
-                                         (b"", "empty"), (b"what", "not a SentencePiece model")])
+                                         (b"", "not a SentencePiece model"), (b"what", "not a SentencePiece model")])
 def test_damaged_vocabularies_are_one_clear_line(model, part):
     with pytest.raises(UserError, match=part):
         project.load_tokenizer(model)

@@ -129,7 +129,7 @@ def words_of(text: bytes) -> list[bytes]:
 
 
 def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabulary):
-    monkeypatch.setattr(words, "_SLOTS", 64)
+    monkeypatch.setattr(words, "_N_SLOTS", 64)
     assert count_words(STORIES) == by_hand(STORIES)
     ids = DocumentEncoder(vocabulary).encode([text.encode() for text in STORIES])
     assert ids.tolist() == plain_ids(vocabulary, STORIES)
@@ -137,7 +137,7 @@ def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabular
 
 # ---- encoding -----------------------------------------------------------------------------------
 
-@hypothesis_settings(max_examples=1000, deadline=None)
+@hypothesis_settings(max_examples=300, deadline=None)
 @given(texts=LISTS)
 def test_ids_are_those_of_whole_texts(vocabulary, texts):
     want = [i for ids in vocabulary.encode_batch(texts, bos=True, eos=True) for i in ids]
@@ -148,7 +148,7 @@ def test_ids_are_those_of_whole_texts(vocabulary, texts):
         assert want == plain_ids(vocabulary, texts)
 
 
-@hypothesis_settings(max_examples=500, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 @given(texts=LISTS)
 def test_ids_of_a_vocabulary_from_elsewhere_are_those_of_whole_texts(texts):
     assert DocumentEncoder(FOREIGN).encode([text.encode() for text in texts]).tolist() == plain_ids(FOREIGN, texts)

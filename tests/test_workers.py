@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -101,19 +100,9 @@ def test_ctrl_c_in_the_middle_of_a_long_result_is_the_end(tmp_path):
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
 
 
-@pytest.mark.parametrize("number", workers.STOP_SIGNALS)
-def test_a_signal_waits_until_the_processes_have_begun(number):
-    """Also one that another thread gets."""
-    heard = []
-    before = signal.signal(number, lambda number, frame: heard.append(number))
-    try:
-        begun = threading.Event()
-        thread = threading.Thread(target=lambda: begun.wait() and signal.raise_signal(number))
-        thread.start()
-        with workers.defer_signals():
-            begun.set()
-            thread.join()
-            assert not heard
-        assert heard == [number]
-    finally:
-        signal.signal(number, before)
+def test_processes_start_with_ctrl_c_ignored():
+    before = signal.getsignal(signal.SIGINT)
+    with workers.ignore_ctrl_c():
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == before

@@ -3,7 +3,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ import preprocess
 from extras import plots
 from tinyllm import checkpoint, corpus, documents, project, shards
 from tinyllm.cli import UserError
-from tinyllm.files import sha256
+from tinyllm.files import load_json, save_json
 
 MODEL, NOTES, MANIFEST = "data/tok300.model", "data/tok300.json", "data/tok300/manifest.json"
 SHARD = "data/tok300/val_0000.bin"
@@ -36,6 +36,7 @@ WRONG = {"empty": b"", "noise": random.Random(1).randbytes(3000), "zeros": bytes
          "not UTF-8": b"Once upon \xff\xfe a time", "UTF-16": "Once upon a time\nthere was".encode("utf-16"),
          "deep": b"[" * 200_000, "deep object": b'{"a":' * 200_000, "html": b"<html><body>404</body></html>"}
 TEXT = {"empty", "zeros", "deep", "deep object", "html"}        # what is text too, and so not wrong in a .txt
+REFUSE_EMPTY = ("--score", "--data", "--output_file")
 VALUES = [None, True, -1, 0.5, float("nan"), float("inf"), 10**30, "", "1", "\ud800", "\0", [], [1], {}, {"a": 1}]
 
 
@@ -56,18 +57,6 @@ def refuses(order: list, *parts: str) -> None:
     before = tree()
     assert_user_error(run_captured(*order), *parts)
     assert tree() == before
-
-
-def accepts(load: Callable[[], Any]) -> bool:
-    """Whether something is read; if not, there is a message to the user, and in no case a change on disk."""
-    before = tree()
-    try:
-        load()
-    except UserError:
-        return False
-    finally:
-        assert tree() == before
-    return True
 
 
 def load_shards() -> shards.ShardSet:
@@ -102,7 +91,7 @@ def test_a_folder_in_its_place(files, name, order):
 @pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
 def test_other_content(files, name, order, kind):
     Path(name).write_bytes(WRONG[kind])
-    if kind not in TEXT or not name.endswith(".txt") or kind == "empty" and order[-2] in ("--score", "--data"):
+    if kind not in TEXT or not name.endswith(".txt") or kind == "empty" and order[-2] in REFUSE_EMPTY:
         refuses(order, Path(name).name)
 
 
@@ -174,44 +163,15 @@ def test_notes_that_are_no_object(files, value):
 
 # ---- manifest and shards ------------------------------------------------------------------------
 
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The way to each value in a tree."""
-    if path:
-        yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-def with_value(tree: Any, path: tuple, value: Any) -> Any:
-    if not path:
-        return value
-    copy = tree.copy()
-    copy[path[0]] = with_value(copy[path[0]], path[1:], value)
-    return copy
-
-
 def manifest() -> dict[str, Any]:
-    return json.loads(Path(MANIFEST).read_text(encoding="utf-8"))
+    return load_json(MANIFEST)
 
 
 def save_manifest(content: dict[str, Any]) -> None:
-    """With a checksum that is right, so that what is behind it is reached."""
-    Path(MANIFEST).write_text(json.dumps(fuzz.sealed({**content, "checksum": ""})), encoding="utf-8")
+    save_json(MANIFEST, content)
 
 
-def test_a_wrong_value_anywhere_in_the_manifest(files):
-    """A text may stand for a text, and in what is only counted a number for a number; nothing else is read."""
-    content = manifest()
-    counted = ("name", "sha256", "val_threshold", "size", "documents", "bytes")
-    for path in places({key: value for key, value in content.items() if key != "checksum"}):
-        for value in VALUES:
-            save_manifest(with_value(content, path, value))
-            if accepts(load_shards):
-                assert path[-1] in counted and type(value) in (str, int) or path[-1] == "sources" and value == [], path
-
-
-@pytest.mark.parametrize("key", ["format", "dtype", "tokenizer_sha256", "vocab_size", "val_threshold", "shards"])
+@pytest.mark.parametrize("key", ["format", "tokenizer_sha256", "vocab_size", "val_threshold", "shards"])
 def test_a_manifest_without_a_key(files, key):
     save_manifest({k: v for k, v in manifest().items() if k != key})
     refuses(TRAIN, "manifest.json", "python preprocess.py")
@@ -226,27 +186,11 @@ def test_a_shard_outside_the_folder(files, file):
     refuses(TRAIN, "manifest.json", "python preprocess.py")
 
 
-def test_a_shard_that_is_listed_twice(files):
-    content = manifest()
-    save_manifest({**content, "shards": [*content["shards"], content["shards"][0]]})
-    refuses(TRAIN, "manifest.json")
-
-
 @pytest.mark.parametrize("format", [0, 1, 99])
 def test_a_manifest_of_another_format(files, format):
     if format != shards.FORMAT:
         save_manifest({**manifest(), "format": format})
         refuses(TRAIN, "manifest.json", "python preprocess.py")
-
-
-def test_ids_beyond_the_vocabulary(files):
-    ids = np.fromfile(SHARD, "<u2")
-    ids[5] = 300
-    ids.tofile(SHARD)
-    content = manifest()
-    content["shards"][1]["sha256"] = sha256(SHARD)
-    save_manifest(content)
-    refuses(TRAIN, "val_0000.bin")
 
 
 @pytest.mark.parametrize("change", [lambda ids: ids[:-1], lambda ids: np.append(ids, 2), lambda ids: ids[:0],

@@ -1,15 +1,14 @@
 """Turn the settings block at the top of a script into --help and typed overrides.
 
-A script writes its settings once, as plain assignments between two rulers:
-
     # ---- settings ----
     batch_size = 32     # windows per micro-batch; halve it when memory runs out
     # ---- end of settings ----
 
-and calls `cfg, overrides = cli.parse_settings(globals())`. It accepts `--batch_size 16` and `--batch-size=16`, for
-booleans `--compile`, `--compile False` and `--no-compile`, and for lists of texts `--folders a b`. The default gives
-the type, the comment the help, and a typo is an error with a suggestion. A boolean that may also be a text,
-such as auto or the name of a file, is written `name: bool | str = False`.
+    cfg, overrides = cli.parse_settings(globals())
+
+accepts `--batch_size 16` and `--batch-size=16`, for booleans `--compile`, `--compile False` and `--no-compile`, and for
+lists of texts `--folders a b`. The default gives the type, the comment the help, and a typo is an error with a
+suggestion. A boolean that may also be a text, such as auto or the name of a file, is `name: bool | str = False`.
 """
 import argparse
 import ast
@@ -20,6 +19,7 @@ import re
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import takewhile
 from multiprocessing import active_children
@@ -28,13 +28,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
-USER_FIXABLE_ERRNOS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG,                    # the disk is full
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,          # no permission, or the disk is broken
-    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,    # something is missing or of another kind
-    errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,               # the name is impossible or in use
-    errno.EMFILE, errno.ENFILE,                                 # too many files are open
-)
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)    # the disk is full or broken
 CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
 
@@ -60,12 +55,15 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
                    moved: dict[str, str] | None = None) -> tuple[SimpleNamespace, dict[str, Any]]:
     """Parse a script's settings block and the command line.
 
-    `presets` maps names to settings, one of which a setting `preset` may choose; the command line takes precedence.
-    `positional` settings may be given without their names, in this order. `moved` maps flags of earlier versions to the
-    commands that replaced them. The settings that differ from the block are printed to `out`, by default stdout.
-
-    Return all settings as attributes, and a dict of the settings that the command line or the preset gave.
-    Raise UserError for an unknown name, a missing value or a value of the wrong type.
+    Args:
+        out: where to print the settings that differ from the block; by default stdout.
+        presets: settings by name, one of which a setting `preset` may choose; the command line takes precedence.
+        positional: settings that may be given without their names, in this order.
+        moved: flags of earlier versions, and templates of the commands that replaced them.
+    Returns:
+        all settings as attributes, and a dict of the settings that the command line or the preset gave.
+    Raises:
+        UserError: for an unknown name, a missing value or a value of the wrong type.
     """
     settings = read_settings_block(Path(module_globals["__file__"]))
     defaults = {name: module_globals[name] for name in settings}
@@ -78,28 +76,27 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
     arguments = sys.argv[1:] if argv is None else argv
     known, unknown = parser.parse_known_args([_normalize_flag(argument) for argument in arguments])
     if unknown:
-        _check_not_moved(unknown[0], moved or {})
+        _check_not_moved(unknown, vars(known), moved or {})
         parser.error(_unknown_setting_message(unknown[0], list(defaults)))
     overrides = vars(known)
     preset = overrides.get("preset", defaults.get("preset", ""))
     if presets and preset:
-        overrides = {**_preset_settings(preset, presets), **overrides}
+        if preset not in presets:
+            raise UserError(f"unknown preset {preset!r}; use {', '.join(presets)}")
+        overrides = {**presets[preset], **overrides}
     _print_overrides(defaults, overrides, out)
     return SimpleNamespace(**{**defaults, **overrides}), overrides
 
 
 def read_settings_block(path: Path) -> dict[str, Setting]:
     """Return the settings of a script by name, in order. Indented comment lines continue the comment above them."""
-    source = path.read_text(encoding="utf-8")
-    lines = source.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith(BEGIN))
-    last = next(i for i, line in enumerate(lines) if line.startswith(END))
+    source = "#" + path.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    assignments = [node for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
     settings = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and first < node.lineno <= last:
-            is_annotated = isinstance(node, ast.AnnAssign)
-            target = node.target if is_annotated else node.targets[0]
-            settings[target.id] = Setting(_comment_after(lines, node), is_annotated)
+    for node in assignments:
+        is_annotated = isinstance(node, ast.AnnAssign)
+        target = node.target if is_annotated else node.targets[0]
+        settings[target.id] = Setting(_comment_after(source.splitlines(), node), is_annotated)
     return settings
 
 
@@ -119,33 +116,26 @@ def _build_parser(module_globals: dict[str, Any], epilog: str) -> _Parser:
 def _add_setting(parser: _Parser, name: str, setting: Setting, default: Any) -> None:
     text = f"{setting.comment} (default: {default!r})".replace("%", "%%")
     kind = type(default)
-    if setting.is_bool_or_str:
-        _add_boolean(parser, name, parse_bool_or_str, "BOOL|STR", text)
-    elif kind is bool:
-        _add_boolean(parser, name, _parse_bool, "BOOL", text)
+    if setting.is_bool_or_str or kind is bool:
+        parse = parse_bool_or_str if setting.is_bool_or_str else _parse_bool
+        metavar = "BOOL|STR" if setting.is_bool_or_str else "BOOL"
+        parser.add_argument(f"--{name}", type=parse, nargs="?", const=True, metavar=metavar, help=text)
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
     elif kind is list:
         parser.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=text)
     else:
         parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=text)
 
 
-def _add_boolean(parser: _Parser, name: str, parse: Callable[[str], bool | str], metavar: str, text: str) -> None:
-    parser.add_argument(f"--{name}", type=parse, nargs="?", const=True, metavar=metavar, help=text)
-    parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
-
-
 def _parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+    if text.lower() not in BOOLS:
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-    return text.lower() in ("true", "1", "yes")
+    return BOOLS[text.lower()]
 
 
 def parse_bool_or_str(text: str) -> bool | str:
     """Return the boolean that a text spells, or else the text."""
-    try:
-        return _parse_bool(text)
-    except argparse.ArgumentTypeError:
-        return text
+    return BOOLS.get(text.lower(), text)
 
 
 def _normalize_flag(argument: str) -> str:
@@ -154,34 +144,27 @@ def _normalize_flag(argument: str) -> str:
     return f"--{match[1].replace('-', '_')}{match[2] or ''}" if match else argument
 
 
-def _check_not_moved(argument: str, moved: dict[str, str]) -> None:
-    name = argument.removeprefix("--").split("=")[0]
-    if argument.startswith("--") and name in moved:
-        raise UserError(f"--{name} is not a setting any more; type\n       {moved[name]}")
+def _check_not_moved(unknown: list[str], overrides: dict[str, Any], moved: dict[str, str]) -> None:
+    """Raise UserError for a flag that moved. In its new command, {values} are its values, {NAME} a setting's flag."""
+    name = unknown[0].removeprefix("--").split("=")[0]
+    if unknown[0].startswith("--") and name in moved:
+        flags = {key: _format_flag(key, value) for key, value in overrides.items()}
+        flags["values"] = " ".join(map(shell_quote, unknown[1:]))
+        command = moved[name].format_map(defaultdict(str, flags)).rstrip()
+        raise UserError(f"--{name} is not a setting any more; type\n       {command}")
 
 
 def _unknown_setting_message(argument: str, names: list[str]) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} is no setting; settings are given as --name value, and a text with spaces in quotes"
-    name = argument.lstrip("-").split("=")[0]
-    similar = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean --{similar[0]}?" if similar else ""
-    return f"unknown setting {argument!r}{hint}"
-
-
-def _preset_settings(preset: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if preset not in presets:
-        raise UserError(f"unknown preset {preset!r}; use {', '.join(presets)}")
-    return presets[preset]
+    similar = difflib.get_close_matches(argument.lstrip("-").split("=")[0], names, n=1)
+    return f"unknown setting {argument!r}" + (f"; did you mean --{similar[0]}?" if similar else "")
 
 
 def _print_overrides(defaults: dict[str, Any], overrides: dict[str, Any], out: TextIO | None) -> None:
-    changes = []
-    for name, default in defaults.items():
-        value = overrides.get(name, default)
-        if value != default:
-            changes.append(f"{name}={value!r} (default {default!r})")
-    if changes:
+    changed = [name for name, default in defaults.items() if overrides.get(name, default) != default]
+    if changed:
+        changes = [f"{name}={overrides[name]!r} (default {defaults[name]!r})" for name in changed]
         print("settings:", ", ".join(changes), file=out)
 
 
@@ -199,8 +182,7 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:             # the reader of our output, such as `head`, has finished
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        is_invalid_name = os.name == "nt" and error.errno == errno.EINVAL and error.filename       # such as a?.txt
-        if error.errno not in USER_FIXABLE_ERRNOS and not is_invalid_name:
+        if not error.filename and error.errno not in DISK_ERRNOS:
             raise
         sys.exit(escape_control_chars(f"error: {error.strerror}: {error.filename or 'a file'}"))
     finally:
@@ -244,12 +226,11 @@ def suggest_path(path: str | Path) -> str:
 def format_command(script: str, launcher: str = "python", **settings: Any) -> str:
     """Return a command line to type, with all settings that are neither empty nor None."""
     program = f"-m {script}" if "." in script else f"{script}.py"
-    flags = [format_flag(name, value) for name, value in settings.items() if value not in ("", None)]
+    flags = [_format_flag(name, value) for name, value in settings.items() if value not in ("", None)]
     return " ".join([launcher, program, *flags])
 
 
-def format_flag(name: str, value: Any) -> str:
-    """Return a setting as it is typed: --name value."""
+def _format_flag(name: str, value: Any) -> str:
     if value is True:
         return f"--{name}"
     text = str(value)

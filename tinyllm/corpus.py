@@ -3,18 +3,15 @@
 Every step reads the same documents in the same order, and keeps the same ones for validation.
 """
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from tinyllm import demo_stories
-from tinyllm.cli import UserError, shell_quote, suggest_path
-from tinyllm.documents import SEPARATOR, chunks, read_documents
+from tinyllm.cli import UserError, suggest_path
+from tinyllm.documents import SEPARATOR, group_by_size, read_documents
 from tinyllm.files import load_json, save_json
-from tinyllm.project import separate_data_dir
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 VAL_FRACTION = 0.02                     # share of the documents for validation; at least one document is
@@ -28,27 +25,24 @@ def find_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no file or folder at {path.resolve()}{suggest_path(path)}")
-    files = [path] if path.is_file() else list_files(path)
+    files = [path] if path.is_file() else _list_files(path)
     files = [file for file in files if _is_text_file(file)]
     if not files:
         raise UserError(f"no text in {path.resolve()}\n       files must end in {', '.join(SUFFIXES)}")
     return files
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Return the files of a folder and its subfolders sorted by name, without hidden ones.
-
-    Links to folders are not followed. Raises OSError for a subfolder that may not be read.
-    """
-    paths = []
-    for root, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(filter(Path.is_file, paths), key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def _list_files(folder: Path) -> list[Path]:
+    """Return the files of a folder and its subfolders sorted by name, without hidden ones and linked folders."""
+    files = []
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            files += _list_files(path)
+        elif path.is_file():
+            files.append(path)
+    return sorted(files, key=Path.as_posix)
 
 
 def _is_text_file(path: Path) -> bool:
@@ -57,7 +51,7 @@ def _is_text_file(path: Path) -> bool:
 
 def summarize_skipped(path: Path) -> str:
     """Summarize the files of a folder that are not read by extension, e.g. '3 .md, 1 .pdf'; empty if none."""
-    files = list_files(path) if path.is_dir() else []
+    files = _list_files(path) if path.is_dir() else []
     counts = Counter(file.suffix or "without extension" for file in files if not _is_text_file(file))
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
 
@@ -69,15 +63,15 @@ def format_count(count: int, noun: str) -> str:
 
 def check_not_nested(source: str | Path, data_dir: str | Path) -> None:
     """Raise UserError if the data folder is inside the text, where its files would be read as text next time."""
-    source, folder = Path(source).resolve(), Path(data_dir).resolve()
-    if source in (folder, *folder.parents):
+    folder = Path(data_dir).resolve()
+    if Path(source).resolve() in (folder, *folder.parents):
         raise UserError(f"--data_dir {data_dir} is in the text, and its files would be read as text\n"
-                        f"       name another, such as --data_dir {shell_quote(str(separate_data_dir(source)))}")
+                        f"       name a folder outside {Path(source).resolve()}, such as --data_dir ../data")
 
 
 def group_small_files(files: list[Path]) -> Iterator[list[Path]]:
     """Arrange files into groups for one process to work on; small ones share a group."""
-    return chunks(files, lambda path: path.stat().st_size, GROUP_BYTES)
+    return group_by_size(files, lambda path: path.stat().st_size, GROUP_BYTES)
 
 
 @dataclass(frozen=True)
@@ -102,11 +96,10 @@ def load_source(model_path: Path, model_sha256: str) -> TextSource | None:
         return None
     try:
         content = load_json(path)
-        recorded_sha256 = content["sha256"]
-        source = TextSource(Path(content["source"]), int(content["val_threshold"]), str(content.get("encoding", "")))
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        source = TextSource(Path(content["source"]), content["val_threshold"], content.get("encoding", ""))
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})\n       run python train_vocab.py again") from error
-    if recorded_sha256 != model_sha256:
+    if content.get("sha256") != model_sha256:
         raise UserError(f"{model_path} is not as step 1 wrote it: {path} has another SHA-256\n"
                         "       run python train_vocab.py again")
     return source
@@ -132,12 +125,12 @@ def split_texts(texts: list[bytes], threshold: int) -> dict[str, list[bytes]]:
     return splits
 
 
-def val_hash_threshold(files: list[Path], encoding: str = "") -> int:
+def find_val_threshold(files: list[Path], encoding: str = "") -> int:
     """Return the rule of the split: documents whose hash is at most this are for validation.
 
-    Because it looks at each text by itself, the rule needs no second pass, holds in any order and
-    for any number of processes, and stays when files are added. Small collections are read to the
-    end, so that both splits get at least one document. Raises UserError without two different documents.
+    The rule looks at each text by itself, so it holds in any order, for any number of processes, and when files are
+    added. Small collections are read to the end, so that both splits get at least one document. Raises UserError
+    without two different documents.
     """
     size = sum(file.stat().st_size for file in files)
     limit = int(min(VAL_FRACTION, VAL_BYTES / max(size, 1)) * 2**64)

@@ -29,9 +29,8 @@ class PretokDataset(IterableDataset):
 
     Each document starts a new window, so the model sees documents from their first token, as it will generate them. A
     longer document continues in further windows; a shorter one is followed by the next ones. At the end of a shard,
-    IGNORE_INDEX fills the window. Each epoch visits every window once, in a new random order. Batches are numbered
-    from `position` (counted in windows) on; rank r of `world_size` takes every world_size-th, and loader workers share
-    the batches of a rank in turn, so that together they yield the batches of a single process in the same order.
+    IGNORE_INDEX fills the window. Each epoch visits every window once, in a new random order, from window `position`
+    on. Rank r of `world_size` takes every world_size-th batch, and its loader workers share these in turn.
     """
     shard_set: ShardSet
     split: str
@@ -46,8 +45,8 @@ class PretokDataset(IterableDataset):
     def __post_init__(self):
         self.shards = self.shard_set.shards_of(self.split)
         self.window_starts = [find_windows(ids, self.max_seq_len)[0] for ids in self._shard_ids()]
-        self.first_window = np.cumsum([0, *map(len, self.window_starts)])       # of each shard; the last is the sum
-        self.n_windows = int(self.first_window[-1])                             # in an epoch
+        self.window_offsets = np.cumsum([0, *map(len, self.window_starts)])     # windows before each shard, and in all
+        self.n_windows = int(self.window_offsets[-1])                           # in an epoch
 
     def _shard_ids(self) -> list[np.ndarray]:
         return [self.shard_set.memmap(shard) for shard in self.shards]
@@ -67,23 +66,24 @@ class PretokDataset(IterableDataset):
         permutation = lru_cache(1)(self._permutation)
         for batch in count(first_batch, num_workers * self.world_size):
             start = self.position + batch * self.batch_size
-            places = (divmod(i, self.n_windows) for i in range(start, start + self.batch_size))
-            yield [permutation(epoch)[i] for epoch, i in places]
+            positions = range(start, start + self.batch_size)
+            yield [permutation(i // self.n_windows)[i % self.n_windows] for i in positions]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         # RandomState, because numpy promises that its stream will never change
         return np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
 
     def _window(self, shard_ids: list[np.ndarray], index: int) -> np.ndarray:
-        shard = int(np.searchsorted(self.first_window, index, side="right")) - 1
-        start = self.window_starts[shard][index - self.first_window[shard]]
+        shard = int(np.searchsorted(self.window_offsets, index, side="right")) - 1
+        start = self.window_starts[shard][index - self.window_offsets[shard]]
         return _pad(shard_ids[shard][start:start + self.max_seq_len + 1], self.max_seq_len)
 
     def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield the same batches, cut on the device from ids that are all there: a step waits for no copy."""
+        """Yield the same batches, cut on the device from all ids of the split, so that no step waits for a copy."""
         shard_ids = self._shard_ids()
         offsets = np.cumsum([0, *map(len, shard_ids)])                  # of each shard in `ids`
-        ids = _concatenate(shard_ids, device)                           # (tokens,)
+        signed = f"i{shard_ids[0].itemsize}"                            # unsigned ids cannot be indexed
+        ids = torch.cat([torch.from_numpy(np.array(part).view(signed)).to(device) for part in shard_ids])   # (tokens,)
         id_mask = 256 ** shard_ids[0].itemsize - 1                      # makes the signed ids unsigned again
         starts = np.concatenate([start + offset for start, offset in zip(self.window_starts, offsets)])
         stops = np.repeat(offsets[1:], [len(start) for start in self.window_starts])    # end of each window's shard
@@ -98,7 +98,7 @@ class PretokDataset(IterableDataset):
 
 
 class Task:
-    """How training and evaluation get their batches on the device."""
+    """How training and evaluation get their batches on the device; the name and iter_batches are llama2.c's."""
 
     @staticmethod
     def iter_batches(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
@@ -131,8 +131,9 @@ class Task:
         every world_size-th batch; all ranks have equally many, and the last of some is a window without targets.
         """
         windows = _split_windows(shard_set, split, max_seq_len)
-        while turn := list(islice(windows, world_size * batch_size)):
-            batch = turn[rank * batch_size:(rank + 1) * batch_size] or [np.full(max_seq_len + 1, IGNORE_INDEX)]
+        while global_batch := list(islice(windows, world_size * batch_size)):
+            batch = global_batch[rank * batch_size:(rank + 1) * batch_size]
+            batch = batch or [np.full(max_seq_len + 1, IGNORE_INDEX)]
             yield _inputs_and_targets(torch.from_numpy(np.stack(batch)), torch.device(device))
 
 
@@ -143,10 +144,8 @@ def _inputs_and_targets(windows: torch.Tensor, device: torch.device) -> tuple[to
 
 def fits_on_gpu(shard_set: ShardSet, split: str, device: torch.device) -> bool:
     """True if the ids of a split take less than GPU_SHARE of a GPU's free memory."""
-    if device.type != "cuda":
-        return False
-    size = sum(shard_set.memmap(shard).nbytes for shard in shard_set.shards_of(split))
-    return size < torch.cuda.mem_get_info(device)[0] * GPU_SHARE
+    size = shard_set.total(split, "tokens") * shard_set.dtype.itemsize
+    return device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] * GPU_SHARE
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -154,16 +153,6 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _concatenate(shard_ids: list[np.ndarray], device: torch.device) -> torch.Tensor:
-    """Copy the ids of all shards to the device, as signed integers: unsigned ones cannot be indexed."""
-    signed = np.dtype(f"i{shard_ids[0].itemsize}")
-    ids = torch.empty(sum(map(len, shard_ids)), dtype=getattr(torch, signed.name), device=device)
-    parts = ids.split([len(part) for part in shard_ids])
-    for part, source in zip(parts, shard_ids):
-        part.copy_(torch.from_numpy(np.array(source).view(signed)))
-    return ids
 
 
 def _start_worker(worker_id: int) -> None:
@@ -184,8 +173,8 @@ def find_windows(ids: np.ndarray, max_seq_len: int) -> tuple[np.ndarray, np.ndar
     starts = document_starts(ids)                                                       # (documents,)
     stops = np.append(starts[1:], len(ids))[:len(starts)]                               # (documents,)
     counts = np.maximum(-(-(stops - starts - 1) // max_seq_len), 1)                     # windows of each document
-    number = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)      # 0, 1, ... in each document
-    return np.repeat(starts, counts) + number * max_seq_len, np.repeat(stops, counts)
+    indices = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)     # 0, 1, ... in each document
+    return np.repeat(starts, counts) + indices * max_seq_len, np.repeat(stops, counts)
 
 
 def _pad(window: np.ndarray, max_seq_len: int) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Generate the built-in text: small synthetic stories from a grammar, so that all four steps run offline.
 
-    python -m tinyllm.demo_stories    # print three of them
-
 A plot is drawn, then its people, things and phrases. The stories are good for watching a model learn; a model that can
 write about anything needs real text. The same seed gives the same stories on every platform.
 
@@ -12,7 +10,6 @@ capital. `{he} {him} {his}` follow the hero, `{fhe}` the friend, `{hhe}` the hel
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,10 +35,9 @@ def write_stories() -> Path:
     if FOLDER.is_dir():
         return FOLDER
     print(f"writing synthetic stories to {FOLDER} (made by a grammar, and good for trying)")
-    tmp_dir = FOLDER.with_name(FOLDER.name + ".tmp")
-    shutil.rmtree(tmp_dir, ignore_errors=True)
-    tmp_dir.mkdir(parents=True)
     stories = [{"story": story} for story in generate_stories()]
+    tmp_dir = FOLDER.with_name("demo.tmp")
+    tmp_dir.mkdir(parents=True, exist_ok=True)
     for i in range(N_FILES):
         text = json.dumps(stories[i::N_FILES], indent=0)
         (tmp_dir / f"stories{i:02d}.json").write_text(text, encoding="utf-8")
@@ -78,29 +74,27 @@ def _fill(text: str, choices: dict[str, list[str]], rng: random.Random) -> str:
     slots = _draw_people(rng)
     for names, values in choices.items():
         slots.update(zip(names.split(" / "), _pick(rng, values).split(" / ")))
-    slots.update(_pronouns("h", is_female=slots["hhe"] == "she"))
+    slots |= _pronouns("h", is_female=slots["hhe"] == "she")
+
+    def slot_value(match: re.Match) -> str:
+        value = slots[match[1].lower()]
+        return value if match[1].islower() else value[:1].upper() + value[1:]
     while "[" in text or "{" in text:                   # the innermost first, until nothing is open
         text = re.sub(r"\[([^\[\]]*)\]", lambda match: _pick(rng, match[1].split("|")), text)
-        text = re.sub(r"\{(\w+)\}", lambda match: slots[match[1]], text)
+        text = re.sub(r"\{(\w+)\}", slot_value, text)
     text = re.sub(r" +(?=\s|$)|(?<=\n) +", "", text)     # an empty choice leaves spaces behind
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
-def _draw_people(rng: random.Random) -> "_Slots":
+def _draw_people(rng: random.Random) -> dict[str, str]:
     """Draw a hero and a friend with different names."""
-    slots = _Slots()
+    slots: dict[str, str] = {}
     for prefix, label in (("", "name"), ("f", "friend")):
         name, kind, is_female = _draw_person(rng)
         while name == slots.get("name"):
             name, kind, is_female = _draw_person(rng)
-        slots[label] = name
-        slots[prefix + "kind"] = kind
-        slots.update(_pronouns(prefix, is_female))
+        slots |= {label: name, prefix + "kind": kind, **_pronouns(prefix, is_female)}
     return slots
-
-
-def _pronouns(prefix: str, is_female: bool) -> dict[str, str]:
-    return {prefix + male: female if is_female else male for male, female in PRONOUNS}
 
 
 def _draw_person(rng: random.Random) -> tuple[str, str, bool]:
@@ -108,23 +102,14 @@ def _draw_person(rng: random.Random) -> tuple[str, str, bool]:
     if rng.random() < 0.3:
         kind = _pick(rng, list(ANIMALS))
         return ANIMALS[kind][is_female], kind, is_female
-    if is_female:
-        return _pick(rng, GIRLS), "girl", True
-    return _pick(rng, BOYS), "boy", False
+    kind, names = ("girl", GIRLS) if is_female else ("boy", BOYS)
+    return _pick(rng, names), kind, is_female
 
 
-class _Slots(dict):
-    """Slot values by name; a name with a capital letter gives the value with a capital letter."""
-
-    def __missing__(self, name: str) -> str:
-        value = self[name.lower()]
-        return value[:1].upper() + value[1:]
+def _pronouns(prefix: str, is_female: bool) -> dict[str, str]:
+    return {prefix + male: female if is_female else male for male, female in PRONOUNS}
 
 
 def _pick(rng: random.Random, options: list[Any]) -> Any:
     """Like `rng.choice`, from `random()` alone: the one stream that Python promises to keep."""
     return options[int(rng.random() * len(options))]
-
-
-if __name__ == "__main__":
-    print("\n\n---\n\n".join(generate_stories(3)))

@@ -13,7 +13,8 @@ import torch
 from tinyllm.cli import UserError
 from tinyllm.machine import available_cores
 
-OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive"
+OUT_OF_MEMORY = ("out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive|"
+                 "Storage size calculation overflowed")
 INSTALL = "https://pytorch.org/get-started"
 NOT_UTF8 = "PyTorch's compiler cannot read its own files in the system's encoding; set PYTHONUTF8=1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +44,7 @@ class Backend:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def mfu(self, flops: float) -> float | None:
-        """Return the model FLOP utilisation (PaLM, arXiv 2204.02311): `flops` a second as a share of the device's peak.
+        """Return the model FLOP utilization (PaLM, arXiv 2204.02311): `flops` a second as a share of the device's peak.
 
         None for a device or a dtype whose peak is not in PEAK_TFLOPS.
         """
@@ -59,14 +60,12 @@ class Backend:
 def choose_backend(device: str = "auto", dtype: str = "auto", training: bool = True) -> Backend:
     """Turn the settings `device` and `dtype` into a Backend; "auto" picks the best that works.
 
-    Raises:
-        UserError: when the device does not exist, the dtype does not work on it, or PyTorch is too old.
+    Raises UserError when the device does not exist, the dtype does not work on it, or PyTorch is too old.
     """
     if torch.__version__ < (2, 13):
         raise UserError(f"PyTorch {torch.__version__} is too old\n       pip install -r requirements.txt")
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = available_cores()           # PyTorch does not see a container's share of the machine
-        torch.set_num_threads(min(torch.get_num_threads(), cores))
+    if "OMP_NUM_THREADS" not in os.environ:     # PyTorch does not see a container's share of the machine
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     chosen_device, device_reason = _auto_device() if device == "auto" else _named_device(device)
     if chosen_device.type == "cuda":
         torch.cuda.set_device(chosen_device.index or 0)     # NCCL and calls without a device use this one
@@ -75,7 +74,7 @@ def choose_backend(device: str = "auto", dtype: str = "auto", training: bool = T
     if dtype == "auto":
         chosen_dtype, dtype_reason = _auto_dtype(chosen_device, training)
     else:
-        chosen_dtype, dtype_reason = _named_dtype(dtype, chosen_device, training), "requested"
+        chosen_dtype, dtype_reason = _named_dtype(dtype, chosen_device, training)
     return Backend(chosen_device, chosen_dtype, f"{device_reason}; {dtype_reason}")
 
 
@@ -147,7 +146,7 @@ def is_oom(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(OUT_OF_MEMORY, str(error)))
 
 
-def _named_dtype(name: str, device: torch.device, training: bool) -> torch.dtype:
+def _named_dtype(name: str, device: torch.device, training: bool) -> tuple[torch.dtype, str]:
     if name not in DTYPES:
         raise UserError(f"--dtype {name} is unknown; use auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu" and (training or not _has_fbgemm()):
@@ -155,7 +154,7 @@ def _named_dtype(name: str, device: torch.device, training: bool) -> torch.dtype
     if name != "float32" and device.type == "mps":
         raise UserError("--dtype must be float32 on Apple's GPU: in 16 bits its attention looks at later tokens too "
                         "(pytorch/pytorch, issue 195910)")
-    return DTYPES[name]
+    return DTYPES[name], "requested"
 
 
 def _auto_dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]:
@@ -169,9 +168,8 @@ def _auto_dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]
         return torch.float32, "too old for 16-bit products"
     if not training:
         return (torch.float16, "for the weights; all else is float32") if _has_fbgemm() else (torch.float32, "exact")
-    capabilities = torch.cpu.get_capabilities()
     for feature in ("amx_bf16", "avx512_bf16"):
-        if capabilities.get(feature):
+        if torch.cpu.get_capabilities().get(feature):
             return torch.bfloat16, f"it has {feature}"
     return torch.float32, "no 16-bit products in hardware"
 

@@ -62,8 +62,7 @@ class DistributedContext:
     def fail_together(self, group: torch_dist.ProcessGroup | None = None) -> Iterator[None]:
         """Run a block on every rank. If it fails on any rank, all ranks exit, and the first that failed says why.
 
-        Collectives inside the block must come before anything that can fail on one rank alone. A process group with
-        another timeout can be given.
+        Collectives inside the block must come before anything that can fail on one rank alone.
         """
         if self.world_size == 1:
             yield
@@ -75,26 +74,20 @@ class DistributedContext:
             error = raised
         has_failed = torch.zeros(self.world_size)
         has_failed[self.rank] = error is not None
-        failed_ranks = self.sum(has_failed, group).nonzero().flatten().tolist()
-        if failed_ranks and failed_ranks[0] == self.rank:
+        failed_ranks = self.sum(has_failed, group).nonzero()
+        if len(failed_ranks) and failed_ranks[0] == self.rank:
             raise error
-        if failed_ranks:
+        if len(failed_ranks):
             sys.exit(1)
-
-    def check_same(self, fingerprint: dict[str, int], hint: str) -> None:
-        """Raise UserError if this rank's fingerprint differs from the main process's; its keys name what differs."""
-        differing = [name for name, number in fingerprint.items() if number != self.broadcast_from_main(number)]
-        if differing:
-            raise UserError(f"process {self.rank} has {' and '.join(differing)} than process 0\n       {hint}")
 
     @property
     def was_restarted(self) -> bool:
         """True if torchrun has restarted the processes after one of them had died."""
-        return bool(self.max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))[0])
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
     @property
     def launch_command(self) -> str:
-        """Return the command that starts a script as this one was started."""
+        """The command that starts a script as this one was started."""
         n_local = os.environ.get("LOCAL_WORLD_SIZE", self.world_size)
         return "python" if self.world_size == 1 else f"torchrun --nproc_per_node={n_local}"
 
@@ -105,11 +98,7 @@ class DistributedContext:
             torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def device(self, name: str) -> str:
-        """Return this rank's device for the setting `device`: with several GPUs, its own.
-
-        Raises:
-            UserError: when there are fewer GPUs than processes.
-        """
+        """Return this rank's device for the setting `device`. Raises UserError for fewer GPUs than processes."""
         if self.world_size == 1 or name == "cpu":
             return name
         n_gpus = device_count("cuda")
@@ -126,19 +115,15 @@ SINGLE_PROCESS = DistributedContext()
 
 def from_env() -> DistributedContext:
     """Read the ranks that torchrun puts into the environment."""
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    return DistributedContext(rank, size, int(os.environ.get("LOCAL_RANK", 0)))
+    return DistributedContext(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)),
+                              int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextmanager
 def distributed_context() -> Iterator[DistributedContext]:
     """Join the other processes for the block. Only the main process prints.
 
-    The process group is never destroyed: leaving it could wait for a process that has died.
-
-    Raises:
-        UserError: when another process has ended.
+    Raises UserError when another process has ended. Nothing destroys the process group, which could wait for it.
     """
     dist = from_env()
     if dist.world_size == 1:
@@ -154,7 +139,7 @@ def distributed_context() -> Iterator[DistributedContext]:
         atexit.register(hard_exit, getattr(end, "code", 1) or 0)
         raise
     except RuntimeError as error:
-        if not is_peer_lost(error):
+        if not isinstance(error, torch_dist.DistError) and not any(text in str(error) for text in PEER_LOST_MESSAGES):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun is about to send it; the message comes first
         atexit.register(hard_exit, 1)
@@ -166,14 +151,10 @@ def init_process_group(dist: DistributedContext) -> None:
     """Connect to the other ranks: CPU tensors go through gloo, GPU tensors through NCCL."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, *_ = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # which keeps the addresses of dead processes
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # torchrun's own store outlives a restart, and still
+        # has the addresses of dead processes: each start uses keys of its own
         store = torch_dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=dist.rank, world_size=dist.world_size)
-
-
-def is_peer_lost(error: RuntimeError) -> bool:
-    """True if an error says that the connection to another rank is gone."""
-    return isinstance(error, torch_dist.DistError) or any(text in str(error) for text in PEER_LOST_MESSAGES)
 
 
 def hard_exit(status: int) -> None:

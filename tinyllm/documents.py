@@ -11,7 +11,6 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,31 +21,21 @@ SEPARATOR = "<|endoftext|>"             # between the documents of a .txt file
 TEXT_KEYS = ("story", "text")           # keys of a JSON object that may hold its text; the first one found counts
 MAX_DOCUMENT_CHARS = 1 << 16            # a longer document is cut at a blank line, a line or a space
 BATCH_BYTES = 1 << 17                   # text per batch: all arrays made from it stay in the CPU cache
-# A smaller .json file is decoded at once: up to 1.6 times as fast as in pieces, for 3 to 5 bytes of memory per
-# character. 4 MB take 13 to 20 MiB at full speed; 64 MB take 203 to 325 MiB of the 400 MB that a worker may use.
+# A smaller .json file is decoded at once: up to 1.6 times as fast as in pieces, for 13 to 20 MiB of memory.
 MAX_WHOLE_JSON_CHARS = 1 << 22
 MAX_RECORD_CHARS = 1 << 24              # limit of one JSON record
-ENCODING_HINT = ("\n       name the encoding of all files: --encoding gb18030 (Chinese Windows), cp1252 (western), "
-                 "utf-16, ...; or save them as UTF-8")
 
 _CHUNK_CHARS = 1 << 18                  # characters read at a time
 _DECODER = json.JSONDecoder()
 _GAP = re.compile(r"[\s,\[\]]*")         # between JSON records
 
 
-class NotUTF8(UserError):
-    """A file that does not decode in its encoding."""
-
-
 def read_documents(path: Path, progress: Callable[[int], None] = lambda count: None, encoding: str = ""
                    ) -> Iterator[str]:
     """Yield the documents of a file, without blank ones and without white space around them.
 
-    Args:
-        progress: called with the number of bytes of the file read since its last call.
-        encoding: of a file that is not UTF-8.
-    Raises:
-        UserError: names the file, and the record, that cannot be read.
+    progress: called with the number of bytes of the file read since its last call. Raises UserError, which names the
+    file and the record that cannot be read.
     """
     number = position = 0
     try:
@@ -58,10 +47,12 @@ def read_documents(path: Path, progress: Callable[[int], None] = lambda count: N
                 if raw.tell() != position:
                     progress(raw.tell() - position)
                     position = raw.tell()
-    except UnicodeError as error:
+    except (UnicodeError, LookupError) as error:        # LookupError: an unknown encoding
         place = f" after record {number}" if number else ""
         reason = getattr(error, "reason", error)
-        raise NotUTF8(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason}){ENCODING_HINT}") from error
+        raise UserError(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason})\n       name the encoding "
+                        "of all files: --encoding gb18030 (Chinese Windows), cp1252 (western), utf-16, ...; or save "
+                        "them as UTF-8") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error
 
@@ -88,7 +79,6 @@ def _split_txt(stream: TextIO) -> Iterator[str]:
 
 
 def _split_long_document(text: str) -> Iterator[str]:
-    """Cut a long text into pieces of at most MAX_DOCUMENT_CHARS."""
     while len(text) > MAX_DOCUMENT_CHARS:
         cuts = (text.rfind(mark, MAX_DOCUMENT_CHARS // 2, MAX_DOCUMENT_CHARS) for mark in ("\n\n", "\n", " "))
         cut = next((cut for cut in cuts if cut > 0), MAX_DOCUMENT_CHARS)
@@ -145,54 +135,20 @@ def _decode_pieces(text: str, stream: TextIO) -> Iterator[object]:
             yield value
 
 
-def check_encoding(name: str) -> None:
-    """Raise UserError for an unknown encoding of text."""
-    try:
-        "".encode(name or "utf-8")
-    except (LookupError, ValueError) as error:
-        raise UserError(f"--encoding {name} is not known; gb18030, big5, cp1252, utf-16 and others are") from error
-
-
-@contextmanager
-def report_all_bad_encodings(files: list[Path], encoding: str) -> Iterator[None]:
-    """When one file turns out not to be UTF-8, name all that are not."""
-    try:
-        yield
-    except NotUTF8 as error:
-        bad = [path for path in files if not encoding and not _is_utf8(path)]
-        if len(bad) < 2:
-            raise
-        raise UserError(f"{len(bad)} of {len(files)} files are not UTF-8 text: {shorten_list(bad)}{ENCODING_HINT}"
-                        ) from error
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        for _ in read_documents(path):
-            pass
-    except UserError as error:
-        return not isinstance(error, NotUTF8)       # a file that is damaged in another way may be UTF-8
-    return True
-
-
 def read_batches(paths: Iterable[Path], progress: Callable[[int], None], encoding: str) -> Iterator[list[bytes]]:
     """Yield the documents of several files in UTF-8, about BATCH_BYTES at a time."""
-    return text_batches(text for path in paths for text in read_documents(path, progress, encoding))
+    texts = (text.encode() for path in paths for text in read_documents(path, progress, encoding))
+    return group_by_size(texts, len, BATCH_BYTES)
 
 
-def text_batches(texts: Iterable[str]) -> Iterator[list[bytes]]:
-    """Yield the texts in UTF-8, about BATCH_BYTES at a time."""
-    return chunks((text.encode() for text in texts), len, BATCH_BYTES)
-
-
-def chunks(items: Iterable[Any], size_of: Callable[[Any], int], min_size: int) -> Iterator[list[Any]]:
+def group_by_size(items: Iterable[Any], size_of: Callable[[Any], int], min_size: int) -> Iterator[list[Any]]:
     """Yield the items in lists, each ended by the item that brings it to min_size; the last one holds the rest."""
-    chunk, size = [], 0
+    group, size = [], 0
     for item in items:
-        chunk.append(item)
+        group.append(item)
         size += size_of(item)
         if size >= min_size:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

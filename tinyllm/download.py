@@ -39,21 +39,23 @@ def download_tinystories(data_dir: str | Path, mirror: str = "") -> Path:
     """
     folder = Path(data_dir) / TINYSTORIES_DIR
     archive = Path(data_dir) / ARCHIVE
-    if not folder.is_dir():
+    if folder.is_dir():
+        return folder
+    if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            download_file(choose_mirrors(mirror), archive)
-        _unpack(archive, folder)
+        download_file(choose_mirrors(mirror), archive)
+    _unpack(archive, folder)
     return folder
 
 
 def choose_mirrors(names: str) -> dict[str, str]:
     """Return the addresses of mirrors by name. Raises UserError for an unknown name."""
-    chosen = [name.strip() for name in names.split(",") if name.strip()] or list(MIRRORS)
-    for name in chosen:
+    urls = {}
+    for name in map(str.strip, names.split(",") if names else MIRRORS):
         if name not in MIRRORS and not name.startswith(("http://", "https://")):
             raise UserError(f"unknown mirror {name!r}; known are {', '.join(MIRRORS)}, and any http(s) address")
-    return {name: MIRRORS.get(name, name) for name in chosen}
+        urls[name] = MIRRORS.get(name, name)
+    return urls
 
 
 class _Damaged(Exception):
@@ -81,41 +83,37 @@ def download_file(mirrors: dict[str, str], target: Path) -> None:
 
 def _download_from(url: str, part: Path) -> None:
     """Download from one mirror, continuing after breaks; tries in which nothing new arrives are limited."""
-    tries = MAX_TRIES
+    n_failures = 0
     while True:
         size = _size(part)
         try:
-            digest = _receive(url, part)
-            if digest and digest != sha256(part):
-                raise _Damaged("sent a file whose SHA-256 is not the announced one")
-            return
+            return _receive(url, part)
         except (requests.RequestException, _Damaged) as error:
             if isinstance(error, _Damaged):
                 part.unlink(missing_ok=True)
             if _size(part) <= size:
-                tries -= 1
-            if not tries:
+                n_failures += 1
+            if n_failures == MAX_TRIES:
                 raise
 
 
-def _receive(url: str, part: Path) -> str:
-    """Append the missing bytes to `part`. Returns the SHA-256 that the server announces, or ''."""
+def _receive(url: str, part: Path) -> None:
+    """Append the missing bytes to `part`, and compare its SHA-256 with the one that the server announces, if any."""
     offset = _size(part)
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={offset}-" if offset else None}
     with requests.Session() as session:
         session.mount("http://", HTTPAdapter(max_retries=RETRIES))
         session.mount("https://", HTTPAdapter(max_retries=RETRIES))
         response = session.get(url, headers=headers, stream=True, timeout=(10, 60))
-        hops = [*response.history, response]
-        if url.startswith("https:") and not all(hop.url.startswith("https:") for hop in hops):
-            raise _Damaged("redirects to an address that is not https")
         if response.status_code != 416:         # 416: nothing follows the bytes in `part`
             response.raise_for_status()
             _write_body(response, part, offset)
         elif response.headers.get("Content-Range", "").rpartition("/")[2] != str(offset):
             raise _Damaged(f"has a shorter file than the {offset:,} bytes that are here")
-    etags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in hops]
-    return next((etag for etag in etags if re.fullmatch("[0-9a-f]{64}", etag)), "")
+    etags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in (*response.history, response)]
+    digests = [etag for etag in etags if re.fullmatch("[0-9a-f]{64}", etag)]
+    if digests and digests[0] != sha256(part):
+        raise _Damaged("sent a file whose SHA-256 is not the announced one")
 
 
 def _write_body(response: requests.Response, part: Path, offset: int) -> None:

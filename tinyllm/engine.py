@@ -27,7 +27,7 @@ from tinyllm.sampling import SamplingParams, exponential_noise, occurrence_mask,
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 
 LinearFn = Callable[[Tensor], Tensor]                   # (rows, in) -> (rows, out)
-AttentionFn = Callable[[int, Tensor], Tensor]           # layer, (B * T, H + 2 K, D) -> (B * T, dim)
+AttentionFn = Callable[[int, Tensor], Tensor]           # layer, qkv (B * T, H + 2 K, D) -> (B * T, dim)
 
 
 class DecodeStep(NamedTuple):
@@ -50,7 +50,7 @@ class KVCache:
         return [row for row, length in enumerate(self.lengths) if length in (0, self.cache_len)]
 
     def prefill(self, layer: int, rows: Tensor, kv: Tensor) -> None:
-        """Write the first T tokens of some rows. kv: (rows, T, 2 K, D)."""
+        """Write the first T tokens of rows. kv: (rows, T, 2 K, D)."""
         self.kv[layer, rows, :, :kv.shape[1]] = kv.transpose(1, 2)
 
     def next_positions(self) -> list[int]:
@@ -69,7 +69,7 @@ class KVCache:
             self.move_to(torch.tensor(positions, device=self.kv.device)[:, None], end)
 
     def move_to(self, position: int | Tensor, end: int) -> None:
-        """Set the position that `write` writes to, one for all rows or (B, 1), and the end of what `read` returns."""
+        """Set the position that `write` writes to, one for all rows or (B, 1), and the end that `read` reads to."""
         self.position = position
         keys, values = self.kv[:, :, :, :end].chunk(2, 2)       # (n_layers, B, K, end, D); views of all layers at once
         self._keys = keys.unbind()
@@ -119,7 +119,8 @@ class Engine:
         self.embeddings = torch.cat((model.tok_embeddings.weight.to(self.device), eps_column), 1)
         for layer in model.layers:
             self._add_layer(fuse_layer_weights(layer, self.device), make_linear)
-        self.output = make_linear(weight_on(self.device, model.output) * folded_norm_weight(model.norm, self.device))
+        output = model.output.weight.to(self.device, torch.float32) * folded_norm_weight(model.norm, self.device)
+        self.output = make_linear(output)
         # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
         self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
 
@@ -132,19 +133,18 @@ class Engine:
         """Continue prompts (ids, at least one each) that may differ in length.
 
         A sequence ends at one of stop_ids, which is not yielded. Its tokens depend on its prompt, the seed and its
-        sample id, and not on its neighbors (except for rounding in int8 and bfloat16). When a sequence fills the
-        model's window, it continues from its first token (bos) and the newer half.
+        sample id, and not on its neighbors (except for rounding in int8 and bfloat16). When a sequence exceeds the
+        model's max_seq_len, it continues from its first token (bos) and the newer half.
 
         sample_ids: numbers that choose the random numbers of each sequence; 0, 1, ... when None.
         """
-        vocab_size = self.args.vocab_size
-        window = self.args.max_seq_len
-        sequences = [crop_to_window(prompt, window) for prompt in prompts]
-        cache = self.new_cache(len(prompts), min(window, max(map(len, prompts)) + max_new_tokens))
+        vocab_size, max_seq_len = self.args.vocab_size, self.args.max_seq_len
+        sequences = [crop_to_context(prompt, max_seq_len) for prompt in prompts]
+        cache = self.new_cache(len(prompts), min(max_seq_len, max(map(len, prompts)) + max_new_tokens))
         noise = exponential_noise(params, sample_ids or range(len(prompts)), vocab_size, self.device)
-        occurred = None
+        occurred = None                     # or (B, vocab_size)
         if params.repetition_penalty != 1:
-            occurred = occurrence_mask(prompts, vocab_size, self.device)            # (B, vocab_size)
+            occurred = occurrence_mask(prompts, vocab_size, self.device)
         tokens = torch.empty(0)             # the first step has only the prompts
         ended = [False] * len(prompts)
         for _ in range(max_new_tokens):
@@ -156,12 +156,12 @@ class Engine:
             if all(ended):
                 return
             yield DecodeStep([None if end else token for end, token in zip(ended, new_ids)], logits)
-            sequences = [crop_to_window([*ids, token], window) for ids, token in zip(sequences, new_ids)]
+            sequences = [crop_to_context([*ids, token], max_seq_len) for ids, token in zip(sequences, new_ids)]
             if occurred is not None:
                 occurred.scatter_(1, tokens[:, None], True)
 
     def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits (B, vocab_size) after sequences that fit the window. tokens (B,) are their last ones."""
+        """Return the logits (B, vocab_size) after sequences of up to max_seq_len. tokens (B,) are their last ones."""
         rows = cache.rows_to_prefill()
         if len(rows) == len(sequences):
             return self.prefill(sequences, cache, rows)
@@ -179,19 +179,27 @@ class Engine:
         """Run prompts into these rows of the cache. Returns the logits (rows, vocab_size) after each prompt."""
         width = max(map(len, prompts))
         padded = [ids + ids[:1] * (width - len(ids)) for ids in prompts]
-        tokens = torch.tensor(padded, device=self.device)                           # (rows, width)
-        index = torch.tensor(rows, device=self.device)
-
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            heads = heads.unflatten(0, (-1, width))                                 # (rows, width, H + 2 K, D)
-            cache.prefill(layer, index, heads[:, :, self.n_heads:])
-            return self._causal_attention(heads)
-
-        x = self._run_layers(tokens, self._rope_factors(slice(width)), attend)      # (rows * width, dim + 1)
+        x = self._run_sequences(padded, cache, rows)                                # (rows * width, dim + 1)
         for row, ids in zip(rows, prompts):
             cache.lengths[row] = len(ids)
         last = [i * width + len(ids) - 1 for i, ids in enumerate(prompts)]
         return self._logits(x[torch.tensor(last, device=self.device)])
+
+    def _run_sequences(self, sequences: list[list[int]], cache: KVCache | None = None, rows: list[int] | None = None
+                       ) -> Tensor:
+        """Run sequences of equal length T, and write keys and values to rows of a cache. Returns (B * T, dim + 1)."""
+        tokens = torch.tensor(sequences, device=self.device)                        # (B, T)
+        if cache is not None:
+            cache_rows = torch.tensor(rows, device=self.device)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            qkv = qkv.unflatten(0, tokens.shape)                                    # (B, T, H + 2 K, D)
+            if cache is not None:
+                cache.prefill(layer, cache_rows, qkv[:, :, self.n_heads:])
+            q, k, v = qkv.transpose(1, 2).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
+            return causal_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2).flatten(0, 1)
+
+        return self._run_layers(tokens, self._rope_factors(slice(tokens.shape[1])), attend)
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Run one more token (B,) of each sequence. Returns the logits (B, vocab_size) after it."""
@@ -199,8 +207,8 @@ class Engine:
         return self._decode_at_position(tokens, cache)
 
     def _decode_at_position(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            q, kv = heads.split_with_sizes((self.n_heads, 2 * self.n_kv_heads), 1)
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            q, kv = qkv.split_with_sizes((self.n_heads, 2 * self.n_kv_heads), 1)
             cache.write(layer, kv)
             keys, values = cache.read(layer)                                        # (B, K, end, D)
             q = q.unflatten(1, (self.n_kv_heads, -1))       # (B, K, H / K, D): heads that share keys are queries of one
@@ -210,8 +218,11 @@ class Engine:
         return self._logits(self._run_layers(tokens[:, None], self._rope_factors(cache.position), attend))
 
     @torch.inference_mode()
-    def read(self, ids: list[int]) -> Iterator[Tensor]:
-        """Yield the log-probabilities (n, vocab_size) after each id but the last, one window at a time."""
+    def logprobs(self, ids: list[int]) -> Iterator[Tensor]:
+        """Yield the log-probabilities (T, vocab_size) after each id but the last, for one window at a time.
+
+        A window is max_seq_len ids, or fewer at the end, and its first id sees nothing before it.
+        """
         for begin in range(0, len(ids) - 1, self.args.max_seq_len):
             window = ids[:-1][begin:begin + self.args.max_seq_len]
             with _NO_TORCH_FUNCTION():
@@ -219,19 +230,10 @@ class Engine:
             yield logprobs
 
     def _logits_of_window(self, ids: list[int]) -> Tensor:
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            return self._causal_attention(heads[None])
-
-        tokens = torch.tensor([ids], device=self.device)                            # (1, T)
-        return self._logits(self._run_layers(tokens, self._rope_factors(slice(len(ids))), attend))
-
-    def _causal_attention(self, heads: Tensor) -> Tensor:
-        """Attention of whole sequences: (B, T, H + 2 K, D) -> (B * T, dim)."""
-        q, k, v = heads.transpose(1, 2).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
-        return causal_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2).flatten(0, 1)
+        return self._logits(self._run_sequences([ids]))
 
     def _rope_factors(self, positions: int | slice | Tensor) -> Tensor:
-        """Return the factors of the heads at some positions, (..., H + 2 K, D / 2). Values are multiplied by 1."""
+        """Return the factors of q, k and v at some positions, (..., H + 2 K, D / 2). Values are multiplied by 1."""
         rope = self.rope[positions]                                                 # (..., 1, D / 2)
         rotations = rope.expand(*rope.shape[:-2], self.n_heads + self.n_kv_heads, -1)
         ones = torch.ones_like(rope).expand(*rope.shape[:-2], self.n_kv_heads, -1)
@@ -241,14 +243,14 @@ class Engine:
         """Run all layers on tokens (B, T). Returns (B * T, dim + 1), before the final norm."""
         pairs_shape = (*tokens.shape, -1, self.args.head_dim // 2, 2)
         x = F.embedding(tokens.flatten(), self.embeddings)                          # (B * T, dim + 1)
-        residual = x[:, :-1]
-        for layer, (qkv, out, gate_and_up, down) in enumerate(self.layers):
-            pairs = qkv(_rms_norm(residual, x)).float().view(pairs_shape)
+        residual = x[:, :-1]                # a view of x: to add to it in place changes x too
+        for layer, (wqkv, wo, w13, w2) in enumerate(self.layers):
+            pairs = wqkv(_rms_norm(residual, x)).float().view(pairs_shape)
             rotated = torch.view_as_complex(pairs) * rope                           # (B, T, H + 2 K, D / 2)
-            heads = torch.view_as_real(rotated).view(len(x), -1, self.args.head_dim)        # (B * T, H + 2 K, D)
-            residual += out(attend(layer, heads.to(self.cache_dtype)))
-            gate, up = gate_and_up(_rms_norm(residual, x)).chunk(2, -1)
-            residual += down(F.silu(gate).mul_(up))
+            qkv = torch.view_as_real(rotated).view(len(x), -1, self.args.head_dim)          # (B * T, H + 2 K, D)
+            residual += wo(attend(layer, qkv.to(self.cache_dtype)))
+            gate, up = w13(_rms_norm(residual, x)).chunk(2, -1)
+            residual += w2(F.silu(gate).mul_(up))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -284,10 +286,7 @@ class PlainEngine(Engine):
 
 def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
                  device: torch.device | None = None) -> Engine:
-    """Make the engine of a model. Takes the arguments of Engine.
-
-    compiled: decode with extras/compiled.py.
-    """
+    """Make the engine of a model. compiled: decode with extras/compiled.py; for the other arguments see Engine."""
     engine_class = Engine if isinstance(model, Transformer) else optional.load("gpt2").GPT2Engine
     if engine_class is Engine and not model_is_original():
         if quantize or compiled:
@@ -299,37 +298,34 @@ def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize:
     return engine_class(model, dtype, quantize, device)
 
 
-def crop_to_window(ids: list[int], window: int) -> list[int]:
-    """Return ids, or if there are more than the window takes, the first one and the newer half."""
-    return ids if len(ids) <= window else ids[:1] + ids[len(ids) - window // 2:]
+def crop_to_context(ids: list[int], max_seq_len: int) -> list[int]:
+    """Return ids, or if there are more than max_seq_len, the first one and the newer half of max_seq_len."""
+    return ids if len(ids) <= max_seq_len else ids[:1] + ids[len(ids) - max_seq_len // 2:]
 
 
 # ---- fused weights ------------------------------------------------------------------------------
 
 def fuse_layer_weights(layer: TransformerBlock, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return four matrices of a layer: to queries, keys and values; wo; w1 and w3; w2."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    wq = weight_on(device, attention.wq) * attention.args.head_dim ** -0.5
-    wqkv = torch.cat((wq, weight_on(device, attention.wk), weight_on(device, attention.wv)))
-    wqkv = wqkv * folded_norm_weight(layer.attention_norm, device)
-    w13 = torch.cat((weight_on(device, feed_forward.w1), weight_on(device, feed_forward.w3)))
-    w13 = w13 * folded_norm_weight(layer.ffn_norm, device)
-    return wqkv, weight_on(device, attention.wo), w13, weight_on(device, feed_forward.w2)
+    """Return four matrices of a layer: wq, wk and wv; wo; w1 and w3; w2. In float32 before any product."""
+    attention, ffn = layer.attention, layer.feed_forward
+    linears = (attention.wq, attention.wk, attention.wv, attention.wo, ffn.w1, ffn.w2, ffn.w3)
+    wq, wk, wv, wo, w1, w2, w3 = [linear.weight.to(device, torch.float32) for linear in linears]
+    wq = wq * attention.args.head_dim ** -0.5
+    wqkv = torch.cat((wq, wk, wv)) * folded_norm_weight(layer.attention_norm, device)
+    w13 = torch.cat((w1, w3)) * folded_norm_weight(layer.ffn_norm, device)
+    return wqkv, wo, w13, w2
 
 
 def folded_norm_weight(norm: RMSNorm, device: torch.device) -> Tensor:
-    """Return what `_rms_norm` leaves out: the weight, and the factor that turns a sum of squares into a mean."""
-    return weight_on(device, norm) * norm.weight.numel() ** 0.5
-
-
-def weight_on(device: torch.device, module: nn.Module) -> Tensor:
-    """Return a module's weight on a device, in float32 before any product."""
-    return module.weight.to(device, torch.float32)
+    """Return the factors that `_rms_norm` leaves out: the weight, and the one from a sum of squares to a mean."""
+    return norm.weight.to(device, torch.float32) * norm.weight.numel() ** 0.5
 
 
 def choose_linear(dtype: torch.dtype, quantize: str, device: torch.device) -> Callable[[Tensor], LinearFn]:
-    """Return the function that turns a weight (out, in) into a linear layer."""
-    if quantize == "int8":
+    """Return the function that turns a weight (out, in) into a linear layer. Raises UserError."""
+    if quantize and (quantize != "int8" or device.type != "cpu"):
+        raise UserError(f"--quantize {quantize} is not for {device}; there is int8, for a CPU")
+    if quantize:
         return linear_int8
     if device.type == "cpu" and dtype == torch.float16:
         return linear_fp16

@@ -1,6 +1,8 @@
 """Estimate a run before its first step, and print it: memory, time, and whether to compile."""
 import importlib.util
+import math
 import time
+from datetime import timedelta
 
 import torch
 
@@ -19,14 +21,10 @@ MIN_SECONDS_TO_COMPILE = 100        # compiling takes 10 to 30 seconds; shorter 
 
 
 def prepare_run(run: TrainRun) -> None:
-    """Print what the run will do, compile it if that pays, and set run.eval_seconds.
-
-    A micro-batch is timed for that, which leaves no trace in the run.
-    """
+    """Print what the run will do, compile it if that pays, and set run.eval_seconds, from a micro-batch's time."""
     print_config_summary(run)
-    warn_of_memory(run)
     seconds = time_micro_batch(run)
-    n_windows = PretokDataset(run.data, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
+    n_windows = PretokDataset(run.shards, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
     eval_seconds = run.dist.broadcast_from_main(seconds / 3 * n_windows / run.cfg.batch_size / run.dist.world_size)
     pays, reason = should_compile(run, seconds * run.micro_steps_per_rank)
     if run.dist.broadcast_from_main(pays):
@@ -40,61 +38,65 @@ def prepare_run(run: TrainRun) -> None:
 
 def print_config_summary(run: TrainRun) -> None:
     args = run.model.args
-    data = run.data
     n_params = run.model.count_parameters()
     shared = f", shared by {run.dist.world_size} processes" if run.dist.world_size > 1 else ""
     sharded = ", each with a part of the model" if run.is_sharded else ""
     print(f"device: {run.backend}\n"
           f"model:  {n_params:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}\n"
-          f"data:   {data.folder}: {data.total('train', 'tokens'):,} tokens to train on, "
-          f"{data.total('val', 'tokens'):,} to evaluate on\n"
+          f"data:   {run.shards.folder}: {run.shards.total('train', 'tokens'):,} tokens to train on, "
+          f"{run.shards.total('val', 'tokens'):,} to evaluate on\n"
           f"step:   {run.cfg.batch_size} windows x {run.cfg.gradient_accumulation_steps} = "
           f"{run.tokens_per_step:,} tokens{shared}{sharded}\n"
           f"memory: {describe_memory(run)}", flush=True)
 
 
-# ---- memory -------------------------------------------------------------------------------------
-
 def describe_memory(run: TrainRun) -> str:
+    """Return the memory that training needs. On a CPU, warn of too little: the system kills without a message."""
+    state, activations = estimate_memory(run)
+    text = (f"{state / 1e6:,.0f} MB for weights, gradients and optimizer, about {activations / 1e6:,.0f} MB "
+            f"for {run.cfg.batch_size} windows")
+    free = free_memory() if run.backend.device.type == "cpu" else None
+    if free is not None and state + PEAK_FACTOR * activations > free:
+        text += (f"\nnote:   only {free / 1e9:.1f} GB are free; halve --batch_size and double "
+                 "--gradient_accumulation_steps for the same steps in less")
+    return text
+
+
+def estimate_memory(run: TrainRun) -> tuple[float, float]:
+    """Return the bytes of weights, gradients and optimizer, and the bytes that a micro-batch keeps for backward."""
+    args = run.model.args
     n_shards = run.dist.world_size if run.is_sharded else 1
     state = STATE_BYTES_PER_PARAM * run.model.count_parameters() / n_shards
-    return (f"{state / 1e6:,.0f} MB for weights, gradients and optimizer, about {activation_bytes(run) / 1e6:,.0f} MB "
-            f"for {run.cfg.batch_size} windows")
+    return state, ACTIVATION_BYTES * run.cfg.batch_size * args.max_seq_len * args.n_layers * args.dim
 
-
-def activation_bytes(run: TrainRun) -> int:
-    """Estimate what a micro-batch keeps for its backward pass."""
-    args = run.model.args
-    return ACTIVATION_BYTES * run.cfg.batch_size * args.max_seq_len * args.n_layers * args.dim
-
-
-def warn_of_memory(run: TrainRun) -> None:
-    """Warn when a run on a CPU may not fit, since the system kills such a process without a message."""
-    free = free_memory() if run.backend.device.type == "cpu" else None
-    needed = STATE_BYTES_PER_PARAM * run.model.count_parameters() + PEAK_FACTOR * activation_bytes(run)
-    if free is not None and needed > free:
-        print(f"note:   {free / 1e9:.1f} GB of memory are free, and the run may need {needed / 1e9:.1f} GB; halve "
-              "--batch_size and double --gradient_accumulation_steps for the same steps in less", flush=True)
-
-
-# ---- time ---------------------------------------------------------------------------------------
 
 def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:
-    """Print how long the run will take, and warn of a length that is probably not meant."""
-    step = run.state.iter_num
-    seconds = run.seconds_left(seconds_per_step)
-    steps = run.steps_left(seconds_per_step)
-    epochs = steps * run.tokens_per_step / run.data.total("train", "tokens")
-    done = f", after the {step:,} steps that are done" if step else ""
-    print(f"time:   about {format_hms(seconds)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations{done}")
+    """Print how long the run will take, with a note if it reads the text too often or takes days on a CPU."""
+    seconds, steps = estimate_rest(run, seconds_per_step)
+    epochs = steps * run.tokens_per_step / run.shards.total("train", "tokens")
+    done = f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""
+    print(f"time:   about {format_hms(seconds)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations{done}",
+          flush=True)
     if seconds > LONG_RUN_SECONDS and run.backend.device.type == "cpu":
         print(f"note:   that is {seconds / 86400:.1f} days; --preset cpu_3min or --max_minutes 60 fit a run to the "
-              "time you have")
+              "time you have", flush=True)
     if epochs > USEFUL_EPOCHS:
         print(f"note:   the text is read {epochs:.0f} times, and memorized after {USEFUL_EPOCHS}; use more text, fewer "
-              "steps or --dropout 0.1")
-    print(end="", flush=True)
+              "steps or --dropout 0.1", flush=True)
+
+
+def estimate_rest(run: TrainRun, seconds_per_step: float) -> tuple[float, int]:
+    """Return the seconds to the end of the run, with its remaining evaluations, and the steps in them."""
+    cfg = run.cfg
+    steps = cfg.max_iters - run.state.iter_num
+    evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - run.state.iter_num // cfg.eval_interval
+    seconds = steps * seconds_per_step + evaluations * run.eval_seconds
+    if not cfg.max_minutes:
+        return seconds, steps
+    seconds_left = 60 * cfg.max_minutes - run.seconds()
+    steps_in_time = (seconds_left - run.eval_seconds) / (seconds_per_step + run.eval_seconds / cfg.eval_interval)
+    return min(seconds, seconds_left), min(steps, max(round(steps_in_time), 0))
 
 
 def time_micro_batch(run: TrainRun) -> float:
@@ -114,12 +116,8 @@ def time_micro_batch(run: TrainRun) -> float:
 
 
 def format_hms(seconds: float) -> str:
-    minutes, seconds = divmod(max(round(seconds), 0), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return str(timedelta(seconds=max(round(seconds), 0)))
 
-
-# ---- compile ------------------------------------------------------------------------------------
 
 def should_compile(run: TrainRun, seconds_per_step: float) -> tuple[bool, str]:
     """Return whether to compile the model, and why. A resumed run stays as it was."""
@@ -129,7 +127,7 @@ def should_compile(run: TrainRun, seconds_per_step: float) -> tuple[bool, str]:
         return False, reason
     if run.state.iter_num:
         return run.state.compiled, "as when the run began"
-    if run.seconds_left(seconds_per_step) > MIN_SECONDS_TO_COMPILE:
+    if estimate_rest(run, seconds_per_step)[0] > MIN_SECONDS_TO_COMPILE:
         return True, f"without it the run takes over {MIN_SECONDS_TO_COMPILE} seconds"
     return False, f"the run takes under {MIN_SECONDS_TO_COMPILE} seconds, of which compiling saves less than it takes"
 
@@ -138,31 +136,26 @@ def why_not_compilable(device: torch.device) -> str:
     """Return why a model cannot be compiled for a device; "" if it can."""
     if device.type == "cpu":
         return devices.why_no_compiler() or devices.why_no_headers()
-    if device.type != "cuda":
-        return f"not for {device.type}"
-    if not importlib.util.find_spec("triton"):
-        return "the package triton is missing"
-    return "" if torch.cuda.get_device_capability(device) >= (7, 0) else "the GPU is too old for it"
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "the package triton is missing"
+    return f"not for {device.type}"
 
 
 def compile_or_fall_back(run: TrainRun) -> float:
     """Compile the model, and return the seconds of a micro-batch.
 
-    With --compile auto a failure is only a note, except in several processes, which have to do the same. Any error is
-    the compiler's, since the same model has just run uncompiled; a kill may have cut off a file in its cache.
+    With --compile auto a failure is only a note, except in several processes, which have to do the same.
     """
     try:
         run.compile()
         return time_micro_batch(run)
-    except Exception as error:
+    except Exception as error:              # the compiler's: the same model has just run uncompiled
         if devices.is_oom(error):
             raise
         cause = getattr(error, "inner_exception", error)
         line = devices.NOT_UTF8 if isinstance(cause, UnicodeError) else str(cause).strip().split("\n")[0]
         if run.cfg.compile != "auto" or run.dist.world_size > 1:
-            from torch._inductor.runtime.cache_dir_utils import cache_dir  # a slow import
-            raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False; or delete the "
-                            f"compiler's cache, {cache_dir()}, and try again") from error
+            raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False") from error
     print(f"note:   compiling failed: {line:.200}\n        this run continues without compiling", flush=True)
     torch.compiler.set_stance("force_eager")
     run.state.compiled = False

@@ -29,8 +29,7 @@ READ_SIZE = 1 << 20
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file for writing that takes the name `path` only if the block succeeds.
 
-    A process that dies in between leaves the old file unchanged, and beside it at most one `<name>.tmp`, which the next
-    attempt overwrites.
+    A process that dies in between leaves the old file and at most one `<name>.tmp`, which the next run overwrites.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +50,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def atomic_replace(source: Path, target: Path) -> None:
     """Rename a file or folder over `target`, and make the rename survive a power cut."""
     os.replace(source, target)
-    if os.name == "posix":      # Windows cannot open a folder, and need not flush it
-        _fsync_folder(target.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+    if os.name != "posix":      # Windows cannot open a folder, and need not flush it
+        return
+    handle = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
@@ -66,15 +62,17 @@ def _fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def unused_path(folder: Path, pattern: str) -> Path:
+    """Return the first path that does not exist, of a pattern such as old-{}."""
+    return next(path for i in range(1, 10_000) if not (path := folder / pattern.format(i)).exists())
+
+
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
     """Keep other processes of this project from writing to a folder, which is made if it does not exist.
 
-    The operating system holds the lock and releases it when the process ends. A file system without locks, such as some
-    network drives, has no protection.
-
-    Raises:
-        UserError: when another process holds the lock.
+    The operating system releases the lock when the process ends. A file system without locks, such as some network
+    drives, has no protection. Raises UserError when another process holds the lock.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -95,10 +93,9 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Keep other processes from writing to a file, which is made if it does not exist. Its folder stays open to all.
+    """Keep other processes from writing to a file, which is made if it does not exist.
 
-    Raises:
-        UserError: when another process holds the lock.
+    Raises UserError when another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -111,7 +108,10 @@ def file_lock(path: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> int:
     """Lock a folder or a file and return the handle, whose os.close() unlocks it."""
-    handle = _open_to_lock(path)
+    if fcntl:
+        handle = os.open(path, os.O_RDONLY)
+    else:
+        handle = os.open(path / LOCK_FILE if path.is_dir() else path, os.O_RDWR | os.O_CREAT)
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,12 +125,6 @@ def _lock(path: Path) -> int:
     except OSError:                             # a file system without locks
         pass
     return handle
-
-
-def _open_to_lock(path: Path) -> int:
-    if fcntl:
-        return os.open(path, os.O_RDONLY)
-    return os.open(path / LOCK_FILE if path.is_dir() else path, os.O_RDWR | os.O_CREAT)
 
 
 def save_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@
     completions = generator.completions(["The cat", "A dog"], temperature=0, stop=["."])
 """
 import sys
+from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -62,8 +63,7 @@ class StreamDecoder:
             self.stopped = True
             return self.pending[:min(stop_starts)]
         n_safe = len(self.pending) - self._partial_stop_length()
-        safe_text = self.pending[:n_safe]
-        self.pending = self.pending[n_safe:]
+        safe_text, self.pending = self.pending[:n_safe], self.pending[n_safe:]
         return safe_text
 
     def flush(self) -> str:
@@ -77,11 +77,12 @@ class StreamDecoder:
 
     def _partial_stop_length(self) -> int:
         """Return the length of the longest end of `pending` that a stop string starts with."""
-        longest = max(map(len, self.stop_strings), default=0)
-        for length in range(min(longest - 1, len(self.pending)), 0, -1):
-            if any(stop.startswith(self.pending[-length:]) for stop in self.stop_strings):
-                return length
-        return 0
+        longest = 0
+        for stop in self.stop_strings:
+            for length in range(1, len(stop)):
+                if self.pending.endswith(stop[:length]):
+                    longest = max(longest, length)
+        return longest
 
 
 @dataclass
@@ -120,35 +121,26 @@ class TextGenerator:
                  dtype: str, quantize: str, compile: bool, chat: str, tp_group: Any = None):
         """Load a checkpoint. tp_group: a TensorParallelGroup, to load this process's part."""
         self.backend = choose_backend(device, dtype, training=False)
-        self._check_options(quantize, compile, tp_group)
-        state = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
-        self.tokenizer = checkpoints.build_tokenizer(state)
-        model = checkpoints.build_model(state, copy_weights=False, name=checkpoint)
+        if compile and tp_group:
+            raise UserError("--compile is for one process, without torchrun; leave it out")
+        ckpt = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
+        self.tokenizer = checkpoints.build_tokenizer(ckpt)
+        model = checkpoints.build_model(ckpt, copy_weights=False, source=checkpoint)
         if self.tokenizer.n_words > model.args.vocab_size:
             raise UserError(f"the tokenizer has {self.tokenizer.n_words} tokens, the model {model.args.vocab_size}; "
                             "they do not belong together")
         self.chat = None                    # a ChatFormat of extras/chat.py
-        if chat != "none" and (chat != "auto" or state.get("chat")):
-            self.chat = optional.load("chat").choose_format(chat, state.get("chat", ""), self.tokenizer)
+        if chat != "none" and (chat != "auto" or ckpt.get("chat")):
+            self.chat = optional.load("chat").choose_format(chat, ckpt.get("chat", ""), self.tokenizer)
         self.seed = seed
-        self.parameters = model.count_parameters()
         backend = f"{self.backend.device} with {quantize}" if quantize else str(self.backend)
         compiled = ", compiled" if compile else ""
-        self.description = f"{checkpoint}: {self.parameters:,} parameters, on {backend}{compiled}"
-        self.window_warning_shown = False
+        self.description = f"{checkpoint}: {model.count_parameters():,} parameters, on {backend}{compiled}"
+        self.crop_note_shown = False
         if tp_group:
             self.engine = tp_group.engine(model, self.backend, quantize)
         else:
             self.engine = build_engine(model, self.backend.dtype, quantize, compile, self.backend.device)
-
-    def _check_options(self, quantize: str, compile: bool, tp_group: Any) -> None:
-        device = self.backend.device
-        if quantize and (quantize != "int8" or device.type != "cpu"):
-            raise UserError(f"--quantize {quantize} is not for {device}; there is int8, for a CPU")
-        if compile and device.type not in ("cpu", "cuda"):
-            raise UserError(f"--compile is not for {device}; leave it out")
-        if compile and tp_group:
-            raise UserError("--compile is for one process, without torchrun; leave it out")
 
     def sample(self, start: str, num_samples: int, *args, **options) -> list[str]:
         """Return num_samples texts, each with `start` at its beginning. Takes the further arguments of `generate`."""
@@ -172,7 +164,7 @@ class TextGenerator:
         return (piece for _, piece in pieces)
 
     def _encode_dialog(self, dialog: list[Message]) -> list[int]:
-        """Encode a dialog, without its oldest turns if it would take more than 3/4 of the window."""
+        """Encode a dialog, without its oldest turns if it would take more than 3/4 of max_seq_len."""
         ids = self.chat.encode_dialog_prompt(dialog)
         oldest = 1 if dialog and dialog[0]["role"] == "system" else 0
         while len(ids) > 3 * self.engine.args.max_seq_len // 4 and len(dialog) > oldest + 2:
@@ -185,8 +177,7 @@ class TextGenerator:
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts, not one text")
         completions = [Completion(prompt) for prompt in prompts]
-        for _ in self.generate(completions, *args, **options):
-            pass
+        deque(self.generate(completions, *args, **options), maxlen=0)       # runs it to the end
         return completions
 
     def generate(self, completions: list[Completion], max_new_tokens: int, temperature: float, top_k: int,
@@ -230,7 +221,8 @@ class TextGenerator:
                 max_new_tokens: int) -> Iterator[tuple[int, str]]:
         unfinished = list(range(len(completions)))
         for step in steps:
-            logprobs = _logprobs_of_tokens(step)
+            tokens = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)     # (B,)
+            logprobs = step.logits.log_softmax(-1).gather(1, tokens[:, None]).flatten().tolist()
             for i in unfinished:
                 if piece := completions[i].append(step.tokens[i], logprobs[i], decoders[i]):
                     yield i, piece
@@ -241,24 +233,24 @@ class TextGenerator:
             ended = len(completions[i].tokens) < max_new_tokens
             if piece := completions[i].finish("eos" if ended else "length", decoders[i]):
                 yield i, piece
-        self._warn_about_window(decoders)
+        self._print_crop_note(decoders)
 
-    def _warn_about_window(self, decoders: list[StreamDecoder]) -> None:
-        """Print once that a sequence was longer than the window."""
-        window = self.engine.args.max_seq_len
-        longest = max(len(decoder.ids) for decoder in decoders) - 1        # the model does not read the last token
-        if longest > window and not self.window_warning_shown:
-            print(f"\nnote: the model sees {window} tokens: the first one and the newer half of a longer text",
+    def _print_crop_note(self, decoders: list[StreamDecoder]) -> None:
+        """Print once that a sequence was longer than the model's context."""
+        max_seq_len = self.engine.args.max_seq_len
+        longest = max(len(decoder.ids) for decoder in decoders) - 1        # the model does not see the last token
+        if longest > max_seq_len and not self.crop_note_shown:
+            print(f"\nnote: the model sees {max_seq_len} tokens: the first one and the newer half of a longer text",
                   file=sys.stderr)
-            self.window_warning_shown = True
+            self.crop_note_shown = True
 
     def read(self, ids: list[int], alternatives: int = 3) -> list[Token]:
-        """Return how probable each token is after the tokens before it, except the first one.
+        """Return how probable each token except the first one is after the tokens before it.
 
-        A sequence that is longer than the window is read in pieces of that length.
+        More than max_seq_len tokens are read in windows of that length, see Engine.logprobs.
         """
         tokens: list[Token] = []
-        for logprobs in self.engine.read(ids):                                      # (n, vocab_size)
+        for logprobs in self.engine.logprobs(ids):                                  # (n, vocab_size)
             targets = ids[len(tokens) + 1:len(tokens) + 1 + len(logprobs)]
             target_logprobs = logprobs[torch.arange(len(targets)), targets].tolist()
             top_logprobs, top_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))        # (n, alternatives)
@@ -270,13 +262,7 @@ class TextGenerator:
         return tokens
 
 
-def _logprobs_of_tokens(step: DecodeStep) -> list[float]:
-    """Return the log-probability of each token of a step. An ended sequence has any."""
-    tokens = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)       # (B,)
-    return step.logits.log_softmax(-1).gather(1, tokens[:, None]).flatten().tolist()
-
-
 def sampling_kwargs(cfg: SimpleNamespace) -> dict[str, Any]:
-    """Return the arguments of TextGenerator.generate that are settings of sample.py."""
+    """Return those settings of sample.py that TextGenerator.generate takes, by name."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     return {name: getattr(cfg, name) for name in names} | {"stop": cfg.stop.split("|")}

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import model
 
-MODEL_FINGERPRINT = "e2bb2c62b502dc26"                   # of model.py; tests/test_kernels.py keeps it current
+MODEL_FINGERPRINT = "a8772d8707894733"                   # of model.py; tests/test_kernels.py keeps it current
 QUERY_BLOCK = 64                                # queries at a time in attention on a CPU
 MAX_BLOCKED_LEN = 1024                          # longer sequences take PyTorch's kernel
 MAX_LOGITS_ON_CPU = 1 << 20                     # in a chunk of the loss: 4 MB in float32, about the cache
 MAX_LOGITS_ON_GPU = 1 << 24                     # 64 MB
 
 
-# ---- which form runs ----------------------------------------------------------------------------
+# ---- choice between the two forms ---------------------------------------------------------------
 
 def build_transformer(args: model.ModelArgs) -> model.Transformer:
     """Build a model of model.py with these kernels, or with its own functions if it was edited."""
@@ -74,13 +74,12 @@ def _dump(node: Any) -> str:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale: float | None = None) -> Tensor:
     """Compute model.causal_attention with the fastest kernel of the device. scale: of the scores; None: 1 / sqrt(D)."""
-    n_rep = q.shape[1] // k.shape[1]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= MAX_BLOCKED_LEN:
         return _blocked_attention(q, k, v, dropout, scale or q.shape[-1] ** -0.5)
+    n_rep = q.shape[1] // k.shape[1]
     if n_rep > 1 and q.device.type == "cuda" and q.dtype != torch.bfloat16:
         # of GPUs without bfloat16: their kernel that stores no (T, T) scores cannot share heads
-        k = k.repeat_interleave(n_rep, 1)
-        v = v.repeat_interleave(n_rep, 1)
+        k, v = k.repeat_interleave(n_rep, 1), v.repeat_interleave(n_rep, 1)
         n_rep = 1
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_rep > 1, dropout_p=dropout, scale=scale)
 
@@ -94,10 +93,10 @@ def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: f
     n_rep = q.shape[1] // k.shape[1]
     q = (q * scale).unflatten(1, (-1, n_rep))                                           # (B, K, H / K, T, D)
     blocks = []
-    for start in range(0, q.shape[3], QUERY_BLOCK):
-        block = q[:, :, :, start:start + QUERY_BLOCK]                                   # (B, K, H / K, block, D)
-        end = start + block.shape[3]
-        hidden = torch.arange(end, device=q.device) > torch.arange(start, end, device=q.device)[:, None]
+    for begin in range(0, q.shape[3], QUERY_BLOCK):
+        block = q[:, :, :, begin:begin + QUERY_BLOCK]                                   # (B, K, H / K, block, D)
+        end = begin + block.shape[3]
+        hidden = torch.arange(end) > torch.arange(begin, end)[:, None]                  # (block, end)
         scores = block.flatten(2, 3) @ k[:, :, :end].mT                                 # (B, K, H / K * block, end)
         scores = scores.float().unflatten(2, (n_rep, -1)).masked_fill(hidden, -math.inf)
         weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout)                    # (B, K, H / K, block, end)
@@ -110,8 +109,8 @@ def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: f
 class LinearCrossEntropy(nn.Module):
     """Compute model.linear_cross_entropy without ever storing all logits.
 
-    They are by far the largest array of a small model. Here they are computed for a few rows at a time and turned into
-    gradients at once, while they are in the cache (as in Liger Kernel, arXiv 2410.10989).
+    They are by far the largest array of a small model. Here, a few rows at a time are computed and turned into
+    gradients while they are in the cache (as in Liger Kernel, arXiv 2410.10989).
     """
 
     def __init__(self):
@@ -152,10 +151,10 @@ class CrossEntropyChunk(nn.Module):
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: CrossEntropyChunk) -> Tensor:
-        rows = _rows_per_chunk(h.device.type, len(weight))
+        max_logits = MAX_LOGITS_ON_CPU if h.device.type == "cpu" else MAX_LOGITS_ON_GPU
+        rows = 1 << max(max_logits // len(weight), 1).bit_length() - 1      # a power of 2, so most chunks are alike
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
-        losses = []
-        grads = []
+        losses, grads = [], []
         for h_chunk, target_chunk in zip(h.split(rows), targets.split(rows)):
             loss, grad = chunk(h_chunk, weight, target_chunk, grad_weight)
             losses.append(loss)
@@ -170,10 +169,3 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         grad_h, grad_weight, count = ctx.saved_tensors
         scale = (grad / count).to(grad_h.dtype)
         return grad_h * scale, grad_weight * scale, None, None
-
-
-def _rows_per_chunk(device: str, vocab_size: int) -> int:
-    """Return a power of two, so that nearly all chunks have the same size."""
-    max_logits = MAX_LOGITS_ON_CPU if device == "cpu" else MAX_LOGITS_ON_GPU
-    rows = max_logits // vocab_size
-    return 1 << max(rows, 1).bit_length() - 1

@@ -34,15 +34,11 @@ def free_memory() -> int | None:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has used, imports included; 0 where it is unknown (Windows)."""
-    try:
+    """Return the most bytes that this process has used, imports included; 0 on Windows, where it is unknown."""
+    if sys.platform == "linux":                 # where getrusage counts the parent's memory before the start too
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllm import optional
-from tinyllm.cli import UserError, format_command
+from tinyllm.cli import UserError, format_command, suggest_path
 from tinyllm.files import sha256
 from tokenizer import BaseTokenizer, Tokenizer
 
@@ -33,8 +33,7 @@ def load_tokenizer(source: str | Path | bytes) -> BaseTokenizer:
             return _tokenizer_class(source)(source)
     path = Path(source)
     if not path.is_file():
-        others = ", ".join(map(str, sorted(path.parent.glob("*.model"))[:5]))
-        raise UserError(f"no tokenizer at {path}" + (f"\n       there is {others}" if others else ""))
+        raise UserError(f"no tokenizer at {path}{suggest_path(path)}")
     model = path.read_bytes()
     with tokenizer_errors(path):
         return _tokenizer_class(model)(model)
@@ -51,8 +50,7 @@ def _tokenizer_class(model: bytes) -> type[BaseTokenizer]:
 def find_tokenizer(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
     """Return the tokenizer of a data folder: the one of that size, the one with that SHA-256, or the only one.
 
-    Raises:
-        UserError: when none matches, or several do.
+    Raises UserError when none matches, or several do.
     """
     folder = Path(data_dir)
     if folder.is_file():
@@ -64,28 +62,18 @@ def find_tokenizer(data_dir: str | Path, vocab_size: int = 0, digest: str = "") 
     if not matches:
         raise UserError(_no_tokenizer_message(folder, paths, vocab_size))
     if len(matches) > 1:
-        raise UserError(_several_tokenizers_message(folder, paths))
+        raise UserError(f"{folder} holds several vocabularies ({_join_names(paths)})\n"
+                        "       choose one with --vocab_size, or delete the others")
     return matches[0]
 
 
 def _no_tokenizer_message(folder: Path, paths: list[Path], vocab_size: int) -> str:
     of_size = f" of size {vocab_size}" if vocab_size > 0 else ""
     existing = f", only {_join_names(paths)}" if paths else ""
-    others = folders_with(folder, f"tok{vocab_size or '*'}.model")
-    question = f"is it in another --data_dir: {shorten_list(others)}? else " if others else ""
-    is_text = any(path.suffix in (".txt", ".jsonl") for path in folder.glob("*"))
-    if is_text and not (folder / "last.pt").exists():
-        command = format_command("train_vocab", data=folder, data_dir=separate_data_dir(folder))
-    else:
-        command = format_command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
-        command += ", with --data PATH for text of your own"
-    return f"no vocabulary{of_size} in {folder.resolve()}{existing}\n       {question}make one: {command}"
-
-
-def _several_tokenizers_message(folder: Path, paths: list[Path]) -> str:
-    size = next((vocab_size_in_name(path) for path in paths if vocab_size_in_name(path)), "")
-    choice = f"choose one with --vocab_size {size}, or " if size else ""
-    return f"{folder} holds several vocabularies ({_join_names(paths)})\n       {choice}delete the others"
+    hint = "" if folder.exists() else suggest_path(folder)
+    command = format_command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
+    return (f"no vocabulary{of_size} in {folder.resolve()}{existing}{hint}\n"
+            f"       make one: {command}, with --data PATH for text of your own")
 
 
 def _join_names(paths: list[Path]) -> str:
@@ -112,24 +100,6 @@ def path_flags(tokenizer_path: Path) -> dict[str, str | Path]:
     has_several = len(tokenizer_files(folder)) > 1
     return {"data_dir": "" if folder == DATA else folder,
             "vocab_size": vocab_size_in_name(tokenizer_path) if has_several else ""}
-
-
-def folders_with(folder: str | Path, pattern: str) -> list[Path]:
-    """Return the folders in and beside a folder that have such a file, newest first and without archived runs."""
-    folder = Path(folder)
-    roots = [folder] if folder.parent == Path() else [folder, folder.parent]
-    files = [path for root in roots for path in (*root.glob(pattern), *root.glob(f"*/{pattern}"))]
-    folders = {path.parent for path in files} - {folder}
-    current = [path for path in folders if not path.name.startswith("old-")]
-    return sorted(current, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def separate_data_dir(text: Path) -> Path:
-    """Return a data folder outside the text: data/mine, or a folder beside a text that contains data/mine."""
-    text, default = text.resolve(), DATA / "mine"
-    if text in (default.resolve(), *default.resolve().parents):
-        return text.parent / f"{text.name}-data"
-    return default
 
 
 def shorten_list(items: list[Any], limit: int = 5) -> str:

@@ -1,17 +1,14 @@
 """Plan a run before its first step: new, resumed, or from the weights of a checkpoint; check all that it needs."""
 import math
 import re
-import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from model import ModelArgs
 from tinyllm import checkpoint
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError, format_command, parse_bool_or_str
 from tinyllm.device import Backend, choose_backend
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
@@ -19,15 +16,13 @@ from tinyllm.project import find_tokenizer, load_tokenizer
 from tinyllm.shards import ShardSet, load_shards
 from tokenizer import BaseTokenizer
 
-Checkpoint = dict[str, Any]         # the content of a checkpoint; checkpoint.py describes its keys
-
 INIT_MODES = ("auto", "scratch", "resume")          # values of init_from that are not a checkpoint
 COMMAND_ONLY = ("out_dir", "eval_only")             # settings of a command, not of the run
 # settings that a resumed run may change; data_dir and vocab_size only if they lead to the same data
 MAY_CHANGE_ON_RESUME = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval",
                         "checkpoint_minutes", "device", "dtype", "compile", "num_workers", "shard", "sample_prompts",
                         "sample_tokens", "data_dir", "vocab_size")
-CHECKPOINT_BYTES_PER_PARAM = 12                     # weight and two moments, in float32
+MAY_CHANGE_ON_INIT = ("max_seq_len", "dropout", "vocab_size")   # settings that may differ from the initial checkpoint's
 
 RANGES = {                                          # lowest value, and the limit that values stay below
     "max_iters": (1, 2**31), "eval_interval": (1, 2**31), "log_interval": (1, 2**31),
@@ -36,57 +31,50 @@ RANGES = {                                          # lowest value, and the limi
     "max_minutes": (0, math.inf), "checkpoint_minutes": (0, math.inf), "learning_rate": (1e-30, math.inf),
     "min_lr": (0, math.inf), "embedding_lr_ratio": (0, math.inf), "weight_decay": (0, math.inf),
     "grad_clip": (0, math.inf), "beta1": (0, 1), "beta2": (0, 1), "momentum": (0, 1), "max_seq_len": (1, 2**20),
-    "hidden_dim": (0, 2**31), "norm_eps": (1e-30, 1), "rope_theta": (1e-30, 1e38)}
+    "n_layers": (1, 1025), "hidden_dim": (0, 2**31), "dropout": (0, 1), "norm_eps": (1e-30, 1),
+    "rope_theta": (1e-30, 1e38)}
 CHOICES = {"optimizer": ("muon", "adamw"), "compile": ("auto", True, False)}
 
 
 @dataclass
 class RunPlan:
-    """What a run is built from: `saved` is the checkpoint to start with, `resumed` is True if it is the run's own."""
+    """What a run is built from: `ckpt` is the checkpoint to start with, `is_resumed` is True if it is the run's own."""
     cfg: SimpleNamespace
     backend: Backend
-    data: ShardSet
+    shards: ShardSet
     tokenizer: BaseTokenizer
     args: Any                       # ModelArgs, or the config of another architecture
-    saved: Checkpoint | None
-    resumed: bool
+    ckpt: Checkpoint | None
+    is_resumed: bool
     dist: DistributedContext = SINGLE_PROCESS
 
 
 def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext = SINGLE_PROCESS) -> RunPlan:
     """Check all settings, then the files, and decide how the run starts.
 
-    Args:
-        cfg: the settings; with init_from "resume" they become those of the resumed run.
-        overrides: the settings that the command line names.
-        dist: the processes that share the run.
-    Raises:
-        UserError: with all invalid settings at once, or with what is wrong with a file.
+    With init_from "resume", cfg takes the settings of the resumed run, except the overrides of the command line.
+    Raises UserError with all invalid settings at once, or with the problem of a file.
     """
     must_resume = cfg.init_from == "resume" and not cfg.eval_only
+    last_ckpt = load_last(cfg)
     if must_resume:
-        last = load_last(cfg)
-        restore_settings(cfg, overrides, last)
+        restore_settings(cfg, overrides, last_ckpt)
     backend = check_settings(cfg, dist)
-    if not must_resume:
-        last = find_last(cfg)
-    changes = changed_settings(cfg, last) if last and not must_resume else []
-    resumed = last is not None and not changes
-    if resumed:
-        check_shape(cfg, overrides, last)
-    saved = last if resumed else load_init_checkpoint(cfg, overrides)
-    data, tokenizer = load_data(cfg, saved or last)
-    args = choose_model_args(cfg, saved, tokenizer)
-    if must_resume and data.sha256 != last["data_sha256"]:
+    changes = changed_settings(cfg, last_ckpt) if last_ckpt and not must_resume else []
+    is_resumed = last_ckpt is not None and not changes
+    ckpt = last_ckpt if is_resumed else load_init_checkpoint(cfg, overrides)
+    if cfg.init_from not in INIT_MODES and not cfg.eval_only:
+        check_fixed(overrides, ckpt["model_args"], MAY_CHANGE_ON_INIT)
+    shards, tokenizer = load_data(cfg, ckpt or last_ckpt)
+    args = choose_model_args(cfg, ckpt, tokenizer)
+    if must_resume and shards.sha256 != ckpt["data_sha256"]:
         command = format_command("train", init_from=Path(cfg.out_dir) / "last.pt")
         raise UserError(f"the text or the vocabulary in {cfg.data_dir} has changed since the run began\n"
                         f"       train on it with the weights of the run: {command}")
-    if not cfg.eval_only:
-        check_disk(cfg, args, resumed)
     if changes:
-        print(f"a new run: the one in {cfg.out_dir}, at step {last['iter_num']:,}, has other settings: "
+        print(f"a new run: the one in {cfg.out_dir}, at step {last_ckpt['iter_num']:,}, has other settings: "
               f"{', '.join(changes)}")
-    return RunPlan(cfg, backend, data, tokenizer, args, saved, resumed, dist)
+    return RunPlan(cfg, backend, shards, tokenizer, args, ckpt, is_resumed, dist)
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -137,90 +125,67 @@ def shape_from_settings(cfg: SimpleNamespace, vocab_size: int) -> ModelArgs:
     return ModelArgs(**{**shape, "vocab_size": vocab_size})
 
 
-def check_shape(cfg: SimpleNamespace, overrides: dict[str, Any], saved: Checkpoint) -> None:
-    """Raise UserError if the command line asks for another model than the one in a checkpoint."""
-    if cfg.init_from in INIT_MODES:
-        return
-    args = checkpoint.load_model_args(saved, init_checkpoint_path(cfg))
-    wrong = []
-    for name, value in overrides.items():
-        actual = getattr(args, name, value)
-        if actual != value and name not in ("max_seq_len", "dropout", "vocab_size"):
-            wrong.append(f"{name} {actual}")
-    if wrong:
-        raise UserError(f"the model of --init_from has {', '.join(wrong)}; leave those settings out")
-
-
 # ---- the run in out_dir -------------------------------------------------------------------------
 
-def find_last(cfg: SimpleNamespace) -> Checkpoint | None:
-    """Return the latest checkpoint in out_dir if there is one and the settings may resume it."""
-    exists = (Path(cfg.out_dir) / "last.pt").is_file()
-    if cfg.eval_only or cfg.init_from == "scratch" or not exists:
+def load_last(cfg: SimpleNamespace) -> Checkpoint | None:
+    """Return the latest checkpoint in out_dir; None if there is none, or the command cannot resume it.
+
+    Raises UserError if it is damaged, or missing with "resume". A run that starts with another checkpoint archives it.
+    """
+    path = Path(cfg.out_dir) / "last.pt"
+    is_needed = cfg.init_from == "resume"
+    if cfg.eval_only or cfg.init_from == "scratch" or not (is_needed or path.is_file()):
         return None
     try:
-        return load_last(cfg)
-    except UserError:
-        if cfg.init_from == "auto":
-            raise
-        return None                         # a damaged run is archived: the new one starts with another checkpoint
-
-
-def load_last(cfg: SimpleNamespace) -> Checkpoint:
-    """Return the latest checkpoint in out_dir. Raises UserError if it cannot be resumed."""
-    last = Path(cfg.out_dir) / "last.pt"
-    try:
-        return checkpoint.load_checkpoint(last, checkpoint.REQUIRED_TO_RESUME)
+        return checkpoint.load_checkpoint(path, checkpoint.REQUIRED_TO_RESUME)
     except UserError as error:
-        best = last.with_name("ckpt.pt")
+        if cfg.init_from not in INIT_MODES:
+            return None
+        best = path.with_name("ckpt.pt")
         start = best if best.is_file() else "scratch"
         command = format_command("train", data_dir=cfg.data_dir, out_dir=cfg.out_dir, init_from=start)
         raise UserError(f"{error}\n       start over: {command}") from error
 
 
-def changed_settings(cfg: SimpleNamespace, last: Checkpoint) -> list[str]:
-    """Return what keeps the run of a checkpoint from being resumed with these settings."""
-    old = last["config"]
-    may_change = set(MAY_CHANGE_ON_RESUME)
-    windows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
-    if old.get("batch_size", 0) * old.get("gradient_accumulation_steps", 0) == windows_per_step:
-        may_change |= {"batch_size", "gradient_accumulation_steps"}
-    if cfg.init_from != "auto":             # the model's shape is the initial checkpoint's
-        may_change |= last["model_args"].keys() - {"max_seq_len", "dropout"}
-    changes = []
-    for name, value in run_settings(cfg).items():
-        if name not in may_change and value != old.get(name):
-            changes.append(f"{name} {old.get(name)!r} (now {value!r})")
-    if cfg.init_from not in ("auto", old.get("init_from")):
-        changes.append(f"init_from {old.get('init_from')!r} (now {cfg.init_from!r})")
-    if not changes and load_data(cfg, last)[0].sha256 != last["data_sha256"]:
-        changes.append("another text or vocabulary")
-    return changes
-
-
-def is_complete(saved: Checkpoint) -> bool:
-    """True if a run has reached the end that its own settings give it, or if they do not say."""
-    max_iters, max_minutes = saved["config"].get("max_iters"), saved["config"].get("max_minutes")
-    try:
-        return saved["iter_num"] >= max_iters or 0 < 60 * max_minutes <= saved["state"]["seconds"]
-    except (TypeError, KeyError):
-        return True
-
-
-def restore_settings(cfg: SimpleNamespace, overrides: dict[str, Any], saved: Checkpoint) -> None:
+def restore_settings(cfg: SimpleNamespace, overrides: dict[str, Any], last_ckpt: Checkpoint) -> None:
     """Set cfg to the settings of a saved run, except for those that the command line names."""
-    old = {name: value for name, value in saved["config"].items() if name in run_settings(cfg)}
+    old = {name: value for name, value in last_ckpt["config"].items() if name in run_settings(cfg)}
     old["compile"] = parse_bool_or_str(str(old.get("compile", "auto")))         # earlier versions stored a string
-    fixed = {*saved["model_args"], "optimizer"} - {*MAY_CHANGE_ON_RESUME}
-    changed = [name for name in overrides if name in fixed and overrides[name] != old.get(name)]
-    if changed:
-        raise UserError(f"{', '.join(changed)} cannot change when a run is resumed\n"
-                        "       start over: --init_from scratch")
+    check_fixed(overrides, {**last_ckpt["model_args"], "optimizer": old.get("optimizer")}, MAY_CHANGE_ON_RESUME)
     for name, value in old.items():
         if name != "compile" and type(value) is not type(getattr(cfg, name)):
             raise UserError(f"{cfg.out_dir}/last.pt has a {type(value).__name__} for {name}; is it of another version?")
         if name not in overrides or name == "init_from":
             setattr(cfg, name, value)
+
+
+def changed_settings(cfg: SimpleNamespace, last_ckpt: Checkpoint) -> list[str]:
+    """Return what keeps the run of a checkpoint from being resumed with these settings."""
+    old = last_ckpt["config"]
+    may_change = set(MAY_CHANGE_ON_RESUME)
+    windows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
+    if old.get("batch_size", 0) * old.get("gradient_accumulation_steps", 0) == windows_per_step:
+        may_change |= {"batch_size", "gradient_accumulation_steps"}
+    if cfg.init_from != "auto":             # the model's shape is the initial checkpoint's
+        may_change |= last_ckpt["model_args"].keys() - {"max_seq_len", "dropout"}
+        may_change -= {"init_from"}
+    changes = []
+    for name, value in run_settings(cfg).items():
+        if name not in may_change and value != old.get(name):
+            changes.append(f"{name} {old.get(name)!r} (now {value!r})")
+    if not changes and load_data(cfg, last_ckpt)[0].sha256 != last_ckpt["data_sha256"]:
+        changes.append("another text or vocabulary")
+    return changes
+
+
+def check_fixed(overrides: dict[str, Any], fixed: dict[str, Any], may_change: tuple[str, ...]) -> None:
+    """Raise UserError if the command line asks for other values than a checkpoint's fixed ones."""
+    wrong = []
+    for name, value in overrides.items():
+        if name not in may_change and fixed.get(name, value) != value:
+            wrong.append(f"{name} {fixed[name]}")
+    if wrong:
+        raise UserError(f"the checkpoint has {', '.join(wrong)}, which cannot change; leave those settings out")
 
 
 # ---- the initial checkpoint, the data and the model ---------------------------------------------
@@ -233,84 +198,41 @@ def init_checkpoint_path(cfg: SimpleNamespace) -> Path:
 
 
 def load_init_checkpoint(cfg: SimpleNamespace, overrides: dict[str, Any]) -> Checkpoint | None:
-    """Return the checkpoint that init_from names; for training, with the dropout and the window of the settings.
-
-    Raises UserError if the settings describe another model.
-    """
+    """Return the checkpoint that init_from names; for training, with the dropout and the window of the settings."""
     if cfg.init_from in INIT_MODES and not cfg.eval_only:
         return None
     path = init_checkpoint_path(cfg)
-    saved = checkpoint.read_model(path)
+    ckpt = checkpoint.read_model(path)
     if cfg.eval_only:
-        return saved
-    check_shape(cfg, overrides, saved)
-    args = checkpoint.load_model_args(saved, path)
+        return ckpt
+    args = checkpoint.load_model_args(ckpt, path)
     window = args.max_seq_len
     if "max_seq_len" in overrides:
         window = cfg.max_seq_len
-    elif not saved["config"]:               # a model of another project, whose window may be thousands of tokens
+    elif not ckpt["config"]:                # a model of another project, whose window may be thousands of tokens
         window = min(cfg.max_seq_len, window)
-    try:
-        args = replace(args, max_seq_len=window, dropout=cfg.dropout)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return {**saved, "model": crop_positions(saved["model"], window), "model_args": asdict(args)}
+    return {**ckpt, "model_args": asdict(replace(args, max_seq_len=window, dropout=cfg.dropout))}
 
 
-def crop_positions(weights: dict[str, Tensor], window: int) -> dict[str, Tensor]:
-    """Return the weights for a shorter window. GPT-2 has a row per position; rotary embeddings have no weights."""
-    positions = weights.get("positions.weight")
-    if positions is None:
-        return weights
-    if window > len(positions):
-        raise UserError(f"GPT-2 has weights for {len(positions)} positions; --max_seq_len must be at most that")
-    return {**weights, "positions.weight": positions[:window]}
-
-
-def load_data(cfg: SimpleNamespace, saved: Checkpoint | None) -> tuple[ShardSet, BaseTokenizer]:
+def load_data(cfg: SimpleNamespace, ckpt: Checkpoint | None) -> tuple[ShardSet, BaseTokenizer]:
     """Return the shards and their tokenizer. Of several in data_dir, a checkpoint's own tokenizer is chosen."""
-    digest = saved.get("tokenizer_sha256", "") if saved else ""
+    digest = ckpt.get("tokenizer_sha256", "") if ckpt else ""
     path = find_tokenizer(cfg.data_dir, cfg.vocab_size, digest)
     tokenizer = load_tokenizer(path)
     return load_shards(path.with_suffix(""), tokenizer.sha256), tokenizer
 
 
-def choose_model_args(cfg: SimpleNamespace, saved: Checkpoint | None, tokenizer: BaseTokenizer) -> Any:
-    """Return the shape of the saved model, or of the model that the settings describe."""
-    if not saved:
+def choose_model_args(cfg: SimpleNamespace, ckpt: Checkpoint | None, tokenizer: BaseTokenizer) -> Any:
+    """Return the shape of the checkpoint's model, or of the model that the settings describe."""
+    if not ckpt:
         return shape_from_settings(cfg, tokenizer.vocab_size)
-    digest = saved.get("tokenizer_sha256", "")
+    digest = ckpt.get("tokenizer_sha256", "")
     if digest and digest != tokenizer.sha256:
         command = format_command("preprocess", tokenizer=init_checkpoint_path(cfg), data="PATH", data_dir="data/tuned")
         raise UserError(f"the checkpoint was trained with another vocabulary than the one in {cfg.data_dir}\n"
                         f"       name its --data_dir, or encode the text with its vocabulary: {command}")
-    args = checkpoint.load_model_args(saved, init_checkpoint_path(cfg))
+    args = checkpoint.load_model_args(ckpt, init_checkpoint_path(cfg))
     has_padding = digest and args.vocab_size > tokenizer.vocab_size          # more embeddings than tokens
     if args.vocab_size != tokenizer.vocab_size and not has_padding:
         raise UserError(f"the checkpoint's model has {args.vocab_size} tokens, the vocabulary {tokenizer.vocab_size}")
     return args
-
-
-def check_disk(cfg: SimpleNamespace, args: Any, resumed: bool) -> None:
-    """Raise UserError if the disk has no room for two checkpoints and one that is being written."""
-    folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = 3 * CHECKPOINT_BYTES_PER_PARAM * count_parameters(args)
-    if resumed:
-        needed -= sum(path.stat().st_size for path in folder.glob("*.pt"))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"the checkpoints need {needed / 1e6:,.0f} MB, {folder.resolve()} has "
-                        f"{free / 1e6:,.0f} MB free\n       make room, or name another --out_dir")
-
-
-def count_parameters(args: Any) -> int:
-    """Return the parameters of a model, counted in one and in two layers. Raises UserError if it is too large."""
-    try:
-        with torch.device("meta"):
-            one_layer = checkpoint.new_model(replace(args, n_layers=1)).count_parameters()
-            two_layers = checkpoint.new_model(replace(args, n_layers=2)).count_parameters()
-    except (RuntimeError, TypeError) as error:
-        raise UserError("a matrix of the model would be larger than any memory; use a smaller --dim or --hidden_dim"
-                        ) from error
-    return one_layer + (args.n_layers - 1) * (two_layers - one_layer)

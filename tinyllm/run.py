@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tinyllm import checkpoint, kernels, optional
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError, format_command
 from tinyllm.distributed import DistributedContext
 from tinyllm.optim import build_optimizers
-from tinyllm.resume import RunPlan, init_checkpoint_path, is_complete, plan_run, run_settings
+from tinyllm.resume import RunPlan, init_checkpoint_path, plan_run, run_settings
 from tinyllm.runlog import NEW_CHECKPOINT, archive_run
 
 OOM_ADVICE = ("halve --batch_size and double --gradient_accumulation_steps: the steps stay the same; or use a smaller "
@@ -31,38 +32,36 @@ class TrainState:
     position: int = 0                   # windows seen
     best_val_loss: float = math.inf
     seconds: float = 0.0                # wall time of the earlier parts of the run
-    setup: float = 0.0                  # seconds of it before the first step
+    setup: float = 0.0                  # seconds of it that passed before the first step; the schedule leaves them out
     log_lines: int = 0                  # entries of log.jsonl that belong to the steps done,
     log_sha256: str = ""                # and their digest
     compiled: bool = False
 
 
-def load_train_state(saved: dict[str, Any]) -> TrainState:
+def load_train_state(stored: dict[str, Any]) -> TrainState:
     """Return the stored progress, without fields that only older versions have.
 
-    Raises ValueError if a field has another type, or if there are no steps in it to resume from.
+    Raises ValueError if a field has another type, and KeyError without the steps to resume from.
     """
-    defaults = asdict(TrainState())
-    known = {name: saved[name] for name in defaults if name in saved}
-    for name, value in known.items():
-        if type(value) is not type(defaults[name]):
+    state = TrainState(stored["iter_num"], stored["position"])
+    for name, default in asdict(TrainState()).items():
+        value = stored.get(name, default)
+        if type(value) is not type(default):
             raise ValueError(f"state.{name}")
-    if "iter_num" not in known or "position" not in known:
-        raise ValueError("state")
-    return TrainState(**known)
+        setattr(state, name, value)
+    return state
 
 
 def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext) -> "TrainRun":
     """Check all settings, then build the run: new, resumed, or from the weights of a checkpoint."""
     if cfg.init_from == "scratch" and dist.was_restarted:
-        cfg.init_from = "auto"          # torchrun repeats the command, but the run has begun: resume it
+        cfg.init_from = "auto"          # torchrun repeats the command of a run that has begun: resume it
     with dist.fail_together():
         plan = plan_run(cfg, overrides, dist)
         run_class = choose_run_class(cfg, dist)
     if dist.world_size > 1:
         with dist.fail_together():
-            dist.check_same(plan_fingerprint(plan), "type the same command on all machines, with the same data and "
-                            "output folders, shared or copied, and a --dtype that all support")
+            check_same_plan(plan)
     return run_class(plan)
 
 
@@ -72,13 +71,15 @@ def choose_run_class(cfg: SimpleNamespace, dist: DistributedContext) -> type["Tr
     return TrainRun
 
 
-def plan_fingerprint(plan: RunPlan) -> dict[str, int]:
-    """Return a number for everything that must be the same on all ranks, by the words for a difference."""
+def check_same_plan(plan: RunPlan) -> None:
+    """Raise UserError if this rank's settings, text, weights or dtype (auto may choose) are not the main process's."""
     settings = {name: value for name, value in run_settings(plan.cfg).items() if name not in PER_MACHINE_SETTINGS}
-    return {"other settings": zlib.crc32(repr(settings).encode()),
-            "other text": zlib.crc32(plan.data.sha256.encode()),
-            "another dtype": zlib.crc32(repr(plan.backend.dtype).encode()),         # of dtype auto, on unequal GPUs
-            "another checkpoint": checkpoint.state_checksum(plan.saved) if plan.saved else 0}
+    weights = checkpoint.weights_checksum(plan.ckpt) if plan.ckpt else 0
+    checksum = zlib.crc32(repr([settings, plan.shards.sha256, plan.backend.dtype, weights]).encode())
+    if checksum != plan.dist.broadcast_from_main(checksum):
+        raise UserError(f"process {plan.dist.rank} has other settings, text, dtype or checkpoint than process 0\n"
+                        "       type the same command on all machines, with the same data and output folders, shared "
+                        "or copied, and a --dtype that all support")
 
 
 class TrainRun:
@@ -95,7 +96,7 @@ class TrainRun:
         self.cfg = plan.cfg
         self.backend = plan.backend
         self.dist = plan.dist
-        self.data = plan.data
+        self.shards = plan.shards
         self.tokenizer = plan.tokenizer
         self.state = TrainState()
         self.eval_seconds = 0.0             # duration of an evaluation
@@ -103,24 +104,23 @@ class TrainRun:
         self.requested_signal = 0           # the signal that asked this process to stop
         self.stop_signal = 0                # the same, once all ranks know it
         self.pending_metrics: list[tuple[Tensor, Tensor]] = []      # loss and gradient norm of steps not yet checked
-        self.can_resume = plan.resumed      # True once last.pt belongs to this run
-        self.was_complete = plan.resumed and is_complete(plan.saved)           # by the settings that it was saved with
+        self.has_checkpoint = plan.is_resumed       # last.pt belongs to this run
         self._build(plan)
-        if plan.resumed:
-            self._resume(plan.saved)
-        plan.saved = None                   # frees the memory: the model holds its own copy
+        if plan.is_resumed:
+            self._resume(plan.ckpt)
+        plan.ckpt = None                    # frees the memory: the model holds its own copy
         self.start_time = time.perf_counter()
-        self.saved_at = self.seconds()                  # time and step of last.pt
-        self.last_saved_step = self.state.iter_num
+        self.last_save_seconds = self.seconds()     # when last.pt was written,
+        self.last_saved_step = self.state.iter_num  # and after which step
 
     def _build(self, plan: RunPlan) -> None:
         torch.manual_seed(self.cfg.seed)
         with self.dist.fail_together():
-            if plan.saved:
-                self.model = checkpoint.build_model(plan.saved, name=init_checkpoint_path(plan.cfg))
+            if plan.ckpt:
+                self.model = checkpoint.build_model(plan.ckpt, source=init_checkpoint_path(plan.cfg))
             else:
                 self.model = checkpoint.new_model(plan.args)
-        self.chat = plan.saved.get("chat", "") if plan.saved else ""        # chat template of the initial checkpoint
+        self.chat = plan.ckpt.get("chat", "") if plan.ckpt else ""          # chat template of the initial checkpoint
         self.ddp_model = self.wrap_model()
         self.optimizers = self.build_optimizers()
         self.scaler = self.backend.scaler()
@@ -147,10 +147,6 @@ class TrainRun:
         """Clip the gradient of the whole model to cfg.grad_clip; return its norm before."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
 
-    def sample_launcher(self) -> str:
-        """Return the command that starts sample.py for this model."""
-        return "python"
-
     # ---- batch and clock ---------------------------------------------------------------------
 
     @property
@@ -167,8 +163,7 @@ class TrainRun:
         return self.windows_per_step * self.model.args.max_seq_len
 
     @property
-    def tokens(self) -> int:
-        """Tokens seen so far."""
+    def tokens_seen(self) -> int:
         return self.state.position * self.model.args.max_seq_len
 
     def seconds(self) -> float:
@@ -179,9 +174,6 @@ class TrainRun:
 
     def sync_ranks(self) -> None:
         """Take the main process's clock, and learn whether any rank was asked to stop."""
-        if self.dist.world_size == 1:
-            self.stop_signal = self.requested_signal
-            return
         elapsed = time.perf_counter() - self.start_time if self.dist.is_main else 0.0
         self.synced_seconds, stop_signal = self.dist.max(elapsed, self.requested_signal)
         self.stop_signal = int(stop_signal)
@@ -191,22 +183,6 @@ class TrainRun:
         max_seconds = 60 * self.cfg.max_minutes
         is_late = max_seconds > 0 and self.seconds() + self.eval_seconds >= max_seconds
         return is_late or self.state.iter_num >= self.cfg.max_iters
-
-    def seconds_left(self, seconds_per_step: float) -> float:
-        """Return the time to the end of the run, with its remaining evaluations."""
-        cfg = self.cfg
-        evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - self.state.iter_num // cfg.eval_interval
-        seconds = (cfg.max_iters - self.state.iter_num) * seconds_per_step + evaluations * self.eval_seconds
-        return min(seconds, 60 * cfg.max_minutes - self.seconds()) if cfg.max_minutes else seconds
-
-    def steps_left(self, seconds_per_step: float) -> int:
-        """Return how many steps that time allows."""
-        steps = self.cfg.max_iters - self.state.iter_num
-        if not self.cfg.max_minutes:
-            return steps
-        seconds = 60 * self.cfg.max_minutes - self.seconds() - self.eval_seconds
-        steps_in_time = round(seconds / (seconds_per_step + self.eval_seconds / self.cfg.eval_interval))
-        return min(steps, max(steps_in_time, 0))
 
     def progress(self) -> float:
         """Return the fraction of the run that is done, by steps or by the clock, whichever is further."""
@@ -226,22 +202,22 @@ class TrainRun:
         self.state.compiled = True
 
     def eager_mode(self) -> AbstractContextManager:
-        """Run a compiled model eagerly, since every new shape would recompile it. Entering costs half a second."""
+        """Return a context where a compiled model runs uncompiled: each new shape would compile it again."""
         return torch.compiler.set_stance("force_eager") if self.state.compiled else nullcontext()
 
     # ---- save and restore --------------------------------------------------------------------
 
     def checkpoint_is_due(self) -> bool:
-        return self.seconds() - self.saved_at > 60 * self.cfg.checkpoint_minutes
+        return self.seconds() - self.last_save_seconds > 60 * self.cfg.checkpoint_minutes
 
     def save(self, name: str) -> None:
         """Write a checkpoint to out_dir, from the main process."""
-        content = self.checkpoint_dict()
+        ckpt = self.checkpoint_dict()
         with self.dist.fail_together():
             if self.dist.is_main:
-                checkpoint.save_checkpoint(Path(self.cfg.out_dir, name), content)
+                checkpoint.save_checkpoint(Path(self.cfg.out_dir, name), ckpt)
         if name == "last.pt":
-            self.saved_at = self.seconds()
+            self.last_save_seconds = self.seconds()
             self.last_saved_step = self.state.iter_num
 
     def save_first_state(self) -> None:
@@ -253,10 +229,8 @@ class TrainRun:
         with self.dist.fail_together():
             if self.dist.is_main:
                 archive_run(self.cfg.out_dir)
-        self.can_resume = True
 
-    def checkpoint_dict(self) -> dict[str, Any]:
-        """Return everything that a checkpoint holds."""
+    def checkpoint_dict(self) -> Checkpoint:
         state = replace(self.state, seconds=self.seconds())
         is_cuda = self.backend.device.type == "cuda"
         cuda_rng = [torch.cuda.get_rng_state(self.backend.device)] if is_cuda else []
@@ -268,34 +242,37 @@ class TrainRun:
             "config": run_settings(self.cfg),
             "tokenizer": self.tokenizer.model,
             "tokenizer_sha256": self.tokenizer.sha256,
-            "data_sha256": self.data.sha256,
+            "data_sha256": self.shards.sha256,
             "chat": self.chat,
             "state": asdict(state),
             "scaler": self.scaler.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
         }
 
-    def _resume(self, saved: dict[str, Any]) -> None:
+    def _resume(self, ckpt: Checkpoint) -> None:
         with self.dist.fail_together():
             try:
-                self.load_checkpoint_dict(saved)
+                self.load_checkpoint_dict(ckpt)
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                last = f"{self.cfg.out_dir}/last.pt"
-                command = format_command("train", out_dir=self.cfg.out_dir, init_from=last)
-                raise UserError(f"{last} is from another version, or damaged ({error!r:.200})\n"
+                path = f"{self.cfg.out_dir}/last.pt"
+                command = format_command("train", out_dir=self.cfg.out_dir, init_from=path)
+                raise UserError(f"{path} is from another version, or damaged ({error!r:.200})\n"
                                 f"       start a new run with its weights: {command}") from error
-        self.check_best_checkpoint()
+        has_best = self.dist.broadcast_from_main(Path(self.cfg.out_dir, "ckpt.pt").is_file())
+        if not has_best and self.state.best_val_loss < math.inf:
+            print(f"note: {self.cfg.out_dir}/ckpt.pt is missing; the next evaluation writes it again")
+            self.state.best_val_loss = math.inf
 
-    def load_checkpoint_dict(self, saved: dict[str, Any]) -> None:
+    def load_checkpoint_dict(self, ckpt: Checkpoint) -> None:
         """Restore everything but the model. Raise an error of some kind if the checkpoint does not fit."""
-        self.state = load_train_state(saved["state"])
-        for optimizer, optimizer_state in zip(self.optimizers, saved["optimizer"], strict=True):
+        self.state = load_train_state(ckpt["state"])
+        for optimizer, optimizer_state in zip(self.optimizers, ckpt["optimizer"], strict=True):
             self.restore_optimizer(optimizer, optimizer_state["state"])
-        if saved["scaler"]:                 # empty unless the run was saved in float16
-            self.scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if saved["rng"]["cuda"] and self.backend.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["rng"]["cuda"][0], self.backend.device)
+        if ckpt["scaler"]:                  # empty unless the run was saved in float16
+            self.scaler.load_state_dict(ckpt["scaler"])
+        torch.set_rng_state(ckpt["rng"]["cpu"])
+        if ckpt["rng"]["cuda"] and self.backend.device.type == "cuda":
+            torch.cuda.set_rng_state(ckpt["rng"]["cuda"][0], self.backend.device)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
         """Load saved moments. Rates and decay stay as set, since the settings may have changed."""
@@ -304,16 +281,3 @@ class TrainRun:
             for value in state.values():
                 if isinstance(value, Tensor) and value.dim() and value.shape != weight.shape:
                     raise ValueError("optimizer")
-
-    def check_best_checkpoint(self) -> None:
-        """Forget the best loss if ckpt.pt is missing, damaged or from other data, so that it is written again."""
-        if self.state.best_val_loss == math.inf:
-            return
-        try:
-            is_valid = checkpoint.load_checkpoint(Path(self.cfg.out_dir) / "ckpt.pt")["data_sha256"] == self.data.sha256
-        except (UserError, KeyError):
-            is_valid = False
-        if not self.dist.broadcast_from_main(is_valid):
-            print(f"note: {self.cfg.out_dir}/ckpt.pt is missing, damaged or from other text\n"
-                  "      the next evaluation writes it again")
-            self.state.best_val_loss = math.inf

@@ -13,7 +13,7 @@ from typing import Any
 
 from tinyllm import optional
 from tinyllm.cli import UserError
-from tinyllm.files import atomic_replace, atomic_write, json_line
+from tinyllm.files import atomic_replace, atomic_write, json_line, unused_path
 
 RUN_FILES = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")      # that archive_run moves
 ARCHIVE_TMP = "old.part"            # the archive while files are moved into it
@@ -29,28 +29,23 @@ class RunLog:
         self.entries = read_log(folder / "log.jsonl")[1:n_entries + 1]
         self.digest = hashlib.sha256(encode_lines(self.entries))
         if n_entries and self.sha256 != sha256:
-            self._discard_damaged_log()
+            print(f"note: {folder / 'log.jsonl'} is damaged or gone; the log starts over")
+            if (folder / "log.jsonl").exists():
+                atomic_replace(folder / "log.jsonl", unused_path(folder, "log.damaged-{}.jsonl"))
+            self.entries = []
+            self.digest = hashlib.sha256()
         last_step = self.entries[-1]["iter"] if self.entries else 0
         self.clock = [entry for entry in read_clock(folder / "clock.jsonl") if entry["iter"] <= last_step]
         for name, entries in (("log.jsonl", [header, *self.entries]), ("clock.jsonl", self.clock)):
             with atomic_write(folder / name) as file:
                 file.write(encode_lines(entries))
 
-    def _discard_damaged_log(self) -> None:
-        """Start with an empty log; keep the damaged file under another name."""
-        path = self.folder / "log.jsonl"
-        print(f"note: {path} is damaged or gone; the log starts over")
-        if path.exists():
-            atomic_replace(path, unused_path(self.folder, "log.damaged-{}.jsonl"))
-        self.entries = []
-        self.digest = hashlib.sha256()
-
     @property
     def sha256(self) -> str:
         return self.digest.hexdigest()
 
     def write(self, entry: dict[str, Any], clock: dict[str, Any]) -> None:
-        """Append an entry to log.jsonl, and what depends on the clock to clock.jsonl."""
+        """Append an entry to log.jsonl, and figures that depend on the clock to clock.jsonl."""
         clock = {"iter": entry["iter"], **clock}
         self.entries.append(entry)
         self.clock.append(clock)
@@ -65,11 +60,7 @@ class RunLog:
             os.fsync(file.fileno())
 
     def write_reports(self, expected: Sequence[tuple[float, float]] = ()) -> None:
-        """Write samples.txt and loss.png from the whole log.
-
-        Args:
-            expected: (minutes, bits per byte) of the run's preset, for the picture.
-        """
+        """Write samples.txt and loss.png from the whole log. expected: (minutes, bits per byte) of the run's preset."""
         with atomic_write(self.folder / "samples.txt") as file:
             for entry in self.entries:
                 if "val_loss" in entry:
@@ -118,11 +109,6 @@ def read_clock(path: Path) -> list[dict[str, Any]]:
 def has_numbers(entry: dict[str, Any], *keys: str) -> bool:
     """True if an entry has a finite number under each key."""
     return all(type(entry.get(key)) in (int, float) and abs(entry[key]) < 1e300 for key in keys)
-
-
-def unused_path(folder: Path, pattern: str) -> Path:
-    """Return the first path that does not exist, of a pattern such as old-{}."""
-    return next(path for i in range(1, 10_000) if not (path := folder / pattern.format(i)).exists())
 
 
 # ---- the archive --------------------------------------------------------------------------------

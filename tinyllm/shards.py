@@ -8,15 +8,15 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import numpy as np
 
 from tinyllm.cli import UserError, format_command
 from tinyllm.files import load_json, save_json, sha256
-from tinyllm.project import MANIFEST, path_flags
+from tinyllm.project import MANIFEST, path_flags, shorten_list
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -73,25 +73,17 @@ class ShardSet:
         return sum(getattr(shard, field_name) for shard in self.shards_of(split))
 
     def memmap(self, shard: Shard) -> np.ndarray:
-        """Map a shard's ids into memory, read-only, of shape (tokens,).
-
-        The map is kept, so that a run continues with its text even if step 2 replaces the file.
-        """
+        """Return a shard's ids (tokens,), mapped into memory. The map outlives a file that step 2 replaces."""
         if shard.file not in self.maps:
             path = self.folder / shard.file
             self.maps[shard.file] = np.memmap(path, self.dtype, "r") if shard.tokens else np.empty(0, self.dtype)
         return self.maps[shard.file]
 
-    def find_damage(self, shard: Shard) -> str:
-        """Return the problem of a shard's file; empty if the file is as it was written."""
+    def is_intact(self, shard: Shard) -> bool:
+        """True if a shard's file is as it was written."""
         path = self.folder / shard.file
-        if not path.is_file():
-            return "is missing"
-        size = path.stat().st_size
-        expected_size = shard.tokens * self.dtype.itemsize
-        if size != expected_size:
-            return f"has {size:,} bytes instead of {expected_size:,}"
-        return "" if sha256(path) == shard.sha256 else "is damaged: its bytes changed after they were written"
+        size = path.stat().st_size if path.is_file() else -1
+        return size == shard.tokens * self.dtype.itemsize and sha256(path) == shard.sha256
 
     def check_splits_not_empty(self) -> None:
         """Raise UserError if a split has no document."""
@@ -129,47 +121,22 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> ShardSet:
     if not path.is_file():
         text = "" if folder.with_suffix(".json").exists() else "PATH"
         command = format_command("preprocess", **path_flags(folder.with_suffix(".model")), data=text)
-        raise UserError(f"no {path}: the text is not tokenised yet, or not all of it\n       run {command}")
+        raise UserError(f"no {path}: the text is not tokenized yet, or not all of it\n       run {command}")
     try:
         content = load_json(path)
         if content["format"] != FORMAT:
             raise UserError(f"{path} is of format {content['format']}, this code reads {FORMAT}{rerun_hint(folder)}")
-        return _parse_manifest(folder, content)
+        return ShardSet(folder, content["tokenizer_sha256"], content["vocab_size"], content["val_threshold"],
+                        [_parse_shard(**entry) for entry in content["shards"]])
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}){rerun_hint(folder)}") from error
 
 
-def _parse_manifest(folder: Path, content: dict[str, Any]) -> ShardSet:
-    for name, expected in (("tokenizer_sha256", str), ("vocab_size", int), ("val_threshold", int), ("shards", list)):
-        _check_type(content[name], expected, name)
-    shard_set = ShardSet(folder, content["tokenizer_sha256"], content["vocab_size"], content["val_threshold"],
-                         [_parse_shard(entry) for entry in content["shards"]])
-    if content["dtype"] != shard_set.dtype.name:
-        raise ValueError(f"dtype {content['dtype']} for {shard_set.vocab_size} ids")
-    if len({shard.file for shard in shard_set.shards}) < len(shard_set.shards):
-        raise ValueError("a file is listed twice")
-    return shard_set
-
-
-def _parse_shard(entry: Any) -> Shard:
-    """Parse an entry of the manifest. Raises TypeError or ValueError, also if it names a file outside its folder."""
-    shard = _parse_dataclass(Shard, entry)
-    if shard.split not in SPLITS or not re.fullmatch(rf"{shard.split}_\d+\.bin", shard.file, re.ASCII):
-        raise ValueError(f"{shard.file!r} is no file name for the split {shard.split!r}")
-    return replace(shard, sources=[_parse_dataclass(Source, source) for source in shard.sources])
-
-
-def _parse_dataclass(cls: type, entry: Any) -> Any:
-    """Return the dataclass of a JSON object with exactly its fields, all of their types, and no negative number."""
-    instance = cls(**entry)
-    for each in fields(cls):
-        _check_type(getattr(instance, each.name), get_origin(each.type) or each.type, each.name)
-    return instance
-
-
-def _check_type(value: Any, expected: type, name: str) -> None:
-    if type(value) is not expected or expected is int and not 0 <= value <= 2**64:
-        raise TypeError(f"{name} cannot be {value!r:.50}")
+def _parse_shard(file: str, sources: list[dict[str, Any]], **entry: Any) -> Shard:
+    """Parse an entry of the manifest. Raises ValueError if it names a file outside its folder."""
+    if not re.fullmatch(r"(train|val)_[0-9]+\.bin", file):
+        raise ValueError(f"{file!r} is no name of a shard")
+    return Shard(file=file, sources=[Source(**source) for source in sources], **entry)
 
 
 def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
@@ -178,13 +145,10 @@ def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
     if shard_set.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(f"{folder} was made with another vocabulary than {folder}.model{rerun_hint(folder)}")
     with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(shard_set.find_damage, shard_set.shards))
-    errors = [f"{folder / shard.file} {problem}" for shard, problem in zip(shard_set.shards, problems) if problem]
-    if errors:
-        raise UserError("\n       ".join(errors) + rerun_hint(folder))
+        intact = pool.map(shard_set.is_intact, shard_set.shards)
+        damaged = [folder / shard.file for shard, is_intact in zip(shard_set.shards, intact) if not is_intact]
+    if damaged:
+        raise UserError(f"missing or damaged: {shorten_list(damaged)}{rerun_hint(folder)}")
     for shard in shard_set.shards:
-        if shard.tokens and shard_set.memmap(shard).max() >= shard_set.vocab_size:
-            raise UserError(f"{folder / shard.file} has ids beyond the vocabulary of {shard_set.vocab_size}\n"
-                            f"       delete {folder} and run python preprocess.py again")
-    shard_set.check_splits_not_empty()
+        shard_set.memmap(shard)         # before step 2 may replace the file
     return shard_set

@@ -41,11 +41,9 @@ def save_on_signals(run: TrainRun) -> Iterator[None]:
 
     def request_stop(number: int, frame: Any) -> None:
         run.requested_signal = number
-        if number == SIGHUP:
-            signal.signal(SIGHUP, signal.SIG_IGN)       # a closing terminal sends it twice, at any time
+        signal.signal(number, signal.SIG_IGN if number == SIGHUP else handlers[number])
+        if number == SIGHUP:                            # a closing terminal sends it twice, and cannot be written to
             redirect_to_devnull(1, 2)
-        else:
-            signal.signal(number, handlers[number])
         if run.dist.is_main:
             with suppress(OSError):                     # print() could be in the middle of its own buffer
                 os.write(1, b"\nstopping after this step, then saving\n")
@@ -88,10 +86,7 @@ def redirect_to_devnull(*descriptors: int) -> None:
 def read_pending_metrics(run: TrainRun) -> tuple[float, float]:
     """Return loss and gradient norm of the newest step, after checking all steps since the last call.
 
-    They are read together, because reading a number waits for the device.
-
-    Raises:
-        UserError: when one is not finite. GradScaler skips such steps itself until its scale is used up.
+    Raises UserError when one is not finite. GradScaler skips such steps itself until its scale is used up.
     """
     metrics = torch.stack([torch.stack(pair) for pair in run.pending_metrics])      # (steps, 2)
     metrics = (run.dist.sum(metrics) / run.dist.world_size).tolist()    # a loss differs between ranks, a norm does not

@@ -19,14 +19,14 @@ import numpy as np
 
 from tokenizer import HARD_TEXT, NORMAL, SPACE_MARK, UNUSED, BaseTokenizer, Tokenizer
 
-SPACE_MARK_BYTES = SPACE_MARK.encode()             # SentencePiece writes a space as this character
+SPACE_MARK_BYTES = SPACE_MARK.encode()
 CROSSES_WORDS = re.compile(f"[^{SPACE_MARK} ][{SPACE_MARK} ]|\n.|.\n", re.DOTALL)
 MAX_WORDS = 1 << 17                     # of a table; when it is full, a new one starts
 MAX_WORD_BYTES = 1 << 23                # of all words of a table, so that long words take no more memory
 MAX_COUNT_BYTES = 100 << 20             # memory of the counted words, about
 
-_SLOTS = 2 * MAX_WORDS
-_PROBES = 3                             # slots that a word may be in
+_N_SLOTS = 2 * MAX_WORDS
+_SLOTS_PER_WORD = 3                     # slots that a word may be in
 _MAX_KEY_BYTES = 15                     # of a word in the table; its length takes the 16th byte of the key
 _LOW_MASK = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_MAX_KEY_BYTES + 1)], np.uint64)
 _HIGH_MASK = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_MAX_KEY_BYTES + 1)], np.uint64)
@@ -36,8 +36,7 @@ _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)    
 def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
     """Join the texts, with a space in front of each, and find their words.
 
-    Returns:
-        the buffer; where each word starts, and the end (words + 1,); the index of each text's first word (texts,).
+    Returns the buffer; where each word starts, and the end (words + 1,); the index of each text's first word (texts,).
     """
     buffer = b" ".join([b"", *texts, bytes(_MAX_KEY_BYTES)])        # zeros at the end, to read whole integers there
     end = len(buffer) - 1 - _MAX_KEY_BYTES
@@ -54,40 +53,40 @@ def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
 
 
 class WordTable:
-    """Numbers the distinct words of texts: 1, 2, 3 and so on, in order of appearance.
+    """Gives each distinct word an id: 1, 2, 3 and so on, in order of appearance.
 
-    A hash table with open addressing, in numpy for all words of a batch at once. A word is its own key, as two 64-bit
-    integers, so that equal keys are equal words. A word that is too long for a key, or finds its slots taken, gets
-    another number in each batch. Where spaces are rare, as in Chinese, nearly all words do, and the table is soon
-    full; that costs little more than having no table.
+    A hash table in numpy, for all words of a batch at once. A word's key is its bytes and its length, as two 64-bit
+    integers `low` and `high`, so that equal keys are equal words; a slot whose `high` is 0 is free. The hash of a key
+    names _SLOTS_PER_WORD slots, and the word is in the first that was free when it came. A word that is too long for a
+    key, or finds no free slot, gets another id in each batch. Where spaces are rare, as in Chinese, nearly all words
+    do, and the table is soon full; that costs little more than having no table.
     """
 
     def __init__(self):
-        self.low = np.zeros(_SLOTS, np.uint64)
-        self.high = np.zeros(_SLOTS, np.uint64)
-        self.ids = np.zeros(_SLOTS, np.int32)
+        self.low = np.zeros(_N_SLOTS, np.uint64)
+        self.high = np.zeros(_N_SLOTS, np.uint64)
+        self.ids = np.zeros(_N_SLOTS, np.int32)
         self.n_words = 0
         self.n_bytes = 0
 
-    @property
-    def full(self) -> bool:
-        """True if a new table should take over."""
+    def is_full(self) -> bool:
         return self.n_words >= MAX_WORDS or self.n_bytes >= MAX_WORD_BYTES
 
     def assign_ids(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
-        """Number the words of texts.
+        """Return the ids of the words of texts.
 
-        Returns:
-            the number of each word (words,), int32; the index of each text's first word (texts,); the new words, in
-            the order of their numbers.
+        Returns the id of each word (words,), int32; the index of each text's first word (texts,); the new words in the
+        order of their ids.
         """
-        buffer, starts, text_starts = split_words(texts)
-        keys = _make_keys(buffer, starts[:-1], np.diff(starts))
+        buffer, word_starts, first_words = split_words(texts)
+        keys = _make_keys(buffer, word_starts[:-1], np.diff(word_starts))
         ids = self._lookup(*keys)
         unknown = np.flatnonzero(ids == 0)
+        starts = word_starts[unknown].tolist()
+        ends = word_starts[unknown + 1].tolist()
         new_ids: dict[bytes, int] = {}
         to_insert = []
-        for index, start, end in zip(unknown.tolist(), starts[unknown].tolist(), starts[unknown + 1].tolist()):
+        for index, start, end in zip(unknown.tolist(), starts, ends):
             word = buffer[start:end]
             if word not in new_ids:
                 new_ids[word] = self.n_words + 1 + len(new_ids)
@@ -97,32 +96,33 @@ class WordTable:
         self.n_words += len(new_ids)
         self.n_bytes += sum(map(len, new_ids))
         self._insert(*(key[to_insert] for key in keys), ids[to_insert])
-        return ids, text_starts, list(new_ids)
+        return ids, first_words, list(new_ids)
 
-    def _lookup(self, low: np.ndarray, high: np.ndarray, hashes: np.ndarray, probe: int = 0) -> np.ndarray:
-        """Return the numbers of words; 0 for words that are not in the table."""
-        slots = _choose_slots(hashes, probe)
+    def _lookup(self, low: np.ndarray, high: np.ndarray, hashes: np.ndarray, attempt: int = 0) -> np.ndarray:
+        """Return the ids of words; 0 for words that are not in the table."""
+        slots = _choose_slots(hashes, attempt)
         is_equal = (self.low.take(slots) == low) & (self.high.take(slots) == high)      # take is twice as fast as []
         ids = self.ids.take(slots) * is_equal
         rest = np.flatnonzero(~is_equal)
-        if probe + 1 < _PROBES and len(rest):
-            ids[rest] = self._lookup(low[rest], high[rest], hashes[rest], probe + 1)
+        if attempt + 1 < _SLOTS_PER_WORD and len(rest):
+            ids[rest] = self._lookup(low[rest], high[rest], hashes[rest], attempt + 1)
         return ids
 
-    def _insert(self, low: np.ndarray, high: np.ndarray, hashes: np.ndarray, ids: np.ndarray, probe: int = 0) -> None:
+    def _insert(self, low: np.ndarray, high: np.ndarray, hashes: np.ndarray, ids: np.ndarray, attempt: int = 0) -> None:
         """Put words into free slots. Where several want one slot, the last one wins, and the others try the next."""
-        slots = _choose_slots(hashes, probe)
+        slots = _choose_slots(hashes, attempt)
         is_free = self.high[slots] == 0
         self.ids[slots[is_free]] = ids[is_free]
-        won = is_free & (self.ids[slots] == ids)
-        self.low[slots[won]] = low[won]
-        self.high[slots[won]] = high[won]
-        if probe + 1 < _PROBES and not won.all():
-            self._insert(low[~won], high[~won], hashes[~won], ids[~won], probe + 1)
+        is_placed = is_free & (self.ids[slots] == ids)
+        self.low[slots[is_placed]] = low[is_placed]
+        self.high[slots[is_placed]] = high[is_placed]
+        rest = ~is_placed
+        if attempt + 1 < _SLOTS_PER_WORD and rest.any():
+            self._insert(low[rest], high[rest], hashes[rest], ids[rest], attempt + 1)
 
 
 def _make_keys(buffer: bytes, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the key of each word, its bytes as two integers with its length in the last byte, and the key's hash.
+    """Return the key of each word, `low` and `high`, and the key's hash.
 
     The length in a key of a word of more than _MAX_KEY_BYTES is larger than all others, so that it is in no table.
     """
@@ -134,8 +134,8 @@ def _make_keys(buffer: bytes, starts: np.ndarray, sizes: np.ndarray) -> tuple[np
     return low, high, (low ^ high * _MULTIPLIERS[0]) * _MULTIPLIERS[1]
 
 
-def _choose_slots(hashes: np.ndarray, probe: int) -> np.ndarray:
-    return (hashes >> np.uint64(46 - 18 * probe) & np.uint64(_SLOTS - 1)).astype(np.int64)
+def _choose_slots(hashes: np.ndarray, attempt: int) -> np.ndarray:
+    return (hashes >> np.uint64(46 - 18 * attempt) & np.uint64(_N_SLOTS - 1)).astype(np.int64)
 
 
 class DocumentEncoder:
@@ -151,10 +151,10 @@ class DocumentEncoder:
         self._start_table()
 
     def _start_table(self) -> None:
-        """Forget all words. Number 0 stands for eos and bos, which are between two texts."""
-        self.words = WordTable()
-        self.ids = array("i", [self.tokenizer.eos_id, self.tokenizer.bos_id])       # of all words, one after another
-        self.starts = array("i", [0])                                               # of each word in `ids`
+        """Forget all words. Word 0 stands for eos and bos, which are between two texts."""
+        self.table = WordTable()
+        self.tokens = array("i", [self.tokenizer.eos_id, self.tokenizer.bos_id])    # of all words, one after another
+        self.starts = array("i", [0])                                               # of each word in `tokens`
         self.sizes = array("i", [2])
 
     def encode(self, texts: list[bytes]) -> np.ndarray:
@@ -165,21 +165,21 @@ class DocumentEncoder:
         return np.fromiter(chain.from_iterable(batch), np.int32)
 
     def _encode_words(self, texts: list[bytes]) -> np.ndarray:
-        if self.words.full:
+        if self.table.is_full():
             self._start_table()
-        words, text_starts, new_words = self.words.assign_ids(texts)
+        words, first_words, new_words = self.table.assign_ids(texts)
         for word in new_words:
-            ids = self.tokenizer.encode_continuation(word.decode())
-            self.starts.append(len(self.ids))
-            self.sizes.append(len(ids))
-            self.ids.extend(ids)
-        words = np.append(np.insert(words, text_starts, 0), 0)
+            tokens = self.tokenizer.encode_continuation(word.decode())
+            self.starts.append(len(self.tokens))
+            self.sizes.append(len(tokens))
+            self.tokens.extend(tokens)
+        words = np.append(np.insert(words, first_words, 0), 0)
         sizes = np.frombuffer(self.sizes, np.int32).take(words)
         ends = np.cumsum(sizes, dtype=np.int32)                 # of each word in the result
-        # id j of the result, in word i, is ids[starts[i] + j - (start of i in the result)]
+        # token j of the result, in word i, is tokens[starts[i] + j - (start of i in the result)]
         shifts = np.frombuffer(self.starts, np.int32).take(words) - (ends - sizes)
         positions = np.repeat(shifts, sizes) + np.arange(ends[-1], dtype=np.int32)
-        return np.frombuffer(self.ids, np.int32).take(positions)[1:-1]
+        return np.frombuffer(self.tokens, np.int32).take(positions)[1:-1]
 
 
 class WordCounts:
@@ -192,24 +192,23 @@ class WordCounts:
         self._drop_table()
 
     def _drop_table(self) -> None:
-        """Keep no table, which is large, in a flushed object, which is sent to another process."""
-        self._table: WordTable | None = None
-        self._words = [b""]                             # by number
-        self._table_counts = np.zeros(1, np.int64)      # by number
+        self._table: WordTable | None = None            # None while flushed, for the way to another process
+        self._words = [b""]                             # by id
+        self._table_counts = np.zeros(1, np.int64)      # by id
 
     def add(self, texts: list[bytes]) -> None:
         """Count the words of texts. U+2581, which SentencePiece takes for a space, is one."""
         self._table = self._table or WordTable()
-        numbers, _, new_words = self._table.assign_ids([text.replace(SPACE_MARK_BYTES, b" ") for text in texts])
+        ids, _, new_words = self._table.assign_ids([text.replace(SPACE_MARK_BYTES, b" ") for text in texts])
         self._words += new_words
-        counts = np.bincount(numbers, minlength=len(self._words))
+        counts = np.bincount(ids, minlength=len(self._words))
         counts[:len(self._table_counts)] += self._table_counts
         self._table_counts = counts
-        if self._table.full:
+        if self._table.is_full():
             self.flush()
 
     def flush(self) -> None:
-        """Move the counts by number into `counts`."""
+        """Move the counts by id into `counts`."""
         counts = zip(self._words[1:], self._table_counts[1:].tolist())
         self._drop_table()
         self._add_counts(counts)

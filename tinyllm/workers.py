@@ -21,12 +21,11 @@ from tinyllm.machine import available_cores, free_memory
 
 BYTES_PER_WORKER = 400_000_000          # memory of a worker, with its imports
 MAX_WORKERS = 60                        # Windows cannot wait for more processes
-LEAD = 4                                # jobs per worker that may start before the oldest result is taken: files wait
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+JOBS_AHEAD = 4                          # per worker, started before the oldest result is taken: files on disk wait
 
 
 def choose_num_workers(requested: int, n_jobs: int) -> int:
-    """Return the number of processes: the requested one, or one per core if memory allows; at most one per job."""
+    """Return the number of processes: as requested, or one per core if memory allows; at most one per job."""
     if requested < 0:
         raise UserError(f"num_workers must be 0 (one per core) or more, not {requested}")
     num_workers = requested or available_cores()
@@ -40,11 +39,8 @@ def run_jobs(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[A
              label: str) -> Iterator[tuple[Any, Any]]:
     """Yield each job and function(job, progress), in the order of the jobs; progress takes the number of bytes read.
 
-    After an error no job is started; the running ones finish and are yielded before the error is raised.
-
-    Args:
-        num_workers: 1 does the jobs in this process.
-        total, label: of the progress bar.
+    With one worker, this process does the jobs. After an error no job is started; the running ones finish and are
+    yielded before the error is raised. total, label: of the progress bar.
     """
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
         if num_workers > 1:
@@ -54,32 +50,31 @@ def run_jobs(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[A
                 yield job, function(job, bar.update)
 
 
-def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqdm
-                 ) -> Iterator[tuple[Any, Any]]:
+def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqdm) -> Iterator[tuple[Any, Any]]:
     context = get_context("spawn")
-    counter = context.Value("q", 0)             # bytes read by all workers
+    n_bytes_read = context.Value("q", 0)        # by all workers
     error = None
-    queue = iter(jobs)
-    running: deque[tuple[Any, Future]] = deque()
-    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          ProcessPoolExecutor(num_workers, context, _start_worker, (counter, folder)) as executor):
+    waiting = iter(jobs)
+    started: deque[tuple[Any, Future]] = deque()
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as result_dir,
+          ProcessPoolExecutor(num_workers, context, _start_worker, (n_bytes_read, result_dir)) as executor):
         try:
             while True:
-                with defer_signals():
-                    for job in islice(queue, LEAD * num_workers - len(running)):
-                        running.append((job, _submit(executor, function, job)))
-                if not running:
+                with ignore_ctrl_c():
+                    for job in islice(waiting, JOBS_AHEAD * num_workers - len(started)):
+                        started.append((job, _submit(executor, function, job)))
+                if not started:
                     break
-                job, future = running.popleft()
+                job, future = started.popleft()
                 while not future.done():
                     wait([future], timeout=0.2)
-                    bar.update(counter.get_obj().value - bar.n)     # without its lock, which a dead worker may hold
+                    bar.update(n_bytes_read.get_obj().value - bar.n)    # without its lock, which a dead worker may hold
                 if future.cancelled():
                     continue
                 if future.exception():
                     error = error or future.exception()
-                    queue = iter(())
-                    for _, other in running:
+                    waiting = iter(())
+                    for _, other in started:
                         other.cancel()
                 else:
                     yield job, pickle.loads(future.result().read_bytes())
@@ -97,7 +92,7 @@ def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqd
 def _submit(executor: ProcessPoolExecutor, function: Callable, job: Any) -> Future:
     """Start a job. If a worker has died, the future holds the error."""
     try:
-        return executor.submit(_work, function, job)
+        return executor.submit(_run_job, function, job)
     except BrokenProcessPool as error:
         future: Future = Future()
         future.set_exception(error)
@@ -105,37 +100,24 @@ def _submit(executor: ProcessPoolExecutor, function: Callable, job: Any) -> Futu
 
 
 @contextmanager
-def defer_signals() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM, here and in processes that start in the block: they would end in tracebacks."""
-    received: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in STOP_SIGNALS}
-    _mask_ctrl_c("SIG_BLOCK")           # new processes inherit the mask; handlers are needed too, for other threads
+def ignore_ctrl_c() -> Iterator[None]:
+    """Ignore Ctrl-C here and in processes that start in the block, whose imports it would end in tracebacks."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        _mask_ctrl_c("SIG_UNBLOCK")
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        signal.signal(signal.SIGINT, handler)
 
 
-def _mask_ctrl_c(action: str) -> None:
-    """Block Ctrl-C in this thread and the processes it starts ("SIG_BLOCK"), or unblock it ("SIG_UNBLOCK")."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(getattr(signal, action), {signal.SIGINT})
+_n_bytes_read: Any = None       # by all workers
+_result_dir = ""                # for the results of all workers
 
 
-_counter: Any = None    # bytes read by all workers
-_folder = ""            # where the workers leave their results
-
-
-def _start_worker(counter: Any, folder: str) -> None:
-    global _counter, _folder
-    _counter = counter
-    _folder = folder
+def _start_worker(n_bytes_read: Any, result_dir: str) -> None:
+    global _n_bytes_read, _result_dir
+    _n_bytes_read = n_bytes_read
+    _result_dir = result_dir
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
-    _mask_ctrl_c("SIG_UNBLOCK")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -144,17 +126,17 @@ def _end_with_parent() -> None:
     os._exit(1)                 # otherwise a worker would outlive a killed parent and continue to write
 
 
-def _work(function: Callable, job: Any) -> Path:
+def _run_job(function: Callable, job: Any) -> Path:
     """Do a job. Returns the file of its result.
 
     A pipe would not do: if a worker is killed in the middle of a long result, the parent waits for the rest forever.
     """
-    result = function(job, _count)
-    with tempfile.NamedTemporaryFile(dir=_folder, delete=False) as file:
+    result = function(job, _add_bytes_read)
+    with tempfile.NamedTemporaryFile(dir=_result_dir, delete=False) as file:
         pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
     return Path(file.name)
 
 
-def _count(n_bytes: int) -> None:
-    with _counter.get_lock():
-        _counter.value += n_bytes
+def _add_bytes_read(n_bytes: int) -> None:
+    with _n_bytes_read.get_lock():
+        _n_bytes_read.value += n_bytes

@@ -3,29 +3,28 @@
     python -m tools.bench train                         # a training step, and one of transformers.LlamaForCausalLM
     python -m tools.bench train --peer ../llama2.c      # and one of the model.py in another folder
     python -m tools.bench quality --data my_stories --minutes 3     # trains the presets of up to 3 minutes
-    python -m tools.bench sample                        # generation of 1 and 32 sequences (on a GPU 256 too), and by
-                                                        # transformers
+    python -m tools.bench sample                        # 1 and 32 sequences (on a GPU 256 too), and by transformers
     python -m tools.bench sample --peer ../llama2.c     # and by the run.c in another folder (needs gcc)
     python -m tools.bench sample --checkpoint output/ckpt.pt        # and the val loss of each number format
     python -m tools.bench text --data my_stories --text_mb 200      # steps 1 and 2, and a plain implementation of them
 
 Contenders take turns, so that a machine that slows down slows all of them; medians are printed.
 """
-import importlib.util
 import json
 import math
 import os
+import runpy
 import shutil
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import count, cycle, islice, repeat
 from pathlib import Path
@@ -40,6 +39,7 @@ from model import ModelArgs, Transformer
 from tinyllm import checkpoint as checkpoints
 from tinyllm import cli, corpus, documents, optional, shards
 from tinyllm import device as devices
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
@@ -55,7 +55,7 @@ from tools import compare
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""             # train: the model and batch of a preset; empty: the defaults of train.py
-peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss or returned)
+peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss)
                         # sample: a folder with llama2.c's run.c
 rounds = 10             # turns of each contender; of text, whose turns are long, at most 3
 checkpoint = ""         # sample: a trained model, also a GPT-2; empty: the default one, untrained
@@ -88,9 +88,7 @@ def main() -> None:
 def bench_train(cfg: SimpleNamespace) -> None:
     backend = devices.choose_backend(cfg.device, cfg.dtype)
     train_cfg, args = default_shape(cfg)
-    batch_shape = (train_cfg.batch_size, args.max_seq_len + 1)
-    tokens = torch.randint(0, args.vocab_size, batch_shape, device=backend.device)
-    batch = (tokens[:, :-1], tokens[:, 1:])                     # x, y: (batch_size, max_seq_len)
+    batch = random_batch(train_cfg.batch_size, args, backend)
     compiled = build_run(train_cfg, backend, args, compiled=True, gradient_accumulation_steps=1)
     eager = build_run(train_cfg, backend, args, compiled=False, gradient_accumulation_steps=1)
     steps = {"compiled": partial(train.train_step, compiled, repeat(batch)),
@@ -101,7 +99,7 @@ def bench_train(cfg: SimpleNamespace) -> None:
     times = time_interleaved(steps, backend, cfg.rounds)
 
     n_tokens = batch[0].numel()
-    limit = matrix_seconds(args, backend, n_tokens)
+    limit = matrix_seconds(eager.model, backend, n_tokens)
     print(f"{backend}: dim {args.dim}, {args.n_layers} layers, {n_tokens:,} tokens, one micro-batch a step")
     for name, seconds in times.items():
         print(f"{name:24} {n_tokens / seconds:10,.0f} tokens/s "
@@ -121,12 +119,16 @@ def default_shape(cfg: SimpleNamespace) -> tuple[SimpleNamespace, ModelArgs]:
     return train_cfg, shape_from_settings(train_cfg, vocab_size)
 
 
+def random_batch(batch_size: int, args: ModelArgs, backend: devices.Backend) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, args.vocab_size, (batch_size, args.max_seq_len + 1), device=backend.device)
+    return tokens[:, :-1], tokens[:, 1:]                        # x, y: (batch_size, max_seq_len)
+
+
 def build_run(train_cfg: SimpleNamespace, backend: devices.Backend, args: ModelArgs, compiled: bool,
               dist: DistributedContext = SINGLE_PROCESS, **changes: Any) -> TrainRun:
     """Build what train.py trains, with some settings changed, and without data."""
     cfg = SimpleNamespace(**{**vars(train_cfg), **changes})
-    plan = RunPlan(cfg, backend, None, None, args, None, False, dist)
-    run = choose_run_class(cfg, dist)(plan)
+    run = choose_run_class(cfg, dist)(RunPlan(cfg, backend, None, None, args, None, False, dist))
     if compiled:
         run.compile()
     return run
@@ -162,17 +164,14 @@ def peer_step(folder: Path, backend: devices.Backend, args: ModelArgs, batch: tu
     path = folder / "model.py"
     if not path.is_file():
         raise UserError(f"no model.py in {folder.resolve()}")
-    spec = importlib.util.spec_from_file_location("peer_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peer_model"] = module
-    spec.loader.exec_module(module)
-    shape = {name: getattr(args, name) for name in module.ModelArgs.__dataclass_fields__ if hasattr(args, name)}
-    model = module.Transformer(module.ModelArgs(**{**shape, "hidden_dim": args.ffn_dim})).to(backend.device)
+    peer = runpy.run_path(str(path))
+    shape = {name: getattr(args, name) for name in peer["ModelArgs"].__dataclass_fields__ if hasattr(args, name)}
+    model = peer["Transformer"](peer["ModelArgs"](**{**shape, "hidden_dim": args.ffn_dim})).to(backend.device)
     x, y = (part.contiguous() for part in batch)                # llama2.c calls view() on them
 
     def loss() -> Tensor:
         output = model(x, y)
-        return output[1] if isinstance(output, tuple) else getattr(model, "last_loss", output)
+        return getattr(model, "last_loss", output)
     return adamw_step(model, loss)
 
 
@@ -187,20 +186,18 @@ def adamw_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[
     return step
 
 
-def matrix_seconds(args: ModelArgs, backend: devices.Backend, n_tokens: int) -> float:
+def matrix_seconds(model: Transformer, backend: devices.Backend, n_tokens: int) -> float:
     """Return the seconds of a step's matrix products alone, without attention."""
-    kv_dim = args.n_kv_heads * args.head_dim
-    layer = [(args.dim, args.dim), (args.dim, kv_dim), (args.dim, kv_dim), (args.dim, args.dim),
-             (args.dim, args.ffn_dim), (args.dim, args.ffn_dim), (args.ffn_dim, args.dim)]
-    counts = Counter(layer * args.n_layers + [(args.dim, args.vocab_size)])
-    return sum(count * product_seconds(*shape, backend, n_tokens) for shape, count in counts.items())
+    counts = Counter(part.weight.shape for part in model.modules() if isinstance(part, torch.nn.Linear))
+    return sum(n * product_seconds(*shape, backend, n_tokens) for shape, n in counts.items())
 
 
-def product_seconds(dim_in: int, dim_out: int, backend: devices.Backend, n_tokens: int) -> float:
+def product_seconds(dim_out: int, dim_in: int, backend: devices.Backend, n_tokens: int) -> float:
     """Return the seconds of one matrix product, forward and backward."""
-    x = torch.randn(n_tokens, dim_in, device=backend.device, dtype=backend.dtype)
-    w = torch.randn(dim_out, dim_in, device=backend.device, dtype=backend.dtype)
-    y = torch.randn(n_tokens, dim_out, device=backend.device, dtype=backend.dtype)
+    new_matrix = partial(torch.randn, device=backend.device, dtype=backend.dtype)
+    x = new_matrix(n_tokens, dim_in)
+    w = new_matrix(dim_out, dim_in)
+    y = new_matrix(n_tokens, dim_out)
     products = {"forward": lambda: x @ w.T, "to x": lambda: y @ w, "to w": lambda: y.T @ x}
     return sum(time_interleaved(products, backend, 10).values())
 
@@ -230,19 +227,14 @@ SAMPLING = SamplingParams(temperature=0.8, top_k=300)
 def bench_sample(cfg: SimpleNamespace) -> None:
     """Measure new tokens per second, the prompt's time included; a batch counts the tokens of all sequences."""
     backend = devices.choose_backend(cfg.device, cfg.dtype, training=False)
-    state = checkpoints.read_model(cfg.checkpoint) if cfg.checkpoint else None
-    model = checkpoints.build_model(state) if state else checkpoints.new_model(ModelArgs())
+    ckpt = checkpoints.read_model(cfg.checkpoint) if cfg.checkpoint else None
+    model = checkpoints.build_model(ckpt) if ckpt else checkpoints.new_model(ModelArgs())
     model.to(backend.device)
-    is_cpu = backend.device.type == "cpu"
     engines = build_engines(model, backend)
-    compiled = {}
-    if isinstance(model, Transformer) or not is_cpu:
-        name = str(backend.dtype).removeprefix("torch.")
-        compiled[f"{name}, compiled"] = build_engine(model, backend.dtype, compiled=True)
     peer = transformers_model(model.args, backend).eval()
     with tempfile.TemporaryDirectory() as tmp_dir:
-        for batch_size in (1, 32) if is_cpu else (1, 32, 256):
-            steps = {name: partial(generate, engine, batch_size) for name, engine in {**engines, **compiled}.items()}
+        for batch_size in (1, 32) if backend.device.type == "cpu" else (1, 32, 256):
+            steps = {name: partial(generate, engine, batch_size) for name, engine in engines.items()}
             steps["transformers, float32"] = partial(generate_with_transformers, peer, batch_size)
             if cfg.peer and batch_size == 1:
                 steps["run.c, float32"] = run_c_step(Path(cfg.peer), model, Path(tmp_dir))
@@ -251,17 +243,20 @@ def bench_sample(cfg: SimpleNamespace) -> None:
             for name, seconds in times.items():
                 print(f"{name:24} {batch_size * N_NEW_TOKENS / seconds:10,.0f} tokens/s "
                       f"{times['transformers, float32'] / seconds:6.2f} x transformers")
-    if state:
-        for name, engine in engines.items():
-            print(f"{name:24} val loss {val_loss(engine, state, cfg.data_dir):.4f}")
+    for name, engine in engines.items():
+        if ckpt and "compiled" not in name:
+            print(f"{name:24} val loss {val_loss(engine, ckpt, cfg.data_dir):.4f}")
 
 
 def build_engines(model: torch.nn.Module, backend: devices.Backend) -> dict[str, Engine]:
-    """Return an engine for each number format of the device."""
-    engines = {str(backend.dtype).removeprefix("torch."): build_engine(model, backend.dtype)}
+    """Return an engine for each number format of the device, and a compiled one."""
+    dtype = str(backend.dtype).removeprefix("torch.")
+    engines = {dtype: build_engine(model, backend.dtype)}
     if backend.device.type == "cpu":
         engines["float32"] = build_engine(model)
         engines["int8"] = build_engine(model, quantize="int8")
+    if backend.device.type != "cpu" or isinstance(model, Transformer):
+        engines[f"{dtype}, compiled"] = build_engine(model, backend.dtype, compiled=True)
     return engines
 
 
@@ -289,10 +284,9 @@ def run_c_step(folder: Path, model: torch.nn.Module, tmp_dir: Path) -> Callable[
     program = tmp_dir / "run"
     weights = tmp_dir / "model.bin"
     tokenizer = tmp_dir / "tokenizer.bin"
-    compiler = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", program]
-    subprocess.run(compiler, check=True)
-    llama2c = optional.load("formats").llama2c
-    llama2c.write_weights(checkpoints.model_state(model), weights, version=0)
+    gcc = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", program]
+    subprocess.run(gcc, check=True)
+    optional.load("formats").llama2c.write_weights(checkpoints.model_state(model), weights, version=0)
     tokens = struct.pack("<fi2s", 0.0, 2, b"aa") * model.args.vocab_size       # each is the text "aa"
     tokenizer.write_bytes(struct.pack("<i", 2) + tokens)
     n_tokens = len(PROMPT) + N_NEW_TOKENS
@@ -302,22 +296,22 @@ def run_c_step(folder: Path, model: torch.nn.Module, tmp_dir: Path) -> Callable[
 
     def step() -> float:
         while True:                     # a text that ends early is too short to time
-            done = subprocess.run([str(part) for part in (*command, next(seeds))], capture_output=True,
-                                  env=environment, check=True)
+            words = map(str, [*command, next(seeds)])
+            done = subprocess.run(words, capture_output=True, env=environment, check=True)
             if len(done.stdout) > min(n_tokens, model.args.max_seq_len):       # two letters per token
                 return N_NEW_TOKENS / float(done.stderr.split()[-1])
     return step
 
 
-def val_loss(engine: Engine, state: dict[str, Any], data_dir: str) -> float:
+def val_loss(engine: Engine, ckpt: Checkpoint, data_dir: str) -> float:
     """Return the nats per token over the val split, as train.py scores it."""
-    digest = checkpoints.build_tokenizer(state).sha256
+    digest = checkpoints.build_tokenizer(ckpt).sha256
     data = shards.load_shards(find_tokenizer(data_dir, digest=digest).with_suffix(""), digest)
     nats = 0.0
     n_tokens = 0
     for x, y in Task.iter_split(data, "val", 1, engine.args.max_seq_len):
         targets = y[0][y[0] != IGNORE_INDEX]                                    # (T,)
-        logprobs = next(engine.read([*x[0].tolist(), 0]))[:len(targets)]        # (T, vocab_size)
+        logprobs = next(engine.logprobs([*x[0].tolist(), 0]))[:len(targets)]        # (T, vocab_size)
         nats -= logprobs.gather(1, targets.to(engine.device)[:, None]).sum().item()
         n_tokens += len(targets)
     return nats / n_tokens
@@ -326,7 +320,6 @@ def val_loss(engine: Engine, state: dict[str, Any], data_dir: str) -> float:
 # ---- text to tokens -----------------------------------------------------------------------------
 
 PROCESSES = 2
-MAX_TEXT_ROUNDS = 3
 
 
 def bench_text(cfg: SimpleNamespace) -> None:
@@ -337,28 +330,24 @@ def bench_text(cfg: SimpleNamespace) -> None:
         stories = Path(tmp_dir, "stories")
         model = Path(tmp_dir, "data", "tok4096.model")
         megabytes = write_stories(cfg, stories) / 1e6
-        commands = text_commands(stories, model, Path(tmp_dir))
+        ours = ["--data_dir", model.parent, "--num_workers", PROCESSES]
+        plain = Path("tests", "plain.py")
+        commands = {
+            "train_vocab.py": ["train_vocab.py", *ours, "--data", stories],
+            "plain vocabulary": [plain, "vocabulary", stories, 4096, f"{tmp_dir}/plain.model"],
+            "preprocess.py": ["preprocess.py", *ours],
+            "plain shards": [plain, "shards", stories, model, f"{tmp_dir}/plain", PROCESSES]}
         results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-        for _ in range(min(cfg.rounds, MAX_TEXT_ROUNDS)):
+        for _ in range(min(cfg.rounds, 3)):
             for name, command in commands.items():
                 shutil.rmtree(model.with_suffix(""), ignore_errors=True)
-                results[name].append(time_process(command))
+                results[name].append(time_script(*command))
     print(f"{megabytes:,.0f} MB of stories, {PROCESSES} processes")
     for name, plain_name in (("train_vocab.py", "plain vocabulary"), ("preprocess.py", "plain shards")):
         seconds, memory = print_text_result(name, results[name], megabytes)
         plain_seconds, plain_memory = print_text_result(plain_name, results[plain_name], megabytes)
         memory_ratio = f", {memory / plain_memory:.2f} x the memory" if plain_memory else ""     # known on Linux only
         print(f"{'':20} {plain_seconds / seconds:7.2f} x the speed{memory_ratio}")
-
-
-def text_commands(stories: Path, model: Path, tmp_dir: Path) -> dict[str, list[Any]]:
-    ours = ["--data_dir", model.parent, "--num_workers", PROCESSES]
-    plain = [sys.executable, ROOT / "tests" / "plain.py"]
-    return {
-        "train_vocab.py": [sys.executable, ROOT / "train_vocab.py", *ours, "--data", stories],
-        "plain vocabulary": [*plain, "vocabulary", stories, 4096, tmp_dir / "plain.model"],
-        "preprocess.py": [sys.executable, ROOT / "preprocess.py", *ours],
-        "plain shards": [*plain, "shards", stories, model, tmp_dir / "plain", PROCESSES]}
 
 
 def print_text_result(name: str, results: list[tuple[float, float]], megabytes: float) -> tuple[float, float]:
@@ -370,7 +359,7 @@ def print_text_result(name: str, results: list[tuple[float, float]], megabytes: 
 
 
 def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
-    """Write the stories again and again, in 10 files of text_mb / 10; return their size in bytes."""
+    """Repeat the stories in 10 files of text_mb / 10; return their size in bytes."""
     source = Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
     texts = [text for path in corpus.find_files(source) for text in documents.read_documents(path)]
     folder.mkdir()
@@ -386,26 +375,22 @@ def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def time_process(command: list[Any]) -> tuple[float, float]:
-    """Return the seconds of a command, and on Linux the peak memory of all its processes in bytes."""
-    start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               start_new_session=True)
-    samples = [0]
-    has_ended = threading.Event()
-
-    def sample_memory() -> None:
-        while not has_ended.wait(0.05):
-            samples.append(session_memory(process.pid))
-    sampler = threading.Thread(target=sample_memory)
-    sampler.start()
-    _, errors = process.communicate()
-    seconds = time.perf_counter() - start
-    has_ended.set()
-    sampler.join()
-    if process.returncode:
-        raise UserError(f"{command[1]} failed:\n{errors.decode(errors='replace')[-2000:]}")
-    return seconds, max(samples)
+def time_script(script: str | Path, *args: Any) -> tuple[float, float]:
+    """Return the seconds of a script, and on Linux the peak memory of all its processes in bytes."""
+    command = [sys.executable, *map(str, (ROOT / script, *args))]
+    memory = 0
+    with tempfile.TemporaryFile() as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        while process.poll() is None:
+            memory = max(memory, session_memory(process.pid))
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            errors.seek(0)
+            raise UserError(f"{script} failed:\n{errors.read().decode(errors='replace')[-2000:]}")
+    return seconds, memory
 
 
 def session_memory(session: int) -> int:
@@ -431,6 +416,7 @@ def bench_quality(cfg: SimpleNamespace) -> None:
     names = [name for name, preset in PRESETS.items() if preset.settings.get("max_minutes", math.inf) <= cfg.minutes]
     if not names:
         raise UserError(f"no preset is as short as {cfg.minutes:g} minutes; the shortest takes 3: --minutes 3")
+    corpus.find_files(cfg.data)             # raises UserError if there are none
     print("| preset | vocabulary | parameters | tokens/s | wall minutes | bpb at minutes |\n|---|---|---|---|---|---|")
     for name in names:
         print(quality_row(name, cfg), flush=True)
@@ -442,22 +428,15 @@ def quality_row(name: str, cfg: SimpleNamespace) -> str:
     data_dir = Path(cfg.out_dir, f"data-{source_id:08x}")
     out_dir = Path(cfg.out_dir, name)
     if not (data_dir / f"tok{vocab_size}" / "manifest.json").exists():
-        run_step("train_vocab.py", "--data", cfg.data, "--data_dir", data_dir, "--vocab_size", vocab_size)
-        run_step("preprocess.py", "--data_dir", data_dir, "--vocab_size", vocab_size)
-    start = time.monotonic()
-    run_step("train.py", "--preset", name, "--init_from", "scratch", "--data_dir", data_dir, "--out_dir", out_dir,
-             "--vocab_size", vocab_size, "--device", cfg.device, "--dtype", cfg.dtype)
-    wall_minutes = (time.monotonic() - start) / 60
+        time_script("train_vocab.py", "--data", cfg.data, "--data_dir", data_dir, "--vocab_size", vocab_size)
+        time_script("preprocess.py", "--data_dir", data_dir, "--vocab_size", vocab_size)
+    seconds, _ = time_script(
+        "train.py", "--preset", name, "--init_from", "scratch", "--data_dir", data_dir, "--out_dir", out_dir,
+        "--vocab_size", vocab_size, "--device", cfg.device, "--dtype", cfg.dtype)
     run = compare.read_run(str(out_dir))
     scores = ", ".join(f"{bpb:.3f} at {minutes:.1f}" for minutes, bpb in run.by_minutes)
-    return (f"| {name} | {vocab_size} | {run.parameters:,} | {statistics.median(run.speeds):,.0f} | {wall_minutes:.2f} "
+    return (f"| {name} | {vocab_size} | {run.parameters:,} | {statistics.median(run.speeds):,.0f} | {seconds / 60:.2f} "
             f"| {scores} |")
-
-
-def run_step(script: str, *args: Any) -> None:
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        raise UserError(f"{script} failed")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tinyllm.device import Backend, choose_backend
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext, distributed_context
 from tinyllm.engine import Engine
 from tinyllm.machine import available_cores
-from tools.bench import N_NEW_TOKENS, build_run, default_shape, generate, time_interleaved
+from tools.bench import N_NEW_TOKENS, build_run, default_shape, generate, random_batch, time_interleaved
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""             # the model and batch of a preset; empty: the defaults of train.py
@@ -47,7 +47,7 @@ def main() -> None:
         cores = max(available_cores() // dist.world_size, 1)
         bench_steps(cfg, train_cfg, args, backend, dist, cores)
         try:
-            check_divisible(args, dist)
+            check_divisible(args, dist.world_size)
         except UserError as error:
             print(f"generation is left out: {error}")
             return
@@ -57,14 +57,13 @@ def main() -> None:
 def bench_steps(cfg: SimpleNamespace, train_cfg: SimpleNamespace, args: ModelArgs, backend: Backend,
                 dist: DistributedContext, cores: int) -> None:
     """Measure a step with one micro-batch for each process. `cores` is the share of a process."""
-    tokens = torch.randint(0, args.vocab_size, (train_cfg.batch_size, args.max_seq_len + 1), device=backend.device)
-    batch = (tokens[:, :-1], tokens[:, 1:])                     # x, y: (batch_size, max_seq_len)
+    batch = random_batch(train_cfg.batch_size, args, backend)
 
     def build_step(context: DistributedContext, shard: bool) -> Callable[[], object]:
         run = build_run(train_cfg, backend, args, False, context, gradient_accumulation_steps=dist.world_size,
                         shard=shard)
         return partial(train.train_step, run, repeat(batch))
-    alone = build_step(SINGLE_PROCESS, False) if dist.is_main else do_nothing       # the other ranks wait for it
+    alone = build_step(SINGLE_PROCESS, False) if dist.is_main else int      # the other ranks wait for it
     n_params = checkpoint.new_model(args).count_parameters()
     gradients = torch.zeros(n_params, device=backend.device)
     steps = {
@@ -110,23 +109,17 @@ def bench_generation(cfg: SimpleNamespace, args: ModelArgs, backend: Backend, di
     divided.run(measure)
 
 
-def do_nothing() -> None:
-    pass
-
-
 def bytes_sent(step: Callable[[], object], dist: DistributedContext) -> int:
     """Return the bytes of a step's messages through the loopback of Linux; elsewhere 0."""
-    before = loopback_bytes(dist)
-    step()
-    return loopback_bytes(dist) - before
-
-
-def loopback_bytes(dist: DistributedContext) -> int:
-    dist.max(0)                         # waits for all ranks
     path = Path("/proc/net/dev")
-    counters = path.read_text(encoding="utf-8") if path.exists() else ""
-    fields = counters.partition("lo:")[2].split()
-    return int(fields[0]) if fields else 0
+    if not path.exists():
+        return 0
+    counts = []
+    for action in (int, step):
+        action()
+        dist.max(0)                     # waits for all ranks
+        counts.append(int(path.read_text(encoding="utf-8").partition("lo:")[2].split()[0]))
+    return counts[1] - counts[0]
 
 
 def time_together(step: Callable[[], object], threads: int, backend: Backend, dist: DistributedContext) -> float:

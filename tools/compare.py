@@ -51,9 +51,15 @@ def main() -> None:
     if len({data_sha256(folder) for folder in cfg.folders}) > 1:
         print("\nnote: these runs have different text or vocabularies, so bits per byte do not compare them")
     print_table(["", *cfg.folders], summary_rows(runs))
-    print_bpb_tables(runs)
+    by_tokens = [run.by_tokens for run in runs]
+    by_minutes = [run.by_minutes for run in runs]
+    print_bpb_table("tokens", cfg.folders, by_tokens, decimals=0)
+    print_bpb_table("minutes", cfg.folders, by_minutes, decimals=2)
+    path = Path(cfg.out_dir) / "compare.png"
+    labels = [f"{run.folder}, best {run.best[1]:.3f}" for run in runs]
     try:
-        draw_picture(runs, Path(cfg.out_dir) / "compare.png")
+        optional.load("plots").draw_comparison(path, labels, by_tokens, by_minutes)
+        print(f"\nwrote {path}")
     except UserError as error:              # without matplotlib
         print(f"\n{error}")
 
@@ -63,7 +69,12 @@ def main() -> None:
 def read_run(folder: str) -> RunHistory:
     """Read the logs in a folder. Raises UserError if they have no evaluation."""
     path = Path(folder) / "log.jsonl"
-    header, entries = read_entries(path)
+    if not path.is_file():
+        raise UserError(f"no {path}; name the folders of runs\n       {EXAMPLE}")
+    header, *entries = runlog.read_log(path) or [{}]
+    model_args = header.get("model_args", {})           # fine-tuning takes the model's own shape
+    if not isinstance(header.get("config"), dict) or not isinstance(model_args, dict):
+        raise UserError(f"{path} is not a log of train.py, or its first line is damaged")
     evals = [entry for entry in entries if runlog.has_numbers(entry, "iter", "tokens", "bpb")]
     if not evals:
         raise UserError(f"{path} has no evaluation\n"
@@ -72,22 +83,11 @@ def read_run(folder: str) -> RunHistory:
     minutes = {entry["iter"]: entry["seconds"] / 60 for entry in clock}
     return RunHistory(
         folder=folder,
-        settings={**header["config"], **header.get("model_args", {})},      # fine-tuning takes the model's own shape
+        settings={**header["config"], **model_args},
         parameters=header.get("parameters", 0),
         by_tokens=[(entry["tokens"], entry["bpb"]) for entry in evals],
         by_minutes=[(minutes[entry["iter"]], entry["bpb"]) for entry in evals if entry["iter"] in minutes],
         speeds=[entry["tokens_per_second"] for entry in clock if runlog.has_numbers(entry, "tokens_per_second")])
-
-
-def read_entries(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the header of a log and its entries. Raises UserError if it is no log of train.py."""
-    if not path.is_file():
-        raise UserError(f"no {path}; name the folders of runs\n       {EXAMPLE}")
-    lines = runlog.read_log(path)
-    header = lines[0] if lines else {}
-    if not isinstance(header.get("config"), dict) or not isinstance(header.get("model_args", {}), dict):
-        raise UserError(f"{path} is not a log of train.py, or its first line is damaged")
-    return header, lines[1:]
 
 
 def data_sha256(folder: str) -> str:
@@ -96,7 +96,7 @@ def data_sha256(folder: str) -> str:
     return checkpoint.load_checkpoint(path, mmap=True)["data_sha256"] if path.exists() else ""
 
 
-# ---- the tables and the picture -----------------------------------------------------------------
+# ---- the tables ----------------------------------------------------------------------------------
 
 def setting_rows(runs: list[RunHistory]) -> list[list[str]]:
     """Return a row for each setting that differs between the runs, or is missing in some."""
@@ -116,55 +116,31 @@ def summary_rows(runs: list[RunHistory]) -> list[list[str]]:
             ["tokens/s, median", *[f"{median(run.speeds or [0]):,.0f}" for run in runs]]]
 
 
-def print_bpb_tables(runs: list[RunHistory]) -> None:
-    """Print bpb at equal tokens and at equal minutes, where the evaluations of all runs overlap."""
-    by_tokens = [run.by_tokens for run in runs]
-    by_minutes = [run.by_minutes for run in runs]
-    for unit, curves, decimals in (("tokens", by_tokens, 0), ("minutes", by_minutes, 2)):
-        rows = bpb_rows(curves, decimals)
-        if rows:
-            print_table([f"val bpb at {unit} (* lowest)", *[run.folder for run in runs]], rows)
-        else:
-            print(f"\nthe evaluations of these runs do not overlap in {unit}; use a smaller --eval_interval")
-
-
-def bpb_rows(curves: list[Points], decimals: int) -> list[list[str]]:
-    """Return a row for each x that all curves reach, with a star at the lowest bpb."""
+def print_bpb_table(unit: str, folders: list[str], curves: list[Points], decimals: int) -> None:
+    """Print bpb at N_POINTS places where the evaluations of all runs overlap, with a star at the lowest."""
+    start = max((points[0][0] for points in curves if points), default=0.0)
+    end = min(points[-1][0] if points else -1.0 for points in curves)
+    if start > end:
+        print(f"\nthe evaluations of these runs do not overlap in {unit}; use a smaller --eval_interval")
+        return
     rows = []
-    for x in shared_x(curves):
+    for x in sorted(set(np.linspace(start, end, N_POINTS).tolist())):
         values = [f"{np.interp(x, *zip(*points)):.4f}" for points in curves]
         lowest = min(values, key=float)
         rows.append([f"  {x:,.{decimals}f}", *[f"*{value}" if value == lowest else value for value in values]])
-    return rows
-
-
-def shared_x(curves: list[Points]) -> list[float]:
-    """Return N_POINTS places in the range that all curves cover."""
-    if not all(curves):
-        return []
-    start = max(points[0][0] for points in curves)
-    end = min(points[-1][0] for points in curves)
-    return sorted(set(np.linspace(start, end, N_POINTS).tolist())) if start <= end else []
+    print_table([f"val bpb at {unit} (* lowest)", *folders], rows)
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    cells = [[escape_control_chars(shorten(text)) for text in row] for row in [header, *rows]]
+    cells = []
+    for row in [header, *rows]:
+        short = [text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH - 3]}..." for text in row]
+        cells.append([escape_control_chars(text) for text in short])
     widths = [max(len(text) for text in column) for column in zip(*cells)]
     print()
     for first, *others in cells:
         columns = [text.rjust(width) for text, width in zip(others, widths[1:])]
         print("  ".join([first.ljust(widths[0]), *columns]).rstrip())
-
-
-def shorten(text: str) -> str:
-    return text if len(text) <= MAX_WIDTH else f"{text[:MAX_WIDTH - 3]}..."
-
-
-def draw_picture(runs: list[RunHistory], path: Path) -> None:
-    labels = [f"{run.folder}, best {run.best[1]:.3f}" for run in runs]
-    plots = optional.load("plots")
-    plots.draw_comparison(path, labels, [run.by_tokens for run in runs], [run.by_minutes for run in runs])
-    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 import math
 import platform
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -15,13 +16,13 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # for python tools/doctor.py
 from tinyllm import checkpoint, cli
 from tinyllm.cli import UserError, escape_control_chars, format_command
 from tinyllm.device import choose_backend, why_no_compiler, why_no_headers
 from tinyllm.files import sha256
 from tinyllm.machine import available_cores, free_memory
 from tinyllm.project import find_tokenizer, load_tokenizer, path_flags, tokenizer_files
-from tinyllm.resume import is_complete
 from tinyllm.shards import load_shards
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def next_command(failed_step: str, cfg: SimpleNamespace, overrides: dict[str, An
     return format_command("train", **flags, out_dir=out_dir, preset="cpu_3min" if is_cpu else "")
 
 
-# ---- the machine --------------------------------------------------------------------------------
+# ---- the machine and the files ------------------------------------------------------------------
 
 def describe_package(name: str) -> str:
     try:
@@ -87,8 +88,6 @@ def describe_device(cfg: SimpleNamespace) -> str:
     return (f"{choose_backend(cfg.device)}; {available_cores()} cores; "
             f"C++ compiler: {why_no_compiler() or why_no_headers() or 'found'}")
 
-
-# ---- the files ----------------------------------------------------------------------------------
 
 def choose_tokenizer(cfg: SimpleNamespace) -> Path:
     """Return the tokenizer of the settings; of several, the one of the run, or the first with shards."""
@@ -115,20 +114,21 @@ def describe_shards(cfg: SimpleNamespace) -> str:
 def describe_run(cfg: SimpleNamespace) -> str:
     """Describe the latest checkpoint. Raises UserError for a run that has not finished."""
     path = Path(cfg.out_dir) / "last.pt"
-    state = checkpoint.load_checkpoint(path, checkpoint.REQUIRED_TO_RESUME, mmap=True)
-    config = state["config"]
-    length = f"max_iters {config.get('max_iters')}, max_minutes {config.get('max_minutes')}"
-    if not is_complete(state):
-        raise UserError(f"{path}: step {state['iter_num']:,}, not finished ({length})")
-    return f"{path}: step {state['iter_num']:,}, finished ({length})"
+    ckpt = checkpoint.load_checkpoint(path, checkpoint.REQUIRED_TO_RESUME, mmap=True)
+    config = ckpt["config"]
+    length = f"max_iters {config['max_iters']}, max_minutes {config['max_minutes']}"
+    is_finished = ckpt["iter_num"] >= config["max_iters"] or 0 < 60 * config["max_minutes"] <= ckpt["state"]["seconds"]
+    if not is_finished:
+        raise UserError(f"{path}: step {ckpt['iter_num']:,}, not finished ({length})")
+    return f"{path}: step {ckpt['iter_num']:,}, finished ({length})"
 
 
 def describe_best(cfg: SimpleNamespace) -> str:
     path = Path(cfg.out_dir) / "ckpt.pt"
-    state = checkpoint.load_checkpoint(path, mmap=True)
-    n_params = checkpoint.build_model(state, copy_weights=False, name=path).count_parameters()
-    loss = state.get("best_val_loss", math.nan)
-    return f"{path}: step {state['iter_num']:,}, val loss {loss:.4f}, {n_params:,} parameters"
+    ckpt = checkpoint.load_checkpoint(path, mmap=True)
+    n_params = checkpoint.build_model(ckpt, copy_weights=False, source=path).count_parameters()
+    loss = ckpt.get("best_val_loss", math.nan)
+    return f"{path}: step {ckpt['iter_num']:,}, val loss {loss:.4f}, {n_params:,} parameters"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Models in other projects' files: each is read as a state of tinyllm/checkpoint.py, and a state is written as each.
+"""Models in other projects' files: each is read as a Checkpoint, and a Checkpoint is written as each.
 
-    state = formats.read_model(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    formats.WRITERS["hf"](state, Path("output/smol"))
+    ckpt = formats.read_model(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    formats.WRITERS["hf"](ckpt, Path("output/smol"))
 
 A reader returns `model` and `model_args`, with the names of model.py, the tokenizer, and the name of the chat template.
 Tensors stay in their file, mapped into memory, unless they must change.
@@ -11,22 +11,21 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from extras.formats import gguf_file, gpt2_folder, huggingface, llama2c, meta
 from tinyllm import checkpoint
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
 from tinyllm.project import load_tokenizer
 from tokenizer import BaseTokenizer
 
-Checkpoint = dict[str, Any]
 # errors that a reader may raise for a damaged file
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
             struct.error)
 
 
-def write_checkpoint(state: Checkpoint, path: Path) -> None:
-    checkpoint.save_checkpoint(path, state)
+def write_checkpoint(ckpt: Checkpoint, path: Path) -> None:
+    checkpoint.save_checkpoint(path, ckpt)
 
 
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
@@ -47,11 +46,11 @@ def read_model(source: Path) -> Checkpoint:
     Raises UserError when the source is missing, damaged, or of a kind that cannot be represented.
     """
     path = find_source(source)
+    if path.suffix == ".model":
+        raise UserError(f"{path} is a tokenizer, which step 1 writes; a model is the ckpt.pt that step 3 writes")
     try:
-        reader = choose_reader(path)
-        if not reader and path.suffix == ".model":
-            raise UserError(f"{path} is a tokenizer, which step 1 writes; a model is the ckpt.pt that step 3 writes")
-        return (reader or checkpoint.load_checkpoint)(path)
+        reader = choose_reader(path) or checkpoint.load_checkpoint
+        return reader(path)
     except FAILURES as error:
         raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error
 

@@ -1,4 +1,4 @@
-"""Code that the readers and writers share: states, and tokenizers in the forms that they need."""
+"""Code that the readers and writers share: checkpoints, and tokenizers in the forms that they need."""
 import json
 import struct
 from collections.abc import Collection, Iterable
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from extras.tokenizers import JsonTokenizer, TiktokenTokenizer
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
 from tinyllm.project import shorten_list
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE_MARK, UNKNOWN, BaseTokenizer, Tokenizer
@@ -18,15 +19,15 @@ LLAMA3 = TiktokenTokenizer.PATTERN
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def make_state(model: dict[str, Tensor], model_args: dict[str, Any], tokenizer: BaseTokenizer | None = None,
-               chat: str = "", architecture: str = "llama") -> dict[str, Any]:
-    """Return a state as in tinyllm/checkpoint.py. A model without an output layer shares its embedding."""
+def make_checkpoint(model: dict[str, Tensor], model_args: dict[str, Any], tokenizer: BaseTokenizer | None = None,
+                    chat: str = "", architecture: str = "llama") -> Checkpoint:
+    """Return a checkpoint. A model without an output layer shares its embedding."""
     model.setdefault("output.weight", model["tok_embeddings.weight"])
-    state = {"model": model, "model_args": model_args, "iter_num": 0, "config": {}, "chat": chat,
-             "architecture": architecture}
+    ckpt = {"model": model, "model_args": model_args, "iter_num": 0, "config": {}, "chat": chat,
+            "architecture": architecture}
     if tokenizer:
-        state |= {"tokenizer": tokenizer.model, "tokenizer_sha256": tokenizer.sha256}
-    return state
+        ckpt |= {"tokenizer": tokenizer.model, "tokenizer_sha256": tokenizer.sha256}
+    return ckpt
 
 
 def tensor_names(n_layers: int, model: dict[str, str], layer: dict[str, str], prefix: str,
@@ -59,12 +60,10 @@ def check_names(names: Iterable[str], expected: Iterable[str], source: Path) -> 
 
 def check_supported(values: dict[str, Any], supported: dict[str, Collection[Any]], source: Path, model: str) -> None:
     """Raise UserError with all values that a model cannot represent; missing ones are its defaults."""
-    problems = []
-    for name, possible in supported.items():
-        if name in values and values[name] not in possible:
-            problems.append(f"{name} {values[name]!r}")
-    if problems:
-        raise UserError(f"{source} is a model that {model} cannot represent: {', '.join(problems)}")
+    wrong = [name for name, possible in supported.items() if name in values and values[name] not in possible]
+    if wrong:
+        problems = ", ".join(f"{name} {values[name]!r}" for name in wrong)
+        raise UserError(f"{source} is a model that {model} cannot represent: {problems}")
 
 
 def read_json(path: Path) -> Any:

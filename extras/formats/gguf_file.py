@@ -17,7 +17,7 @@ from torch import Tensor
 from extras.chat import TEMPLATES
 from extras.formats import common
 from model import ModelArgs, rope_frequencies
-from tinyllm.checkpoint import build_tokenizer
+from tinyllm.checkpoint import Checkpoint, build_tokenizer
 from tinyllm.cli import UserError
 from tinyllm.optional import require_package
 from tinyllm.project import load_tokenizer
@@ -100,7 +100,7 @@ class Header:
         return shape, kind, offset
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Checkpoint:
     """Read a file. Raises UserError for a model that model.py cannot represent, with the reasons."""
     require_package("gguf", f"{path}")
     data = np.asarray(np.memmap(path, mode="c"))
@@ -112,14 +112,13 @@ def read(path: Path) -> dict[str, Any]:
     factors = read_tensor(data, ROPE_FACTORS, *tensors.pop(ROPE_FACTORS)) if ROPE_FACTORS in tensors else None
     args = read_args(header.meta, factors, path)
     is_tied = "output.weight" not in tensors
-    n_layers = min(args["n_layers"], len(tensors))
-    names = common.tensor_names(n_layers, MODEL_NAMES, LAYER_PARTS, "blk", is_tied=is_tied)
+    names = common.tensor_names(min(args["n_layers"], len(tensors)), MODEL_NAMES, LAYER_PARTS, "blk", is_tied=is_tied)
     common.check_names(tensors, names.values(), path)
     args |= {"vocab_size": tensors["token_embd.weight"][0][0], "tie_embeddings": is_tied}
     tokenizer = read_tokenizer(header.meta, args["vocab_size"], path)
     model = {ours: read_tensor(data, theirs, *tensors[theirs]) for ours, theirs in names.items()}
     chat = common.chat_of_template(header.meta.get("tokenizer.chat_template"))
-    return common.make_state(model, args, tokenizer, chat)
+    return common.make_checkpoint(model, args, tokenizer, chat)
 
 
 def read_tensor(data: np.ndarray, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
@@ -187,11 +186,8 @@ def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
     bos = tokens[values["bos_token_id"]] if "bos_token_id" in values else ""
     eos = tokens[values["eos_token_id"]] if "eos_token_id" in values else ""
     add_bos = bool(bos) and values.get("add_bos_token", PRETOKENIZERS[name] is LLAMA_BPE)
-    special = {}
-    for i, (token, kind) in enumerate(zip(tokens, kinds)):
-        if kind in (CONTROL, USER_DEFINED) or token in (bos, eos):
-            special[token] = i
     ids = {token: i for i, token in enumerate(tokens)}
+    special = {token: i for token, i in ids.items() if kinds[i] in (CONTROL, USER_DEFINED) or token in (bos, eos)}
     merges = [tuple(pair.split(" ")) for pair in values["merges"]]
     content = common.byte_level_json(ids, merges, special, bos=bos if add_bos else "", **PRETOKENIZERS[name])
     for token in content["added_tokens"]:
@@ -201,24 +197,24 @@ def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
 
 # ---- out ----------------------------------------------------------------------------------------
 
-def write(state: dict[str, Any], path: Path, kind: str) -> None:
+def write(ckpt: Checkpoint, path: Path, kind: str) -> None:
     """Write a file. One tensor at a time is converted.
 
     kind: F32, F16 or Q8_0 for matrices; vectors are always in F32, and rows that Q8_0 has no blocks for in F16.
-    Raises UserError if the state has no tokenizer, or one that GGUF has no name for.
+    Raises UserError if the checkpoint has no tokenizer, or one that GGUF has no name for.
     """
     gguf = require_package("gguf", "a file for llama.cpp")
-    args = ModelArgs(**state["model_args"])
-    tokenizer = build_tokenizer(state)
+    args = ModelArgs(**ckpt["model_args"])
+    tokenizer = build_tokenizer(ckpt)
     names = common.tensor_names(args.n_layers, MODEL_NAMES, LAYER_PARTS, "blk", is_tied=args.tie_embeddings)
-    tensors = {theirs: state["model"][ours] for ours, theirs in names.items()}
+    tensors = {theirs: ckpt["model"][ours] for ours, theirs in names.items()}
     file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
     with closing(gguf.GGUFWriter(path, "llama")) as writer:
         writer.add_file_type(gguf.LlamaFileType[file_type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tensors |= add_args(writer, args)
         add_tokenizer(writer, tokenizer, args.vocab_size)
-        writer.add_string("tokenizer.chat_template", TEMPLATES.get(state.get("chat"), ""))
+        writer.add_string("tokenizer.chat_template", TEMPLATES.get(ckpt.get("chat"), ""))
         write_tensors(writer, tensors, kind)
 
 
@@ -281,10 +277,9 @@ def add_tokenizer(writer: Any, tokenizer: BaseTokenizer, vocab_size: int) -> Non
     writer.add_add_bos_token(tokenizer.add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(is_sentencepiece)
-    if tokenizer.bos_id >= 0:
-        writer.add_bos_token_id(tokenizer.bos_id)
-    if tokenizer.eos_id >= 0:
-        writer.add_eos_token_id(tokenizer.eos_id)
+    for add_id, token in ((writer.add_bos_token_id, tokenizer.bos_id), (writer.add_eos_token_id, tokenizer.eos_id)):
+        if token >= 0:
+            add_id(token)
 
 
 def tokens_of(content: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]:

@@ -1,6 +1,6 @@
 """Folders of GPT-2: config.json, safetensors, and tokenizer.json or OpenAI's two files of the tokenizer.
 
-    state = read(download("gpt2", "data"))
+    ckpt = read(download("gpt2", "data"))
 
 Tensor names are those of transformers, with or without `transformer.` in front. Its linear layers (Conv1D) store their
 weights as (in, out).
@@ -10,6 +10,7 @@ from typing import Any
 
 from extras.formats import common, huggingface
 from tinyllm import download as downloads
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
 from tinyllm.project import load_tokenizer
 from tokenizer import BaseTokenizer
@@ -45,7 +46,7 @@ def download(name: str, data_dir: str | Path) -> Path:
     return folder
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Checkpoint:
     """Read a folder. Raises UserError for a model that extras/gpt2.py cannot represent, with the reasons."""
     args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {}
@@ -58,7 +59,7 @@ def read(folder: Path) -> dict[str, Any]:
     for ours, theirs in names.items():
         model[ours] = tensors[theirs].T if ours.endswith(TRANSPOSED) else tensors[theirs]
     tokenizer, chat = read_tokenizer(folder, args["vocab_size"])
-    return common.make_state(model, args, tokenizer, chat, architecture="gpt2")
+    return common.make_checkpoint(model, args, tokenizer, chat, architecture="gpt2")
 
 
 def tensor_names(n_layers: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from extras.chat import TEMPLATES, choose_format
 from extras.formats import common
 from model import ModelArgs
-from tinyllm.checkpoint import build_tokenizer
+from tinyllm.checkpoint import Checkpoint, build_tokenizer
 from tinyllm.cli import UserError
 from tinyllm.device import DTYPES
 from tinyllm.optional import require_package
@@ -33,7 +33,7 @@ SCALING_KEYS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "
 
 # ---- in -----------------------------------------------------------------------------------------
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Checkpoint:
     """Read a folder. Raises UserError for a model that model.py cannot represent, with the reasons."""
     architecture = architecture_of(folder)
     if architecture != "LlamaForCausalLM":
@@ -41,21 +41,23 @@ def read(folder: Path) -> dict[str, Any]:
     args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
     is_tied = args["tie_embeddings"] and "lm_head.weight" not in tensors
-    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers", is_tied=is_tied)
+    names = tensor_names(args, is_tied)
     common.check_names(tensors, names.values(), folder)
     model = {}
     for ours, theirs in names.items():
         model[ours] = hf_to_meta_rope(tensors[theirs], args) if has_rope_order(ours) else tensors[theirs]
-    return common.make_state(model, args, *read_tokenizer(folder, args["vocab_size"]))
+    return common.make_checkpoint(model, args, *read_tokenizer(folder, args["vocab_size"]))
 
 
-def check_weight_names(state: dict[str, Any], source: str | Path) -> None:
+def check_weight_names(ckpt: Checkpoint, source: str | Path) -> None:
     """Raise UserError if an edited model.py has other weights than a Llama, which no other program could place."""
-    args = state["model_args"]
-    is_tied = args["tie_embeddings"]
-    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers", is_tied=is_tied)
-    weights = set(state["model"])
-    common.check_names(weights - {"output.weight"} if is_tied else weights, names, Path(source))
+    is_tied = ckpt["model_args"]["tie_embeddings"]
+    ignored = {"output.weight"} if is_tied else set()
+    common.check_names(set(ckpt["model"]) - ignored, tensor_names(ckpt["model_args"], is_tied), Path(source))
+
+
+def tensor_names(args: dict[str, Any], is_tied: bool) -> dict[str, str]:
+    return common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers", is_tied=is_tied)
 
 
 def architecture_of(folder: Path) -> str:
@@ -136,25 +138,22 @@ def token_text(token: str | dict[str, Any] | None) -> str:
 
 # ---- out ----------------------------------------------------------------------------------------
 
-def write(state: dict[str, Any], folder: Path) -> None:
+def write(ckpt: Checkpoint, folder: Path) -> None:
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load, with no code but theirs."""
     require_package("safetensors", "a folder of Hugging Face")
-    tokenizer = build_tokenizer(state)
-    chat = state.get("chat", "")
+    tokenizer = build_tokenizer(ckpt)
     folder.mkdir(parents=True)
-    write_tensors(state["model"], state["model_args"], folder / "model.safetensors")
-    write_configs(state, tokenizer, folder)
-    write_tokenizer(tokenizer, chat, state["model_args"]["max_seq_len"], folder)
-    (folder / "README.md").write_text(model_card(state), encoding="utf-8")
+    write_tensors(ckpt["model"], ckpt["model_args"], folder / "model.safetensors")
+    write_configs(ckpt, tokenizer, folder)
+    write_tokenizer(tokenizer, ckpt.get("chat", ""), ckpt["model_args"]["max_seq_len"], folder)
+    (folder / "README.md").write_text(model_card(ckpt), encoding="utf-8")
 
 
 def write_tensors(model: dict[str, Tensor], args: dict[str, Any], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    is_tied = args["tie_embeddings"]
-    names = common.tensor_names(args["n_layers"], MODEL_NAMES, LAYER_PARTS, "model.layers", is_tied=is_tied)
     tensors = {}
-    for ours, theirs in names.items():
+    for ours, theirs in tensor_names(args, args["tie_embeddings"]).items():
         tensor = meta_to_hf_rope(model[ours], args) if has_rope_order(ours) else model[ours]
         tensors[theirs] = tensor.contiguous()
     try:
@@ -163,14 +162,14 @@ def write_tensors(model: dict[str, Tensor], args: dict[str, Any], path: Path) ->
         raise OSError(str(error)) from error
 
 
-def write_configs(state: dict[str, Any], tokenizer: BaseTokenizer, folder: Path) -> None:
+def write_configs(ckpt: Checkpoint, tokenizer: BaseTokenizer, folder: Path) -> None:
     """Write config.json and generation_config.json."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     ids = {name: i for name, i in ids.items() if i >= 0}
-    dtype = str(state["model"]["norm.weight"].dtype).removeprefix("torch.")
-    config = {**make_config(state["model_args"]), **ids, "dtype": dtype, "torch_dtype": dtype}
+    dtype = str(ckpt["model"]["norm.weight"].dtype).removeprefix("torch.")
+    config = {**make_config(ckpt["model_args"]), **ids, "dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", config)
-    chat_format = choose_format("auto", state.get("chat", ""), tokenizer)
+    chat_format = choose_format("auto", ckpt.get("chat", ""), tokenizer)
     if chat_format:
         ids["eos_token_id"] = [tokenizer.eos_id, chat_format.end_id]
     write_json(folder / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.8, "top_k": 300})
@@ -209,13 +208,10 @@ def write_tokenizer(tokenizer: BaseTokenizer, chat: str, max_seq_len: int, folde
     write_json(folder / "tokenizer_config.json", config)
 
 
-def model_card(state: dict[str, Any]) -> str:
-    args = state["model_args"]
-    weights = dict(state["model"])
-    if args["tie_embeddings"]:
-        weights.pop("output.weight", None)
-    n_parameters = sum(weight.numel() for weight in weights.values())
-    trained = f", trained for {state['iter_num']:,} steps" if state["iter_num"] else ""
+def model_card(ckpt: Checkpoint) -> str:
+    args = ckpt["model_args"]
+    n_parameters = sum(ckpt["model"][name].numel() for name in tensor_names(args, args["tie_embeddings"]))
+    trained = f", trained for {ckpt['iter_num']:,} steps" if ckpt["iter_num"] else ""
     return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\nA Llama with {n_parameters:,} "
             f"parameters{trained}: dim {args['dim']}, {args['n_layers']} layers, {args['n_heads']} heads, vocabulary "
             f"{args['vocab_size']}, window {args['max_seq_len']}. Written by tiny-llm.\n\n```python\n"

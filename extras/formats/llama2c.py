@@ -10,15 +10,15 @@ import struct
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from extras.formats.common import make_state, sentencepiece_model
+from extras.formats.common import make_checkpoint, sentencepiece_model
 from model import ModelArgs
-from tinyllm.checkpoint import build_model, build_tokenizer
+from tinyllm.checkpoint import Checkpoint, build_model, build_tokenizer
 from tinyllm.cli import UserError
 from tinyllm.files import atomic_write
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE_MARK, UNKNOWN, BaseTokenizer, Tokenizer
@@ -39,10 +39,7 @@ class Header(NamedTuple):
     version: int
     args: ModelArgs
     group_size: int                     # 0: nothing is quantized
-
-    @property
-    def size(self) -> int:
-        return HEADER_BYTES if self.version else LEGACY_HEADER_BYTES
+    size: int                           # bytes
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -55,10 +52,10 @@ def is_legacy(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Checkpoint:
     """Read a file of any version, and the tokenizer beside it. Raises UserError if it is damaged.
 
-    The state has no digest of that tokenizer, because --tokenizer may name another form of it.
+    The checkpoint has no digest of that tokenizer, because --tokenizer may name another form of it.
     """
     header = read_header(path)
     data = np.memmap(path, mode="c")
@@ -69,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
         model[name] = decode(data[offset:offset + n_bytes], shape, header.group_size)
         offset += n_bytes
     model.pop("rope", None)
-    return {**make_state(model, asdict(header.args)), "tokenizer": find_tokenizer(path, header.args.vocab_size)}
+    return {**make_checkpoint(model, asdict(header.args)), "tokenizer": find_tokenizer(path, header.args.vocab_size)}
 
 
 def read_header(path: Path) -> Header:
@@ -83,7 +80,7 @@ def read_header(path: Path) -> Header:
             raise ValueError(f"version {version}, dim {args.dim}, hidden_dim {args.hidden_dim}, groups of {group_size}")
     except ValueError as error:
         raise UserError(f"{path} is damaged, or no file of llama2.c: {error}") from error
-    header = Header(version, args, group_size)
+    header = Header(version, args, group_size, HEADER_BYTES if version else LEGACY_HEADER_BYTES)
     expected = header.size
     for _, shape, count in layout(args, version):
         expected += tensor_bytes(shape, group_size) * count
@@ -151,19 +148,19 @@ def as_piece(token: int, text: str, score: float) -> tuple[str, float, int]:
 
 # ---- out ----------------------------------------------------------------------------------------
 
-def write(state: dict[str, Any], path: Path, version: int) -> None:
+def write(ckpt: Checkpoint, path: Path, version: int) -> None:
     """Write the weights, and the tokenizer beside them. Raises UserError for what llama2.c cannot represent."""
-    tokenizer = build_tokenizer(state)
-    vocab_size = state["model_args"]["vocab_size"]
+    tokenizer = build_tokenizer(ckpt)
+    vocab_size = ckpt["model_args"]["vocab_size"]
     if tokenizer.n_words != vocab_size:
         raise UserError(f"llama2c needs a tokenizer entry for each of {vocab_size} embeddings, and there are "
                         f"{tokenizer.n_words}\n       {OTHER_TARGETS}")
     write_tokenizer(tokenizer, tokenizer_path(path))
-    write_weights(state, path, version)
+    write_weights(ckpt, path, version)
 
 
-def write_weights(state: dict[str, Any], path: Path, version: int) -> None:
-    model = build_model(state, copy_weights=False)
+def write_weights(ckpt: Checkpoint, path: Path, version: int) -> None:
+    model = build_model(ckpt, copy_weights=False)
     args = replace(model.args, hidden_dim=model.args.ffn_dim)
     check_runnable(args)
     weights = {**model.state_dict(), "rope": model.rope}

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extras.formats.common import check_names, make_state, read_json
+from extras.formats.common import check_names, make_checkpoint, read_json
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint
+from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
 from tinyllm.project import load_tokenizer
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> Checkpoint:
     """Read a folder. Raises UserError for missing or damaged files, and parts that do not fit together."""
     params = read_json(folder / "params.json")
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -32,7 +33,7 @@ def read(folder: Path) -> dict[str, Any]:
         part.pop("rope.freqs", None)                    # model.py computes this table
         check_names(part, shapes, folder)
     model = {name: merge(name, [part[name] for part in parts], shape) for name, shape in shapes.items()}
-    return make_state(model, args, tokenizer)
+    return make_checkpoint(model, args, tokenizer)
 
 
 def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words: int) -> dict[str, Any]:

@@ -44,7 +44,6 @@ from tinyllm import (  # noqa: E402
     corpus,
     demo_stories,
     documents,
-    files,
     project,
     resume,
     runlog,
@@ -240,16 +239,8 @@ def json_tree(rng: random.Random, good: bytes) -> bytes:
     lines = [json.loads(line) for line in text.split("\n") if line] if text[:1] != "{" or "\n{" in text else None
     value = changed_tree(rng, lines or json.loads(text))
     as_lines = lines and isinstance(value, list)
-    text = "\n".join(map(json.dumps, value)) + "\n" if as_lines else json.dumps(sealed(value), indent=1)
+    text = "\n".join(map(json.dumps, value)) + "\n" if as_lines else json.dumps(value, indent=1)
     return text.replace(json.dumps(DEEP), "[" * DEPTH + "]" * DEPTH).encode("utf-8", "surrogatepass")
-
-
-def sealed(value: Any) -> Any:
-    """The content of a manifest with the checksum that goes with it."""
-    if not isinstance(value, dict) or "checksum" not in value:
-        return value
-    content = {key: part for key, part in value.items() if key != "checksum"}
-    return {**content, "checksum": files.json_checksum(content)}
 
 
 def in_gzip(rng: random.Random, good: bytes) -> bytes:
@@ -328,13 +319,13 @@ def try_one(target: Target, good: dict[str, bytes], whole: Any, rng: random.Rand
 
 
 def refusal(error: BaseException) -> bool:
-    """Whether an error is a message to the user, as cli.run shows it, and not for want of memory."""
+    """Whether an error is a message to the user, as cli.run_script shows it, and not for want of memory."""
     chain, cause = [], error
     while cause:
         chain, cause = [*chain, cause], cause.__cause__
     hungry = any(isinstance(one, MemoryError) or "allocate memory" in str(one) for one in chain)
-    user = isinstance(error, cli.UserError) or isinstance(error, OSError) and error.errno in cli.USER_FIXABLE_ERRNOS
-    return user and not hungry
+    of_a_file = isinstance(error, OSError) and (error.filename or error.errno in cli.DISK_ERRNOS)
+    return bool(isinstance(error, cli.UserError) or of_a_file) and not hungry
 
 
 def forget(names: set[str]) -> None:
