@@ -24,7 +24,7 @@ from model import ModelArgs, Transformer
 from tinyllm import device
 from tinyllm.cli import UserError
 from tinyllm.engine import DecodeStep, Engine, KVCache, LinearFn
-from tinyllm.files import atomic_replace
+from tinyllm.files import atomic_replace, sha256
 
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -118,8 +118,9 @@ class CudaGraphDecode:
         self.steps: WeakKeyDictionary[KVCache, CudaGraphStep] = WeakKeyDictionary()
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        step = self.steps.setdefault(cache, CudaGraphStep(self._decode_at_position))
-        return step(tokens, cache)
+        if cache not in self.steps:
+            self.steps[cache] = CudaGraphStep(self._decode_at_position)
+        return self.steps[cache](tokens, cache)
 
 
 class CudaGraphStep:
@@ -241,13 +242,12 @@ def load_function(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
     dynamic_dims: which dimensions of the tensors may differ from the example's.
     """
     path = compiled_path(module, example)
-    if not path.is_file():
+    if not is_intact(path):
         compile_to_file(module, example, dynamic_dims, path)
     try:
         # the class that torch._inductor.aoti_load_package wraps, without that import, which takes two seconds
         return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
     except RuntimeError as error:
-        path.unlink()                           # it may be damaged; the next run compiles again
         raise does_not_work(error) from error
 
 
@@ -258,6 +258,12 @@ def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
     source = Path(__file__).read_bytes()
     key = repr([type(module), module.args.n_heads, module.args.norm_eps, shapes, machine, source])
     return FOLDER / f"{type(module).__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
+
+
+def is_intact(path: Path) -> bool:
+    """True if the file has the checksum it was written with. Damaged machine code may crash the process."""
+    digest = path.with_suffix(".sha256")
+    return path.is_file() and digest.is_file() and digest.read_bytes() == sha256(path).encode()
 
 
 def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims: tuple, path: Path) -> None:
@@ -274,6 +280,7 @@ def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary),
                                                      inductor_configs=COMPILER_OPTIONS)
         atomic_replace(temporary, path)
+        path.with_suffix(".sha256").write_text(sha256(path), encoding="utf-8")
     except (UnicodeError, torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
         # UnicodeError: Windows in Chinese, Japanese, Korean with another encoding than UTF-8
         raise does_not_work(device.NOT_UTF8 if isinstance(error, UnicodeError) else error) from error

@@ -123,7 +123,8 @@ def _verify_zip_crc(path: Path) -> None:
         if file.read(2) != b"PK":
             return                              # an older form without checksums
     with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type for part in archive.infolist()):
+        parts = archive.infolist()
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
             raise ValueError("torch.save compresses nothing")       # such a file could fill the memory
         if archive.testzip():
             raise ValueError("a checksum is wrong")
