@@ -252,7 +252,7 @@ def test_it_is_converted_to_a_checkpoint_and_to_nothing_else(run_in_process, fol
     again = checkpoint.build_model(checkpoint.read_model("gpt2.pt"))
     assert torch.equal(again(tokens[:, :-1]), model(tokens[:, :-1]))
     assert checkpoint.model_state(again)["architecture"] == "gpt2"
-    with pytest.raises(UserError, match="is a GPT-2, which can be written as .pt alone, not as gguf"):
+    with pytest.raises(UserError, match="is a GPT-2; expected the format pt, not gguf"):
         run_in_process("convert", folder, "gpt2.gguf")
 
 

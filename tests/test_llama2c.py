@@ -173,7 +173,7 @@ def test_convert_writes_the_model_and_its_vocabulary_and_reads_them_again(state,
 def test_convert_keeps_both_files_unless_forced(state, run_in_process, there):
     checkpoint.save_checkpoint("ckpt.pt", state)
     Path(there).write_text("precious", encoding="utf-8")
-    with pytest.raises(UserError, match=f"{there} is there already"):
+    with pytest.raises(UserError, match=f"{there} exists already"):
         run_in_process("convert", "ckpt.pt", "story.bin")
     assert Path(there).read_text(encoding="utf-8") == "precious" and sorted(os.listdir()) == ["ckpt.pt", there]
     run_in_process("convert", "ckpt.pt", "story.bin", "--force")

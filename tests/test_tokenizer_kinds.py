@@ -148,8 +148,8 @@ def test_the_beginning_is_what_the_model_knows(byte_level):
     assert byte_level.encode_prompt("") == [byte_level.bos_id]
 
 
-@pytest.mark.parametrize("model, part", [(b"{}", "no tokenizer.json"), (b"{", "no tokenizer.json"),
-                                         (b"YQ== 0\nYg== x\n", "no tiktoken file"), (b"YQ== 0\n?? 1\n", "no tiktoken"),
+@pytest.mark.parametrize("model, part", [(b"{}", "not a valid tokenizer.json"), (b"{", "not a valid"),
+                                         (b"YQ== 0\nYg== x\n", "not a tiktoken"), (b"YQ== 0\n?? 1\n", "not a tiktoken"),
                                          (b"", "not a SentencePiece model"), (b"what", "not a SentencePiece model")])
 def test_damaged_vocabularies_are_one_clear_line(model, part):
     with pytest.raises(UserError, match=part):
