@@ -64,7 +64,7 @@ def test_github_runs_the_commands_of_the_readme_on_the_versions_that_it_names():
     assert others == [(system, str(version)) for system in ("macos", "windows") for version in (oldest, newest)]
 
 
-def test_what_contributing_names_is_there():
+def test_files_named_in_contributing_exist():
     text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w/.-]+\.(?:py|md|txt|toml|yml))`", text))
     assert len(named) > 9 and not [name for name in named if not (ROOT / name).exists()]

@@ -14,7 +14,7 @@ ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, ma
 GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix
 
 
-def test_a_step_of_training_looks_at_no_number(planned_run):
+def test_training_step_does_not_synchronize(planned_run):
     """To look at one waits for all that the GPU was given to do; here it is an error, since there are no numbers."""
     plan = planned_run("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
     with FakeTensorMode():
@@ -31,7 +31,7 @@ def test_a_step_of_training_looks_at_no_number(planned_run):
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [3, 0]])
-def test_a_decode_step_makes_all_it_needs_on_the_device(lengths):
+def test_decode_step_allocates_on_the_device(lengths):
     """Also if the model is on another one, and sequences differ in length."""
     engine = Engine(Transformer(ARGS), torch.bfloat16, device=GPU)
     cache = engine.new_cache(2, 16)

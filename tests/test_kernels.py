@@ -37,7 +37,7 @@ def test_the_fingerprint_is_the_same_in_all_versions_of_python():
                                ) == "2b4cc204f3fe8b90"
 
 
-def test_an_edited_model_trains_by_its_own_functions(project, tmp_path):
+def test_edited_model_uses_its_own_functions(project, tmp_path):
     """In a copy, attention gives zeros and the loss is doubled: wq stays as it was and the first loss is 2 ln 512."""
     for name in ("tinyllm", "extras"):
         shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -61,7 +61,7 @@ def test_an_edited_model_trains_by_its_own_functions(project, tmp_path):
     assert losses[0] == pytest.approx(2 * 6.238, rel=0.02)
 
 
-def test_kernels_compute_what_model_py_computes():
+def test_kernels_equal_model_py():
     args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=40)
     torch.manual_seed(1)
     fast = kernels.build_transformer(args)
@@ -81,7 +81,7 @@ def test_kernels_compute_what_model_py_computes():
 
 @pytest.mark.parametrize("length", [1, 63, 64, 150])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
-def test_attention_in_blocks_is_attention(length, heads, kv_heads):
+def test_blocked_attention_equals_attention(length, heads, kv_heads):
     """What a CPU does in bfloat16, against PyTorch's own in float64, forward and backward."""
     torch.manual_seed(4)
     q, k, v = (torch.randn(3, length, n, 16).bfloat16().transpose(1, 2) for n in (heads, kv_heads, kv_heads))
@@ -95,7 +95,7 @@ def test_attention_in_blocks_is_attention(length, heads, kv_heads):
         assert a.shape == b.shape and (a.double() - b).norm() <= 0.01 * b.norm()
 
 
-def test_dropout_in_blocks_drops_weights_of_attention():
+def test_dropout_in_blocked_attention():
     torch.manual_seed(4)
     q, k, v = (torch.randn(500, 2, 70, 16).bfloat16() for _ in range(3))
     k[:], v[:] = k[0], v[0]
@@ -107,7 +107,7 @@ def test_dropout_in_blocks_drops_weights_of_attention():
             < found[0].double().sub(plain[0].double()).norm())
 
 
-def test_causal_in_blocks_too():
+def test_blocked_attention_is_causal():
     """As test_a_later_token_never_changes_an_earlier_logit in test_model, in the format in which a CPU trains."""
     torch.manual_seed(1)
     args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=200)
@@ -127,7 +127,7 @@ def test_causal_in_blocks_too():
 # ---- loss ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("at_a_time", [1, 97 * 7, 1 << 20])
-def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
+def test_chunked_loss_equals_cross_entropy(at_a_time, monkeypatch):
     monkeypatch.setattr(kernels, "MAX_LOGITS_ON_CPU", at_a_time)
     torch.manual_seed(5)
     targets = torch.randint(-1, 97, (40,))
@@ -141,5 +141,5 @@ def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_a_byte_order_mark_is_no_edit():
+def test_byte_order_mark_keeps_the_fingerprint():
     assert kernels.fingerprint(b"\xef\xbb\xbf" + SOURCE.encode()) == kernels.MODEL_FINGERPRINT

@@ -68,7 +68,7 @@ def loaded_features(module: str) -> set[str]:
             and call.args and isinstance(call.args[0], ast.Constant)}
 
 
-def test_every_module_has_a_place():
+def test_every_module_belongs_to_a_group():
     inside = {f"tinyllm.{name}" for names in GROUPS.values() for name in names}
     assert {name for name in TREES if name.startswith("tinyllm.")} == inside
     assert {name for name in TREES if "." not in name} == {*SCRIPTS, *ALONE, "tinyllm", "extras", "tools"}
@@ -76,18 +76,18 @@ def test_every_module_has_a_place():
 
 
 @pytest.mark.parametrize("module", TREES)
-def test_imports_go_down_only(module):
+def test_imports_point_downwards(module):
     for other in imports_of(module):
         assert rank(other) <= rank(module), f"{module} imports {other}"
         assert other not in SCRIPTS or rank(module) > rank(other), f"{module} imports the script {other}"
 
 
 @pytest.mark.parametrize("module", ALONE)
-def test_model_and_tokenizer_import_nothing_of_ours(module):
+def test_model_and_tokenizer_are_standalone(module):
     assert imports_of(module) == set()
 
 
-def test_there_is_no_circle():
+def test_no_import_cycles():
     TopologicalSorter({module: imports_of(module) for module in TREES}).prepare()
 
 

@@ -119,14 +119,14 @@ def test_a_sharded_model_takes_the_same_steps(train_small, project):
     assert_near("whole", "parts")
 
 
-def test_alone_there_is_no_group(train_small, monkeypatch):
+def test_single_process_needs_no_group(train_small, monkeypatch):
     monkeypatch.setattr(torch_dist, "init_process_group", lambda *_, **__: pytest.fail("a group of one"))
     monkeypatch.setattr(torch_dist, "all_reduce", lambda *_, **__: pytest.fail("a message to nobody"))
     train_small("out", "--max_iters", 1)
     assert not torch_dist.is_initialized() and load_state("out")["iter_num"] == 1
 
 
-def test_micro_batches_that_the_processes_cannot_share_are_refused(project):
+def test_indivisible_micro_batches_are_refused(project):
     def plan(n_micro: int):
         args = ["--data_dir", str(project), *TINY, "--gradient_accumulation_steps", str(n_micro)]
         cfg, overrides = cli.parse_settings(vars(train), args)
@@ -147,7 +147,7 @@ def test_processes_share_an_evaluation(project):
         assert x.shape == (1, 32) and (x >= 0).all() and (y == IGNORE_INDEX).all()
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(distributed, "device_count", lambda kind: 2)
     assert [DistributedContext(rank, 2, rank).device("auto") for rank in (0, 1)] == ["cuda:0", "cuda:1"]
     assert DistributedContext(5, 8, 1).device("cuda") == "cuda:1" and DistributedContext().device("cuda:1") == "cuda:1"
@@ -158,7 +158,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert DistributedContext(1, 2, 1).device("auto") == "auto"        # which then says why it is the CPU
 
 
-def test_random_numbers_are_those_of_a_step_and_a_process():
+def test_random_numbers_depend_on_step_and_rank():
     def numbers(seed, step, rank):
         DistributedContext(rank, 2).seed(seed, step)
         return torch.rand(4)
@@ -192,7 +192,7 @@ def test_processes_with_other_settings_or_files_are_refused():
             check(1, **change)
 
 
-def test_scratch_is_for_the_first_time_only(train_small, monkeypatch):
+def test_restart_after_a_death_resumes_in_spite_of_scratch(train_small, monkeypatch):
     """A run that torchrun starts again after a death would otherwise start over."""
     train_small("out", "--max_iters", 2)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -69,7 +69,7 @@ def test_prompts_from_a_file(trained):
     assert found[2]["logprobs"] == pytest.approx(want[2].logprobs, abs=1e-3)
 
 
-def test_taking_turns(trained, monkeypatch):
+def test_interactive(trained, monkeypatch):
     """Also after an answer that a text of `stop` has ended, which the others cannot know."""
     text = next(one.text for one in TextGenerator(trained, device="cpu", dtype="float32").completions(
         ["One day"], 30, temperature=0))
@@ -83,14 +83,14 @@ def test_taking_turns(trained, monkeypatch):
     assert result.stdout == io.IncrementalNewlineDecoder(None, translate=True).decode(want) and text in want
 
 
-def test_what_cannot_be_divided_is_refused_once(tmp_path):
+def test_indivisible_model_is_refused_once(tmp_path):
     result = torchrun(2, "--checkpoint", save(tmp_path / "ckpt.pt", n_kv_heads=1))
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("error: ") == 1, result.stderr
     assert "2 processes cannot share n_heads 8, n_kv_heads 1 and a feed-forward of 192" in result.stderr
     assert "--nproc_per_node=1" in result.stderr and "sample.py\", line" not in result.stderr
 
 
-def test_what_does_not_go_with_several_processes(trained):
+def test_unsupported_options(trained):
     with pytest.raises(UserError, match="nproc_per_node=1 or 2 or 4$"):
         tensor_parallel.check_divisible(make().args, 3)
     with pytest.raises(UserError, match="GPT-2"):
@@ -156,7 +156,7 @@ def divided_logits(dtype: torch.dtype, quantize: str) -> list:
 @pytest.mark.parametrize("count, dtype, quantize, share", [
     (2, torch.float32, "", 1e-5), (4, torch.float32, "", 1e-5), (2, torch.float16, "", 1e-3),
     (2, torch.float32, "int8", 0.05)])
-def test_logits_are_those_of_one_process(count, dtype, quantize, share):
+def test_logits_equal_one_process(count, dtype, quantize, share):
     if dtype == torch.float16 and not _has_fbgemm():
         pytest.skip("no float16 on this CPU")
     found = side_by_side(count, divided_logits, dtype, quantize)
@@ -181,13 +181,13 @@ def test_greedy_text_of_four_processes(trained):
         assert side_by_side(4, shown, *args, *more) == [run_captured("sample", *args, *more).stdout, "", "", ""]
 
 
-def test_the_first_process_writes_the_page(trained):
+def test_main_process_writes_the_page(trained):
     args = "--checkpoint", trained, "--prompt", "One day", "--max_new_tokens", 8, "--temperature", 0
     assert side_by_side(2, shown, *args, "--show_probs", "page.html") == [run_captured("sample", *args).stdout, ""]
     assert "Written: 8 tokens, loss " in Path("page.html").read_text(encoding="utf-8")
 
 
-def test_mistakes_are_said_by_the_first_process(trained):
+def test_main_process_prints_errors(trained):
     for args, message in [(["--checkpoint", "none.pt"], "no checkpoint at"), (["--top_p", 2], "top_p must be"),
                           (["--checkpoint", trained, "--prompt", "FILE:none.txt"], "no file at")]:
         first, second = side_by_side(2, shown, *args)
@@ -205,7 +205,7 @@ def fails_while_writing() -> str:
     return "fine"
 
 
-def test_an_error_of_the_first_process_lets_the_others_end():
+def test_error_on_rank_0_ends_all():
     assert side_by_side(2, fails_while_writing) == ["stopped after 3 tokens", "fine"]
 
 
@@ -217,6 +217,6 @@ def dies_while_writing() -> None:
         engine.run(lambda: list(engine.generate(PROMPTS, 1000)))
 
 
-def test_the_death_of_a_process_ends_the_others():
+def test_dead_process_ends_the_others():
     first, second = side_by_side(2, dies_while_writing)
     assert first.startswith("process 0 of 2 ends, because another one has ended") and second is None

@@ -27,7 +27,7 @@ def test_a_signal_saves_and_prints_how_to_resume(project, number):
     assert read_log("out")[-1]["iter"] == load_state("out")["iter_num"]
 
 
-def test_closed_streams_are_no_error(project):
+def test_closed_streams(project):
     def learn(*args):
         command = [sys.executable, ROOT / "train_vocab.py", "--data", project / "stories.jsonl", "--data_dir", "d",
                    *args]

@@ -50,7 +50,7 @@ def test_every_job_is_done_once(count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_after_an_error_nothing_new_is_begun(count):
+def test_no_job_starts_after_an_error(count):
     found = []
     with pytest.raises(UserError, match="-1 is no job"):
         for _, result in workers.run_jobs(double, [-1, *range(1, 80)], count, 80, "counting"):
@@ -62,7 +62,7 @@ def test_worker_processes_do_not_import_torch():
     assert list(workers.run_jobs(import_steps, [1, 2], 2, 2, "importing"))[0][1] == []
 
 
-def test_a_killed_worker_is_told_and_what_was_done_is_kept():
+def test_killed_worker_is_reported_and_results_are_kept():
     found = []
     with pytest.raises(UserError, match="a worker process was killed.*\n.*--num_workers 1"):
         for _, result in workers.run_jobs(killed_at_5, list(range(80)), 2, 80, "counting"):
@@ -85,7 +85,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
-def test_ctrl_c_in_the_middle_of_a_long_result_is_the_end(tmp_path):
+def test_ctrl_c_during_a_long_result(tmp_path):
     """It kills the workers too, as in a terminal; nobody may wait for the rest of what they were sending."""
     (tmp_path / "talkative.py").write_text(TALKATIVE, encoding="utf-8")
     process = subprocess.Popen([sys.executable, "-W", "ignore", tmp_path / "talkative.py"], stdout=subprocess.PIPE,

@@ -81,7 +81,7 @@ def test_a_missing_file(files, name, order):
 
 
 @pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
-def test_a_folder_in_its_place(files, name, order):
+def test_folder_instead_of_a_file(files, name, order):
     Path(name).unlink()
     Path(name).mkdir()
     refuses(order, Path(name).stem)
@@ -97,14 +97,14 @@ def test_other_content(files, name, order, kind):
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
-def test_a_file_that_may_not_be_read(files, name, order):
+def test_unreadable_file(files, name, order):
     Path(name).chmod(0)
     assert_user_error(run_captured(*order), Path(name).name)
 
 
 @pytest.mark.parametrize("name, load", [(MANIFEST, load_shards), (NOTES, load_notes), (SHARD, load_shards),
                                         (MODEL, load_notes), (CKPT, lambda: checkpoint.load_checkpoint(CKPT))])
-def test_a_file_cut_anywhere(files, name, load):
+def test_truncated_file(files, name, load):
     """At every length where the file is small; large ones at every length of their beginning, and at some others."""
     whole = Path(name).read_bytes()
     lengths = {*range(min(len(whole), 1024)), *random.Random(1).sample(range(len(whole)), min(len(whole), 200))}
@@ -115,7 +115,7 @@ def test_a_file_cut_anywhere(files, name, load):
 
 
 @pytest.mark.parametrize("name, order", ORDERS[:9], ids=map(ids_of, ORDERS[:9]))
-def test_a_cut_file_through_the_scripts(files, name, order):
+def test_truncated_file_through_the_scripts(files, name, order):
     whole = Path(name).read_bytes()
     for length in random.Random(1).sample(range(1, len(whole)), 3):
         Path(name).write_bytes(whole[:length])
@@ -138,7 +138,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(files, target):
 
 # ---- vocabulary and its notes -------------------------------------------------------------------
 
-def test_another_vocabulary_of_that_size(files):
+def test_other_vocabulary_of_equal_size(files):
     Path(MODEL).write_bytes(learn_tokenizer(["other words, and other pieces of them"] * 9, 300).model)
     refuses(PREPROCESS, "tok300.json")
     refuses(TRAIN, "another vocabulary")
@@ -146,7 +146,7 @@ def test_another_vocabulary_of_that_size(files):
 
 
 @pytest.mark.parametrize("key", ["sha256", "source", "val_threshold"])
-def test_wrong_values_in_the_notes(files, key):
+def test_wrong_values_in_the_sidecar(files, key):
     facts = json.loads(Path(NOTES).read_text(encoding="utf-8"))
     for value in VALUES:
         if not isinstance(value, str) or key == "sha256":
@@ -156,7 +156,7 @@ def test_wrong_values_in_the_notes(files, key):
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_notes_that_are_no_object(files, value):
+def test_sidecar_that_is_no_object(files, value):
     Path(NOTES).write_text(json.dumps(value), encoding="utf-8")
     refuses(PREPROCESS, "tok300.json")
 
@@ -252,7 +252,7 @@ def test_a_shape_nested_without_end():
     lambda state: state["model_args"].update(n_heads=3), lambda state: state.update(architecture="unheard of"),
     lambda state: state["model"]["norm.weight"].fill_(float("nan")), lambda state: state["model"].pop("norm.weight")],
     ids=["shape", "architecture", "NaN", "missing weight"])
-def test_what_is_wrong_inside_a_checkpoint_is_told_with_its_name(files, name, order, change):
+def test_errors_inside_a_checkpoint_name_the_file(files, name, order, change):
     save(lambda state: (change(state), state)[1], name)
     refuses(order, name)
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_without_a_key(files, key):
     refuses(SAMPLE, CKPT, key)
 
 
-def test_other_objects_than_a_checkpoint(files):
+def test_objects_that_are_no_checkpoint(files):
     for content in (None, 1, "a", [], [1], torch.zeros(3), {}, {1: 2}, {"model": {}}, ({},)):
         torch.save(content, CKPT)
         refuses(SAMPLE, CKPT)
@@ -317,7 +317,7 @@ def test_half_a_character_in_json_becomes_a_mark(files):
 @pytest.mark.parametrize("name", ["log.jsonl", "clock.jsonl"])
 @pytest.mark.parametrize("content", [*WRONG.values(), *(json.dumps(value).encode() + b"\n" for value in VALUES[::3]),
                                      b'{}\n{}\n{}\n', b'{"iter": "1"}\n' * 4, b'{"iter": 1, "val_loss": 1}\n' * 4])
-def test_a_run_whose_log_is_wrong_goes_on_or_says_so(files, name, content, monkeypatch):
+def test_damaged_log_is_repaired_or_reported(files, name, content, monkeypatch):
     if b"iter" in content:
         monkeypatch.setattr(plots, "save", SAVE_PICTURE)        # what such a log holds is drawn too
     Path("output", name).write_bytes(content)
