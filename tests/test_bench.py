@@ -1,4 +1,4 @@
-"""What is measured is what it says: real steps, of the same model, in turn."""
+"""tools/bench.py: contenders train the same model and take turns; errors."""
 import importlib
 import json
 import sys
@@ -81,7 +81,7 @@ def test_errors(monkeypatch, argv, message):
 
 
 def test_text_against_plain_implementation(run_in_process, capsys, monkeypatch):
-    """Both run to their ends, on the same text, and give as many tokens."""
+    """Both implementations finish on the same text with the same number of tokens."""
     monkeypatch.setattr(bench, "PROCESSES", 1)
     stories = [{"story": story} for story in demo_stories.generate_stories(50)]
     Path("mine.json").write_text(json.dumps(stories), encoding="utf-8")

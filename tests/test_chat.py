@@ -1,4 +1,4 @@
-"""Talking: what the model gets to read, and where its answers end."""
+"""Chat: the prompts of the model, and the ends of its answers."""
 import io
 import sys
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from tinyllm.engine import DecodeStep
 
 
 class Scripted:
-    """An engine that says what it was told to say, and notes what it was given."""
+    """An engine that returns scripted answers and records its prompts."""
     args = SimpleNamespace(max_seq_len=1000)
 
     def __init__(self, vocabulary, answers: list[list[int]]):
@@ -39,7 +39,7 @@ def talker(byte_level):
 
 
 def ids(vocabulary, *texts: str) -> list[int]:
-    """Texts and marks between them, as a template of ChatML would have them."""
+    """Return the ids of texts and special tokens, as in the ChatML template."""
     marks = {name: vocabulary.special_token_id(name) for name in ("<|im_start|>", "<|im_end|>")}
     return [i for text in texts for i in ([marks[text]] if text in marks else vocabulary.encode(text))]
 

@@ -1,4 +1,4 @@
-"""tools/compare.py: what differs, and bpb at places between evaluations, with numbers known beforehand."""
+"""tools/compare.py: differing settings, and bpb interpolated between evaluations with known values."""
 import json
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_run(folder: str, evaluations: list[tuple[int, float, float]], **config
 
 
 def compare(*folders) -> dict[str, list[str]]:
-    """The rows of all tables, by their first column, which has no blanks here."""
+    """Return the rows of all tables by their first column."""
     result = run_captured("compare", *folders)
     assert result.returncode == 0, result.stderr
     rows = [line.rsplit(maxsplit=len(folders)) for line in result.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""--compile: other arithmetic, the same texts."""
+"""--compile: different arithmetic, the same texts."""
 from functools import partial
 
 import pytest
@@ -25,7 +25,7 @@ def logits(engine: Engine, prompts=(PROMPT,), count=LENGTH) -> torch.Tensor:
 
 
 def spell_out(monkeypatch) -> None:
-    """Have Python run the arithmetic that is compiled."""
+    """Run the arithmetic of the compiled code in Python."""
     monkeypatch.setattr(compiled, "load_function", lambda module, example, dims: lambda inputs: module(*inputs))
 
 
@@ -59,7 +59,7 @@ def test_compiled_code_is_cached(monkeypatch, tmp_path, capsys):
         spelled = engine(model)
         want = [logits(spelled, *text) for text in texts]
     first = engine(model)
-    assert list((tmp_path / "kept").glob("*")) == []            # only what is needed is compiled
+    assert list((tmp_path / "kept").glob("*")) == []            # no engine was compiled before use
     for text, numbers in zip(texts, want):
         torch.testing.assert_close(logits(first, *text), numbers, atol=1e-3, rtol=0)
     assert "single texts, once" in (said := capsys.readouterr().err) and "several texts at a time, once" in said
@@ -110,7 +110,7 @@ def test_quantized_weights_are_refused():
 
 
 class Graph:
-    """torch.cuda's graph as far as a CPU can: what is recorded runs again, on the same tensors, into the same ones."""
+    """A CPU stand-in for torch.cuda's graph: replays the recorded step on the same tensors."""
 
     def replay(self) -> None:
         self.result.copy_(self.run())

@@ -1,4 +1,4 @@
-"""convert.py: a target is whole, proven and never overwritten by accident, or it is not there."""
+"""convert.py: targets are complete and verified, and are replaced only with --force."""
 import errno
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_large_difference_discards_the_target(source, name, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of what is mapped into memory")
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
 def test_target_is_not_mapped_at_rename(source, name, monkeypatch):
-    """Windows would not rename it."""
+    """Windows cannot rename mapped files."""
     real = convert.atomic_replace
 
     def looks(old, new):
@@ -204,7 +204,7 @@ def test_errors(source):
 
 
 def test_fine_tuning_keeps_the_model_vocabulary(source, run_in_process, tmp_path):
-    """Step 1 is left out: step 2 takes the vocabulary out of the model, step 3 begins with its weights."""
+    """Step 2 takes the vocabulary from the model, and step 3 starts from its weights."""
     stories = [json.dumps({"story": f"a story of {n} words and another"}) for n in range(400)]
     Path("s.jsonl").write_text("\n".join(stories), encoding="utf-8")
     run_in_process("convert", source, "theirs")
@@ -221,7 +221,7 @@ def test_fine_tuning_keeps_the_model_vocabulary(source, run_in_process, tmp_path
 
 
 def test_weights_without_a_name_elsewhere_are_listed(source, monkeypatch):
-    """A model.py that was edited may have other weights; a checkpoint still takes them."""
+    """An edited model.py may have other weights; only a checkpoint stores them."""
     state = checkpoint.load_checkpoint(source)
     monkeypatch.setattr(convert.kernels, "model_is_original", lambda: False)
     monkeypatch.setattr(convert.checkpoint, "read_model", lambda *_: {**state, "model": {**state["model"], "gain": 1}})

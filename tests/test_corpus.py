@@ -1,4 +1,4 @@
-"""Reading text: every format, every way a file can be wrong, the split, and memory that does not grow."""
+"""Reading text: formats, invalid files, the split, and constant memory."""
 import gzip
 import json
 import random
@@ -118,7 +118,7 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
         (tmp_path / name).write_text("x", encoding="utf-8")
     found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path)]
     assert found == ["a/b.jsonl.gz", "a/z.json", "b.txt"]
-    for name in ".DS_Store", "._b.txt":         # of a Mac; the second is no text, whatever its name says
+    for name in ".DS_Store", "._b.txt":         # files of macOS; the second is not text
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "a.txt").write_text("x", encoding="utf-8")
@@ -217,7 +217,7 @@ def test_built_in_stories_are_the_fallback(tmp_path, capsys):
 
 
 def test_separator_across_a_chunk_border(tmp_path, monkeypatch):
-    """Text without a space is cut at LONGEST characters, which must not be in the middle of a separator."""
+    """Text without a space is split at LONGEST characters, but never inside a separator."""
     monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARS", 64)
     monkeypatch.setattr(documents, "_CHUNK_CHARS", 256)
     for length in range(230, 275):

@@ -1,4 +1,4 @@
-"""Windows: each once an epoch, in an order that can be resumed, shared and repeated."""
+"""Windows: each once per epoch, in an order that is resumable, shared and repeatable."""
 import os
 import pickle
 from itertools import islice
@@ -29,7 +29,7 @@ def test_open_shards_survive_replacement(numbers):
 
 @pytest.fixture
 def numbers(tmp_path) -> ShardSet:
-    """Shards whose ids count up but for the BOS of each document, so that each token tells where it comes from."""
+    """Shards whose ids count up, except for the BOS of each document, so that ids show their position."""
     found, at = ShardSet(tmp_path, "", 1000, 0, []), 1
     for split, of_shards in DOCUMENTS.items():
         for i, lengths in enumerate(of_shards):

@@ -1,4 +1,4 @@
-"""What the documents say can be typed, and what they promise of the repository is so."""
+"""The commands in the docs are valid, and the files that they name exist."""
 import ast
 import importlib
 import re
@@ -16,7 +16,7 @@ STEPS = ("train_vocab", "preprocess", "train", "sample")
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
-    """(page, script, arguments) of every call of a step in the pages and in the scripts' docstrings."""
+    """Return (page, script, arguments) of every call of a step in the pages and in the scripts' docstrings."""
     files = [*ROOT.glob("README*.md"), ROOT / ".github" / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     pages = {path.name: path.read_text(encoding="utf-8") for path in files}
     for name in STEPS:

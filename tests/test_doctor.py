@@ -1,4 +1,4 @@
-"""tools/doctor.py: each file that is missing or damaged is a line, and the last line leads to stories."""
+"""tools/doctor.py: prints a line for each missing or damaged file, and the next command."""
 import json
 import shlex
 import shutil
@@ -27,7 +27,7 @@ def doctor(*args) -> tuple[list[str], str]:
 
 
 def follow(command: str) -> None:
-    """Run a command that the doctor printed; trainings are short here."""
+    """Run a command that the doctor printed, with short training runs."""
     python, script, *args = shlex.split(command)
     name = script.removesuffix(".py")
     more = {"train": TINY if "resume" in args else SHORT, "sample": ["--max_new_tokens", "4", "--device", "cpu"]}
@@ -37,7 +37,7 @@ def follow(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def finished_project(tmp_path_factory) -> Path:
-    """A folder where all steps are done, on a text of its own."""
+    """A folder with all four steps finished on its own text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("finished"))
         Path("texts.json").write_text(json.dumps(list(demo_stories.generate_stories(300))), encoding="utf-8")

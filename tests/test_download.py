@@ -1,4 +1,4 @@
-"""The download, against a server on this machine that misbehaves in every way that servers do."""
+"""The download, against a local server that misbehaves."""
 import errno
 import gzip
 import hashlib
@@ -25,7 +25,7 @@ CUT = 150_000                   # bytes after which a connection breaks
 
 
 def archive(members=None) -> bytes:
-    """A .tar.gz like the real one, or of the given (TarInfo or name, content)."""
+    """Return a .tar.gz like the real one, or with the given members (TarInfo or name, content)."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for name, content in members or [(f"data{j:02d}.json", json.dumps(s).encode()) for j, s in enumerate(STORIES)]:
@@ -36,7 +36,7 @@ def archive(members=None) -> bytes:
 
 
 class Server:
-    """Serves `content`, after the misbehaviours listed in `plan`, one for each request."""
+    """A server of `content` that first misbehaves as listed in `plan`, once per request."""
 
     def __init__(self):
         self.content, self.plan, self.ranges, self.headers = archive(), [], [], {}

@@ -1,4 +1,4 @@
-"""The engine: the model's logits, and rows of a batch that do not disturb each other."""
+"""The engine: the model's logits, and independent rows of a batch."""
 import shutil
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def tokens_by_row(steps, count):
 
 
 def greedy_tokens(model, context, count):
-    """The most probable tokens by the model's own forward, also beyond the window."""
+    """Return the most probable tokens by the model's own forward, also beyond the context."""
     window, tokens = model.args.max_seq_len, []
     for _ in range(count):
         if len(context) > window:
@@ -54,7 +54,7 @@ def greedy_tokens(model, context, count):
 @pytest.mark.parametrize("tied, kv_heads, scaling", [(True, 2, None), (False, 4, None), (True, 1, {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16})])
 def test_logits_equal_the_model(tied, kv_heads, scaling):
-    """The logits of prompts, and then of one token after the other, also with gains that are not 1."""
+    """Compare the logits of prompts, then of single tokens, with norm weights other than 1."""
     torch.manual_seed(1)
     model = Transformer(ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=kv_heads, vocab_size=61, max_seq_len=24,
                                   tie_embeddings=tied, rope_scaling=scaling)).eval()
@@ -136,7 +136,7 @@ def test_seeds(engine):
 
 
 def test_each_token_has_its_own_random_numbers():
-    """A model without an opinion draws evenly, over many tokens of one row and over rows."""
+    """With uniform logits, tokens are uniformly distributed within a row and across rows."""
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=8, max_seq_len=16))
     torch.nn.init.zeros_(model.output.weight)
     found = torch.tensor(tokens_by_row(Engine(model).generate([[1]] * 20, 400), 20))
@@ -148,7 +148,7 @@ def test_each_token_has_its_own_random_numbers():
 
 @pytest.mark.parametrize("width", [64, 100, 36, 13])
 def test_int8_products_are_close(width):
-    """Rounding to 255 levels moves a product by well under a hundredth of its size; and alone is as in company."""
+    """Rounding to 255 levels changes a product by less than 1 %, alone and in a batch."""
     torch.manual_seed(0)
     weight, x = torch.randn(96, width) * torch.rand(96, 1), torch.randn(200, width)
     product, want = linear_int8(weight), x @ weight.T
@@ -158,7 +158,7 @@ def test_int8_products_are_close(width):
 
 
 def test_int8_error_is_at_most_half_a_level():
-    """Also the largest of each row: rounding the scale to bfloat16 moves it by 1/4 of a level, and not beyond 127."""
+    """This includes the largest weight of each row: a bfloat16 scale moves it by 1/4 level, and never beyond 127."""
     weight = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
     levels, scale = quantize_int8(weight)
     moved = (weight / scale.float()[:, None] - levels).abs()
@@ -202,7 +202,7 @@ except UserError as error:
 
 
 def test_edited_model_uses_its_own_functions():
-    """In a copy, attention gives zeros."""
+    """The test edits a copy so that attention returns zeros."""
     for name in ("tinyllm", "extras"):
         shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):

@@ -22,7 +22,7 @@ def test_trial_step_leaves_no_trace(planned_run):
 
 
 def test_activation_memory_estimate(planned_run):
-    """Counted by autograd's own hook, for a model without the parts that only tiny ones have."""
+    """Count with autograd's hook, for a model without the parts that only tiny models have."""
     run = planned_run("--dim", 128, "--max_seq_len", 128, "--batch_size", 4)
     kept = {}
 
@@ -41,14 +41,14 @@ def test_activation_memory_estimate(planned_run):
     (0, 0, 1000 * 0.1 + 4 * 2.0, 1000), (300, 0, 700 * 0.1 + 3 * 2.0, 700), (900, 0, 100 * 0.1 + 2.0, 100),
     (0, 1, 60 - 5, round((60 - 5 - 2.0) / (0.1 + 2.0 / 300))), (900, 1, 12, 100)])
 def test_remaining_time_includes_evaluations(done, max_minutes, seconds, steps):
-    """A step takes 0.1 s, an evaluation 2 s; there are 1000 steps, with an evaluation each 300 and at the end."""
+    """1000 steps of 0.1 s, with evaluations of 2 s every 300 steps and at the end."""
     run = SimpleNamespace(cfg=SimpleNamespace(max_iters=1000, eval_interval=300, max_minutes=max_minutes),
                           state=TrainState(iter_num=done), eval_seconds=2.0, seconds=lambda: 5.0)
     assert estimate.estimate_rest(run, 0.1) == (pytest.approx(seconds), steps)
 
 
 def test_epochs_are_counted_in_tokens(planned_run, capsys):
-    """Not as many windows: these begin at documents, and short ones are in several."""
+    """Windows are not counted: they start at documents and overlap."""
     run = planned_run("--max_iters", 500)
     estimate.print_duration_estimate(run, 0.1)
     read = 500 * run.tokens_per_step / run.shards.total("train", "tokens")
@@ -57,7 +57,7 @@ def test_epochs_are_counted_in_tokens(planned_run, capsys):
 
 @pytest.mark.parametrize("note", ["--dropout 0.1", "--preset cpu_3min"])
 def test_long_run_gets_notes(planned_run, monkeypatch, capsys, note):
-    """When a micro-batch takes 5 seconds."""
+    """A micro-batch takes 5 seconds."""
     monkeypatch.setattr(estimate, "time_micro_batch", lambda run: 5.0)
     estimate.prepare_run(planned_run("--max_iters", 100_000))
     assert any(note in text for text in capsys.readouterr().out.split("\nnote: ")[1:])
@@ -71,7 +71,7 @@ def test_long_run_gets_notes(planned_run, monkeypatch, capsys, note):
     (SystemError("a kernel of another processor"), "another processor", "--compile False"),
     (UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal"), "PYTHONUTF8=1", "--compile False")])
 def test_compiler_failure_names_the_fix(train_small, monkeypatch, capsys, error, says, use):
-    """The last one as in Windows in Chinese, where an import fails."""
+    """The last case is a failed import on a Chinese Windows."""
     def fails(run):
         raise error
     monkeypatch.setattr(TrainRun, "compile", fails)

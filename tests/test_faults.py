@@ -1,4 +1,4 @@
-"""A sample of tests/faults, and a full disk at every single operation of what writes the files."""
+"""A sample of tests/faults, and a full disk at every file operation."""
 import errno
 import hashlib
 import json
@@ -99,7 +99,7 @@ def test_a_full_disk_keeps_the_old_manifest(full_at_each, project, tmp_path):
 
 
 def test_full_disk_keeps_log_lines_of_the_checkpoint(full_at_each, tmp_path):
-    """Two entries are on the disk; going on from there never loses them, wherever the third stops."""
+    """A resumed run never loses the two entries on the disk, wherever the third write fails."""
     def begin() -> None:
         record = RunLog(tmp_path, FIRST)
         for entry in ENTRIES[:2]:

@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Files are complete or missing."""
 import errno
 import hashlib
 import os
@@ -46,7 +46,7 @@ def test_replace_takes_folders(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows needs no flush of a folder")
 @pytest.mark.parametrize("number, works", [(errno.EINVAL, True), (errno.EIO, False)])
 def test_folder_without_fsync(tmp_path, monkeypatch, number, works):
-    """As on some network drives; but a broken disk is an error."""
+    """Some network drives refuse fsync of a folder; a broken disk is an error."""
     def fsync(handle, real=os.fsync):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(number, os.strerror(number))

@@ -1,4 +1,4 @@
-"""GGUF files: what is written comes back, agrees with transformers, and what cannot be read is refused by name."""
+"""GGUF files: round trips, equality with transformers, and errors that name the unsupported value."""
 import base64
 import json
 import random
@@ -46,7 +46,7 @@ def state():
 
 @pytest.fixture
 def write(monkeypatch, tmp_path):
-    """Write a file and give its path; with other metadata, or another type for its matrices."""
+    """Write a file, optionally with other metadata or another matrix type, and return its path."""
     def run(state, kind="F32", as_type="", values={}):
         plain = gguf.GGUFWriter.write_header_to_file
 
@@ -133,7 +133,7 @@ def test_other_types_are_read(state, write, name, dtype, tolerance):
 
 
 def test_q6_k_is_read(write, monkeypatch):
-    """A block by hand: quants of 6 bits less 32, times a scale for 16 of them, times one for all."""
+    """Build a block: 6-bit quants minus 32, times a scale per 16 quants, times a scale per block."""
     quantize, low, high = gguf.quants.quantize, [0x21] * 128, [0] * 64          # 64 times 1, 64 times 2, and again
     block = np.array([*low, *high, *[3] * 16, *np.float16([0.5]).tobytes()], np.uint8)
     monkeypatch.setattr(gguf.quants, "quantize", lambda array, kind: np.tile(block, (len(array), array.shape[1] // 256))
@@ -151,7 +151,7 @@ def test_unsupported_types_are_named(state, write):
 # ---- vocabularies -------------------------------------------------------------------------------
 
 def byte_level(cut, bos="<|begin|>", add_bos=True):
-    """A small vocabulary like GPT-2's, with two special tokens, and one that is added and yet text."""
+    """Return a small tokenizer like GPT-2's, with two special tokens and one added text token."""
     tokenizers = pytest.importorskip("tokenizers")
     learned = tokenizers.Tokenizer(tokenizers.models.BPE())
     learned.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -218,7 +218,7 @@ def test_checkpoint_without_tokenizer_names_the_flag(state, write):
         write({**state, "tokenizer": b""})
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- refused files ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("key, value, message", [
     ("general.architecture", "qwen2", "architecture 'qwen2'"), ("llama.rope.scaling.type", "yarn", "type 'yarn'"),

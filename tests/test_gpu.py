@@ -1,4 +1,4 @@
-"""What a GPU would show, on a machine without one: who waits for it, and what was made on the wrong device."""
+"""GPU checks on a machine without one: synchronization, and tensors on the wrong device."""
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -15,7 +15,7 @@ GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes,
 
 
 def test_training_step_does_not_synchronize(planned_run):
-    """To look at one waits for all that the GPU was given to do; here it is an error, since there are no numbers."""
+    """Reading a number synchronizes with the GPU. On the meta device it is an error."""
     plan = planned_run("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
     with FakeTensorMode():
         run = object.__new__(TrainRun)
@@ -24,7 +24,7 @@ def test_training_step_does_not_synchronize(planned_run):
         run.optimizers, run.scaler = build_optimizers(run.model, run.cfg, run.backend), plan.backend.scaler()
         run.start_time, run.eval_seconds = 0.0, 0.0
         x = torch.zeros(4, 32, dtype=torch.int64)
-        for _ in range(2):                                  # the first one makes what optimizers remember
+        for _ in range(2):                                  # the first step creates the optimizer state
             _, loss, norm = train.train_step(run, iter([(x, x)] * 2))
         with pytest.raises(DataDependentOutputException):
             (loss + norm).item()
@@ -32,7 +32,7 @@ def test_training_step_does_not_synchronize(planned_run):
 
 @pytest.mark.parametrize("lengths", [[5, 5], [3, 0]])
 def test_decode_step_allocates_on_the_device(lengths):
-    """Also if the model is on another one, and sequences differ in length."""
+    """The sequences may differ in length."""
     engine = Engine(Transformer(ARGS), torch.bfloat16, device=GPU)
     cache = engine.new_cache(2, 16)
     assert engine.prefill([[1, 2, 3], [4]], cache, [0, 1]).shape == (2, 300)

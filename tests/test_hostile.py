@@ -1,4 +1,4 @@
-"""Files, servers and texts that want to do harm, and what comes of it: one clear line. See also test_download.py."""
+"""Malicious files, servers and texts end in a one-line error. See also test_download.py."""
 import gzip
 import http.server
 import io

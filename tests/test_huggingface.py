@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: what transformers reads there is what we have, and the other way round."""
+"""Hugging Face folders: transformers reads ours, and we read theirs."""
 import json
 import math
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_tokenizer_ids_equal_transformers(vocabulary):
 
 @pytest.fixture
 def folder(vocabulary):
-    """A tiny Llama as transformers writes it, with grouped-query attention, in three files."""
+    """A tiny Llama with grouped-query attention, written by transformers in three files."""
     torch.manual_seed(2)
     config = LlamaConfig(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=vocabulary.n_words, max_position_embeddings=64,
@@ -156,7 +156,7 @@ def test_tied_output_layer_is_optional_in_the_file(vocabulary):
 
 
 def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
-    """As folders are that have no tokenizer_config.json."""
+    """Folders without a tokenizer_config.json do not name bos and eos."""
     formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
     for name in ("tokenizer_config.json", "tokenizer.model"):
         Path("out", name).unlink()

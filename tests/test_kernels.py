@@ -1,4 +1,4 @@
-"""The faster forms of model.py's functions compute the same, and an edit of model.py wins over them."""
+"""Fast kernels equal model.py's functions, and an edited model.py replaces them."""
 import shutil
 import subprocess
 import sys
@@ -32,13 +32,13 @@ def test_comments_docstrings_and_layout_do_not_change_the_fingerprint():
 
 
 def test_the_fingerprint_is_the_same_in_all_versions_of_python():
-    """Whose syntax trees differ in empty fields: written down in 3.11, run in 3.10 to 3.14 by the workflow."""
+    """Syntax trees of Python versions differ in empty fields. The value is from 3.11; CI runs 3.10 to 3.14."""
     assert kernels.fingerprint("class A(B):\n    x: int = 1\n    def f(self, *a, k=None): return f'{a!r:.9} {k}'\n"
                                ) == "2b4cc204f3fe8b90"
 
 
 def test_edited_model_uses_its_own_functions(project, tmp_path):
-    """In a copy, attention gives zeros and the loss is doubled: wq stays as it was and the first loss is 2 ln 512."""
+    """An edited copy returns zeros as attention and doubles the loss: wq is constant, the first loss 2 ln 512."""
     for name in ("tinyllm", "extras"):
         shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
@@ -82,7 +82,7 @@ def test_kernels_equal_model_py():
 @pytest.mark.parametrize("length", [1, 63, 64, 150])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
 def test_blocked_attention_equals_attention(length, heads, kv_heads):
-    """What a CPU does in bfloat16, against PyTorch's own in float64, forward and backward."""
+    """Compare bfloat16 on a CPU with PyTorch in float64, forward and backward."""
     torch.manual_seed(4)
     q, k, v = (torch.randn(3, length, n, 16).bfloat16().transpose(1, 2) for n in (heads, kv_heads, kv_heads))
     mine = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -108,7 +108,7 @@ def test_dropout_in_blocked_attention():
 
 
 def test_blocked_attention_is_causal():
-    """As test_a_later_token_never_changes_an_earlier_logit in test_model, in the format in which a CPU trains."""
+    """Repeats test_causality of test_model.py in bfloat16."""
     torch.manual_seed(1)
     args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=200)
     model = kernels.build_transformer(args)

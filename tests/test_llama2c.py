@@ -1,4 +1,4 @@
-"""Files of llama2.c: the same weights and the same vocabulary there and back, and its programs tell the same story."""
+"""llama2.c files: round trips of weights and tokenizer, and equal stories by its programs."""
 import os
 import struct
 import subprocess
@@ -189,7 +189,7 @@ def test_a_failed_conversion_leaves_nothing(state, run_in_process):
 
 
 def test_llama2c_checkpoints_load(vocabulary):
-    """As its train.py writes them, and with what older versions of its model.py left in a state_dict."""
+    """Checkpoints of its train.py, and of older versions with extra entries in the state_dict."""
     state = make_state(vocabulary, n_kv_heads=4)
     names = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
     args = {name: state["model_args"][name] for name in names} | {"n_kv_heads": None, "hidden_dim": None}
@@ -208,7 +208,7 @@ def test_llama2c_checkpoints_load(vocabulary):
 
 @pytest.fixture(scope="module")
 def storyteller(vocabulary):
-    """A model that knows a story by heart, so that small differences of numbers do not change what it tells."""
+    """A model that memorized a story, so that rounding does not change its output."""
     state = make_state(vocabulary, dim=64, max_seq_len=96)
     model = checkpoint.build_model(state)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)

@@ -1,4 +1,4 @@
-"""Folders as Meta publishes them, in one file and in several."""
+"""Meta's folders, with weights in one file and in several."""
 import json
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def vocabulary():
 
 
 def publish(vocabulary, parts: int, tie: bool = False, axis_of_embedding: int = 0, **params) -> Transformer:
-    """Write a random model to the folder `llama` as Meta would, with every matrix in so many parts."""
+    """Write a random model to the folder `llama` in Meta's format, with every matrix in `parts` parts."""
     torch.manual_seed(3)
     args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocabulary.n_words, multiple_of=8,
                      ffn_dim_multiplier=1.3, tie_embeddings=tie, rope_theta=params.get("rope_theta", 10000.0),

@@ -1,4 +1,4 @@
-"""The model against formulas written down again, against another implementation, and against itself."""
+"""The model against a reference from the formulas, against transformers, and against itself."""
 import math
 
 import pytest
@@ -25,7 +25,7 @@ def tokens():
 
 
 def reference(model: Transformer, ids: list[int]) -> torch.Tensor:
-    """Logits of one sequence, from the formulas of the papers: no batches, no tricks, float64, token by token."""
+    """Return the logits of one sequence from the papers' formulas: float64, token by token, without batches."""
     args = model.args
     w = {name: weight.detach().double() for name, weight in model.named_parameters()}
     w.setdefault("output.weight", w["tok_embeddings.weight"])
@@ -112,7 +112,7 @@ def test_logits_and_gradients_equal_transformers(tokens, scaling):
 
 
 def test_rope_scaling_equals_llama_3():
-    """Long waves are slowed by the factor, short ones kept, those between lie between."""
+    """Low frequencies are divided by the factor, high ones kept, and those between interpolated."""
     plain = rope_frequencies(ModelArgs(dim=128, n_heads=1, n_kv_heads=1, rope_theta=500_000.0))
     scaling = {**LLAMA3, "original_max_position_embeddings": 8192}
     scaled = rope_frequencies(ModelArgs(dim=128, n_heads=1, n_kv_heads=1, rope_theta=500_000.0, rope_scaling=scaling))

@@ -1,4 +1,4 @@
-"""Muon against PyTorch's own, and against what it promises of singular values."""
+"""Muon against PyTorch's implementation, and singular values of its updates."""
 import pytest
 import torch
 

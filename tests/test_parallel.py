@@ -1,4 +1,4 @@
-"""Under torchrun any number of processes takes the steps of one, and none is missed for long."""
+"""torchrun: any number of processes takes the same steps, and dead processes end the run."""
 import os
 import socket
 import subprocess
@@ -47,7 +47,7 @@ def torchrun(processes: int, script: Path, *args, restarts: int = 0) -> subproce
 
 
 def train_in_forks(processes: int, *args) -> subprocess.CompletedProcess:
-    """Train in processes with the environment that torchrun gives them; forks save seconds of imports for each."""
+    """Train in processes with torchrun's environment. Forks save seconds of imports each."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -65,14 +65,14 @@ def train_in_forks(processes: int, *args) -> subprocess.CompletedProcess:
 
 
 def script_with_signal(number: int, at: int) -> Path:
-    """A script that trains as train.py does, and sends a signal to process 1 after `at` steps."""
+    """Return a script that trains and sends a signal to process 1 after `at` steps."""
     path = Path(f"signal_{number}.py")
     path.write_text(TRAIN_WITH_SIGNAL.format(root=str(ROOT), number=number, at=at), encoding="utf-8")
     return path
 
 
 def assert_near(one: str, two: str) -> None:
-    """The same log and the same weights, but for rounding."""
+    """Check that logs and weights are equal up to rounding."""
     for a, b in zip(read_log(one)[1:], read_log(two)[1:], strict=True):
         assert a.keys() == b.keys() and a["iter"] == b["iter"] and a["tokens"] == b["tokens"]
         for name in {"loss", "lr", "grad_norm", "val_loss", "bpb"} & a.keys():
@@ -82,7 +82,7 @@ def assert_near(one: str, two: str) -> None:
 
 
 def test_one_two_and_four_processes_take_the_same_steps(train_small, project):
-    """Two processes, of which one is asked to stop; one goes on with their run, and four end it."""
+    """Two processes stop after a signal to one; one process resumes the run, and four finish it."""
     train_small("whole", *OPTIONS, "--max_iters", 12)
     files = ["--data_dir", project, "--out_dir", "parts"]
     two = torchrun(2, script_with_signal(15, at=4), *files, *OPTIONS, "--max_iters", 12)
@@ -107,7 +107,7 @@ def test_a_killed_process_ends_all_and_torchrun_resumes_exactly(project):
 
 
 def test_a_sharded_model_takes_the_same_steps(train_small, project):
-    """One process with the whole model, then two with uneven parts of it, then one again."""
+    """One process with the full model, then two with uneven shards, then one again."""
     options = [*OPTIONS, "--hidden_dim", 45, "--n_layers", 1]
     train_small("whole", *options, "--max_iters", 12)
     train_small("parts", *options, "--max_iters", 4)
@@ -155,7 +155,7 @@ def test_each_process_has_its_own_gpu(monkeypatch):
         with pytest.raises(UserError, match="2 GPUs are not enough.*\n.*nproc_per_node=2"):
             DistributedContext(rank, 3, rank).device(name)
     monkeypatch.setattr(distributed, "device_count", lambda kind: 0)
-    assert DistributedContext(1, 2, 1).device("auto") == "auto"        # which then says why it is the CPU
+    assert DistributedContext(1, 2, 1).device("auto") == "auto"        # choose_backend explains the choice
 
 
 def test_random_numbers_depend_on_step_and_rank():

@@ -1,4 +1,4 @@
-"""torchrun sample.py: several processes write what one does."""
+"""torchrun sample.py: several processes generate the same text as one."""
 import contextlib
 import io
 import json
@@ -55,7 +55,7 @@ def torchrun(count: int, *args, **options) -> subprocess.CompletedProcess:
 
 
 def test_prompts_from_a_file(trained):
-    """At temperature 0.8, with batches of texts that differ in length, and a run that goes on."""
+    """Temperature 0.8, batches of different lengths, and a resumed run."""
     prompts = ["One day", "", "A dog met a cat, and then", "Mia"]
     Path("prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     Path("out.jsonl").write_text('{"prompt": "One d', encoding="utf-8")            # as an interrupted run leaves it
@@ -70,7 +70,7 @@ def test_prompts_from_a_file(trained):
 
 
 def test_interactive(trained, monkeypatch):
-    """Also after an answer that a text of `stop` has ended, which the others cannot know."""
+    """Includes an answer that a `stop` text ends, which only rank 0 detects."""
     text = next(one.text for one in TextGenerator(trained, device="cpu", dtype="float32").completions(
         ["One day"], 30, temperature=0))
     stop = next(letter for letter in text[1:] if letter.isalpha())
@@ -102,7 +102,7 @@ def test_unsupported_options(trained):
 # ---- without torchrun, for it takes seconds to start --------------------------------------------
 
 def side_by_side(count: int, work, *args) -> list:
-    """What work(*args) gives, or the UserError that it raises, in each of several processes."""
+    """Return the result or the UserError of work(*args) from each of several processes."""
     if sys.platform != "linux":
         pytest.skip("a process that has loaded PyTorch can be forked on Linux only")
     with socket.socket() as free:
@@ -140,7 +140,7 @@ def _one_of_them(rank, count, port, pipe, work, *args):
 
 
 def logits_of(engine: Engine) -> list:
-    """Of texts that are written, of a text that is read; as lists, since tensors in pipes need more."""
+    """Return the logits of generated texts and of a scored text, as lists because pipes copy them easily."""
     written = [step.logits for step in engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2))]
     next(engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2)))            # given up after a token
     return [torch.stack(written).tolist(), torch.cat(list(engine.logprobs(list(range(1, 60))))).tolist()]
@@ -168,7 +168,7 @@ def test_logits_equal_one_process(count, dtype, quantize, share):
 
 
 def shown(*args) -> str:
-    """What sample.py prints."""
+    """Return the output of sample.py."""
     sys.argv = ["sample.py", *map(str, args)]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         sample.main()

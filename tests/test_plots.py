@@ -1,4 +1,4 @@
-"""Pictures: what is drawn in loss.png, and the average over a noisy curve."""
+"""loss.png: its curves and the moving average."""
 import numpy as np
 import pytest
 from conftest import TINY, run_captured
@@ -14,7 +14,7 @@ def test_moving_average():
 
 
 def test_loss_plot(project, monkeypatch):
-    """Train and val against tokens and against minutes, and a star where val is lowest."""
+    """The plot shows train and val by tokens and by minutes, with a star at the lowest val."""
     pytest.importorskip("matplotlib")
     import train
     drawn, losses = [], iter([3.0, 2.0, 2.5])

@@ -1,4 +1,4 @@
-"""Step 2: what is in the shards, what a second run does, and what happens when something breaks."""
+"""Step 2: contents of the shards, second runs, and failures."""
 import gzip
 import json
 import os
@@ -27,7 +27,7 @@ STORIES = list(demo_stories.generate_stories(200))
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Four source files of different kinds, and a vocabulary of them."""
+    """Four source files of different kinds, and their tokenizer."""
     root = tmp_path_factory.mktemp("trained")
     folder = root / "texts"
     folder.mkdir()
@@ -49,7 +49,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def texts(trained, tmp_path, monkeypatch) -> Path:
-    """The same in the folder of the test; a shard for each file."""
+    """A copy in the test's folder, with a shard for each file."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
     monkeypatch.setattr(workers, "available_cores", lambda: 1)    # processes take time; tests ask for those they need
@@ -144,7 +144,7 @@ def test_fewer_sources_leave_no_stale_shards(texts, run_in_process):
 
 
 def test_next_command_has_the_flags_it_needs(texts, run_in_process, capsys):
-    """A second vocabulary, and a folder of its own."""
+    """The flags are for a second vocabulary and a new folder."""
     def following() -> str:
         return capsys.readouterr().out.partition("next: ")[2].split("\n")[0]
     run_in_process("train_vocab", "--data", texts, "--data_dir", "mine", "--vocab_size", 300)
@@ -220,7 +220,7 @@ HARD = ["小猫 坐在\n垫子上。", "▁a ▁ b", "Łódź, naïve café 🙂
 
 
 def test_ids_equal_the_plain_implementation(texts, run_in_process):
-    """Document by document with SentencePiece, for text in several languages. --verify says where it went."""
+    """Encode each document with SentencePiece, for text in several languages, and run --verify."""
     (texts / "e.json").write_text(json.dumps(HARD * 3 + STORIES[:5]), encoding="utf-8")
     run_in_process("preprocess", "--data", texts)
     shard_set, vocabulary = load()
@@ -393,7 +393,7 @@ def test_text_is_required_without_the_sidecar(texts, run_in_process):
 
 
 def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
-    """They would go on writing into the files of the next run."""
+    """Orphaned workers would write into the files of the next run."""
     for path in texts.iterdir():
         path.unlink()
     (texts / "long.jsonl").write_text("\n".join(map(json.dumps, STORIES * 100)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Presets: settings that exist, and what they lead one to expect."""
+"""Presets: valid settings and expected results."""
 import importlib
 
 import pytest

@@ -1,4 +1,4 @@
-"""Resume, start over or begin with a checkpoint: what is checked, and what is kept of an old run."""
+"""Resume, start over or start from a checkpoint: checks, and the archive of an old run."""
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ def test_huge_model_is_refused_at_once(train_small, shape, says):
 
 
 def test_only_files_of_a_run_are_archived(train_small):
-    """A model that convert.py put into the folder is not one of them."""
+    """Other files in the folder, such as a converted model, stay."""
     Path("out").mkdir()
     Path("out/smol.pt").write_bytes(b"a model")
     Path("out/notes.txt").write_text("mine", encoding="utf-8")

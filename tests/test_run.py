@@ -1,4 +1,4 @@
-"""What a run refuses to save, explains, locks, archives and restores."""
+"""A run: non-finite numbers, memory errors, locks and old versions."""
 import hashlib
 import json
 import math
@@ -22,7 +22,7 @@ from tinyllm.run import TrainState
 
 def run_after_steps(losses: list[float], norms: list[float] | None = None, scale: float | None = None
                     ) -> SimpleNamespace:
-    """The parts of a run that read_pending_metrics reads, after a step for each loss."""
+    """Return a run as read_pending_metrics needs it, after one step for each loss."""
     scaler = SimpleNamespace(is_enabled=lambda: scale is not None, get_scale=lambda: scale)
     pairs = zip(losses, norms or [1.0] * len(losses))
     return SimpleNamespace(
@@ -57,7 +57,7 @@ def test_step_between_log_lines_is_named(train_small, monkeypatch):
 
 
 def test_older_versions_are_readable(train_small):
-    """Loss spikes were once detected, from averages in the state, and logged."""
+    """Older versions logged loss spikes and stored averages in the state."""
     train_small("out", "--max_iters", 4)
     spike = {"iter": 4, "jump": 9.0, "usual": 3.0, "windows": [24, 31]}
     log = Path("out/log.jsonl").read_text(encoding="utf-8") + json.dumps(spike) + "\n"
@@ -111,14 +111,14 @@ def test_lock_refuses_a_second_process_and_ends_with_it(project):
         second = run_captured("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2)
         assert_user_error(second, "another process is writing to", "out")
         first.kill()
-        first.stdout.read()             # up to its end: on Windows, what was begun is the parent of the process itself
+        first.stdout.read()             # until it ends: on Windows, Popen starts a parent of the process
     with folder_lock("out"):
         pass
 
 
 @pytest.fixture(params=["here", "Windows"])
 def locks(request, monkeypatch):
-    """The locks of this system, and on Linux and macOS also those of Windows, of a file."""
+    """The locks of this system, and on Linux and macOS also the file locks of Windows."""
     if request.param == "Windows":
         fcntl = pytest.importorskip("fcntl")
         how = fcntl.LOCK_EX | fcntl.LOCK_NB

@@ -1,4 +1,4 @@
-"""The log of a run, and the archive of an old run, whenever a kill comes."""
+"""The log of a run, and the archive of an old run after a kill at any point."""
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def contents(folder: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("n_moves", range(5))
 def test_interrupted_archive_is_finished(monkeypatch, n_moves):
-    """Three files, the folder, and the new checkpoint: each may be the one that a kill stops."""
+    """A kill may stop the move of each of three files, the folder or the new checkpoint."""
     write_folder(last_pt="old", ckpt_pt="best", log_jsonl="log", new_pt="new", notes_txt="mine")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(runlog, "atomic_replace", die_after(n_moves))
@@ -74,7 +74,7 @@ def test_failed_first_save_keeps_the_old_run(train_small, monkeypatch):
 
 
 def test_kill_after_archiving_keeps_the_new_run(train_small, monkeypatch, capsys):
-    """Also when it begins with the weights of the old one, which are in another place then."""
+    """Includes a run that starts from the old run's weights, which the archive has moved."""
     command = ["out", "--max_iters", 2, "--init_from", "out/last.pt"]
     train_small("out", "--max_iters", 2)
     train_small("whole", "--max_iters", 2, "--init_from", "out/last.pt")

@@ -1,4 +1,4 @@
-"""Step 4: what a user sees, from Python and from the command line."""
+"""Step 4, from Python and from the command line."""
 import ast
 import inspect
 import io
@@ -22,7 +22,7 @@ from tinyllm.files import file_lock
 
 
 def fake_engine(monkeypatch, generator, *rows):
-    """Have the engine yield these tokens, one list for each text."""
+    """Make the engine yield these tokens, one list for each text."""
     size = generator.tokenizer.n_words
     steps = [DecodeStep([row[i] if i < len(row) else None for row in rows], torch.zeros(len(rows), size))
              for i in range(max(map(len, rows)))]
@@ -40,7 +40,7 @@ def test_samples_start_with_the_prompt(ckpt):
 
 
 def test_settings_block_defines_all_defaults():
-    """tinyllm/generator.py has none, and every default of the subclass is the setting of that name."""
+    """tinyllm/generator.py has no defaults, and every default of the subclass is the setting of that name."""
     old_names = {"start": "prompt", "tokenizer_model_path": "tokenizer"}
     for method in ("__init__", "sample", "stream", "generate"):
         defaults = {name: parameter.default for name, parameter
@@ -106,7 +106,7 @@ def test_stories_end_at_eos(ckpt, monkeypatch):
 
 
 def test_stop_text_is_not_shown(byte_checkpoint, monkeypatch):
-    """Also when it comes in several tokens, and when what looked like its beginning was none."""
+    """Includes stop texts of several tokens and partial matches."""
     generator = TextGenerator(byte_checkpoint)
     ids = generator.tokenizer.encode("a cab ca. cat b")
     assert len(ids) > 6
@@ -139,7 +139,7 @@ def test_completions(ckpt):
 
 
 def test_score_equals_evaluation(ckpt, project):
-    """Over the whole val split, by documents."""
+    """Compare over the full val split, document by document."""
     state = checkpoint.load_checkpoint(ckpt)
     vocabulary = checkpoint.build_tokenizer(state)
     data = shards.load_shards(project / "tok512", vocabulary.sha256)
@@ -188,7 +188,7 @@ def test_story_format(ckpt):
 def test_output_file_keeps_any_language_readable(ckpt):
     prompts = ["从前，", "line\u2028separator\x85"]
     Path("in.txt").write_text("\n".join(prompts), encoding="utf-8")
-    for _ in range(2):                      # and it goes on
+    for _ in range(2):                      # the second run has nothing to do
         result = run_captured("sample", "--checkpoint", ckpt, "--input_file", "in.txt", "--output_file", "out.jsonl",
                               "--max_new_tokens", 3)
         assert result.returncode == 0, result.stderr
@@ -197,7 +197,7 @@ def test_output_file_keeps_any_language_readable(ckpt):
 
 
 def test_score_strips_white_space(ckpt):
-    """Without white space around it; and characters of several tokens are shown whole."""
+    """White space around the text is stripped, and characters of several tokens are shown whole."""
     for name, text in ("a.txt", "Once 天 upon"), ("b.txt", "\n Once 天 upon\n"):
         Path(name).write_text(text, encoding="utf-8")
     one, two = (run_captured("sample", "--checkpoint", ckpt, "--score", name).stdout for name in ("a.txt", "b.txt"))
@@ -262,7 +262,7 @@ def test_an_output_file_is_locked(output_file_command):
 
 
 def test_interactive(ckpt, monkeypatch):
-    """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
+    """The second answer continues the dialogue; /clear starts over; errors do not end the session."""
     lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x",
              "The dog", " and", "", "/clear", "The dog", "/what", "/exit", "never"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()), encoding="utf-8"))
@@ -288,7 +288,7 @@ def test_invalid_line_does_not_end_interactive_mode(ckpt, monkeypatch):
 
 
 def test_empty_list_does_not_run_the_engine(ckpt, monkeypatch):
-    """/set tries a value so; it is not the time to compile anything."""
+    """/set validates a value this way, which must not compile anything."""
     generator = TextGenerator(ckpt)
     monkeypatch.setattr(generator.engine, "generate", lambda *args: pytest.fail("asked"))
     assert generator.completions([]) == []

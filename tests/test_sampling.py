@@ -1,4 +1,4 @@
-"""How a token is chosen: the right distribution, exact filters."""
+"""Sampling: the distribution of tokens, and exact filters."""
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""The vocabulary loses nothing, keeps Llama 2's layout, and leaves foreign models as they are."""
+"""The tokenizer is lossless, has Llama 2's layout and does not change foreign models."""
 import io
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def vocabulary():
 
 @pytest.fixture(scope="module")
 def foreign():
-    """A model as SentencePiece makes it by default, as Llama 2's is in what matters here."""
+    """A model with SentencePiece's defaults, which is like Llama 2's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(STORIES), model_writer=model, model_type="bpe",
                                              vocab_size=500, byte_fallback=True, minloglevel=2)
@@ -88,7 +88,7 @@ def test_a_small_text_shrinks_the_vocabulary():
 
 
 def test_long_documents_are_not_skipped():
-    """SentencePiece's own default leaves out what is longer than 4192 bytes."""
+    """SentencePiece's default skips texts longer than 4192 bytes."""
     vocabulary = learn_tokenizer(["a b c", "zebra " * 3000], 300)
     assert "zebra" in {vocabulary.id_to_piece(i).lstrip(SPACE_MARK) for i in range(vocabulary.n_words)}
 
@@ -186,7 +186,7 @@ def test_finding_the_vocabulary(vocabulary, tmp_path):
 
 @pytest.mark.parametrize("error", [UserError("stories.txt is not UTF-8"), KeyboardInterrupt()])
 def test_errors_of_the_text_keep_their_type(error):
-    """SentencePiece reads the text from C++, and would make a RuntimeError of whatever happens there."""
+    """SentencePiece reads the text from C++ and would turn any exception into a RuntimeError."""
     class Broken(dict):
         def items(self):
             yield b" word", 3

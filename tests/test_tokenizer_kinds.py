@@ -1,4 +1,4 @@
-"""Vocabularies of other projects, and the forms of chats: what their own tests and packages say."""
+"""Tokenizers of other projects and chat templates, against their own packages and published values."""
 import base64
 import json
 import os
@@ -26,7 +26,7 @@ from tokenizer import Tokenizer
 
 
 def ranks() -> bytes:
-    """A small vocabulary in Llama 3's format: the bytes, and some words built up from them."""
+    """Return a small vocabulary in Llama 3's format: all bytes and some words."""
     tokens = [bytes([byte]) for byte in range(256)]
     for word in WORDS:
         for end in range(2, len(word.encode()) + 1):

@@ -1,4 +1,4 @@
-"""Training: a run that was interrupted equals one that was not, and every setting does what it says."""
+"""Training: resumed runs equal uninterrupted runs, and the settings work as documented."""
 import itertools
 import json
 import math
@@ -52,7 +52,7 @@ class Killed(BaseException):
 
 
 def test_kill_and_rerun_equals_uninterrupted_run(train_small, monkeypatch):
-    """Die right after step 7, with checkpoints at steps 2, 4 and 6; the same command goes on."""
+    """Die right after step 7, with checkpoints at steps 2, 4 and 6; the same command resumes."""
     train_small("whole", "--max_iters", 10, "--eval_interval", 2)
     step, count = train.train_step, 0
 
@@ -186,7 +186,7 @@ def test_a_plot_is_drawn(train_small, monkeypatch):
 
 
 def test_gradient_accumulation_equals_one_batch(planned_run):
-    """2 x 4 windows and 1 x 8 windows are the same step."""
+    """2 x 4 windows and 1 x 8 windows give the same step."""
     def gradient(*args):
         run = planned_run("--dtype", "float32", *args)
         batches = train.Task.iter_batches(run.shards, "train", run.cfg.batch_size, 32, seed=1)
@@ -232,7 +232,7 @@ def test_learning_rate_schedule(planned_run):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """A clock that goes on by a tenth of a second each time that somebody looks at it."""
+    """A clock that advances by 0.1 s at each reading."""
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: next(ticks) / 10)
     for module in (train, run, estimate):
@@ -247,12 +247,12 @@ def test_max_minutes_fits_the_schedule_to_the_time(train_small, ticking, minutes
     rates = [entry["lr"] for entry in read_log("out") if "lr" in entry]
     assert rates[-1] < 0.05 * max(rates) and rates[2:] == sorted(rates[2:], reverse=True)
     assert load_state("out")["iter_num"] == len(rates)
-    train_small("out", "--max_minutes", minutes / 4)                 # has passed; what is printed goes on nevertheless
+    train_small("out", "--max_minutes", minutes / 4)                 # has already passed
     assert float(capsys.readouterr().out.rpartition("--out_dir out --max_minutes ")[2].split()[0]) >= 1.5 * minutes
 
 
 def test_perf_counter_is_used(train_small, monkeypatch):
-    """The other one goes on by 16 ms at a time on Windows, and a small step would take none."""
+    """time.monotonic has steps of 16 ms on Windows, too coarse for short training steps."""
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     train_small("out", "--max_iters", 2)
 
@@ -343,7 +343,7 @@ def test_from_the_command_line(project):
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):
         assert part in result.stdout, part
-    assert os.name == "nt" or re.search(r"peak memory: \d[\d,]+ MB\n", result.stdout)     # Windows does not tell
+    assert os.name == "nt" or re.search(r"peak memory: \d[\d,]+ MB\n", result.stdout)     # not known on Windows
 
 
 def test_a_second_vocabulary_does_not_stop_a_run(train_small, run_in_process, project, tmp_path, capsys):
@@ -391,7 +391,7 @@ def test_intact_checkpoint_replaces_a_damaged_one(train_small):
 
 @pytest.mark.skipif(bool(WHY_NOT := estimate.why_not_compilable(torch.device("cpu"))), reason=WHY_NOT)
 def test_compiled_run_resumes_exactly(train_small):
-    """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
+    """Compiled kernels round differently but learn the same, and resuming is exact."""
     options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1, "--n_layers", 1]
     train_small("eager", "--max_iters", 8, *options)
     train_small("whole", "--max_iters", 8, *options, "--compile", "True")

@@ -1,4 +1,4 @@
-"""Training that begins with the weights of another run."""
+"""Fine-tuning from the weights of another run."""
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""Pages of docs/: every Python block runs, in one session for each page, and prints what the page says."""
+"""Run every Python block of docs/, one session per page, and compare the output with the page."""
 import io
 import re
 from contextlib import redirect_stdout
@@ -16,7 +16,7 @@ EXTRA = ("matplotlib", "safetensors")       # a block that imports one of these 
 
 
 class Block(NamedTuple):
-    """What stands between two fences: its language, the number of its first line in the page, its text."""
+    """A fenced block: its language, the number of its first line in the page, its text."""
     kind: str
     line: int
     text: str
@@ -39,7 +39,7 @@ def printed(block: Block, path: Path, names: dict[str, Any]) -> str:
 
 
 def check(path: Path) -> int:
-    """Run a page, and compare each output with the block `text` that follows; returns how many blocks ran."""
+    """Run a page, compare each output with the `text` block that follows, and return the number of blocks."""
     found, names, ran = blocks(path.read_text(encoding="utf-8")), {"__name__": "walkthrough"}, 0
     for block, following in zip(found, [*found[1:], Block("", 0, "")]):
         if block.kind != "python" or any(is_missing(package, block.text) for package in EXTRA):
@@ -53,7 +53,7 @@ def check(path: Path) -> int:
 
 @pytest.fixture
 def one_thread():
-    """The numbers of the pages are those of one thread; what the session changes in torch is put back."""
+    """Use one thread, as for the pages' numbers, and restore torch's settings afterwards."""
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     yield

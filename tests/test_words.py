@@ -1,4 +1,4 @@
-"""Working word by word gives what working on whole texts gives: the same pieces, the same ids."""
+"""Word-by-word processing gives the same pieces and ids as whole texts."""
 import io
 import re
 from collections import Counter
@@ -60,7 +60,7 @@ def test_pieces_of_any_text_equal_whole_text(texts):
 
 
 def test_ids_equal_plain_training(vocabulary):
-    """For all that read it, not only for us: the ids are those of the model that was trained on the text."""
+    """The model file alone must produce these ids, in any program that reads it."""
     model = plain.learn_tokenizer(STORIES, 600)
     assert plain_ids(vocabulary, STORIES[:50] + HARD) == plain_ids(Tokenizer(model), STORIES[:50] + HARD)
 
@@ -81,7 +81,7 @@ def test_words_are_counted(texts):
 
 
 def test_words_are_counted_in_parts(monkeypatch):
-    """Also when the table is begun anew again and again, and has no place for many."""
+    """Includes a table that restarts often and has no room for many words."""
     monkeypatch.setattr(words, "MAX_WORDS", 50)
     monkeypatch.setattr(documents, "BATCH_BYTES", 300)
     texts = STORIES + ["a word of more than fifteen bytes: " + "x" * n for n in range(40)]
@@ -112,7 +112,7 @@ def test_rare_words_are_dropped_to_save_memory(monkeypatch):
 # ---- the numbers of words -----------------------------------------------------------------------
 
 def test_word_numbers_are_unique():
-    """Words that differ in length, in their last byte, or in zeros at the end."""
+    """The words differ in length, in the last byte or in trailing zeros."""
     alike = ["a", "a\0", "a\0\0", "abcdefg", "abcdefgh", "abcdefghi", "abcdefghijklmn", "abcdefghijklmno", "abcdefg\0",
              "abcdefgh\0", "abcdefghijklmnop", "abcdefghijklmnoq", "", "\n", " ", "é", "ê"]
     table, texts = WordTable(), [text.encode() for text in alike]
