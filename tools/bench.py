@@ -55,7 +55,7 @@ from tools import compare
 
 # ---- settings -----------------------------------------------------------------------------------
 preset = ""             # train: take model and batch size from this preset; empty: the defaults of train.py
-peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss)
+peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss);
                         # sample: a folder with llama2.c's run.c
 rounds = 10             # measurements of each contender; text: at most 3, because each takes long
 checkpoint = ""         # sample: a trained Llama or GPT-2; empty: an untrained model of default size
@@ -167,7 +167,7 @@ def peer_step(folder: Path, backend: devices.Backend, args: ModelArgs, batch: tu
     peer = runpy.run_path(str(path))
     shape = {name: getattr(args, name) for name in peer["ModelArgs"].__dataclass_fields__ if hasattr(args, name)}
     model = peer["Transformer"](peer["ModelArgs"](**{**shape, "hidden_dim": args.ffn_dim})).to(backend.device)
-    x, y = (part.contiguous() for part in batch)                # llama2.c calls view()
+    x, y = (part.contiguous() for part in batch)                # llama2.c calls view(), which needs contiguous tensors
 
     def loss() -> Tensor:
         output = model(x, y)
