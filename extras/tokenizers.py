@@ -1,6 +1,6 @@
-"""Tokenizers that are not SentencePiece: a tokenizer.json of Hugging Face, and Llama 3's tokenizer.model.
+"""Tokenizers other than SentencePiece: Hugging Face's tokenizer.json, and Llama 3's tokenizer.model.
 
-`tinyllm.project.load_tokenizer` recognizes them by their content. They need the packages tokenizers and tiktoken.
+`tinyllm.project.load_tokenizer` chooses the class by file content. Requires the packages tokenizers and tiktoken.
 """
 import base64
 import binascii
@@ -13,14 +13,14 @@ from tokenizer import SPACE_MARK, BaseTokenizer
 
 
 class JsonTokenizer(BaseTokenizer):
-    """A `tokenizer.json` of Hugging Face (package tokenizers).
+    """A Hugging Face `tokenizer.json` (package tokenizers).
 
-    Such a file does not name its special tokens. They are under a key of its own, OWN: bos, eos and add_bos.
+    The format does not name bos and eos; our files store them, with add_bos, under the extra key OWN.
     """
     OWN = "tiny-llm"
 
     def __init__(self, model: bytes):
-        """Raises UserError if the package is missing, ValueError if the bytes are no such file."""
+        """Load a tokenizer.json. Raises UserError if the package is missing, ValueError if the bytes are invalid."""
         super().__init__(model)
         tokenizers = require_package("tokenizers", "a tokenizer.json")
         try:
@@ -28,10 +28,10 @@ class JsonTokenizer(BaseTokenizer):
             meta = content.pop(self.OWN, {})
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:          # the package raises plain Exception
-            raise ValueError(f"this is no tokenizer.json that tokenizers can read: {error}") from error
+            raise ValueError(f"not a valid tokenizer.json: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True        # "<s>" in a text is text
+        self._tokenizer.encode_special_tokens = True        # encode "<s>" in a text as plain text
         self.n_words = self._tokenizer.get_vocab_size()
         self.bos_id = self.special_token_id(meta["bos"]) if meta.get("bos") else -1
         self.eos_id = self.special_token_id(meta["eos"]) if meta.get("eos") else -1
@@ -54,21 +54,21 @@ class JsonTokenizer(BaseTokenizer):
 
 
 class TiktokenTokenizer(BaseTokenizer):
-    """Llama 3's tokenizer: lines of a token in base64 and its rank, followed by 256 special tokens.
+    """Llama 3's tokenizer (package tiktoken): a base64 token and its rank per line, plus 256 special tokens.
 
-    Pattern, names and numbers are from meta-llama/llama3 (package tiktoken).
+    Pattern and special tokens are from meta-llama/llama3.
     """
     PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
                "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
                *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]
-    # the pattern's time and stack grow with the square of a run of one kind, so long texts and runs are cut
+    # split long texts and runs: the pattern's time and stack grow with the square of a run's length
     MAX_CHUNK_CHARS = 400_000
     LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
 
     def __init__(self, model: bytes):
-        """Raises UserError if the package is missing, ValueError if the bytes are no such file."""
+        """Load Llama 3's file. Raises UserError if the package is missing, ValueError if the bytes are invalid."""
         super().__init__(model)
         tiktoken = require_package("tiktoken", "Llama 3's tokenizer")
         self.ranks = _read_ranks(model)
@@ -98,7 +98,7 @@ class TiktokenTokenizer(BaseTokenizer):
             yield part[begin:]
 
     def decode(self, ids: list[int], special: bool = False) -> str:
-        """Return the text of the ids; with special, the names of special tokens too."""
+        """Return the text of the ids. special: include the names of special tokens."""
         kept = ids if special else [i for i in ids if i < len(self.ranks)]
         return self._encoding.decode_bytes(kept).decode("utf-8", errors="replace")
 
@@ -114,4 +114,4 @@ def _read_ranks(model: bytes) -> dict[bytes, int]:
         pairs = [line.split() for line in model.splitlines() if line]
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error) as error:
-        raise ValueError(f"this is no tiktoken file: {error}") from error
+        raise ValueError(f"not a tiktoken file: {error}") from error

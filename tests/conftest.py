@@ -1,4 +1,4 @@
-"""Fixtures and helpers of the tests: scripts as functions and as processes, small data, trained models."""
+"""Fixtures and helpers: scripts as functions and as processes, small data, trained models."""
 import atexit
 import importlib
 import io
@@ -87,7 +87,7 @@ def run_in_process():
 
 
 def count_words(texts) -> dict[bytes, int]:
-    """The words of texts, with the space in front of them, and how often each comes."""
+    """Count the words of texts, each with its leading space."""
     found = words.WordCounts()
     encoded = [text.encode() for text in texts]
     for batch in documents.group_by_size(encoded, len, documents.BATCH_BYTES):
@@ -142,7 +142,7 @@ def run_in_fork(name: str, args: tuple) -> None:
 
 
 def run_captured(name: str, *args) -> subprocess.CompletedProcess:
-    """Do the same in this process, which saves the seconds of the imports."""
+    """Run a script in this process, which saves the seconds of the imports."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n") for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])

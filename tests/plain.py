@@ -1,4 +1,4 @@
-"""Steps 1 and 2 the plain way: what the fast way is compared with, in tests and by bench.py.
+"""Plain implementations of steps 1 and 2: the references for tests and bench.py.
 
     python tests/plain.py vocabulary stories 4096 plain.model       # all text as sentences to SentencePiece
     python tests/plain.py shards stories plain.model out 2          # json.load, a list of ids per document, 2 processes
@@ -19,7 +19,7 @@ WALL = "\x1f"
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """The model that SentencePiece trains on texts: newlines stand alone, tabs have no piece."""
+    """Train SentencePiece on texts: newlines are single pieces, tabs have none."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=(text.replace("\n", f"{WALL}\n{WALL}").replace("\t", WALL) for text in texts),
@@ -31,7 +31,7 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def pieces(model: bytes) -> list[str]:
-    """All entries of a vocabulary in order."""
+    """Return all entries of a vocabulary in order."""
     processor = SentencePieceProcessor(model_proto=model)
     return [processor.id_to_piece(i) for i in range(processor.vocab_size())]
 

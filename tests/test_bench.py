@@ -1,4 +1,4 @@
-"""What is measured is what it says: real steps, of the same model, in turn."""
+"""tools/bench.py: contenders train the same model and take turns; errors."""
 import importlib
 import json
 import sys
@@ -30,7 +30,7 @@ def backend():
     return devices.choose_backend("cpu", "float32")
 
 
-def test_a_step_of_each_contender_trains_its_model(batch, backend):
+def test_each_contender_trains_its_model(batch, backend):
     pytest.importorskip("transformers")
     train_cfg, _ = cli.parse_settings(vars(importlib.import_module("train")), ["--warmup_iters", "0"])
     run = bench.build_run(train_cfg, backend, ARGS, compiled=False)
@@ -54,7 +54,7 @@ def block_model():
     return Transformer(ARGS)
 
 
-def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, backend):
+def test_contenders_take_turns_after_warm_up(monkeypatch, backend):
     calls, now = [], [0.0]
 
     def step(name, seconds):
@@ -72,7 +72,7 @@ def test_turns_are_taken_in_order_and_the_first_do_not_count(monkeypatch, backen
                                            (["train", "--peer", "nowhere"], "no model.py in"),
                                            (["train", "--preset", "cpu_3min", "--peer", "nowhere"], "no model.py in"),
                                            (["train", "--preset", "cpu_4"], "unknown preset 'cpu_4'")])
-def test_mistakes_are_said(monkeypatch, argv, message):
+def test_errors(monkeypatch, argv, message):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
     monkeypatch.setattr(bench, "build_run", lambda *args, **changes: None)
     with pytest.raises(UserError) as found:
@@ -80,8 +80,8 @@ def test_mistakes_are_said(monkeypatch, argv, message):
     assert message in str(found.value)
 
 
-def test_text_is_measured_against_the_plain_way(run_in_process, capsys, monkeypatch):
-    """Both run to their ends, on the same text, and give as many tokens."""
+def test_text_against_plain_implementation(run_in_process, capsys, monkeypatch):
+    """Both implementations finish on the same text with the same number of tokens."""
     monkeypatch.setattr(bench, "PROCESSES", 1)
     stories = [{"story": story} for story in demo_stories.generate_stories(50)]
     Path("mine.json").write_text(json.dumps(stories), encoding="utf-8")
@@ -102,7 +102,7 @@ def test_text_is_measured_against_the_plain_way(run_in_process, capsys, monkeypa
     assert capsys.readouterr().out.count("x the speed") == 2
 
 
-def test_a_contender_that_fails_is_said():
+def test_a_failed_contender_is_reported():
     with pytest.raises(UserError, match="no text in|no file or folder"):
         bench.time_script("train_vocab.py", "--data", "nowhere")
 

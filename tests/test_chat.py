@@ -1,4 +1,4 @@
-"""Talking: what the model gets to read, and where its answers end."""
+"""Chat: the prompts of the model, and the ends of its answers."""
 import io
 import sys
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from tinyllm.engine import DecodeStep
 
 
 class Scripted:
-    """An engine that says what it was told to say, and notes what it was given."""
+    """An engine that returns scripted answers and records its prompts."""
     args = SimpleNamespace(max_seq_len=1000)
 
     def __init__(self, vocabulary, answers: list[list[int]]):
@@ -39,12 +39,12 @@ def talker(byte_level):
 
 
 def ids(vocabulary, *texts: str) -> list[int]:
-    """Texts and marks between them, as a template of ChatML would have them."""
+    """Return the ids of texts and special tokens, as in the ChatML template."""
     marks = {name: vocabulary.special_token_id(name) for name in ("<|im_start|>", "<|im_end|>")}
     return [i for text in texts for i in ([marks[text]] if text in marks else vocabulary.encode(text))]
 
 
-def test_an_answer_ends_at_its_mark(talker):
+def test_answer_ends_at_end_token(talker):
     dialog = [{"role": "system", "content": "is"}, {"role": "user", "content": "this?"}]
     assert "".join(talker.answer(dialog, max_new_tokens=50)) == "a test"
     assert talker.engine.read == [ids(
@@ -55,7 +55,7 @@ def test_an_answer_ends_at_its_mark(talker):
         talker.answer(dialog)
 
 
-def test_a_dialogue_gives_all_that_was_said(talker, monkeypatch, capsys):
+def test_dialogue_keeps_all_turns(talker, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("this<|im_end|>\n\nand is?\n/exit\n"))
     cfg, _ = cli.parse_settings(vars(sample), ["--system", "ing", "--max_new_tokens", "20"])
     chat_loop(talker, cfg)
@@ -68,7 +68,7 @@ def test_a_dialogue_gives_all_that_was_said(talker, monkeypatch, capsys):
         talker.tokenizer, "a test", "<|im_end|>", "\n", "<|im_start|>", "user\nand is?") + again
 
 
-def test_a_dialog_longer_than_the_window_loses_its_oldest_turns(talker):
+def test_long_dialogue_drops_oldest_turns(talker):
     talker.engine.args = SimpleNamespace(max_seq_len=120)
     turns = [{"role": role, "content": f"{role} {number} " + "is " * 5} for number in range(4)
              for role in ("user", "assistant")]

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, that nothing in them runs, and what a wrong one gets."""
+"""Checkpoints: contents, safety, and errors for invalid files."""
 import os
 import pickle
 import zipfile
@@ -21,7 +21,7 @@ def state():
             "tokenizer_sha256": vocabulary.sha256}
 
 
-def test_what_is_saved_comes_back(state):
+def test_save_and_load(state):
     checkpoint.save_checkpoint("a.pt", state)
     found = checkpoint.load_checkpoint("a.pt")
     assert found.keys() == state.keys() and found["iter_num"] == 3
@@ -31,7 +31,7 @@ def test_what_is_saved_comes_back(state):
     assert checkpoint.build_tokenizer(found).sha256 == state["tokenizer_sha256"]
 
 
-def test_the_same_state_gives_the_same_bytes(state):
+def test_same_state_gives_same_bytes(state):
     checkpoint.save_checkpoint("a.pt", state)
     checkpoint.save_checkpoint("b.pt", state)
     assert open("a.pt", "rb").read() == open("b.pt", "rb").read()
@@ -55,7 +55,7 @@ class Payload:
         return (os.mkdir, ("it_ran",))
 
 
-def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path):
+def test_missing_checkpoint_lists_existing_ones(tmp_path):
     with pytest.raises(UserError, match="python train.py makes one"):
         checkpoint.load_checkpoint("output/ckpt.pt")
     with pytest.raises(UserError, match="python train.py --out_dir .*output.mine makes one"):
@@ -97,7 +97,7 @@ def test_cut_and_foreign_files_are_refused(state):
 
 
 @pytest.mark.parametrize("content", [{}, [], torch.zeros(3), {"model": {}, "config": {}}])
-def test_other_contents_are_refused(content):
+def test_wrong_contents_are_refused(content):
     torch.save(content, "other.pt")
     with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load_checkpoint("other.pt")
@@ -118,7 +118,7 @@ def test_missing_and_surplus_weights_are_refused(state):
             checkpoint.build_model({**state, "model": weights})
 
 
-def test_a_checkpoint_without_a_vocabulary_says_what_to_do(state):
+def test_checkpoint_without_tokenizer_names_the_flag(state):
     del state["tokenizer"]
     with pytest.raises(UserError, match="--tokenizer"):
         checkpoint.build_tokenizer(state)

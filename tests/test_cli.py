@@ -1,4 +1,4 @@
-"""Settings: types, booleans, spellings, errors; and the blocks of the four scripts themselves."""
+"""Settings: types, booleans, spelling, errors, and the settings blocks of the four scripts."""
 import ast
 import importlib
 import os
@@ -40,7 +40,7 @@ def read(block, *argv):
     return vars(cli.parse_settings(block, list(argv))[0])
 
 
-def test_defaults_are_those_of_the_block(block):
+def test_defaults_come_from_the_settings_block(block):
     assert read(block) == {"rate": 0.5, "count": 16, "name": "a#b", "on": False, "page": False, "when": "auto"}
 
 
@@ -64,7 +64,7 @@ def test_names_with_hyphens(block):
     assert read(block, "--max-iters", "7")["max_iters"] == read(block, "--max_iters=7")["max_iters"] == 7
 
 
-def test_a_list_takes_all_up_to_the_next_name(block):
+def test_list_takes_values_up_to_the_next_flag(block):
     text = Path(block["__file__"]).read_text(encoding="utf-8").replace("on = False", "names = []\non = False")
     Path(block["__file__"]).write_text(text, encoding="utf-8")
     block["names"] = []
@@ -90,8 +90,8 @@ WORDS = ["--rate", "--count", "--name", "--on", "--no_on", "--no-on", "--", "-",
 @hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(argv=st.lists(st.one_of(st.text(max_size=20), st.sampled_from(WORDS),
                                st.tuples(st.sampled_from(WORDS), st.text(max_size=9)).map("=".join)), max_size=6))
-def test_any_command_line_is_read_refused_or_helped(block, argv):
-    """Never an exception of another kind, and no file is made."""
+def test_any_command_line_is_parsed_or_refused(block, argv):
+    """No other exception is raised, and no file is created."""
     try:
         found = read(block, *argv)
         assert [type(found[name]) for name in ("rate", "count", "name", "on")] == [float, int, str, bool]
@@ -101,7 +101,7 @@ def test_any_command_line_is_read_refused_or_helped(block, argv):
         assert end.code == 0 and {"--help", "-h"} & set(argv)
 
 
-def test_only_what_was_given_counts_as_given(block, capsys):
+def test_overrides_contain_only_given_flags(block, capsys):
     _, given = cli.parse_settings(block, ["--count", "16"])
     assert given == {"count": 16} and capsys.readouterr().out == ""
     cli.parse_settings(block, ["--count", "17"])
@@ -140,28 +140,28 @@ def test_no_function_bypasses_the_command_line(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_typo_ends_with_status_1_and_a_suggestion(name):
+def test_typo_gives_status_1_and_a_suggestion(name):
     first = next(iter(cli.read_settings_block(ROOT / f"{name}.py")))
     assert_user_error(run_captured(name, f"--{first}x", "1"), f"did you mean --{first}?")
 
 
-def test_a_typo_ends_a_process_of_its_own():
+def test_typo_in_a_subprocess():
     assert_user_error(run_subprocess("preprocess", "--dataa", "1"), "did you mean --data?")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="quoting is that of a POSIX shell")
 @pytest.mark.parametrize("value", ["my run", 'He said "hi"|x', "$HOME", "a`b", "it's", "back\\slash", "plain/path.pt"])
-def test_a_command_to_type_means_what_it_says(value):
+def test_formatted_commands_parse_back(value):
     assert shlex.split(cli.format_command("sample", checkpoint=value)) == ["python", "sample.py", "--checkpoint", value]
 
 
-def test_a_value_like_a_name_or_the_home_folder_is_typed_as_a_value(block):
+def test_values_like_flags_or_home_are_quoted(block):
     words = shlex.split(cli.format_command("tool", name="-dash", rate=-1.5))
     assert words == ["python", "tool.py", "--name=-dash", "--rate=-1.5"] and read(block, *words[2:])["name"] == "-dash"
     assert cli.shell_quote("~/x") == '"~/x"' and cli.shell_quote("a~") == "a~"
 
 
-def test_a_list_may_stand_without_its_name(block):
+def test_positional_list(block):
     text = Path(block["__file__"]).read_text(encoding="utf-8").replace("on = False", "names = []\non = False")
     Path(block["__file__"]).write_text(text, encoding="utf-8")
     block["names"] = []
@@ -172,7 +172,7 @@ def test_a_list_may_stand_without_its_name(block):
 
 
 @pytest.mark.parametrize("argv", [["--gone"], ["--gone", "a", "b"], ["--gone=a"], ["--count", "3", "--gone"]])
-def test_a_flag_that_moved_names_its_command(block, argv):
+def test_moved_flag_names_its_command(block, argv):
     with pytest.raises(cli.UserError, match="--gone is not a setting any more; type\n       python -m tools.gone"):
         cli.parse_settings(block, argv, moved={"gone": "python -m tools.gone"})
 
@@ -180,6 +180,6 @@ def test_a_flag_that_moved_names_its_command(block, argv):
 @pytest.mark.parametrize("argv, command", [
     (["--doctor"], "doctor"), (["--compare", "a", "b c", "--seed", "1"], 'compare a "b c"'),
     (["--data_dir", "d", "--doctor", "--out_dir=my o"], 'doctor --data_dir d --out_dir "my o"')])
-def test_the_command_of_a_moved_flag_keeps_what_was_typed(argv, command):
+def test_command_of_moved_flag_keeps_other_flags(argv, command):
     with pytest.raises(cli.UserError, match=f"\n       python -m tools.{command}$"):
         cli.parse_settings(vars(train), argv, moved=train.MOVED_FLAGS)

@@ -1,4 +1,4 @@
-"""tools/compare.py: what differs, and bpb at places between evaluations, with numbers known beforehand."""
+"""tools/compare.py: differing settings, and bpb interpolated between evaluations with known values."""
 import json
 import sys
 from pathlib import Path
@@ -28,14 +28,14 @@ def write_run(folder: str, evaluations: list[tuple[int, float, float]], **config
 
 
 def compare(*folders) -> dict[str, list[str]]:
-    """The rows of all tables, by their first column, which has no blanks here."""
+    """Return the rows of all tables by their first column."""
     result = run_captured("compare", *folders)
     assert result.returncode == 0, result.stderr
     rows = [line.rsplit(maxsplit=len(folders)) for line in result.stdout.splitlines()]
     return {"all": result.stdout, **{row[0].strip(): row[1:] for row in rows if len(row) == len(folders) + 1}}
 
 
-def test_between_evaluations_the_line_counts():
+def test_interpolation_between_evaluations():
     write_run("a", [(100, 1, 2.0), (300, 2, 1.0)])
     write_run("b", [(150, 1.5, 3.0), (400, 4, 0.5), (600, 5, 0.25)], seed=2)
     rows = compare("a", "b")
@@ -47,7 +47,7 @@ def test_between_evaluations_the_line_counts():
     assert rows["parameters"] == ["12,345", "12,345"] and rows["tokens/s, median"] == ["300", "500"]
 
 
-def test_only_the_settings_that_differ_are_shown():
+def test_only_differing_settings_are_shown():
     write_run("a", [(100, 1, 2.0)], learning_rate=0.1, dim=1, gone=True)
     write_run("b", [(100, 1, 2.5)], learning_rate=0.2, dim=2, optimizer="muon")
     write_run("output/c", [(100, 1, 1.5)], learning_rate=0.1, optimizer="muon")
@@ -57,7 +57,7 @@ def test_only_the_settings_that_differ_are_shown():
     assert rows["100"] == ["2.0000", "2.5000", "*1.5000"]
 
 
-def test_runs_that_share_nothing_are_not_compared_beyond_their_ends():
+def test_no_extrapolation_without_overlap():
     write_run("a", [(100, 1, 2.0), (200, 2, 1.0)])
     write_run("b", [(300, 2, 3.0), (400, 3, 0.5)])
     rows = compare("a", "b")
@@ -67,7 +67,7 @@ def test_runs_that_share_nothing_are_not_compared_beyond_their_ends():
     assert "do not overlap in tokens;" in printed and "do not overlap in minutes;" in printed
 
 
-def test_what_cannot_be_compared_is_said():
+def test_errors():
     write_run("a", [(100, 1, 2.0), (200, 2, 1.0)])
     assert_user_error(run_captured("compare", "a"), "two or more runs", "python -m tools.compare output output/old-1")
     assert_user_error(run_captured("compare", "a", "b"), "no b", "log.jsonl")
@@ -78,7 +78,7 @@ def test_what_cannot_be_compared_is_said():
         assert_user_error(run_captured("compare", "a", "b"), "not a log of train.py")
 
 
-def test_a_damaged_log_counts_up_to_the_damage():
+def test_damaged_log_is_read_up_to_the_damage():
     write_run("a", [(100, 1, 2.0), (200, 2, 1.0), (300, 3, 0.5)])
     write_run("b", [(100, 1, 2.0), (300, 3, 0.5)])
     lines = Path("a/log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -91,7 +91,7 @@ def test_a_damaged_log_counts_up_to_the_damage():
     assert "300" not in compare("a", "b")
 
 
-def test_two_real_runs_and_the_one_that_was_put_aside(project):
+def test_real_runs_and_an_archived_run(project):
     for args in (["1"], ["3", "--learning_rate", "0.1"]):
         assert run_captured("train", "--data_dir", project, *SHORT, *args).returncode == 0
     rows = compare("output", "output/old-1")
@@ -106,7 +106,7 @@ def test_two_real_runs_and_the_one_that_was_put_aside(project):
     assert "note: these runs have different text" not in rows["all"]
 
 
-def test_another_text_or_vocabulary_is_a_note(project, run_in_process):
+def test_different_data_gives_a_note(project, run_in_process):
     run_in_process("train_vocab", "--data", project / "stories.jsonl", "--vocab_size", 300, "--data_dir", "other")
     run_in_process("preprocess", "--data_dir", "other")
     for data, out in [(project, "a"), (project, "b"), ("other", "c")]:
@@ -115,7 +115,7 @@ def test_another_text_or_vocabulary_is_a_note(project, run_in_process):
     assert "note: these runs have different text" in compare("a", "b", "c")["all"]
 
 
-def test_the_picture_is_drawn_where_matplotlib_is(monkeypatch):
+def test_plot_needs_matplotlib(monkeypatch):
     write_run("a", [(100, 1, 2.0), (300, 2, 1.0)])
     write_run("b", [(150, 1.5, 3.0), (400, 4, 0.5), (600, 5, 0.75)])
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""--compile: other arithmetic, the same texts."""
+"""--compile: different arithmetic, the same texts."""
 from functools import partial
 
 import pytest
@@ -25,7 +25,7 @@ def logits(engine: Engine, prompts=(PROMPT,), count=LENGTH) -> torch.Tensor:
 
 
 def spell_out(monkeypatch) -> None:
-    """Have Python run the arithmetic that is compiled."""
+    """Run the arithmetic of the compiled code in Python."""
     monkeypatch.setattr(compiled, "load_function", lambda module, example, dims: lambda inputs: module(*inputs))
 
 
@@ -36,13 +36,13 @@ def spelled_out(monkeypatch):
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 4, "tie_embeddings": False}, {"n_kv_heads": 1, "norm_eps": 0.1},
                                    {"dim": 36, "n_heads": 2}])
-def test_a_layer_spelled_out_computes_what_the_engine_does(spelled_out, shape):
+def test_compiled_arithmetic_equals_engine(spelled_out, shape):
     model = make(**shape)
     torch.testing.assert_close(logits(build_engine(model, compiled=True)), logits(Engine(model)), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prompts", [[[1, 5], [1, 7]], [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]])
-def test_batches_are_written_as_without(spelled_out, prompts):
+def test_batches_equal_uncompiled(spelled_out, prompts):
     """Also of different lengths, which reach the end of the window one after the other."""
     model = make()
     with_it, without = (logits(build_engine(model, compiled=flag), prompts) for flag in (True, False))
@@ -50,7 +50,7 @@ def test_batches_are_written_as_without(spelled_out, prompts):
 
 
 @COMPILER
-def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
+def test_compiled_code_is_cached(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
     engine = partial(build_engine, dtype=torch.float16, compiled=True)
     model, texts = make(hidden_dim=40), [([PROMPT], LENGTH), ([[1]], 2), ([PROMPT, [1], [1, 60, 2, 3, 4, 5]], LENGTH)]
@@ -59,7 +59,7 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
         spelled = engine(model)
         want = [logits(spelled, *text) for text in texts]
     first = engine(model)
-    assert list((tmp_path / "kept").glob("*")) == []            # only what is needed is compiled
+    assert list((tmp_path / "kept").glob("*")) == []            # no engine was compiled before use
     for text, numbers in zip(texts, want):
         torch.testing.assert_close(logits(first, *text), numbers, atol=1e-3, rtol=0)
     assert "single texts, once" in (said := capsys.readouterr().err) and "several texts at a time, once" in said
@@ -84,7 +84,7 @@ def test_compiled_once_and_kept(monkeypatch, tmp_path, capsys):
     assert len(set(asked)) == 5
 
 
-def test_a_compiler_that_cannot_read_its_files(monkeypatch, tmp_path):
+def test_compiler_without_its_files(monkeypatch, tmp_path):
     def fails(*args, **options):
         raise UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal")
     monkeypatch.setattr(compiled, "FOLDER", tmp_path)
@@ -110,13 +110,13 @@ def test_quantized_weights_are_refused():
 
 
 class Graph:
-    """torch.cuda's graph as far as a CPU can: what is recorded runs again, on the same tensors, into the same ones."""
+    """A CPU stand-in for torch.cuda's graph: replays the recorded step on the same tensors."""
 
     def replay(self) -> None:
         self.result.copy_(self.run())
 
 
-def test_a_recorded_step_gives_what_a_step_does(monkeypatch):
+def test_recorded_step_equals_a_step(monkeypatch):
     """Also for rows of different lengths, which reach the end of the window one after the other."""
     graphs, prompts = [], [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
 

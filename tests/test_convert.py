@@ -1,4 +1,4 @@
-"""convert.py: a target is whole, proven and never overwritten by accident, or it is not there."""
+"""convert.py: targets are complete and verified, and are replaced only with --force."""
 import errno
 import json
 from pathlib import Path
@@ -28,9 +28,9 @@ def source():
 
 
 @pytest.mark.parametrize("to", [kind for kind in formats.WRITERS if kind != "pt"])
-def test_there_and_back_writes_the_same_story(source, to):
+def test_round_trip_generates_the_same_story(source, to):
     result = run_captured("convert", source, "there", "--to", to)
-    assert result.returncode == 0 and "largest difference" in result.stdout, result.stderr
+    assert result.returncode == 0 and "largest logit difference" in result.stdout, result.stderr
     assert run_captured("convert", "there", "back.pt").returncode == 0
     how = {"temperature": 0, "max_new_tokens": 30}
     want, found = (TextGenerator(path, dtype="float32").completions(["a story"], **how)[0]
@@ -40,40 +40,40 @@ def test_there_and_back_writes_the_same_story(source, to):
     assert torch.tensor(found.logprobs[:3]).sub(torch.tensor(want.logprobs[:3])).abs().max() < (1e-5 if exact else 0.05)
 
 
-def test_a_model_that_was_trained_with_dropout_is_compared_without_it(source):
+def test_comparison_disables_dropout(source):
     state = checkpoint.load_checkpoint(source)
     checkpoint.save_checkpoint("dropout.pt", {**state, "model_args": {**state["model_args"], "dropout": 0.5}})
     assert run_captured("convert", "dropout.pt", "a.gguf").returncode == 0
 
 
-def test_the_name_of_the_target_tells_the_format(source):
+def test_target_suffix_selects_the_format(source):
     for name in ("a.gguf", "a.bin", "a", "a.pt"):
         assert run_captured("convert", source, name).returncode == 0
     assert Path("a.gguf").read_bytes()[:4] == b"GGUF" and Path("a/config.json").is_file()
-    assert_user_error(run_captured("convert", source, "a.safetensors"), "a.safetensors", "names no format",
+    assert_user_error(run_captured("convert", source, "a.safetensors"), "a.safetensors", "no known format",
                       "llama2c-int8")
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a"])
-def test_what_is_there_is_kept_unless_forced(source, name):
+def test_existing_target_needs_force(source, name):
     assert run_captured("convert", source, name).returncode == 0
     there = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
     there.write_bytes(b"mine")
-    assert_user_error(run_captured("convert", source, name), f"{name} is there already", "--force")
+    assert_user_error(run_captured("convert", source, name), f"{name} exists already", "--force")
     assert there.read_bytes() == b"mine"
     assert run_captured("convert", source, name, "--force").returncode == 0 and there.read_bytes() != b"mine"
 
 
-def test_no_force_deletes_a_folder_of_other_things(source):
+def test_force_keeps_folders(source):
     for name in ("a", "b.gguf"):
         Path(name).mkdir()
         Path(name, "mine").write_text("x", encoding="utf-8")
-        assert_user_error(run_captured("convert", source, name, "--force"), f"{name} is a folder with other things")
+        assert_user_error(run_captured("convert", source, name, "--force"), f"{name} is a folder")
         assert Path(name, "mine").exists() and not Path(f"{name}.tmp").exists()
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
-def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
+def test_large_difference_discards_the_target(source, name, monkeypatch):
     read = checkpoint.read_model
 
     def worse(path, *rest):
@@ -84,14 +84,14 @@ def test_what_differs_too_much_is_not_kept(source, name, monkeypatch):
     monkeypatch.setattr(checkpoint, "read_model", worse)
     Path(f"{name}.tmp").write_text("mine", encoding="utf-8")        # is nobody's but the user's
     before = set(Path().iterdir())
-    assert_user_error(run_captured("convert", source, name), "more than", "not kept")
+    assert_user_error(run_captured("convert", source, name), "exceeds the tolerance", "not written")
     assert set(Path().iterdir()) == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of what is mapped into memory")
 @pytest.mark.parametrize("name", ["a.gguf", "a.bin", "a", "a.pt"])
-def test_nothing_of_the_target_is_mapped_when_it_gets_its_name(source, name, monkeypatch):
-    """Windows would not rename it."""
+def test_target_is_not_mapped_at_rename(source, name, monkeypatch):
+    """Windows cannot rename mapped files."""
     real = convert.atomic_replace
 
     def looks(old, new):
@@ -102,7 +102,7 @@ def test_nothing_of_the_target_is_mapped_when_it_gets_its_name(source, name, mon
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a"])
-def test_an_end_at_the_last_moment_leaves_the_old_target(source, name, monkeypatch):
+def test_kill_before_rename_keeps_the_old_target(source, name, monkeypatch):
     assert run_captured("convert", source, name).returncode == 0
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     real = convert.atomic_replace
@@ -119,7 +119,7 @@ def test_an_end_at_the_last_moment_leaves_the_old_target(source, name, monkeypat
 
 @pytest.mark.parametrize("to, error", [("gguf", OSError("12 requested and 5 written")),
                                        ("pt", OSError(errno.ENOSPC, "No space left on device"))])
-def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
+def test_full_disk_is_a_user_error(source, to, error, monkeypatch):
     def full(*_):
         raise error
     monkeypatch.setitem(formats.WRITERS, to, full)
@@ -129,10 +129,10 @@ def test_a_full_disk_is_one_clear_line(source, to, error, monkeypatch):
     assert set(Path().iterdir()) == before
 
 
-def test_the_vocabulary_is_compared_too(source):
+def test_tokenizers_are_compared(source):
     state = checkpoint.read_model(source)
     other = learn_tokenizer(["other words, other ids"], 300)
-    with pytest.raises(UserError, match="gives other ids"):
+    with pytest.raises(UserError, match="encodes text differently"):
         convert.compare_tokenizers(state, {**state, "tokenizer": other.model})
 
 
@@ -144,7 +144,7 @@ def test_more_embeddings_than_entries(source):
     state["model_args"]["vocab_size"] = entries + 20
     checkpoint.save_checkpoint("padded.pt", state)
     result = run_captured("convert", "padded.pt", "p.bin")
-    assert_user_error(result, f"{entries + 20} embeddings, and there are {entries}")
+    assert_user_error(result, f"expected {entries + 20}, found {entries}")
     for name in ("p.gguf", "p"):
         assert run_captured("convert", "padded.pt", name).returncode == 0
     generator = TextGenerator("padded.pt")
@@ -156,7 +156,7 @@ def test_more_embeddings_than_entries(source):
     {"num_attention_heads": 0}, {"num_hidden_layers": 10**12}, {"hidden_size": "x"}, {"rms_norm_eps": "x"}, 5, [],
     {"intermediate_size": -1}, {"max_position_embeddings": 10**12}, {"vocab_size": None},
     {"rope_scaling": {"rope_type": "llama3", "factor": 8}}])
-def test_a_damaged_config_is_one_clear_line(source, change):
+def test_damaged_config_is_a_user_error(source, change):
     assert run_captured("convert", source, "a").returncode == 0
     config = json.loads(Path("a/config.json").read_text(encoding="utf-8"))
     content = {**config, **change} if isinstance(change, dict) else change
@@ -166,13 +166,13 @@ def test_a_damaged_config_is_one_clear_line(source, change):
 
 
 @pytest.mark.parametrize("change", [{"model": 5}, {"model": None}, {"model_args": None}, {"tokenizer": "/etc/passwd"}])
-def test_a_damaged_state_is_one_clear_line(source, change):
+def test_damaged_checkpoint_is_a_user_error(source, change):
     checkpoint.save_checkpoint("bad.pt", checkpoint.load_checkpoint(source) | change)
     with pytest.raises(UserError):
         checkpoint.build_tokenizer(checkpoint.read_model("bad.pt"))
 
 
-def test_the_comparison_is_of_the_models_own_logits(source):
+def test_reference_logits_equal_the_model(source):
     state = checkpoint.read_model(source)
     ids = torch.arange(48) * 7919 % state["model_args"]["vocab_size"]
     with torch.no_grad():
@@ -186,14 +186,14 @@ def test_the_comparison_is_of_the_models_own_logits(source):
         convert.compare_logits(want, want * float("nan"), "gguf")
 
 
-def test_mistakes_are_one_clear_line(source):
-    assert_user_error(run_captured("convert"), "name a model", "python convert.py")
+def test_errors(source):
+    assert_user_error(run_captured("convert"), "expected a source and a target", "python convert.py")
     assert_user_error(run_captured("convert", "nowhere.pt", "a.gguf"), "no checkpoint at")
     Path("output/mine").mkdir(parents=True)
     Path("output/mine/ckpt.pt").touch()
     found = str(Path("output/mine/ckpt.pt"))
     assert_user_error(run_captured("convert", "outptu/ckpt.pt", "a.gguf"), f"there is {found}")
-    assert_user_error(run_captured("convert", "output/mine", "a.gguf"), f"a training; its model is {found}")
+    assert_user_error(run_captured("convert", "output/mine", "a.gguf"), f"the model is {found}")
     assert_user_error(run_captured("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
     assert_user_error(run_captured("convert", source, "a.gguf", "more"), "more")
     Path("tok300.model").write_bytes(b"pieces")
@@ -203,8 +203,8 @@ def test_mistakes_are_one_clear_line(source):
     assert not Path("a.gguf").exists() and not list(Path().glob("*.tmp"))
 
 
-def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, run_in_process, tmp_path):
-    """Step 1 is left out: step 2 takes the vocabulary out of the model, step 3 begins with its weights."""
+def test_fine_tuning_keeps_the_model_vocabulary(source, run_in_process, tmp_path):
+    """Step 2 takes the vocabulary from the model, and step 3 starts from its weights."""
     stories = [json.dumps({"story": f"a story of {n} words and another"}) for n in range(400)]
     Path("s.jsonl").write_text("\n".join(stories), encoding="utf-8")
     run_in_process("convert", source, "theirs")
@@ -220,8 +220,8 @@ def test_a_foreign_model_is_tuned_with_its_own_vocabulary(source, run_in_process
     assert tuned["tokenizer_sha256"] == checkpoint.read_model(source)["tokenizer_sha256"] and tuned["chat"] == "chatml"
 
 
-def test_weights_that_other_programs_have_no_place_for_are_named(source, monkeypatch):
-    """A model.py that was edited may have other weights; a checkpoint still takes them."""
+def test_weights_without_a_name_elsewhere_are_listed(source, monkeypatch):
+    """An edited model.py may have other weights; only a checkpoint stores them."""
     state = checkpoint.load_checkpoint(source)
     monkeypatch.setattr(convert.kernels, "model_is_original", lambda: False)
     monkeypatch.setattr(convert.checkpoint, "read_model", lambda *_: {**state, "model": {**state["model"], "gain": 1}})

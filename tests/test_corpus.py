@@ -1,4 +1,4 @@
-"""Reading text: every format, every way a file can be wrong, the split, and memory that does not grow."""
+"""Reading text: formats, invalid files, the split, and constant memory."""
 import gzip
 import json
 import random
@@ -56,7 +56,7 @@ def test_formats(tmp_path, name, content, expected):
     ("a.json", "hello", "not JSON"), ("a.json", "[" * 100_000, "record 1"), ("a.jsonl", '"one"\n{oops}\n', "record 2"),
     ("a.txt.gz", b"not packed at all", "record 1"), ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-9], "ended"),
     ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-8] + b"8 wrong.", "CRC")])
-def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
+def test_unreadable_files_are_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         read(tmp_path, name, content)
     assert name in str(error.value)
@@ -74,7 +74,7 @@ def test_reading_in_pieces_changes_nothing(tmp_path, monkeypatch, chunk):
     assert read(tmp_path, "a.txt", documents.SEPARATOR.join(texts)) == [text.strip() for text in texts]
 
 
-def test_long_documents_are_cut_where_it_hurts_least(tmp_path):
+def test_long_documents_are_split_at_boundaries(tmp_path):
     words = " ".join(random.Random(0).choices(["alpha", "beta", "gamma"], k=60_000))
     for name, content in [("a.txt", words), ("a.json", json.dumps([words]))]:
         pieces = read(tmp_path, name, content)
@@ -118,7 +118,7 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
         (tmp_path / name).write_text("x", encoding="utf-8")
     found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path)]
     assert found == ["a/b.jsonl.gz", "a/z.json", "b.txt"]
-    for name in ".DS_Store", "._b.txt":         # of a Mac; the second is no text, whatever its name says
+    for name in ".DS_Store", "._b.txt":         # files of macOS; the second is not text
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "a.txt").write_text("x", encoding="utf-8")
@@ -128,12 +128,12 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "iso2022_jp", "hz", "utf-16"])
-def test_a_named_encoding_is_that_of_every_file(tmp_path, encoding):
+def test_encoding_applies_to_every_file(tmp_path, encoding):
     (tmp_path / "a.txt").write_bytes("小さい犬".replace("さい", "").encode(encoding))
     assert list(read_documents(tmp_path / "a.txt", encoding=encoding)) == ["小犬"]
 
 
-def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+def test_unreadable_folder_is_an_error(tmp_path, monkeypatch):
     def no_entry(folder):
         raise PermissionError(13, "Permission denied", str(folder))
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
@@ -142,7 +142,7 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch)
         find_files(tmp_path)
 
 
-def test_nothing_to_read_is_said(tmp_path):
+def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no file or folder at .*missing$"):
         find_files(tmp_path / "missing")
     with pytest.raises(UserError, match="no file or folder at .*missing.too$"):
@@ -165,7 +165,7 @@ def split(files):
             [text for text, mark in zip(texts, marks) if mark <= threshold])
 
 
-def test_two_in_a_hundred_documents_are_for_validation(tmp_path):
+def test_two_percent_of_documents_are_validation(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(f"story {i}") for i in range(5000)), encoding="utf-8")
     train, val = split([path])
@@ -199,13 +199,13 @@ def test_the_split_does_not_depend_on_files_or_order(tmp_path):
 
 @pytest.mark.parametrize("content, message", [("", "no text"), (" \n\n ", "no text"), ("alone", "only one document"),
                                               ("twin<|endoftext|>twin", "only one document")])
-def test_too_little_text_is_said(tmp_path, content, message):
+def test_too_little_text_is_an_error(tmp_path, content, message):
     (tmp_path / "a.txt").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         find_val_threshold([tmp_path / "a.txt"])
 
 
-def test_the_built_in_stories_are_the_last_resort(tmp_path, capsys):
+def test_built_in_stories_are_the_fallback(tmp_path, capsys):
     source = corpus.default_source("data")
     assert source.as_posix() == "data/demo" and "synthetic" in capsys.readouterr().out
     files = find_files(source)
@@ -216,8 +216,8 @@ def test_the_built_in_stories_are_the_last_resort(tmp_path, capsys):
     assert corpus.default_source("data").name == corpus.TINYSTORIES_DIR
 
 
-def test_a_separator_that_comes_in_two_pieces_is_seen(tmp_path, monkeypatch):
-    """Text without a space is cut at LONGEST characters, which must not be in the middle of a separator."""
+def test_separator_across_a_chunk_border(tmp_path, monkeypatch):
+    """Text without a space is split at LONGEST characters, but never inside a separator."""
     monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARS", 64)
     monkeypatch.setattr(documents, "_CHUNK_CHARS", 256)
     for length in range(230, 275):

@@ -1,4 +1,4 @@
-"""Windows: each once an epoch, in an order that can be resumed, shared and repeated."""
+"""Windows: each once per epoch, in an order that is resumable, shared and repeatable."""
 import os
 import pickle
 from itertools import islice
@@ -17,7 +17,7 @@ BOS = 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody replace a file that is mapped")
-def test_who_has_begun_with_a_text_keeps_it(numbers):
+def test_open_shards_survive_replacement(numbers):
     before = [y for _, y in Task.iter_split(numbers, "val", 2, T)]
     for shard in numbers.shards:
         np.zeros(3, "<u2").tofile(fresh := numbers.folder / "new")
@@ -29,7 +29,7 @@ def test_who_has_begun_with_a_text_keeps_it(numbers):
 
 @pytest.fixture
 def numbers(tmp_path) -> ShardSet:
-    """Shards whose ids count up but for the BOS of each document, so that each token tells where it comes from."""
+    """Shards whose ids count up, except for the BOS of each document, so that ids show their position."""
     found, at = ShardSet(tmp_path, "", 1000, 0, []), 1
     for split, of_shards in DOCUMENTS.items():
         for i, lengths in enumerate(of_shards):
@@ -46,7 +46,7 @@ def rows(dataset, batches: int) -> torch.Tensor:
     return torch.cat(list(islice(dataset, batches)))
 
 
-def test_every_window_once_an_epoch(numbers):
+def test_each_window_once_per_epoch(numbers):
     dataset = PretokDataset(numbers, "train", 3, T, seed=1)
     assert dataset.n_windows == (3 + 1 + 8) + 1 + 1 + (1 + 2 + 4)
     epochs = rows(dataset, 14).reshape(2, 21, T + 1)
@@ -62,7 +62,7 @@ def test_every_window_once_an_epoch(numbers):
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 100_000], ids=["16 bits", "32 bits"])
-def test_windows_cut_on_the_device_are_the_same(numbers, vocab_size):
+def test_windows_cut_on_the_device_are_equal(numbers, vocab_size):
     wide = ShardSet(numbers.folder, "", vocab_size, 0, numbers.shards)
     for shard in numbers.shards:
         ids = numbers.memmap(shard) + 64_000          # the high bit of 16 is set
@@ -84,7 +84,7 @@ def test_order_depends_on_seed_and_epoch_alone(numbers):
 
 
 @pytest.mark.parametrize("position", [0, 4, 12, 13, 15, 31, 400])
-def test_a_position_is_all_that_is_needed_to_go_on(numbers, position):
+def test_resume_from_a_position(numbers, position):
     whole = rows(PretokDataset(numbers, "train", 1, T, seed=3), position + 20)
     assert torch.equal(rows(PretokDataset(numbers, "train", 4, T, seed=3, position=position), 5), whole[position:])
 
@@ -110,7 +110,7 @@ def test_targets_are_the_next_tokens(numbers):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_a_split_is_scored_whole_and_once(numbers, batch_size):
+def test_split_is_scored_completely_and_once(numbers, batch_size):
     scored = []
     for x, y in Task.iter_split(numbers, "val", batch_size, T):
         assert x.shape == y.shape and x.shape[1] == T and x.min() >= 0

@@ -1,4 +1,4 @@
-"""The built-in stories: the same everywhere, distinct, and consistent in themselves."""
+"""The built-in stories: reproducible, distinct and consistent."""
 import hashlib
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What the documents say can be typed, and what they promise of the repository is so."""
+"""The commands in the docs are valid, and the files that they name exist."""
 import ast
 import importlib
 import re
@@ -16,7 +16,7 @@ STEPS = ("train_vocab", "preprocess", "train", "sample")
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
-    """(page, script, arguments) of every call of a step in the pages and in the scripts' docstrings."""
+    """Return (page, script, arguments) of every call of a step in the pages and in the scripts' docstrings."""
     files = [*ROOT.glob("README*.md"), ROOT / ".github" / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     pages = {path.name: path.read_text(encoding="utf-8") for path in files}
     for name in STEPS:
@@ -64,7 +64,7 @@ def test_github_runs_the_commands_of_the_readme_on_the_versions_that_it_names():
     assert others == [(system, str(version)) for system in ("macos", "windows") for version in (oldest, newest)]
 
 
-def test_what_contributing_names_is_there():
+def test_files_named_in_contributing_exist():
     text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w/.-]+\.(?:py|md|txt|toml|yml))`", text))
     assert len(named) > 9 and not [name for name in named if not (ROOT / name).exists()]

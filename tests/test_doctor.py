@@ -1,4 +1,4 @@
-"""tools/doctor.py: each file that is missing or damaged is a line, and the last line leads to stories."""
+"""tools/doctor.py: prints a line for each missing or damaged file, and the next command."""
 import json
 import shlex
 import shutil
@@ -27,7 +27,7 @@ def doctor(*args) -> tuple[list[str], str]:
 
 
 def follow(command: str) -> None:
-    """Run a command that the doctor printed; trainings are short here."""
+    """Run a command that the doctor printed, with short training runs."""
     python, script, *args = shlex.split(command)
     name = script.removesuffix(".py")
     more = {"train": TINY if "resume" in args else SHORT, "sample": ["--max_new_tokens", "4", "--device", "cpu"]}
@@ -37,7 +37,7 @@ def follow(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def finished_project(tmp_path_factory) -> Path:
-    """A folder where all steps are done, on a text of its own."""
+    """A folder with all four steps finished on its own text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("finished"))
         Path("texts.json").write_text(json.dumps(list(demo_stories.generate_stories(300))), encoding="utf-8")
@@ -51,7 +51,7 @@ def here(finished_project, tmp_path):
     shutil.copytree(finished_project, tmp_path, dirs_exist_ok=True)
 
 
-def test_the_commands_lead_from_nothing_to_stories(finished_project):
+def test_commands_lead_to_stories(finished_project):
     flags = ["--data_dir", "my data", "--out_dir", "out", "--vocab_size", "512"]
     commands = ['python train_vocab.py --data_dir "my data" --vocab_size 512',
                 'python preprocess.py --data_dir "my data"',
@@ -70,7 +70,7 @@ def test_the_machine_and_the_files_are_shown(here):
         assert part in printed, part
 
 
-def test_a_run_that_was_stopped_is_resumed(here):
+def test_stopped_run_is_resumed(here):
     state = checkpoint.load_checkpoint("output/last.pt", checkpoint.REQUIRED_TO_RESUME)
     checkpoint.save_checkpoint("output/last.pt", {**state, "config": {**state["config"], "max_iters": 3}})
     assert doctor() == (["train.py"], "python train.py --init_from resume")
@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_is_resumed(here):
     ("data/tok512/val_0000.bin", ["preprocess.py"], "python preprocess.py"),
     ("output/last.pt", ["train.py"], "python train.py --init_from resume"),
     ("output/ckpt.pt", ["sample.py"], "python train.py --init_from resume")])
-def test_a_damaged_file_is_a_line(here, name, problems, command):
+def test_damaged_file_is_a_problem(here, name, problems, command):
     content = Path(name).read_bytes()
     Path(name).write_bytes(content[:len(content) // 2])
     assert doctor() == (problems, command)
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_a_line(here, name, problems, command):
     assert set(doctor()[0]) >= set(problems) - {"train_vocab.py"}
 
 
-def test_of_several_vocabularies_the_one_of_the_run_counts(here):
+def test_vocabulary_of_the_run_is_chosen(here):
     run_captured("train_vocab", "--data", "texts.json", "--vocab_size", 300)
     assert doctor() == ([], "python sample.py --checkpoint output/ckpt.pt")
     assert doctor("--vocab_size", 300) == (["preprocess.py"], "python preprocess.py --vocab_size 300")
@@ -101,6 +101,6 @@ def test_of_several_vocabularies_the_one_of_the_run_counts(here):
     assert doctor()[1] == "python train.py --vocab_size 512 --preset cpu_3min"      # the one with shards
 
 
-def test_a_device_that_is_not_there_is_a_line():
+def test_missing_device_is_a_problem():
     printed = run_captured("doctor", "--device", "cuda:99").stdout
     assert "problem: " in next(line for line in printed.splitlines() if line.startswith("device "))

@@ -1,4 +1,4 @@
-"""The download, against a server on this machine that misbehaves in every way that servers do."""
+"""The download, against a local server that misbehaves."""
 import errno
 import gzip
 import hashlib
@@ -25,7 +25,7 @@ CUT = 150_000                   # bytes after which a connection breaks
 
 
 def archive(members=None) -> bytes:
-    """A .tar.gz like the real one, or of the given (TarInfo or name, content)."""
+    """Return a .tar.gz like the real one, or with the given members (TarInfo or name, content)."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for name, content in members or [(f"data{j:02d}.json", json.dumps(s).encode()) for j, s in enumerate(STORIES)]:
@@ -36,7 +36,7 @@ def archive(members=None) -> bytes:
 
 
 class Server:
-    """Serves `content`, after the misbehaviours listed in `plan`, one for each request."""
+    """A server of `content` that first misbehaves as listed in `plan`, once per request."""
 
     def __init__(self):
         self.content, self.plan, self.ranges, self.headers = archive(), [], [], {}
@@ -109,20 +109,20 @@ def nothing_is_taken_for_good(data: Path = Path("data")) -> bool:
 
 @pytest.mark.parametrize("plan", [[], ["redirect"], ["cut"], ["cut"] * 5, [503], [503, 503], ["page"],
                                   ["no ranges", "no ranges"], ["cut", 500, "redirect", "cut"]])
-def test_it_arrives_whole_in_the_end(server, plan):
+def test_download_completes(server, plan):
     server.plan = list(plan)
     assert stories(download_tinystories("data", server.url)) == ALL
     assert sorted(path.name for path in Path("data").iterdir()) == [TINYSTORIES_DIR, ARCHIVE]
 
 
-def test_it_goes_on_where_the_connection_broke(server):
+def test_resume_after_a_broken_connection(server):
     server.plan = ["cut", "cut"]
     download_tinystories("data", server.url)
     starts = [int((asked or "bytes=0-")[6:-1]) for asked in server.ranges]
     assert len(starts) == 3 and starts[0] == 0 and starts[1] > CUT - 2**16 and starts[2] > 2 * (CUT - 2**16)
 
 
-def test_a_second_run_goes_on_too(server):
+def test_second_run_resumes(server):
     server.plan = ["cut", 404, 404, 404]
     with pytest.raises(UserError):
         download_tinystories("data", server.url)
@@ -132,14 +132,14 @@ def test_a_second_run_goes_on_too(server):
     assert stories(download_tinystories("data", server.url)) == ALL and server.ranges[-1] == f"bytes={size}-"
 
 
-def test_a_part_that_is_all_there_is_accepted(server):
+def test_complete_part_is_accepted(server):
     Path("data").mkdir()
     (Path("data") / f"{ARCHIVE}.part").write_bytes(server.content)
     assert stories(download_tinystories("data", server.url)) == ALL
 
 
 @pytest.mark.parametrize("part", [b"\x1f\x8b of another file", b"x" * 10_000_000])
-def test_a_part_of_another_file_is_found_out(server, part):
+def test_part_of_another_file_is_discarded(server, part):
     server.headers["X-Linked-Etag"] = f'"{hashlib.sha256(server.content).hexdigest()}"'
     Path("data").mkdir()
     (Path("data") / f"{ARCHIVE}.part").write_bytes(part)
@@ -154,7 +154,7 @@ def test_a_wrong_checksum_is_refused(server):
 
 
 @pytest.mark.parametrize("plan", [["page"] * 3, [404] * 3, [500] * 9])
-def test_a_server_that_never_behaves(server, plan):
+def test_server_that_always_fails(server, plan):
     server.plan = list(plan)
     with pytest.raises(UserError, match="could not be downloaded"):
         download_tinystories("data", server.url)
@@ -169,20 +169,20 @@ def test_the_next_mirror_takes_over(server):
     other.http.shutdown()
 
 
-def test_mirrors_are_tried_in_the_order_asked_for():
+def test_mirrors_are_tried_in_order():
     assert list(download.choose_mirrors("")) == ["huggingface", "hf-mirror", "modelscope"]
     assert list(download.choose_mirrors("modelscope, hf-mirror")) == ["modelscope", "hf-mirror"]
     with pytest.raises(UserError, match="modelscop"):
         download.choose_mirrors("modelscop")
 
 
-def test_what_was_put_there_by_hand_is_used(server):
+def test_file_placed_by_hand_is_used(server):
     Path("data").mkdir()
     (Path("data") / ARCHIVE).write_bytes(server.content)
     assert stories(download_tinystories("data", server.url)) == ALL and server.ranges == []
 
 
-def test_unpacked_stories_are_not_fetched_again(server):
+def test_unpacked_stories_are_not_downloaded_again(server):
     download_tinystories("data", server.url)
     (Path("data") / ARCHIVE).unlink()
     download_tinystories("data", server.url)
@@ -220,7 +220,7 @@ def test_a_bad_archive_leaves_nothing(server, kind, tmp_path):
     assert not list(Path("data").glob("*.tmp"))
 
 
-def test_a_full_disk_keeps_what_is_there(server, monkeypatch):
+def test_full_disk_keeps_existing_files(server, monkeypatch):
     class FullDisk(io.FileIO):
         def write(self, piece):
             if self.tell() + len(piece) > CUT:

@@ -1,4 +1,4 @@
-"""The engine: the model's logits, and rows of a batch that do not disturb each other."""
+"""The engine: the model's logits, and independent rows of a batch."""
 import shutil
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def tokens_by_row(steps, count):
 
 
 def greedy_tokens(model, context, count):
-    """The most probable tokens by the model's own forward, also beyond the window."""
+    """Return the most probable tokens by the model's own forward, also beyond the context."""
     window, tokens = model.args.max_seq_len, []
     for _ in range(count):
         if len(context) > window:
@@ -53,8 +53,8 @@ def greedy_tokens(model, context, count):
 @torch.no_grad()
 @pytest.mark.parametrize("tied, kv_heads, scaling", [(True, 2, None), (False, 4, None), (True, 1, {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16})])
-def test_the_engine_computes_what_the_model_does(tied, kv_heads, scaling):
-    """The logits of prompts, and then of one token after the other, also with gains that are not 1."""
+def test_logits_equal_the_model(tied, kv_heads, scaling):
+    """Compare the logits of prompts, then of single tokens, with norm weights other than 1."""
     torch.manual_seed(1)
     model = Transformer(ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=kv_heads, vocab_size=61, max_seq_len=24,
                                   tie_embeddings=tied, rope_scaling=scaling)).eval()
@@ -68,7 +68,7 @@ def test_the_engine_computes_what_the_model_does(tied, kv_heads, scaling):
             text.append(token)
 
 
-def test_greedy_equals_the_plain_form(model, engine):
+def test_greedy_equals_the_model(model, engine):
     prompts = [[1, 5, 9], [1, 7, 3]]
     want = model.generate(torch.tensor(prompts), 15, temperature=0)[:, 3:].tolist()
     assert tokens_by_row(engine.generate(prompts, 15, GREEDY), 2) == want
@@ -85,7 +85,7 @@ def test_weights_in_half_precision_are_not_rounded_once_more(dtype):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_ragged_prompts_give_what_each_gives_alone(engine, temperature):
+def test_ragged_batch_equals_single_prompts(engine, temperature):
     prompts, params = [[1], [1, 4, 8, 15, 16, 23, 42], [1, 30, 31], [1, 2, 2]], SamplingParams(temperature, seed=4)
     together = tokens_by_row(engine.generate(prompts, 60, params, [7]), 4)
     for i, prompt in enumerate(prompts):
@@ -93,7 +93,7 @@ def test_ragged_prompts_give_what_each_gives_alone(engine, temperature):
     assert len({len(row) for row in together}) > 1 and max(map(len, together)) > engine.args.max_seq_len
 
 
-def test_a_row_stops_at_eos_by_itself(engine):
+def test_each_row_stops_at_eos(engine):
     prompts, params = [[1, i] for i in range(10, 30)], SamplingParams(seed=3)
     free = tokens_by_row(engine.generate(prompts, 20, params), 20)
     eos = free[0][5]
@@ -103,14 +103,14 @@ def test_a_row_stops_at_eos_by_itself(engine):
     assert len({len(row) for row in stopped}) > 1
 
 
-def test_steps_end_when_all_rows_have(engine):
+def test_steps_end_when_all_rows_end(engine):
     first = tokens_by_row(engine.generate([[1, 2]], 1, GREEDY), 1)[0][0]
     assert list(engine.generate([[1, 2]], 50, GREEDY, [first])) == []
     assert len(list(engine.generate([[1, 2]], 7))) == 7 and list(engine.generate([[1, 2]], 0)) == []
 
 
 @torch.no_grad()
-def test_beyond_the_window_bos_and_the_newer_half_stay(model, engine):
+def test_full_context_keeps_bos_and_newer_half(model, engine):
     prompts = [[1, 5, 9], [1, 6], [1, 7, 7, 7, 7, 7]]           # which get there at different times
     want = [greedy_tokens(model, prompt, 70) for prompt in prompts]
     assert tokens_by_row(engine.generate(prompts, 70, GREEDY), 3) == want
@@ -118,7 +118,7 @@ def test_beyond_the_window_bos_and_the_newer_half_stay(model, engine):
 
 @torch.no_grad()
 @pytest.mark.parametrize("more", [0, 1, 60])
-def test_a_prompt_longer_than_the_window_is_shortened_the_same_way(model, engine, more):
+def test_long_prompt_keeps_bos_and_newer_half(model, engine, more):
     prompts = [[1] + [i % 40 + 5 for i in range(1, model.args.max_seq_len + more)], [1, 3]]
     want = [greedy_tokens(model, prompt, 5) for prompt in prompts]
     assert tokens_by_row(engine.generate(prompts, 5, GREEDY), 2) == want
@@ -135,8 +135,8 @@ def test_seeds(engine):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_each_token_of_a_row_has_random_numbers_of_its_own():
-    """A model without an opinion draws evenly, over many tokens of one row and over rows."""
+def test_each_token_has_its_own_random_numbers():
+    """With uniform logits, tokens are uniformly distributed within a row and across rows."""
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=8, max_seq_len=16))
     torch.nn.init.zeros_(model.output.weight)
     found = torch.tensor(tokens_by_row(Engine(model).generate([[1]] * 20, 400), 20))
@@ -147,8 +147,8 @@ def test_each_token_of_a_row_has_random_numbers_of_its_own():
 
 
 @pytest.mark.parametrize("width", [64, 100, 36, 13])
-def test_integers_are_near_the_weights(width):
-    """Rounding to 255 levels moves a product by well under a hundredth of its size; and alone is as in company."""
+def test_int8_products_are_close(width):
+    """Rounding to 255 levels changes a product by less than 1 %, alone and in a batch."""
     torch.manual_seed(0)
     weight, x = torch.randn(96, width) * torch.rand(96, 1), torch.randn(200, width)
     product, want = linear_int8(weight), x @ weight.T
@@ -157,15 +157,15 @@ def test_integers_are_near_the_weights(width):
     assert (product(x[:3]) - found[:3]).abs().max() < 1e-4
 
 
-def test_no_weight_is_further_from_its_integer_than_half_a_level():
-    """Also the largest of each row: rounding the scale to bfloat16 moves it by 1/4 of a level, and not beyond 127."""
+def test_int8_error_is_at_most_half_a_level():
+    """This includes the largest weight of each row: a bfloat16 scale moves it by 1/4 level, and never beyond 127."""
     weight = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
     levels, scale = quantize_int8(weight)
     moved = (weight / scale.float()[:, None] - levels).abs()
     assert moved.max() < 0.75 and moved.quantile(0.99) < 0.5
 
 
-def test_formats_agree(model):
+def test_dtypes_agree(model):
     prompts = [[1, 5, 9], [1, 7]]
     want = next(Engine(model).generate(prompts, 1)).logits
     for options, share in [({"dtype": torch.bfloat16}, 0.1), ({"quantize": "int8"}, 0.1),
@@ -174,7 +174,7 @@ def test_formats_agree(model):
         assert (found - want).norm() < share * want.norm() and not torch.equal(found, want), options
 
 
-def test_the_plain_engine_generates_the_same(model, engine):
+def test_plain_engine_generates_the_same(model, engine):
     prompts, params = [[1, 5, 9], [1, 6], [1] + [7] * 30], SamplingParams(seed=3, repetition_penalty=1.2)
     plain = PlainEngine(model)
     want = tokens_by_row(engine.generate(prompts, 40, params, [7]), 3)
@@ -201,8 +201,8 @@ except UserError as error:
 """
 
 
-def test_an_edited_model_is_sampled_by_its_own_functions():
-    """In a copy, attention gives zeros."""
+def test_edited_model_uses_its_own_functions():
+    """The test edits a copy so that attention returns zeros."""
     for name in ("tinyllm", "extras"):
         shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):

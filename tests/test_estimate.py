@@ -12,7 +12,7 @@ from tinyllm.cli import UserError
 from tinyllm.run import TrainRun, TrainState
 
 
-def test_trying_out_leaves_no_trace(planned_run):
+def test_trial_step_leaves_no_trace(planned_run):
     run = planned_run("--dropout", 0.5)
     weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     random = torch.get_rng_state()
@@ -21,8 +21,8 @@ def test_trying_out_leaves_no_trace(planned_run):
     assert_same(weights, dict(run.model.state_dict()))
 
 
-def test_a_micro_batch_keeps_about_what_is_estimated(planned_run):
-    """Counted by autograd's own hook, for a model without the parts that only tiny ones have."""
+def test_activation_memory_estimate(planned_run):
+    """Count with autograd's hook, for a model without the parts that only tiny models have."""
     run = planned_run("--dim", 128, "--max_seq_len", 128, "--batch_size", 4)
     kept = {}
 
@@ -40,15 +40,15 @@ def test_a_micro_batch_keeps_about_what_is_estimated(planned_run):
 @pytest.mark.parametrize("done, max_minutes, seconds, steps", [
     (0, 0, 1000 * 0.1 + 4 * 2.0, 1000), (300, 0, 700 * 0.1 + 3 * 2.0, 700), (900, 0, 100 * 0.1 + 2.0, 100),
     (0, 1, 60 - 5, round((60 - 5 - 2.0) / (0.1 + 2.0 / 300))), (900, 1, 12, 100)])
-def test_the_time_to_go_has_the_evaluations_in_it(done, max_minutes, seconds, steps):
-    """A step takes 0.1 s, an evaluation 2 s; there are 1000 steps, with an evaluation each 300 and at the end."""
+def test_remaining_time_includes_evaluations(done, max_minutes, seconds, steps):
+    """1000 steps of 0.1 s, with evaluations of 2 s every 300 steps and at the end."""
     run = SimpleNamespace(cfg=SimpleNamespace(max_iters=1000, eval_interval=300, max_minutes=max_minutes),
                           state=TrainState(iter_num=done), eval_seconds=2.0, seconds=lambda: 5.0)
     assert estimate.estimate_rest(run, 0.1) == (pytest.approx(seconds), steps)
 
 
-def test_an_epoch_is_as_many_tokens_as_there_are(planned_run, capsys):
-    """Not as many windows: these begin at documents, and short ones are in several."""
+def test_epochs_are_counted_in_tokens(planned_run, capsys):
+    """Windows are not counted: they start at documents and overlap."""
     run = planned_run("--max_iters", 500)
     estimate.print_duration_estimate(run, 0.1)
     read = 500 * run.tokens_per_step / run.shards.total("train", "tokens")
@@ -56,8 +56,8 @@ def test_an_epoch_is_as_many_tokens_as_there_are(planned_run, capsys):
 
 
 @pytest.mark.parametrize("note", ["--dropout 0.1", "--preset cpu_3min"])
-def test_a_run_that_is_too_long_gets_notes(planned_run, monkeypatch, capsys, note):
-    """When a micro-batch takes 5 seconds."""
+def test_long_run_gets_notes(planned_run, monkeypatch, capsys, note):
+    """A micro-batch takes 5 seconds."""
     monkeypatch.setattr(estimate, "time_micro_batch", lambda run: 5.0)
     estimate.prepare_run(planned_run("--max_iters", 100_000))
     assert any(note in text for text in capsys.readouterr().out.split("\nnote: ")[1:])
@@ -70,8 +70,8 @@ def test_a_run_that_is_too_long_gets_notes(planned_run, monkeypatch, capsys, not
      "--compile False"),
     (SystemError("a kernel of another processor"), "another processor", "--compile False"),
     (UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal"), "PYTHONUTF8=1", "--compile False")])
-def test_a_compiler_that_fails_is_told_with_its_mending(train_small, monkeypatch, capsys, error, says, use):
-    """The last one as in Windows in Chinese, where an import fails."""
+def test_compiler_failure_names_the_fix(train_small, monkeypatch, capsys, error, says, use):
+    """The last case is a failed import on a Chinese Windows."""
     def fails(run):
         raise error
     monkeypatch.setattr(TrainRun, "compile", fails)
@@ -90,7 +90,7 @@ def test_a_compiler_that_fails_is_told_with_its_mending(train_small, monkeypatch
 @pytest.mark.parametrize("device, compiler, triton, why", [
     ("cpu", True, False, ""), ("cpu", False, False, "C++ compiler"), ("mps", True, True, "mps"),
     ("cuda", False, True, ""), ("cuda", True, False, "triton")])
-def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, why):
+def test_when_to_compile(monkeypatch, device, compiler, triton, why):
     monkeypatch.setattr(estimate.devices, "why_no_compiler", lambda: "" if compiler else "there is no C++ compiler")
     monkeypatch.setattr(estimate.devices, "why_no_headers", lambda: "")
     monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: triton or None)
@@ -99,7 +99,7 @@ def test_where_a_model_can_be_compiled(monkeypatch, device, compiler, triton, wh
 
 
 @pytest.mark.parametrize("free, warns", [(1e12, False), (3e6, True), (None, False)])
-def test_too_little_memory_is_announced(planned_run, monkeypatch, capsys, free, warns):
+def test_too_little_memory_gives_a_warning(planned_run, monkeypatch, capsys, free, warns):
     monkeypatch.setattr(estimate, "free_memory", lambda: free)
     text = estimate.describe_memory(planned_run("--max_seq_len", 256, "--batch_size", 8))
     assert ("halve --batch_size" in text) == warns

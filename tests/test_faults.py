@@ -1,4 +1,4 @@
-"""A sample of tests/faults, and a full disk at every single operation of what writes the files."""
+"""A sample of tests/faults, and a full disk at every file operation."""
 import errno
 import hashlib
 import json
@@ -35,7 +35,7 @@ def stages(tmp_path_factory) -> Stages:
 @pytest.mark.parametrize("name, fault, breaks", [
     ("download", "kill_at", 2), ("download", "full", 1), ("vocabulary", "kill_at", 2), ("vocabulary", "read_only", 1),
     ("preprocess", "kill_at", 2), ("preprocess", "full", 1), ("preprocess", "clock", 1), ("train", "kill_at", 1)])
-def test_the_same_command_again_gives_the_same_files(stages, tmp_path, name, fault, breaks):
+def test_rerun_gives_the_same_files(stages, tmp_path, name, fault, breaks):
     trial = Trial(stages[name], tmp_path / "trial", random.Random(f"{name} {fault}"))
     assert attempt(trial, FAULTS[fault], breaks) > 0, "the fault did not come before the end of the run"
 
@@ -98,8 +98,8 @@ def test_a_full_disk_keeps_the_old_manifest(full_at_each, project, tmp_path):
     full_at_each(new.save, check)
 
 
-def test_a_full_disk_keeps_the_lines_that_a_checkpoint_counts(full_at_each, tmp_path):
-    """Two entries are on the disk; going on from there never loses them, wherever the third stops."""
+def test_full_disk_keeps_log_lines_of_the_checkpoint(full_at_each, tmp_path):
+    """A resumed run never loses the two entries on the disk, wherever the third write fails."""
     def begin() -> None:
         record = RunLog(tmp_path, FIRST)
         for entry in ENTRIES[:2]:

@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Files are complete or missing."""
 import errno
 import hashlib
 import os
@@ -11,7 +11,7 @@ from tinyllm.files import atomic_replace, atomic_write, sha256
 from tinyllm.project import find_tokenizer, path_flags, tokenizer_files
 
 
-def test_a_failure_leaves_the_old_file(tmp_path):
+def test_failure_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError), atomic_write(path) as file:
@@ -20,7 +20,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_name_appears_only_at_the_end(tmp_path):
+def test_target_appears_only_when_complete(tmp_path):
     path = tmp_path / "new" / "a.bin"
     with atomic_write(path) as file:
         file.write(b"content")
@@ -29,7 +29,7 @@ def test_the_name_appears_only_at_the_end(tmp_path):
     assert path.read_bytes() == b"content" and len(list(path.parent.iterdir())) == 1
 
 
-def test_what_a_kill_left_behind_is_overwritten(tmp_path):
+def test_leftovers_of_a_kill_are_overwritten(tmp_path):
     (tmp_path / "a.bin.tmp").write_bytes(b"a longer piece of an earlier try")
     with atomic_write(tmp_path / "a.bin") as file:
         file.write(b"x")
@@ -45,8 +45,8 @@ def test_replace_takes_folders(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows needs no flush of a folder")
 @pytest.mark.parametrize("number, works", [(errno.EINVAL, True), (errno.EIO, False)])
-def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, number, works):
-    """As on some network drives; but a broken disk is an error."""
+def test_folder_without_fsync(tmp_path, monkeypatch, number, works):
+    """Some network drives refuse fsync of a folder; a broken disk is an error."""
     def fsync(handle, real=os.fsync):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(number, os.strerror(number))
@@ -67,7 +67,7 @@ def test_sha256_equals_hashlib(tmp_path):
     assert sha256(tmp_path / "f") == hashlib.sha256(content).hexdigest()
 
 
-def test_a_vocabulary_whose_name_tells_no_size_is_not_chosen_by_one(tmp_path):
+def test_vocabulary_without_size_in_its_name(tmp_path):
     foo, other, sized = tmp_path / "tokfoo.model", tmp_path / "tokenizer.model", tmp_path / "tok512.model"
     foo.touch()
     assert find_tokenizer(tmp_path) == foo and path_flags(foo)["vocab_size"] == ""

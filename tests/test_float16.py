@@ -1,4 +1,4 @@
-"""The scaler of float16, which skips steps whose gradients overflow, with two optimizers. As far as a CPU shows it."""
+"""The float16 GradScaler with two optimizers, on a CPU. It skips steps whose gradients overflow."""
 import math
 
 import pytest
@@ -9,8 +9,8 @@ import train
 
 
 @pytest.mark.parametrize("overflow, clip", [(math.inf, 1.0), (math.nan, 1.0), (math.inf, 0.0)])
-def test_an_overflow_that_one_optimizer_sees_holds_both_back(planned_run, overflow, clip):
-    """As in float16, where the embedding, which is AdamW's, overflows first."""
+def test_overflow_skips_both_optimizers(planned_run, overflow, clip):
+    """In float16 the embedding, which AdamW updates, overflows first."""
     run = planned_run("--dtype", "float32", "--grad_clip", clip)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     batches = train.Task.iter_batches(run.shards, "train", run.cfg.batch_size, 32, seed=1)
@@ -22,7 +22,7 @@ def test_an_overflow_that_one_optimizer_sees_holds_both_back(planned_run, overfl
     assert run.scaler.get_scale() == 32.0
 
 
-def test_a_run_goes_on_in_float16_that_was_begun_without_a_scaler(planned_run):
+def test_float16_resumes_a_run_without_a_scaler(planned_run):
     run = planned_run()
     saved = run.checkpoint_dict()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)

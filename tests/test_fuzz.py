@@ -1,4 +1,4 @@
-"""A short form of faults/fuzz.py: some damaged files of each kind, the same each time."""
+"""A short run of faults/fuzz.py: the same damaged files of each kind every time."""
 import shutil
 import sys
 

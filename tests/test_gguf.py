@@ -1,4 +1,4 @@
-"""GGUF files: what is written comes back, agrees with transformers, and what cannot be read is refused by name."""
+"""GGUF files: round trips, equality with transformers, and errors that name the unsupported value."""
 import base64
 import json
 import random
@@ -46,7 +46,7 @@ def state():
 
 @pytest.fixture
 def write(monkeypatch, tmp_path):
-    """Write a file and give its path; with other metadata, or another type for its matrices."""
+    """Write a file, optionally with other metadata or another matrix type, and return its path."""
     def run(state, kind="F32", as_type="", values={}):
         plain = gguf.GGUFWriter.write_header_to_file
 
@@ -77,7 +77,7 @@ def largest(found, expected):
     return max((found["model"][name].float() - weight).abs().max().item() for name, weight in expected["model"].items())
 
 
-def test_float32_comes_back_as_it_was(state, write):
+def test_float32_round_trip(state, write):
     found = checkpoint.read_model(write(state))
     assert found["model"].keys() == state["model"].keys() and largest(found, state) == 0
     assert found["chat"] == "chatml" and found["model_args"]["tie_embeddings"]
@@ -86,14 +86,14 @@ def test_float32_comes_back_as_it_was(state, write):
 
 
 @pytest.mark.parametrize("kind, dtype, tolerance", [("F16", torch.float16, 3e-4), ("Q8_0", torch.float32, 3e-3)])
-def test_smaller_formats_come_back_nearly(state, write, kind, dtype, tolerance):
+def test_smaller_formats_round_trip(state, write, kind, dtype, tolerance):
     found = checkpoint.read_model(write(state, kind))
     assert 0 < largest(found, state) < tolerance
     assert found["model"]["layers.0.attention.wq.weight"].dtype == dtype
     assert torch.equal(found["model"]["norm.weight"], state["model"]["norm.weight"])
 
 
-def test_rows_that_blocks_do_not_fit_stay_float16(write):
+def test_rows_without_whole_blocks_become_float16(write):
     state = make_state(dim=48, hidden_dim=64)
     found = checkpoint.read_model(write(state, "Q8_0"))["model"]
     assert found["layers.0.attention.wq.weight"].dtype == torch.float16
@@ -133,7 +133,7 @@ def test_other_types_are_read(state, write, name, dtype, tolerance):
 
 
 def test_q6_k_is_read(write, monkeypatch):
-    """A block by hand: quants of 6 bits less 32, times a scale for 16 of them, times one for all."""
+    """Build a block: 6-bit quants minus 32, times a scale per 16 quants, times a scale per block."""
     quantize, low, high = gguf.quants.quantize, [0x21] * 128, [0] * 64          # 64 times 1, 64 times 2, and again
     block = np.array([*low, *high, *[3] * 16, *np.float16([0.5]).tobytes()], np.uint8)
     monkeypatch.setattr(gguf.quants, "quantize", lambda array, kind: np.tile(block, (len(array), array.shape[1] // 256))
@@ -143,7 +143,7 @@ def test_q6_k_is_read(write, monkeypatch):
     assert torch.equal(found[7], torch.tensor([(1 - 32) * 1.5] * 64 + [(2 - 32) * 1.5] * 64).repeat(2))
 
 
-def test_types_that_are_not_read_are_named(state, write):
+def test_unsupported_types_are_named(state, write):
     with pytest.raises(UserError, match="token_embd.weight is quantized as Q5_1"):
         checkpoint.read_model(write(state, as_type="Q5_1"))
 
@@ -151,7 +151,7 @@ def test_types_that_are_not_read_are_named(state, write):
 # ---- vocabularies -------------------------------------------------------------------------------
 
 def byte_level(cut, bos="<|begin|>", add_bos=True):
-    """A small vocabulary like GPT-2's, with two special tokens, and one that is added and yet text."""
+    """Return a small tokenizer like GPT-2's, with two special tokens and one added text token."""
     tokenizers = pytest.importorskip("tokenizers")
     learned = tokenizers.Tokenizer(tokenizers.models.BPE())
     learned.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -167,7 +167,7 @@ def byte_level(cut, bos="<|begin|>", add_bos=True):
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe"])
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_byte_level_vocabularies_come_back(name, add_bos, write):
+def test_byte_level_round_trip(name, add_bos, write):
     vocabulary = byte_level(gguf_file.PRETOKENIZERS[name], add_bos=add_bos)
     path = write(make_state(vocabulary))
     found = checkpoint.build_tokenizer(checkpoint.read_model(path))
@@ -190,14 +190,14 @@ def test_spellings_of_hugging_face_have_the_same_name(write):
     assert found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS) and found.bos_id == -1
 
 
-def test_entries_that_the_vocabulary_lacks_become_unused(write):
+def test_missing_entries_become_unused(write):
     vocabulary = byte_level(gguf_file.PRETOKENIZERS["gpt-2"])
     path = write(make_state(vocabulary, vocab_size=vocabulary.n_words + 5))
     found = checkpoint.build_tokenizer(checkpoint.read_model(path))
     assert found.n_words == vocabulary.n_words + 5 and found.encode_batch(TEXTS) == vocabulary.encode_batch(TEXTS)
 
 
-def test_llama_3_comes_back(write):
+def test_llama3_round_trip(write):
     pytest.importorskip("tiktoken")
     merged = [b"th", b"he", b" t", b"the", b" the", b"in"]
     tokens = [bytes([byte]) for byte in range(256)] + merged
@@ -208,17 +208,17 @@ def test_llama_3_comes_back(write):
     assert (found.n_words, found.eos_id) == (vocabulary.n_words, vocabulary.eos_id)
 
 
-def test_a_cut_without_a_name_is_refused(write):
-    with pytest.raises(UserError, match="splits text as none of.*gpt-2"):
+def test_unnamed_splitting_rule_is_refused(write):
+    with pytest.raises(UserError, match="splits text.*gpt-2"):
         write(make_state(byte_level({"pattern": r"\w+|\W+"})))
 
 
-def test_a_state_without_a_vocabulary_says_what_to_do(state, write):
+def test_checkpoint_without_tokenizer_names_the_flag(state, write):
     with pytest.raises(UserError, match="--tokenizer"):
         write({**state, "tokenizer": b""})
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- refused files ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("key, value, message", [
     ("general.architecture", "qwen2", "architecture 'qwen2'"), ("llama.rope.scaling.type", "yarn", "type 'yarn'"),
@@ -226,21 +226,21 @@ def test_a_state_without_a_vocabulary_says_what_to_do(state, write):
     ("llama.attention.key_length", 32, "key_length 32"), ("llama.context_length", 1 << 30, "context_length 1073741824"),
     ("llama.block_count", 1 << 23, "lacks"), ("llama.block_count", 1, "unknown tensors"),
     ("llama.feed_forward_length", [192, 96], r"feed_forward_length \[192, 96\]"),
-    ("llama.attention.head_count", 0, "damaged"), ("tokenizer.ggml.model", "bert", "kind 'bert'"),
+    ("llama.attention.head_count", 0, "damaged"), ("tokenizer.ggml.model", "bert", "tokenizer model 'bert'"),
     ("tokenizer.ggml.add_space_prefix", False, "add_space_prefix"),
 ])
-def test_what_cannot_be_represented_is_named(state, write, key, value, message):
+def test_unsupported_values_are_named(state, write, key, value, message):
     with pytest.raises(UserError, match=f"a.gguf.*{message}"):
         checkpoint.read_model(write(state, values={key: value}))
 
 
 def test_a_vocabulary_of_another_size_is_refused(write):
     size = sentencepiece().n_words
-    with pytest.raises(UserError, match=f"{size} entries, and {size - 1} embeddings"):
+    with pytest.raises(UserError, match=f"{size - 1} embeddings, but {size} tokenizer entries"):
         checkpoint.read_model(write(make_state(vocab_size=size - 1)))
 
 
-def test_a_cut_that_is_not_known_is_named(write):
+def test_unknown_splitting_rule_is_named(write):
     with pytest.raises(UserError, match="tokenizer.ggml.pre 'default'"):
         state = make_state(byte_level(gguf_file.PRETOKENIZERS["gpt-2"]))
         checkpoint.read_model(write(state, values={"tokenizer.ggml.pre": "default"}))

@@ -1,4 +1,4 @@
-"""GPT-2: the numbers, the ids and the folders of transformers, and the engine's texts."""
+"""GPT-2: logits, ids and folders equal transformers', and the engine equals the model."""
 import json
 import shutil
 import threading
@@ -33,7 +33,7 @@ TEXTS = ["Once upon a time, there was a dog.", "  two  spaces\n\n\tand tabs ", "
 
 @pytest.fixture(scope="module")
 def theirs():
-    """A GPT-2 of transformers whose weights are all large enough for errors to show."""
+    """A GPT-2 of transformers, with weights large enough to reveal errors."""
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=ARGS.vocab_size, n_embd=ARGS.dim, n_layer=ARGS.n_layers, n_head=ARGS.n_heads,
@@ -45,7 +45,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def folder(theirs, tmp_path_factory) -> Path:
-    """A folder as transformers writes it, with a vocabulary learned on the spot."""
+    """A folder written by transformers, with a small trained tokenizer."""
     path = tmp_path_factory.mktemp("gpt2") / "model"
     theirs.save_pretrained(path)
     learner = tokenizers.ByteLevelBPETokenizer()
@@ -76,7 +76,7 @@ def rows(steps, count):
 
 @torch.no_grad()
 def plain(model, context, count):
-    """What the likeliest tokens are by the model's own forward, beyond the window too."""
+    """Return the most probable tokens by the model's own forward, also beyond the context."""
     window, found = model.args.max_seq_len, []
     for _ in range(count):
         if len(context) > window:
@@ -87,7 +87,7 @@ def plain(model, context, count):
 
 
 def changed(folder: Path, **config) -> Path:
-    """A copy with another config.json."""
+    """Return a copy of the folder with another config.json."""
     copy = Path("changed")
     copy.mkdir()
     for path in folder.iterdir():
@@ -116,17 +116,17 @@ def test_logits_loss_and_gradients_equal_transformers(theirs, folder, tokens):
         torch.testing.assert_close(weight.grad, grad.T if name.endswith(gpt2_folder.TRANSPOSED) else grad, **CLOSE)
 
 
-def test_its_size_is_that_of_the_release():
+def test_parameter_counts_equal_the_release():
     with torch.device("meta"):
         assert GPT2(GPT2Args()).count_parameters() == 124_439_808
 
 
-def test_bench_compares_it_with_one_of_its_size():
+def test_bench_builds_a_peer_of_equal_size():
     theirs = bench.transformers_model(ARGS, device.choose_backend("cpu", "float32"))
     assert theirs.num_parameters() == GPT2(ARGS).count_parameters()
 
 
-def test_it_begins_as_gpt2_does():
+def test_initialization_equals_gpt2():
     model, deep = GPT2(ARGS), 0.02 / (2 * ARGS.n_layers) ** 0.5
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
@@ -139,13 +139,13 @@ def test_it_begins_as_gpt2_does():
 @pytest.mark.parametrize("change, message", [({"n_heads": 5}, "32 is not a multiple of n_heads 5"),
                                              ({"dim": 0}, "dim must be a positive integer"),
                                              ({"dropout": 1.0}, "dropout")])
-def test_shapes_that_cannot_be_are_refused(change, message):
+def test_invalid_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(ARGS, **change)
 
 
 @pytest.mark.parametrize("value", ["x", [1], float("nan"), 0])
-def test_a_stored_norm_eps_that_cannot_be_is_refused(value):
+def test_invalid_norm_eps_is_refused(value):
     args = {**vars(ARGS), "norm_eps": value}
     with pytest.raises(UserError, match="model_args do not fit together"):
         checkpoint.load_model_args({"architecture": "gpt2", "model_args": args, "model": {}})
@@ -158,7 +158,7 @@ def test_more_tokens_than_positions_are_refused(model):
 
 # ---- writing ------------------------------------------------------------------------------------
 
-def test_the_engine_computes_what_the_model_does(model):
+def test_engine_logits_equal_the_model(model):
     prompts = [[1, 5, 9, 30], [1], [1, 60, 2, 3, 4, 5, 6]]
     texts = [list(prompt) for prompt in prompts]
     for step in build_engine(model).generate(prompts, 15, SamplingParams(seed=2)):
@@ -167,20 +167,20 @@ def test_the_engine_computes_what_the_model_does(model):
             text.append(token)
 
 
-def test_ragged_prompts_give_what_each_gives_alone_also_beyond_the_window(model):
+def test_ragged_batch_equals_single_prompts(model):
     prompts, engine = [[1, 5, 9], [1, 7, 7, 7, 7, 7], [1, *range(60)]], build_engine(model)
     together = rows(engine.generate(prompts, 30, GREEDY), 3)
     assert together == [rows(engine.generate([prompt], 30, GREEDY), 1)[0] for prompt in prompts]
     assert together == [plain(model, prompt, 30) for prompt in prompts]
 
 
-def test_reading_gives_the_logits_of_the_model(model, tokens):
+def test_scores_equal_the_model(model, tokens):
     ids = tokens[0].tolist()
     found = torch.cat(list(build_engine(model).logprobs(ids)))
     torch.testing.assert_close(found, model(tokens[:1, :-1])[0].log_softmax(-1), **CLOSE)
 
 
-def test_formats_agree(model):
+def test_dtypes_agree(model):
     prompts = [[1, 5, 9], [1, 7]]
     want = next(build_engine(model).generate(prompts, 1)).logits
     for options, share in [({"dtype": torch.bfloat16}, 0.1), ({"quantize": "int8"}, 0.1),
@@ -189,15 +189,15 @@ def test_formats_agree(model):
         assert (found - want).norm() < share * want.norm() and not torch.equal(found, want), options
 
 
-def test_it_writes_as_transformers_does(theirs, folder):
-    """Text to text: the vocabulary, the model and the engine together."""
+def test_generated_text_equals_transformers(theirs, folder):
+    """Compare from text to text: tokenizer, model and engine together."""
     ids = transformers.AutoTokenizer.from_pretrained(folder)("One day", return_tensors="pt").input_ids
     written = theirs.generate(ids, max_new_tokens=15, do_sample=False, pad_token_id=0)[0, ids.shape[1]:].tolist()
     found = TextGenerator(folder, device="cpu", dtype="float32").completions(["One day"], 15, temperature=0)[0].tokens
     assert found == [token for token in written if token] and len(set(found)) > 2
 
 
-def test_compile_on_a_cpu_is_for_llama(folder):
+def test_compile_on_a_cpu_needs_llama(folder):
     with pytest.raises(UserError, match="for Llama models"):
         TextGenerator(folder, device="cpu", compile=True)
 
@@ -207,7 +207,7 @@ def test_compile_on_a_cpu_is_for_llama(folder):
 @pytest.mark.parametrize("names", [None, {"vocab.json": "vocab.json", "merges.txt": "merges.txt"},
                                    {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}])
 def test_ids_equal_transformers(folder, names):
-    """From tokenizer.json, and from the two files of OpenAI by either name."""
+    """Read tokenizer.json, and OpenAI's two files by either name."""
     theirs, copy = transformers.AutoTokenizer.from_pretrained(folder), changed(folder)
     if names:
         (copy / "tokenizer.json").unlink()
@@ -233,7 +233,7 @@ def test_names_without_a_prefix_and_masks_are_read(theirs, folder, tokens):
 
 @pytest.mark.parametrize("config", [{"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True},
                                     {"n_inner": 50}, {"tie_word_embeddings": False}, {"scale_attn_weights": False}])
-def test_what_cannot_be_represented_is_refused_by_name(folder, config):
+def test_unsupported_values_are_named(folder, config):
     with pytest.raises(UserError, match=" ".join(f"{name} {value!r}" for name, value in config.items())):
         checkpoint.read_model(changed(folder, **config))
 
@@ -247,12 +247,12 @@ def test_missing_tensors_are_listed(folder):
         checkpoint.read_model(copy)
 
 
-def test_it_is_converted_to_a_checkpoint_and_to_nothing_else(run_in_process, folder, tokens, model):
+def test_convert_writes_only_pt(run_in_process, folder, tokens, model):
     run_in_process("convert", folder, "gpt2.pt")
     again = checkpoint.build_model(checkpoint.read_model("gpt2.pt"))
     assert torch.equal(again(tokens[:, :-1]), model(tokens[:, :-1]))
     assert checkpoint.model_state(again)["architecture"] == "gpt2"
-    with pytest.raises(UserError, match="is a GPT-2, which can be written as .pt alone, not as gguf"):
+    with pytest.raises(UserError, match="is a GPT-2; expected the format pt, not gguf"):
         run_in_process("convert", folder, "gpt2.gguf")
 
 
@@ -260,7 +260,7 @@ def test_it_is_converted_to_a_checkpoint_and_to_nothing_else(run_in_process, fol
 
 @pytest.fixture
 def released(folder, monkeypatch):
-    """A server with the folder in the place of gpt2, which counts its requests; the first mirror is not there."""
+    """A server that serves the folder as gpt2 and counts requests; the first mirror does not exist."""
     place = Path("server/openai-community/gpt2/resolve/main")
     place.mkdir(parents=True)
     for name in gpt2_folder.FILES:
@@ -291,13 +291,13 @@ def test_a_released_model_is_downloaded_once(released, capsys, run_in_process):
     assert [name for name, code in released[before:] if code == 200] == ["config.json"]
 
 
-def test_a_folder_of_that_name_goes_first(released, folder):
+def test_local_folder_takes_precedence(released, folder):
     shutil.copytree(folder, "gpt2")
     checkpoint.read_model("gpt2")
     assert not released and not Path("data").exists()
 
 
-def test_offline_it_says_which_files_belong_where(monkeypatch):
+def test_offline_error_lists_files_and_folder(monkeypatch):
     monkeypatch.setattr(gpt2_folder, "MIRRORS", {"gone": "http://127.0.0.1:9"})
     monkeypatch.setattr(download, "RETRIES", 0)
     with pytest.raises(UserError) as found:
@@ -310,8 +310,8 @@ def test_offline_it_says_which_files_belong_where(monkeypatch):
 
 # ---- training -----------------------------------------------------------------------------------
 
-def test_it_learns_on_from_its_folder(run_in_process, folder, capsys):
-    """Its vocabulary, whose bos is its eos, makes the shards; what train.py leaves is a GPT-2 again, and better."""
+def test_fine_tuning(run_in_process, folder, capsys):
+    """preprocess.py uses its vocabulary, where bos is eos; train.py writes a GPT-2 with lower loss."""
     Path("texts.jsonl").write_text("\n".join(map(json.dumps, demo_stories.generate_stories(100))), encoding="utf-8")
     run_in_process("preprocess", "--tokenizer", folder, "--data", "texts.jsonl", "--num_workers", 1)
     few = ("--device", "cpu", "--compile", "False", "--batch_size", 8, "--sample_tokens", 5)
@@ -327,7 +327,7 @@ def test_it_learns_on_from_its_folder(run_in_process, folder, capsys):
         run_in_process("train", "--init_from", folder, "--max_seq_len", 25, *few)
 
 
-def test_each_document_is_scored_with_its_end_where_bos_is_eos():
+def test_scoring_includes_eos_if_bos_is_eos():
     ids = np.array([7, 1, 2, 7, 7, 3, 7], dtype=np.uint16)
     assert shards.document_starts(ids).tolist() == [0, 4]
     assert [part.tolist() for part in dataset.find_windows(ids, 8)] == [[0, 4], [4, 7]]

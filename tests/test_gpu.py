@@ -1,4 +1,4 @@
-"""What a GPU would show, on a machine without one: who waits for it, and what was made on the wrong device."""
+"""GPU checks on a machine without one: synchronization, and tensors on the wrong device."""
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -14,8 +14,8 @@ ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, ma
 GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix
 
 
-def test_a_step_of_training_looks_at_no_number(planned_run):
-    """To look at one waits for all that the GPU was given to do; here it is an error, since there are no numbers."""
+def test_training_step_does_not_synchronize(planned_run):
+    """Reading a number synchronizes with the GPU. On the meta device it is an error."""
     plan = planned_run("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
     with FakeTensorMode():
         run = object.__new__(TrainRun)
@@ -24,15 +24,15 @@ def test_a_step_of_training_looks_at_no_number(planned_run):
         run.optimizers, run.scaler = build_optimizers(run.model, run.cfg, run.backend), plan.backend.scaler()
         run.start_time, run.eval_seconds = 0.0, 0.0
         x = torch.zeros(4, 32, dtype=torch.int64)
-        for _ in range(2):                                  # the first one makes what optimizers remember
+        for _ in range(2):                                  # the first step creates the optimizer state
             _, loss, norm = train.train_step(run, iter([(x, x)] * 2))
         with pytest.raises(DataDependentOutputException):
             (loss + norm).item()
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [3, 0]])
-def test_a_decode_step_makes_all_it_needs_on_the_device(lengths):
-    """Also if the model is on another one, and sequences differ in length."""
+def test_decode_step_allocates_on_the_device(lengths):
+    """The sequences may differ in length."""
     engine = Engine(Transformer(ARGS), torch.bfloat16, device=GPU)
     cache = engine.new_cache(2, 16)
     assert engine.prefill([[1, 2, 3], [4]], cache, [0, 1]).shape == (2, 300)

@@ -1,4 +1,4 @@
-"""Files, servers and texts that want to do harm, and what comes of it: one clear line. See also test_download.py."""
+"""Malicious files, servers and texts end in a one-line error. See also test_download.py."""
 import gzip
 import http.server
 import io
@@ -76,7 +76,7 @@ def test_only_files_are_unpacked(kind):
     assert [path.name for path in folder.iterdir()] == ["b.json"]
 
 
-def test_a_server_cannot_lead_to_files(tmp_path):
+def test_redirects_to_files_are_refused(tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(b"\x1f\x8b")
 
@@ -140,7 +140,7 @@ def test_a_shape_takes_no_memory_before_it_is_known_to_fit(change):
         checkpoint.build_model(state)
 
 
-def test_one_number_cannot_pose_as_a_table():
+def test_expanded_tensor_is_refused():
     state = {"model": {"tok_embeddings.weight": torch.zeros(1).expand(10**9, 10**3)}, "model_args": {}, "iter_num": 0,
              "config": {}, "architecture": "llama"}
     checkpoint.save_checkpoint("a.pt", state)
@@ -164,7 +164,7 @@ def test_a_manifest_cannot_name_other_files(project, name):
 
 # ---- the terminal -------------------------------------------------------------------------------
 
-def test_what_a_terminal_would_obey_is_escaped():
+def test_control_characters_are_escaped():
     assert cli.escape_control_chars(EVIL) == "\\x1b]0;owned\\x07\\x1b[2Jred\\x9b31m\\u202egnp"
     harmless = "tab\tline\nKätzchen \u732b \U0001f600"
     assert cli.escape_control_chars(harmless) == harmless
@@ -173,7 +173,7 @@ def test_what_a_terminal_would_obey_is_escaped():
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals in Python")
 @pytest.mark.parametrize("mode", [["--prompt", EVIL], ["--prompt", EVIL, "--show_probs"], ["--interactive"],
                                   ["--input_file", "prompts.txt"]])
-def test_a_terminal_gets_stories_escaped_and_a_pipe_as_they_are(mode, run_in_process, monkeypatch, capsys):
+def test_terminal_output_is_escaped_and_pipes_are_raw(mode, run_in_process, monkeypatch, capsys):
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300, max_seq_len=64))
     state = {**checkpoint.model_state(model), "iter_num": 0, "config": {},
              "tokenizer": learn_tokenizer(["a few words"], 300).model}

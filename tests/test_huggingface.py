@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: what transformers reads there is what we have, and the other way round."""
+"""Hugging Face folders: transformers reads ours, and we read theirs."""
 import json
 import math
 from pathlib import Path
@@ -47,7 +47,7 @@ def theirs(folder, ids):
 @pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False, "rope_theta": 500000.0, "hidden_dim": 48},
                                    {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_type"}},
                                    {"rope_scaling": {"factor": 2.0}, "norm_eps": 1e-3}])
-def test_what_we_write_transformers_reads(vocabulary, shape):
+def test_transformers_reads_our_folders(vocabulary, shape):
     state = make_state(vocabulary, **shape)
     formats.WRITERS["hf"](state, Path("out"))
     ids = torch.arange(40)[None] * 7 % vocabulary.n_words
@@ -58,7 +58,7 @@ def test_what_we_write_transformers_reads(vocabulary, shape):
     assert back["tokenizer_sha256"] == vocabulary.sha256
 
 
-def test_their_tokenizer_gives_our_ids(vocabulary):
+def test_tokenizer_ids_equal_transformers(vocabulary):
     formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
     found = AutoTokenizer.from_pretrained("out")
     for text in TEXTS:
@@ -75,7 +75,7 @@ def test_their_tokenizer_gives_our_ids(vocabulary):
 
 @pytest.fixture
 def folder(vocabulary):
-    """A tiny Llama as transformers writes it, with grouped-query attention, in three files."""
+    """A tiny Llama with grouped-query attention, written by transformers in three files."""
     torch.manual_seed(2)
     config = LlamaConfig(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=vocabulary.n_words, max_position_embeddings=64,
@@ -85,12 +85,12 @@ def folder(vocabulary):
     return Path("theirs")
 
 
-def test_what_transformers_writes_we_read(folder, vocabulary):
+def test_we_read_folders_of_transformers(folder, vocabulary):
     ids = torch.arange(40)[None] * 7 % vocabulary.n_words
     torch.testing.assert_close(ours(checkpoint.read_model(folder), ids), theirs(folder, ids), atol=1e-5, rtol=1e-5)
 
 
-def test_fine_tuning_begins_with_the_gradients_of_transformers(folder, vocabulary):
+def test_gradients_equal_transformers(folder, vocabulary):
     tokens, targets = torch.arange(80).view(2, 40) * 7 % vocabulary.n_words, torch.arange(80).view(2, 40) % 50
     state, model = checkpoint.read_model(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     own = checkpoint.build_model(state)
@@ -112,14 +112,14 @@ def test_fine_tuning_begins_with_the_gradients_of_transformers(folder, vocabular
     ({"head_dim": 16}, "head_dim 16"), ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "yarn"),
     ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"), ({"num_hidden_layers": 3}, "lacks 9 tensors"),
     ({"num_hidden_layers": 1}, "unknown tensors"), ({"quantization_config": {"bits": 4}}, "quantization_config")])
-def test_what_cannot_be_represented_is_named(folder, change, part):
+def test_unsupported_values_are_named(folder, change, part):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(UserError, match=part):
         checkpoint.read_model(folder)
 
 
-def test_damaged_folders_are_one_clear_line(folder):
+def test_damaged_folders_are_user_errors(folder):
     index = folder / "model.safetensors.index.json"
     names = json.loads(index.read_text(encoding="utf-8"))
     last = folder / sorted(set(names["weight_map"].values()))[-1]
@@ -147,7 +147,7 @@ def test_half_precision_is_kept(vocabulary):
     assert checkpoint.build_model(checkpoint.read_model("out")).norm.weight.dtype == torch.float32
 
 
-def test_a_tied_output_may_be_in_the_file_or_not(vocabulary):
+def test_tied_output_layer_is_optional_in_the_file(vocabulary):
     formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
     tensors = load_file("out/model.safetensors")
     assert "lm_head.weight" not in tensors
@@ -156,7 +156,7 @@ def test_a_tied_output_may_be_in_the_file_or_not(vocabulary):
 
 
 def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
-    """As folders are that have no tokenizer_config.json."""
+    """Folders without a tokenizer_config.json do not name bos and eos."""
     formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
     for name in ("tokenizer_config.json", "tokenizer.model"):
         Path("out", name).unlink()
@@ -174,7 +174,7 @@ def test_a_model_without_bos_and_eos_writes_and_scores(vocabulary):
     assert_user_error(run_captured("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
 
 
-def test_one_token_is_not_scored_where_only_eos_is_known(vocabulary):
+def test_single_token_without_bos_is_not_scored(vocabulary):
     formats.WRITERS["hf"](make_state(vocabulary), Path("out"))
     Path("out", "tokenizer.model").unlink()
     path = Path("out", "tokenizer_config.json")
@@ -186,7 +186,7 @@ def test_one_token_is_not_scored_where_only_eos_is_known(vocabulary):
     assert_user_error(run_captured("sample", "--checkpoint", "out", "--score", "a.txt"), "the text is one token")
 
 
-def test_a_chat_template_is_known_by_its_marks(vocabulary):
+def test_chat_template_detection(vocabulary):
     formats.WRITERS["hf"](make_state(vocabulary) | {"chat": "alpaca"}, Path("other"))      # is nothing to write
     assert not checkpoint.read_model("other")["chat"]
     formats.WRITERS["hf"](make_state(vocabulary) | {"chat": "chatml"}, Path("out"))

@@ -1,4 +1,4 @@
-"""The faster forms of model.py's functions compute the same, and an edit of model.py wins over them."""
+"""Fast kernels equal model.py's functions, and an edited model.py replaces them."""
 import shutil
 import subprocess
 import sys
@@ -32,13 +32,13 @@ def test_comments_docstrings_and_layout_do_not_change_the_fingerprint():
 
 
 def test_the_fingerprint_is_the_same_in_all_versions_of_python():
-    """Whose syntax trees differ in empty fields: written down in 3.11, run in 3.10 to 3.14 by the workflow."""
+    """Syntax trees of Python versions differ in empty fields. The value is from 3.11; CI runs 3.10 to 3.14."""
     assert kernels.fingerprint("class A(B):\n    x: int = 1\n    def f(self, *a, k=None): return f'{a!r:.9} {k}'\n"
                                ) == "2b4cc204f3fe8b90"
 
 
-def test_an_edited_model_trains_by_its_own_functions(project, tmp_path):
-    """In a copy, attention gives zeros and the loss is doubled: wq stays as it was and the first loss is 2 ln 512."""
+def test_edited_model_uses_its_own_functions(project, tmp_path):
+    """An edited copy returns zeros as attention and doubles the loss: wq is constant, the first loss 2 ln 512."""
     for name in ("tinyllm", "extras"):
         shutil.copytree(ROOT / name, name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
@@ -61,7 +61,7 @@ def test_an_edited_model_trains_by_its_own_functions(project, tmp_path):
     assert losses[0] == pytest.approx(2 * 6.238, rel=0.02)
 
 
-def test_kernels_compute_what_model_py_computes():
+def test_kernels_equal_model_py():
     args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=40)
     torch.manual_seed(1)
     fast = kernels.build_transformer(args)
@@ -81,8 +81,8 @@ def test_kernels_compute_what_model_py_computes():
 
 @pytest.mark.parametrize("length", [1, 63, 64, 150])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
-def test_attention_in_blocks_is_attention(length, heads, kv_heads):
-    """What a CPU does in bfloat16, against PyTorch's own in float64, forward and backward."""
+def test_blocked_attention_equals_attention(length, heads, kv_heads):
+    """Compare bfloat16 on a CPU with PyTorch in float64, forward and backward."""
     torch.manual_seed(4)
     q, k, v = (torch.randn(3, length, n, 16).bfloat16().transpose(1, 2) for n in (heads, kv_heads, kv_heads))
     mine = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -95,7 +95,7 @@ def test_attention_in_blocks_is_attention(length, heads, kv_heads):
         assert a.shape == b.shape and (a.double() - b).norm() <= 0.01 * b.norm()
 
 
-def test_dropout_in_blocks_drops_weights_of_attention():
+def test_dropout_in_blocked_attention():
     torch.manual_seed(4)
     q, k, v = (torch.randn(500, 2, 70, 16).bfloat16() for _ in range(3))
     k[:], v[:] = k[0], v[0]
@@ -107,8 +107,8 @@ def test_dropout_in_blocks_drops_weights_of_attention():
             < found[0].double().sub(plain[0].double()).norm())
 
 
-def test_causal_in_blocks_too():
-    """As test_a_later_token_never_changes_an_earlier_logit in test_model, in the format in which a CPU trains."""
+def test_blocked_attention_is_causal():
+    """Repeats test_causality of test_model.py in bfloat16."""
     torch.manual_seed(1)
     args = ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97, max_seq_len=200)
     model = kernels.build_transformer(args)
@@ -127,7 +127,7 @@ def test_causal_in_blocks_too():
 # ---- loss ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("at_a_time", [1, 97 * 7, 1 << 20])
-def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
+def test_chunked_loss_equals_cross_entropy(at_a_time, monkeypatch):
     monkeypatch.setattr(kernels, "MAX_LOGITS_ON_CPU", at_a_time)
     torch.manual_seed(5)
     targets = torch.randint(-1, 97, (40,))
@@ -141,5 +141,5 @@ def test_the_loss_in_parts_is_cross_entropy(at_a_time, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_a_byte_order_mark_is_no_edit():
+def test_byte_order_mark_keeps_the_fingerprint():
     assert kernels.fingerprint(b"\xef\xbb\xbf" + SOURCE.encode()) == kernels.MODEL_FINGERPRINT

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the syntax trees, and a copy without extras/ that runs the four steps."""
+"""Import rules, checked on syntax trees, and the four steps without extras/."""
 import ast
 import os
 import re
@@ -44,7 +44,7 @@ def imported_names(node: ast.AST) -> list[str]:
 
 
 def imports_of(module: str) -> set[str]:
-    """The modules of the repository that a module imports, also inside functions."""
+    """Return the modules of the repository that a module imports, also inside functions."""
     nodes = list(ast.walk(TREES[module]))
     type_blocks = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     never_run = {node for block in type_blocks for node in ast.walk(block)}
@@ -54,7 +54,7 @@ def imports_of(module: str) -> set[str]:
 
 
 def rank(module: str) -> int:
-    """The height of a module: what it imports must be as high or lower."""
+    """Return the layer of a module. Imports must not point to a higher layer."""
     folder, _, name = module.rpartition(".")
     if folder == "tinyllm":
         return next(i for i, group in enumerate(reversed(GROUPS)) if name in GROUPS[group])
@@ -62,13 +62,13 @@ def rank(module: str) -> int:
 
 
 def loaded_features(module: str) -> set[str]:
-    """The names that a module gives to optional.load."""
+    """Return the names that a module passes to optional.load."""
     calls = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
     return {call.args[0].value for call in calls if ast.unparse(call.func) in ("optional.load", "load")
             and call.args and isinstance(call.args[0], ast.Constant)}
 
 
-def test_every_module_has_a_place():
+def test_every_module_belongs_to_a_group():
     inside = {f"tinyllm.{name}" for names in GROUPS.values() for name in names}
     assert {name for name in TREES if name.startswith("tinyllm.")} == inside
     assert {name for name in TREES if "." not in name} == {*SCRIPTS, *ALONE, "tinyllm", "extras", "tools"}
@@ -76,18 +76,18 @@ def test_every_module_has_a_place():
 
 
 @pytest.mark.parametrize("module", TREES)
-def test_imports_go_down_only(module):
+def test_imports_point_downwards(module):
     for other in imports_of(module):
         assert rank(other) <= rank(module), f"{module} imports {other}"
         assert other not in SCRIPTS or rank(module) > rank(other), f"{module} imports the script {other}"
 
 
 @pytest.mark.parametrize("module", ALONE)
-def test_model_and_tokenizer_import_nothing_of_ours(module):
+def test_model_and_tokenizer_are_standalone(module):
     assert imports_of(module) == set()
 
 
-def test_there_is_no_circle():
+def test_no_import_cycles():
     TopologicalSorter({module: imports_of(module) for module in TREES}).prepare()
 
 
@@ -116,7 +116,7 @@ TINY = ("--dim 16 --n_layers 1 --n_heads 2 --n_kv_heads 1 --max_seq_len 32 --bat
 
 
 def test_the_four_steps_run_without_extras(tmp_path):
-    """In a copy of the repository; an option from extras/ is refused in one line."""
+    """In a copy of the repository, options from extras/ end in a one-line error."""
     for path in (*ROOT.glob("*.py"), *ROOT.glob("tinyllm/*.*")):
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Files of llama2.c: the same weights and the same vocabulary there and back, and its programs tell the same story."""
+"""llama2.c files: round trips of weights and tokenizer, and equal stories by its programs."""
 import os
 import struct
 import subprocess
@@ -52,7 +52,7 @@ def write(state, version, name="story.bin"):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("version", [0, 1, 2])
-def test_weights_and_shape_come_back(vocabulary, version, tied):
+def test_round_trip(vocabulary, version, tied):
     state = make_state(vocabulary, tie_embeddings=tied, dim=48, multiple_of=8, n_heads=6)
     state["model"]["layers.0.attention.wq.weight"][:2] = 0          # a group of zeros has no scale
     found = checkpoint.read_model(write(state, version))
@@ -73,7 +73,7 @@ def test_weights_are_mapped_from_the_file(state, version, header):
         assert whole[weight.data_ptr() - begin:].startswith(weight.numpy().tobytes())
 
 
-def test_the_vocabulary_comes_back_and_is_as_exact(state, vocabulary):
+def test_tokenizer_round_trip(state, vocabulary):
     found = checkpoint.build_tokenizer(checkpoint.read_model(write(state, 0)))
     assert found.is_lossless and found.pieces() == vocabulary.pieces()
     for text in TEXTS:
@@ -81,7 +81,7 @@ def test_the_vocabulary_comes_back_and_is_as_exact(state, vocabulary):
         assert ids == vocabulary.encode(text) and found.decode(ids) == vocabulary.decode(ids) == text
 
 
-def test_the_tokenizer_file_is_as_llama2_c_writes_it(vocabulary):
+def test_tokenizer_file_equals_llama2c(vocabulary):
     llama2c.write_tokenizer(vocabulary, Path("tokenizer.bin"))
     content = Path("tokenizer.bin").read_bytes()
     assert content[4:].startswith(b"".join(struct.pack("<fi", 0, len(text)) + text
@@ -91,7 +91,7 @@ def test_the_tokenizer_file_is_as_llama2_c_writes_it(vocabulary):
                                                         for text, *_ in vocabulary.pieces()[3:])
 
 
-def test_a_vocabulary_beside_the_model_is_taken_if_its_size_fits(state, vocabulary):
+def test_tokenizer_beside_the_model_needs_the_right_size(state, vocabulary):
     path, shared = write(state, 0), Path("tokenizer.bin")
     Path("story.tokenizer.bin").rename(shared)
     assert Tokenizer(checkpoint.read_model(path)["tokenizer"]).pieces() == vocabulary.pieces()
@@ -103,7 +103,7 @@ def test_a_vocabulary_beside_the_model_is_taken_if_its_size_fits(state, vocabula
         checkpoint.read_model(path, shared)
 
 
-def test_a_vocabulary_may_be_given_in_either_form(state, vocabulary):
+def test_tokenizer_in_either_format(state, vocabulary):
     path = write(state, 0)
     Path("story.model").write_bytes(vocabulary.model)
     for name in ("story.model", "story.tokenizer.bin"):
@@ -113,13 +113,13 @@ def test_a_vocabulary_may_be_given_in_either_form(state, vocabulary):
 @pytest.mark.parametrize("shape, reason", [({"rope_theta": 5e5}, "rope_theta 500000"),
                                            ({"norm_eps": 1e-6}, "norm_eps 1e-06"),
                                            ({"rope_scaling": {"factor": 2.0}}, "rope_scaling")])
-def test_models_that_run_c_would_compute_wrongly_are_refused(vocabulary, shape, reason):
+def test_models_unsupported_by_run_c_are_refused(vocabulary, shape, reason):
     with pytest.raises(UserError, match=reason):
         write(make_state(vocabulary, **shape), 0)
     assert not Path("story.bin").exists()
 
 
-def test_vocabularies_that_run_c_would_read_wrongly_are_refused(vocabulary):
+def test_tokenizers_unsupported_by_run_c_are_refused(vocabulary):
     pieces = vocabulary.pieces()
     other_order = Tokenizer(sentencepiece_model([*pieces[1:3], pieces[0], *pieces[3:]], bos_id=0, eos_id=1))
     for other in (tokenizer.BaseTokenizer(b"{}"), other_order):
@@ -140,7 +140,7 @@ def test_cut_and_overlong_files_are_refused_with_their_sizes(state, version):
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
-def test_no_damage_of_a_header_is_more_than_a_user_error(state, version):
+def test_damaged_headers_are_user_errors(state, version):
     whole = write(state, version).read_bytes()
     for place in range(0 if version == 0 else 4, 41, 1 if version else 4):
         for number in (0, -1, 1, 7, 2**31 - 1, -2**31):
@@ -152,7 +152,7 @@ def test_no_damage_of_a_header_is_more_than_a_user_error(state, version):
 
 
 @pytest.mark.parametrize("content", [b"", b"24ka", b"hello" * 100, bytes(1000), struct.pack("<7i", *[1] * 7)])
-def test_foreign_files_are_neither_models_nor_vocabularies(content):
+def test_other_files_are_refused(content):
     Path("foreign").write_bytes(content)
     assert not llama2c.is_legacy(Path("foreign")) and llama2c.read_tokenizer(Path("foreign")) is None
     with pytest.raises(UserError, match="foreign"):
@@ -160,7 +160,7 @@ def test_foreign_files_are_neither_models_nor_vocabularies(content):
 
 
 @pytest.mark.parametrize("kind", VERSIONS.values())
-def test_convert_writes_the_model_and_its_vocabulary_and_reads_them_again(state, run_in_process, kind, capsys):
+def test_convert_round_trip(state, run_in_process, kind, capsys):
     checkpoint.save_checkpoint("ckpt.pt", state)
     run_in_process("convert", "ckpt.pt", "out/story.bin", "--to", kind)
     assert sorted(os.listdir("out")) == ["story.bin", "story.tokenizer.bin"]
@@ -173,7 +173,7 @@ def test_convert_writes_the_model_and_its_vocabulary_and_reads_them_again(state,
 def test_convert_keeps_both_files_unless_forced(state, run_in_process, there):
     checkpoint.save_checkpoint("ckpt.pt", state)
     Path(there).write_text("precious", encoding="utf-8")
-    with pytest.raises(UserError, match=f"{there} is there already"):
+    with pytest.raises(UserError, match=f"{there} exists already"):
         run_in_process("convert", "ckpt.pt", "story.bin")
     assert Path(there).read_text(encoding="utf-8") == "precious" and sorted(os.listdir()) == ["ckpt.pt", there]
     run_in_process("convert", "ckpt.pt", "story.bin", "--force")
@@ -188,8 +188,8 @@ def test_a_failed_conversion_leaves_nothing(state, run_in_process):
     assert os.listdir() == ["ckpt.pt"]
 
 
-def test_checkpoints_of_llama2_c_load(vocabulary):
-    """As its train.py writes them, and with what older versions of its model.py left in a state_dict."""
+def test_llama2c_checkpoints_load(vocabulary):
+    """Checkpoints of its train.py, and of older versions with extra entries in the state_dict."""
     state = make_state(vocabulary, n_kv_heads=4)
     names = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
     args = {name: state["model_args"][name] for name in names} | {"n_kv_heads": None, "hidden_dim": None}
@@ -208,7 +208,7 @@ def test_checkpoints_of_llama2_c_load(vocabulary):
 
 @pytest.fixture(scope="module")
 def storyteller(vocabulary):
-    """A model that knows a story by heart, so that small differences of numbers do not change what it tells."""
+    """A model that memorized a story, so that rounding does not change its output."""
     state = make_state(vocabulary, dim=64, max_seq_len=96)
     model = checkpoint.build_model(state)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
@@ -222,7 +222,7 @@ def storyteller(vocabulary):
 
 @pytest.mark.skipif(not C_SOURCES, reason="TINY_LLM_LLAMA2C names no folder with llama2.c's run.c and runq.c")
 @pytest.mark.parametrize("program, version", [("run", 0), ("runq", 2)])
-def test_the_programs_of_llama2_c_tell_the_same_story(storyteller, program, version):
+def test_llama2c_programs_generate_the_same_story(storyteller, program, version):
     subprocess.run(["gcc", "-O2", Path(C_SOURCES) / f"{program}.c", "-lm", "-o", program], check=True)
     write(storyteller, version)
     generator = TextGenerator("story.bin", device="cpu", dtype="float32")

@@ -1,4 +1,4 @@
-"""Folders as Meta publishes them, in one file and in several."""
+"""Meta's folders, with weights in one file and in several."""
 import json
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def vocabulary():
 
 
 def publish(vocabulary, parts: int, tie: bool = False, axis_of_embedding: int = 0, **params) -> Transformer:
-    """Write a random model to the folder `llama` as Meta would, with every matrix in so many parts."""
+    """Write a random model to the folder `llama` in Meta's format, with every matrix in `parts` parts."""
     torch.manual_seed(3)
     args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=vocabulary.n_words, multiple_of=8,
                      ffn_dim_multiplier=1.3, tie_embeddings=tie, rope_theta=params.get("rope_theta", 10000.0),
@@ -47,7 +47,7 @@ def publish(vocabulary, parts: int, tie: bool = False, axis_of_embedding: int = 
 @pytest.mark.parametrize("parts, options", [
     (1, {}), (2, {"axis_of_embedding": 1}), (4, {"rope_theta": 500000.0}), (2, {"tie": True, "use_scaled_rope": True,
                                                                                "rope_scaling_factor": 8})])
-def test_a_model_in_parts_is_the_model(vocabulary, parts, options):
+def test_split_model_equals_the_model(vocabulary, parts, options):
     model, state = publish(vocabulary, parts, **options), checkpoint.read_model("llama")
     assert all(torch.equal(state["model"][name], weight.bfloat16()) for name, weight in model.state_dict().items())
     ids = torch.arange(50)[None] * 3 % vocabulary.n_words
@@ -56,7 +56,7 @@ def test_a_model_in_parts_is_the_model(vocabulary, parts, options):
     assert state["tokenizer_sha256"] == vocabulary.sha256
 
 
-def test_what_the_files_do_not_say(vocabulary):
+def test_defaults_for_missing_params(vocabulary):
     publish(vocabulary, 1, use_scaled_rope=True, rope_theta=500000.0)
     args = checkpoint.read_model("llama")["model_args"]
     assert args["max_seq_len"] == 131072 and args["rope_scaling"]["factor"] == 32           # as small as Llama 3.2
@@ -74,7 +74,7 @@ class Payload:
         return (os.mkdir, ("it_ran",))
 
 
-def test_wrong_folders_are_one_clear_line(vocabulary):
+def test_damaged_folders_are_user_errors(vocabulary):
     publish(vocabulary, 2)
     first, second = Path("llama/consolidated.00.pth"), Path("llama/consolidated.01.pth")
     whole = second.read_bytes()

@@ -1,4 +1,4 @@
-"""The model against formulas written down again, against another implementation, and against itself."""
+"""The model against a reference from the formulas, against transformers, and against itself."""
 import math
 
 import pytest
@@ -25,7 +25,7 @@ def tokens():
 
 
 def reference(model: Transformer, ids: list[int]) -> torch.Tensor:
-    """Logits of one sequence, from the formulas of the papers: no batches, no tricks, float64, token by token."""
+    """Return the logits of one sequence from the papers' formulas: float64, token by token, without batches."""
     args = model.args
     w = {name: weight.detach().double() for name, weight in model.named_parameters()}
     w.setdefault("output.weight", w["tok_embeddings.weight"])
@@ -111,8 +111,8 @@ def test_logits_and_gradients_equal_transformers(tokens, scaling):
                                atol=2e-5)
 
 
-def test_rope_scaling_is_that_of_llama_3():
-    """Long waves are slowed by the factor, short ones kept, those between lie between."""
+def test_rope_scaling_equals_llama_3():
+    """Low frequencies are divided by the factor, high ones kept, and those between interpolated."""
     plain = rope_frequencies(ModelArgs(dim=128, n_heads=1, n_kv_heads=1, rope_theta=500_000.0))
     scaling = {**LLAMA3, "original_max_position_embeddings": 8192}
     scaled = rope_frequencies(ModelArgs(dim=128, n_heads=1, n_kv_heads=1, rope_theta=500_000.0, rope_scaling=scaling))
@@ -128,7 +128,7 @@ def test_rope_scaling_is_that_of_llama_3():
 
 
 @torch.no_grad()
-def test_a_later_token_never_changes_an_earlier_logit(tokens):
+def test_causality(tokens):
     model = build()
     before = model(tokens)
     for at in (1, 12, 24):
@@ -147,7 +147,7 @@ def test_loss_is_the_mean_over_scored_targets(tokens):
     torch.testing.assert_close(loss, -chances.mean())
 
 
-def test_exactly_the_residual_projections_start_smaller():
+def test_residual_projections_start_smaller():
     torch.manual_seed(0)
     model = Transformer(ModelArgs(dim=256, n_layers=8, n_heads=8, n_kv_heads=8, vocab_size=512))
     small = 0.02 / math.sqrt(2 * 8)
@@ -160,7 +160,7 @@ def test_exactly_the_residual_projections_start_smaller():
             assert (weight == 1).all(), name
 
 
-def test_the_default_model_is_the_known_one():
+def test_default_model_is_unchanged():
     model = Transformer(ModelArgs())
     assert model.count_parameters() == 8_483_616 and model.args.ffn_dim == 768 and model.args.head_dim == 48
     assert model.flops_per_token() == 6 * 8_483_616 + 6 * 8 * 288 * 256
@@ -180,7 +180,7 @@ def test_feed_forward_width_follows_llama():
     ({"n_heads": 7}, "dim 48 is not a multiple of n_heads 7"), ({"n_kv_heads": 4}, "n_heads 6 is not a multiple"),
     ({"dim": 30, "n_heads": 2}, "odd"), ({"n_layers": 0}, "n_layers must be a positive integer"),
     ({"dropout": 1.0}, "dropout"), ({"max_seq_len": 64.0}, "max_seq_len must be a positive integer")])
-def test_shapes_that_do_not_fit_are_refused(changes, message):
+def test_invalid_shapes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs(**{**SMALL, **changes})
 

@@ -1,4 +1,4 @@
-"""Muon against PyTorch's own, and against what it promises of singular values."""
+"""Muon against PyTorch's implementation, and singular values of its updates."""
 import pytest
 import torch
 
@@ -13,7 +13,7 @@ def weights() -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_steps_are_those_of_pytorch(weight_decay):
+def test_steps_equal_pytorch(weight_decay):
     mine, theirs = weights(), weights()
     one = Muon(mine, lr=0.1, momentum=0.9, weight_decay=weight_decay)
     two = torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -30,7 +30,7 @@ def test_steps_are_those_of_pytorch(weight_decay):
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_singular_values_come_near_to_one(scale, dtype):
+def test_singular_values_are_near_one(scale, dtype):
     x = scale * torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(3))
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     found = u.mT @ orthogonalize(x, dtype).float() @ v.mT          # in the directions of x: its singular values
@@ -39,7 +39,7 @@ def test_singular_values_come_near_to_one(scale, dtype):
     assert (found - values.diag_embed()).abs().max() < max(1e-3, 10 * torch.finfo(dtype).eps)
 
 
-def test_a_saved_optimizer_goes_on_exactly():
+def test_saved_optimizer_resumes_exactly():
     def train(steps, given=None):
         found = weights()
         optimizer = Muon(found, lr=0.1)

@@ -1,4 +1,4 @@
-"""Under torchrun any number of processes takes the steps of one, and none is missed for long."""
+"""torchrun: any number of processes takes the same steps, and dead processes end the run."""
 import os
 import socket
 import subprocess
@@ -47,7 +47,7 @@ def torchrun(processes: int, script: Path, *args, restarts: int = 0) -> subproce
 
 
 def train_in_forks(processes: int, *args) -> subprocess.CompletedProcess:
-    """Train in processes with the environment that torchrun gives them; forks save seconds of imports for each."""
+    """Train in processes with torchrun's environment. Forks save seconds of imports each."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -65,14 +65,14 @@ def train_in_forks(processes: int, *args) -> subprocess.CompletedProcess:
 
 
 def script_with_signal(number: int, at: int) -> Path:
-    """A script that trains as train.py does, and sends a signal to process 1 after `at` steps."""
+    """Return a script that trains and sends a signal to process 1 after `at` steps."""
     path = Path(f"signal_{number}.py")
     path.write_text(TRAIN_WITH_SIGNAL.format(root=str(ROOT), number=number, at=at), encoding="utf-8")
     return path
 
 
 def assert_near(one: str, two: str) -> None:
-    """The same log and the same weights, but for rounding."""
+    """Check that logs and weights are equal up to rounding."""
     for a, b in zip(read_log(one)[1:], read_log(two)[1:], strict=True):
         assert a.keys() == b.keys() and a["iter"] == b["iter"] and a["tokens"] == b["tokens"]
         for name in {"loss", "lr", "grad_norm", "val_loss", "bpb"} & a.keys():
@@ -82,7 +82,7 @@ def assert_near(one: str, two: str) -> None:
 
 
 def test_one_two_and_four_processes_take_the_same_steps(train_small, project):
-    """Two processes, of which one is asked to stop; one goes on with their run, and four end it."""
+    """Two processes stop after a signal to one; one process resumes the run, and four finish it."""
     train_small("whole", *OPTIONS, "--max_iters", 12)
     files = ["--data_dir", project, "--out_dir", "parts"]
     two = torchrun(2, script_with_signal(15, at=4), *files, *OPTIONS, "--max_iters", 12)
@@ -107,7 +107,7 @@ def test_a_killed_process_ends_all_and_torchrun_resumes_exactly(project):
 
 
 def test_a_sharded_model_takes_the_same_steps(train_small, project):
-    """One process with the whole model, then two with uneven parts of it, then one again."""
+    """One process with the full model, then two with uneven shards, then one again."""
     options = [*OPTIONS, "--hidden_dim", 45, "--n_layers", 1]
     train_small("whole", *options, "--max_iters", 12)
     train_small("parts", *options, "--max_iters", 4)
@@ -119,14 +119,14 @@ def test_a_sharded_model_takes_the_same_steps(train_small, project):
     assert_near("whole", "parts")
 
 
-def test_alone_there_is_no_group(train_small, monkeypatch):
+def test_single_process_needs_no_group(train_small, monkeypatch):
     monkeypatch.setattr(torch_dist, "init_process_group", lambda *_, **__: pytest.fail("a group of one"))
     monkeypatch.setattr(torch_dist, "all_reduce", lambda *_, **__: pytest.fail("a message to nobody"))
     train_small("out", "--max_iters", 1)
     assert not torch_dist.is_initialized() and load_state("out")["iter_num"] == 1
 
 
-def test_micro_batches_that_the_processes_cannot_share_are_refused(project):
+def test_indivisible_micro_batches_are_refused(project):
     def plan(n_micro: int):
         args = ["--data_dir", str(project), *TINY, "--gradient_accumulation_steps", str(n_micro)]
         cfg, overrides = cli.parse_settings(vars(train), args)
@@ -147,7 +147,7 @@ def test_processes_share_an_evaluation(project):
         assert x.shape == (1, 32) and (x >= 0).all() and (y == IGNORE_INDEX).all()
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(distributed, "device_count", lambda kind: 2)
     assert [DistributedContext(rank, 2, rank).device("auto") for rank in (0, 1)] == ["cuda:0", "cuda:1"]
     assert DistributedContext(5, 8, 1).device("cuda") == "cuda:1" and DistributedContext().device("cuda:1") == "cuda:1"
@@ -155,10 +155,10 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         with pytest.raises(UserError, match="2 GPUs are not enough.*\n.*nproc_per_node=2"):
             DistributedContext(rank, 3, rank).device(name)
     monkeypatch.setattr(distributed, "device_count", lambda kind: 0)
-    assert DistributedContext(1, 2, 1).device("auto") == "auto"        # which then says why it is the CPU
+    assert DistributedContext(1, 2, 1).device("auto") == "auto"        # choose_backend explains the choice
 
 
-def test_random_numbers_are_those_of_a_step_and_a_process():
+def test_random_numbers_depend_on_step_and_rank():
     def numbers(seed, step, rank):
         DistributedContext(rank, 2).seed(seed, step)
         return torch.rand(4)
@@ -192,7 +192,7 @@ def test_processes_with_other_settings_or_files_are_refused():
             check(1, **change)
 
 
-def test_scratch_is_for_the_first_time_only(train_small, monkeypatch):
+def test_restart_after_a_death_resumes_in_spite_of_scratch(train_small, monkeypatch):
     """A run that torchrun starts again after a death would otherwise start over."""
     train_small("out", "--max_iters", 2)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

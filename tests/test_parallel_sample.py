@@ -1,4 +1,4 @@
-"""torchrun sample.py: several processes write what one does."""
+"""torchrun sample.py: several processes generate the same text as one."""
 import contextlib
 import io
 import json
@@ -55,7 +55,7 @@ def torchrun(count: int, *args, **options) -> subprocess.CompletedProcess:
 
 
 def test_prompts_from_a_file(trained):
-    """At temperature 0.8, with batches of texts that differ in length, and a run that goes on."""
+    """Temperature 0.8, batches of different lengths, and a resumed run."""
     prompts = ["One day", "", "A dog met a cat, and then", "Mia"]
     Path("prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     Path("out.jsonl").write_text('{"prompt": "One d', encoding="utf-8")            # as an interrupted run leaves it
@@ -69,8 +69,8 @@ def test_prompts_from_a_file(trained):
     assert found[2]["logprobs"] == pytest.approx(want[2].logprobs, abs=1e-3)
 
 
-def test_taking_turns(trained, monkeypatch):
-    """Also after an answer that a text of `stop` has ended, which the others cannot know."""
+def test_interactive(trained, monkeypatch):
+    """Includes an answer that a `stop` text ends, which only rank 0 detects."""
     text = next(one.text for one in TextGenerator(trained, device="cpu", dtype="float32").completions(
         ["One day"], 30, temperature=0))
     stop = next(letter for letter in text[1:] if letter.isalpha())
@@ -83,14 +83,14 @@ def test_taking_turns(trained, monkeypatch):
     assert result.stdout == io.IncrementalNewlineDecoder(None, translate=True).decode(want) and text in want
 
 
-def test_what_cannot_be_divided_is_refused_once(tmp_path):
+def test_indivisible_model_is_refused_once(tmp_path):
     result = torchrun(2, "--checkpoint", save(tmp_path / "ckpt.pt", n_kv_heads=1))
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("error: ") == 1, result.stderr
     assert "2 processes cannot share n_heads 8, n_kv_heads 1 and a feed-forward of 192" in result.stderr
     assert "--nproc_per_node=1" in result.stderr and "sample.py\", line" not in result.stderr
 
 
-def test_what_does_not_go_with_several_processes(trained):
+def test_unsupported_options(trained):
     with pytest.raises(UserError, match="nproc_per_node=1 or 2 or 4$"):
         tensor_parallel.check_divisible(make().args, 3)
     with pytest.raises(UserError, match="GPT-2"):
@@ -102,7 +102,7 @@ def test_what_does_not_go_with_several_processes(trained):
 # ---- without torchrun, for it takes seconds to start --------------------------------------------
 
 def side_by_side(count: int, work, *args) -> list:
-    """What work(*args) gives, or the UserError that it raises, in each of several processes."""
+    """Return the result or the UserError of work(*args) from each of several processes."""
     if sys.platform != "linux":
         pytest.skip("a process that has loaded PyTorch can be forked on Linux only")
     with socket.socket() as free:
@@ -140,7 +140,7 @@ def _one_of_them(rank, count, port, pipe, work, *args):
 
 
 def logits_of(engine: Engine) -> list:
-    """Of texts that are written, of a text that is read; as lists, since tensors in pipes need more."""
+    """Return the logits of generated texts and of a scored text, as lists because pipes copy them easily."""
     written = [step.logits for step in engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2))]
     next(engine.generate(PROMPTS, LENGTH, SamplingParams(seed=2)))            # given up after a token
     return [torch.stack(written).tolist(), torch.cat(list(engine.logprobs(list(range(1, 60))))).tolist()]
@@ -156,7 +156,7 @@ def divided_logits(dtype: torch.dtype, quantize: str) -> list:
 @pytest.mark.parametrize("count, dtype, quantize, share", [
     (2, torch.float32, "", 1e-5), (4, torch.float32, "", 1e-5), (2, torch.float16, "", 1e-3),
     (2, torch.float32, "int8", 0.05)])
-def test_logits_are_those_of_one_process(count, dtype, quantize, share):
+def test_logits_equal_one_process(count, dtype, quantize, share):
     if dtype == torch.float16 and not _has_fbgemm():
         pytest.skip("no float16 on this CPU")
     found = side_by_side(count, divided_logits, dtype, quantize)
@@ -168,7 +168,7 @@ def test_logits_are_those_of_one_process(count, dtype, quantize, share):
 
 
 def shown(*args) -> str:
-    """What sample.py prints."""
+    """Return the output of sample.py."""
     sys.argv = ["sample.py", *map(str, args)]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         sample.main()
@@ -181,13 +181,13 @@ def test_greedy_text_of_four_processes(trained):
         assert side_by_side(4, shown, *args, *more) == [run_captured("sample", *args, *more).stdout, "", "", ""]
 
 
-def test_the_first_process_writes_the_page(trained):
+def test_main_process_writes_the_page(trained):
     args = "--checkpoint", trained, "--prompt", "One day", "--max_new_tokens", 8, "--temperature", 0
     assert side_by_side(2, shown, *args, "--show_probs", "page.html") == [run_captured("sample", *args).stdout, ""]
     assert "Written: 8 tokens, loss " in Path("page.html").read_text(encoding="utf-8")
 
 
-def test_mistakes_are_said_by_the_first_process(trained):
+def test_main_process_prints_errors(trained):
     for args, message in [(["--checkpoint", "none.pt"], "no checkpoint at"), (["--top_p", 2], "top_p must be"),
                           (["--checkpoint", trained, "--prompt", "FILE:none.txt"], "no file at")]:
         first, second = side_by_side(2, shown, *args)
@@ -205,7 +205,7 @@ def fails_while_writing() -> str:
     return "fine"
 
 
-def test_an_error_of_the_first_process_lets_the_others_end():
+def test_error_on_rank_0_ends_all():
     assert side_by_side(2, fails_while_writing) == ["stopped after 3 tokens", "fine"]
 
 
@@ -217,6 +217,6 @@ def dies_while_writing() -> None:
         engine.run(lambda: list(engine.generate(PROMPTS, 1000)))
 
 
-def test_the_death_of_a_process_ends_the_others():
+def test_dead_process_ends_the_others():
     first, second = side_by_side(2, dies_while_writing)
     assert first.startswith("process 0 of 2 ends, because another one has ended") and second is None

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn in loss.png, and the average over a noisy curve."""
+"""loss.png: its curves and the moving average."""
 import numpy as np
 import pytest
 from conftest import TINY, run_captured
@@ -6,15 +6,15 @@ from conftest import TINY, run_captured
 from extras import plots
 
 
-def test_an_average_over_neighbours():
+def test_moving_average():
     assert plots.smooth(np.array([])).tolist() == [] and plots.smooth(np.array([5.0])).tolist() == [5.0]
     values = np.arange(40.0) ** 2
     want = [values[max(i - 2, 0):i + 3].mean() for i in range(40)]
     assert plots.smooth(values).tolist() == pytest.approx(want, rel=1e-12)
 
 
-def test_the_picture_of_a_run(project, monkeypatch):
-    """Train and val against tokens and against minutes, and a star where val is lowest."""
+def test_loss_plot(project, monkeypatch):
+    """The plot shows train and val by tokens and by minutes, with a star at the lowest val."""
     pytest.importorskip("matplotlib")
     import train
     drawn, losses = [], iter([3.0, 2.0, 2.5])

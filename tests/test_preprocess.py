@@ -1,4 +1,4 @@
-"""Step 2: what is in the shards, what a second run does, and what happens when something breaks."""
+"""Step 2: contents of the shards, second runs, and failures."""
 import gzip
 import json
 import os
@@ -27,7 +27,7 @@ STORIES = list(demo_stories.generate_stories(200))
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Four source files of different kinds, and a vocabulary of them."""
+    """Four source files of different kinds, and their tokenizer."""
     root = tmp_path_factory.mktemp("trained")
     folder = root / "texts"
     folder.mkdir()
@@ -49,7 +49,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def texts(trained, tmp_path, monkeypatch) -> Path:
-    """The same in the folder of the test; a shard for each file."""
+    """A copy in the test's folder, with a shard for each file."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(corpus, "GROUP_BYTES", 1)
     monkeypatch.setattr(workers, "available_cores", lambda: 1)    # processes take time; tests ask for those they need
@@ -116,7 +116,7 @@ def test_a_second_run_does_nothing(texts, run_in_process, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "deleted"])
-def test_a_second_run_does_what_is_missing_or_changed(texts, run_in_process, monkeypatch, damage):
+def test_second_run_updates_missing_or_changed_shards(texts, run_in_process, monkeypatch, damage):
     run_in_process("preprocess")
     before = contents()
     if damage == "changed":
@@ -143,8 +143,8 @@ def test_fewer_sources_leave_no_stale_shards(texts, run_in_process):
     assert sorted(contents()) == ["manifest.json", *(f"{s}_{i:04d}.bin" for s in ("train", "val") for i in range(3))]
 
 
-def test_the_next_command_names_what_the_others_will_not_find(texts, run_in_process, capsys):
-    """A second vocabulary, and a folder of its own."""
+def test_next_command_has_the_flags_it_needs(texts, run_in_process, capsys):
+    """The flags are for a second vocabulary and a new folder."""
     def following() -> str:
         return capsys.readouterr().out.partition("next: ")[2].split("\n")[0]
     run_in_process("train_vocab", "--data", texts, "--data_dir", "mine", "--vocab_size", 300)
@@ -157,7 +157,7 @@ def test_the_next_command_names_what_the_others_will_not_find(texts, run_in_proc
         run_in_process("train", "--data_dir", "mine", "--vocab_size", 300)
 
 
-def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, run_in_process):
+def test_missing_text_lists_existing_ones(texts, run_in_process):
     for folder in "data/mine", "data/yours":
         run_in_process("train_vocab", "--data", texts, "--data_dir", folder, "--vocab_size", 300)
     run_in_process("preprocess", "--data_dir", "data/mine")
@@ -169,7 +169,7 @@ def test_a_text_that_is_not_there_is_told_with_those_that_are(texts, run_in_proc
 
 
 @pytest.mark.parametrize("script", ["train_vocab", "preprocess"])
-def test_a_file_in_another_encoding_is_named_with_what_to_do(texts, run_in_process, script):
+def test_wrong_encoding_names_file_and_flag(texts, run_in_process, script):
     wrong = texts / "e.txt"
     wrong.write_bytes("你好".encode("gbk"))
     with pytest.raises(UserError, match="e.txt: this is not UTF-8 text.*\n.*--encoding gb18030"):
@@ -180,7 +180,7 @@ def test_a_file_in_another_encoding_is_named_with_what_to_do(texts, run_in_proce
 
 
 @pytest.mark.parametrize("name", ["2.txt", "2.txt.gz", "2.jsonl"])
-def test_files_in_another_encoding_are_the_same_text(run_in_process, tmp_path, name):
+def test_encodings_give_the_same_text(run_in_process, tmp_path, name):
     """Step 2 knows the encoding from step 1."""
     folder, stories = tmp_path / "mixed", [f"很久以前，有{i}只熊。" for i in range(40)]
     content = "\n".join(map(json.dumps, stories)) if name.endswith("jsonl") else "<|endoftext|>".join(stories)
@@ -200,7 +200,7 @@ def test_files_in_another_encoding_are_the_same_text(run_in_process, tmp_path, n
     assert [shard.sha256 for shard in shards.read_manifest(Path("data/tok300")).shards] != found[0][1]
 
 
-def test_a_broken_source_stops_the_run_and_keeps_what_is_done(texts, run_in_process):
+def test_broken_source_keeps_finished_shards(texts, run_in_process):
     good = (texts / "c.txt").read_bytes()
     (texts / "c.txt").write_bytes(good + b"\xff")
     with pytest.raises(UserError, match="c.txt: this is not UTF-8 text"):
@@ -219,8 +219,8 @@ HARD = ["小猫 坐在\n垫子上。", "▁a ▁ b", "Łódź, naïve café 🙂
         "e\u0301 ﬁ½"]
 
 
-def test_the_shards_have_the_ids_of_the_plain_way(texts, run_in_process):
-    """Document by document with SentencePiece, for text in several languages. --verify says where it went."""
+def test_ids_equal_the_plain_implementation(texts, run_in_process):
+    """Encode each document with SentencePiece, for text in several languages, and run --verify."""
     (texts / "e.json").write_text(json.dumps(HARD * 3 + STORIES[:5]), encoding="utf-8")
     run_in_process("preprocess", "--data", texts)
     shard_set, vocabulary = load()
@@ -237,7 +237,7 @@ def test_the_shards_have_the_ids_of_the_plain_way(texts, run_in_process):
         run_in_process("preprocess", "--verify")
 
 
-def test_a_text_that_repeats_its_validation_documents_is_noted(run_in_process, capsys):
+def test_repeated_validation_documents_give_a_note(run_in_process, capsys):
     texts = ["the same story", "another one"]
     often = min(texts, key=lambda text: corpus.document_hash(text.encode()))
     Path("a.jsonl").write_text("".join(f'"{text}"\n' for text in texts + 500 * [often]), encoding="utf-8")
@@ -247,14 +247,14 @@ def test_a_text_that_repeats_its_validation_documents_is_noted(run_in_process, c
 
 @pytest.mark.parametrize("script", [("train_vocab",), ("preprocess", "--tokenizer", "data/tok400.model")])
 @pytest.mark.parametrize("folder", ["texts", "texts/vocabulary"])
-def test_what_is_written_must_not_be_in_the_text(texts, run_in_process, folder, script):
+def test_output_inside_the_text_is_refused(texts, run_in_process, folder, script):
     before = sorted(texts.iterdir())
     with pytest.raises(UserError, match="is in the text.*\n.*outside .*texts, such as --data_dir ../data"):
         run_in_process(*script, "--data", texts, "--data_dir", texts.parent / folder)
     assert sorted(texts.iterdir()) == before
 
 
-def test_an_adopted_vocabulary_whose_text_failed_is_told_how_to_go_on(texts, run_in_process):
+def test_errors_after_a_failed_adoption(texts, run_in_process):
     shutil.move("data/tok400.model", "theirs.model")
     Path("data/tok400.json").unlink()
     (texts / "a.txt").write_bytes(b"\xff")
@@ -266,12 +266,12 @@ def test_an_adopted_vocabulary_whose_text_failed_is_told_how_to_go_on(texts, run
         run_in_process("preprocess", "--tokenizer", "their.model", "--data", texts)
 
 
-def test_a_size_that_cannot_be_is_refused_before_all_else(run_in_process):
+def test_invalid_vocab_size_is_refused_first(run_in_process):
     with pytest.raises(UserError, match="vocab_size 100 is too small"):
         run_in_process("train_vocab", "--data", "nowhere", "--vocab_size", 100)
 
 
-def test_a_retrained_vocabulary_is_noticed(texts, run_in_process):
+def test_retrained_tokenizer_is_detected(texts, run_in_process):
     run_in_process("preprocess")
     (texts / "a.json").write_text(json.dumps(["entirely other words"] * 50 + STORIES[:3]), encoding="utf-8")
     run_in_process("train_vocab", "--data", texts, "--vocab_size", 400)
@@ -281,14 +281,14 @@ def test_a_retrained_vocabulary_is_noticed(texts, run_in_process):
     load()
 
 
-def test_other_text_than_step_1_has_a_split_too(texts, run_in_process, tmp_path):
+def test_other_text_has_a_split(texts, run_in_process, tmp_path):
     (tmp_path / "mine.txt").write_text("One.<|endoftext|>Two.<|endoftext|>Three.", encoding="utf-8")
     run_in_process("preprocess", "--data", tmp_path / "mine.txt")
     found, vocabulary = load()
     assert sorted(decoded(found, vocabulary, "train") + decoded(found, vocabulary, "val")) == ["One.", "Three.", "Two."]
 
 
-def test_a_vocabulary_from_elsewhere(texts, run_in_process):
+def test_foreign_vocabulary(texts, run_in_process):
     shutil.move("data/tok400.model", "theirs.model")
     Path("data/tok400.json").unlink()
     run_in_process("preprocess", "--tokenizer", "theirs.model", "--data", texts)
@@ -303,7 +303,7 @@ def test_a_vocabulary_from_elsewhere(texts, run_in_process):
         run_in_process("preprocess", "--tokenizer", "other.model", "--data", texts)
 
 
-def test_what_is_next_depends_on_whether_there_were_weights_too(texts, byte_checkpoint, run_in_process, capsys):
+def test_next_command_after_adopting_a_model(texts, byte_checkpoint, run_in_process, capsys):
     llama2c.write_tokenizer(Tokenizer("data/tok400.model"), Path("tokenizer.bin"))
     shutil.copy(byte_checkpoint, "weights.model")
     for name, expected in (("tokenizer.bin", "python train.py --data_dir own\n"),
@@ -364,13 +364,13 @@ def test_from_the_command_line(texts):
     assert_user_error(result, "b.json: record 1: expected a text, found int")
 
 
-def test_damaged_notes_of_step_1_are_refused(texts, run_in_process):
+def test_damaged_sidecar_is_refused(texts, run_in_process):
     Path("data/tok400.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="tok400.json is damaged"):
         run_in_process("preprocess")
 
 
-def test_a_split_without_documents_is_said(texts, run_in_process):
+def test_empty_split_is_an_error(texts, run_in_process):
     (texts / "keep.json").write_text("[]", encoding="utf-8")
     threshold = json.loads(Path("data/tok400.json").read_text(encoding="utf-8"))["val_threshold"]
     train_only = list(islice((t for t in STORIES if corpus.document_hash(t.encode()) > threshold), 20))
@@ -382,7 +382,7 @@ def test_a_split_without_documents_is_said(texts, run_in_process):
     assert not Path("data/tok400/manifest.json").exists()
 
 
-def test_without_the_notes_of_step_1_the_text_must_be_named(texts, run_in_process):
+def test_text_is_required_without_the_sidecar(texts, run_in_process):
     run_in_process("preprocess")
     before = contents()
     Path("data/tok400.json").unlink()
@@ -393,7 +393,7 @@ def test_without_the_notes_of_step_1_the_text_must_be_named(texts, run_in_proces
 
 
 def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
-    """They would go on writing into the files of the next run."""
+    """Orphaned workers would write into the files of the next run."""
     for path in texts.iterdir():
         path.unlink()
     (texts / "long.jsonl").write_text("\n".join(map(json.dumps, STORIES * 100)), encoding="utf-8")
@@ -410,7 +410,7 @@ def test_a_killed_run_leaves_no_workers_behind(texts, tmp_path):
     assert load()[0].total("train", "documents") + load()[0].total("val", "documents") == len(STORIES) * 100
 
 
-def test_the_next_step_writes_to_a_folder_of_its_own(ckpt, capsys):
+def test_next_command_has_its_own_out_dir(ckpt, capsys):
     Path("output/tuned").mkdir(parents=True)
     preprocess.print_next_step(SimpleNamespace(tokenizer=str(ckpt)), Path("data/tok512.model"))
     assert f"--out_dir {Path('output/tuned-1')} " in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Presets: settings that exist, and what they lead one to expect."""
+"""Presets: valid settings and expected results."""
 import importlib
 
 import pytest
@@ -16,7 +16,7 @@ def read(*argv):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_overrides_the_block_and_the_command_line_overrides_it(name):
+def test_precedence(name):
     plain, _ = read()
     cfg, given = read("--preset", name, "--seed", "7", "--batch_size", "3")
     assert (cfg.seed, cfg.batch_size, given["batch_size"]) == (7, 3, 3)
@@ -32,13 +32,13 @@ def test_an_unknown_preset_is_refused_with_the_list():
         read("--preset", "cpu_3")
 
 
-def test_what_to_expect_is_read_off_the_curve(monkeypatch):
+def test_expected_bpb_is_interpolated(monkeypatch):
     monkeypatch.setitem(PRESETS, "mine", Preset("", 512, {}, ((1.0, 2.0), (3.0, 1.0))))
     assert [presets.expected_bpb("mine", minutes) for minutes in (0.5, 1, 2, 3, 9)] == [None, 2.0, 1.5, 1.0, 1.0]
     assert presets.expected_bpb("", 2) is None
 
 
-def test_help_lists_them(capsys):
+def test_help_lists_presets(capsys):
     with pytest.raises(SystemExit):
         train = importlib.import_module("train")
         cli.parse_settings(vars(train), ["--help"], presets=KNOWN, epilog=presets.presets_table())
@@ -46,7 +46,7 @@ def test_help_lists_them(capsys):
     assert all(f"  {name} " in shown for name in PRESETS) and "--dim 128 --n_layers 4" in shown
 
 
-def test_training_says_how_the_preset_did(run_in_process, project, monkeypatch, capsys):
+def test_training_reports_the_preset_result(run_in_process, project, monkeypatch, capsys):
     tiny = dict(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, max_seq_len=32, batch_size=2, max_iters=4, eval_interval=2,
                 sample_tokens=0, compile=False)
     monkeypatch.setitem(PRESETS, "mine", Preset("", 512, tiny, ((0.0, 1.25), (9.0, 1.25))))

@@ -1,4 +1,4 @@
-"""Resume, start over or begin with a checkpoint: what is checked, and what is kept of an old run."""
+"""Resume, start over or start from a checkpoint: checks, and the archive of an old run."""
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,14 @@ def test_all_problems_are_reported_at_once(train_small):
 @pytest.mark.parametrize("shape, says", [
     ({"n_layers": 2**31 - 1}, "n_layers must be"), ({"dim": 2 * 10**9, "n_heads": 10**8}, "not enough memory"),
     ({"hidden_dim": 2**31 - 1, "dim": 2 * 10**9, "n_heads": 10**8}, "not enough memory")])
-def test_a_model_for_no_machine_is_refused_at_once(train_small, shape, says):
+def test_huge_model_is_refused_at_once(train_small, shape, says):
     with pytest.raises(UserError, match=says):
         train_small("out", "--n_kv_heads", 1, *(word for name, value in shape.items() for word in (f"--{name}", value)))
     assert not Path("out").exists()
 
 
-def test_only_the_files_of_a_run_are_put_aside(train_small):
-    """A model that convert.py put into the folder is not one of them."""
+def test_only_files_of_a_run_are_archived(train_small):
+    """Other files in the folder, such as a converted model, stay."""
     Path("out").mkdir()
     Path("out/smol.pt").write_bytes(b"a model")
     Path("out/notes.txt").write_text("mine", encoding="utf-8")
@@ -39,18 +39,18 @@ def test_only_the_files_of_a_run_are_put_aside(train_small):
     assert {path.name for path in Path("out/old-1").iterdir()} >= {"last.pt", "ckpt.pt", "log.jsonl", "clock.jsonl"}
 
 
-def test_a_finished_run_says_how_to_resume_it(train_small, run_in_process, capsys):
+def test_finished_run_names_the_command(train_small, run_in_process, capsys):
     train_small("out", "--max_iters", 2, "--learning_rate", 0.001)
     run_in_process("train", "--init_from", "resume", "--out_dir", "out")
     printed = capsys.readouterr().out
     assert "resume:     python train.py --init_from resume --out_dir out --max_iters 4\n" in printed
 
 
-def test_a_missing_run_is_reported_with_a_command(run_in_process):
+def test_missing_run_names_the_command(run_in_process):
     with pytest.raises(UserError, match="no checkpoint at .*mine.last.pt\n.*\n *start over: python train.py"):
         run_in_process("train", "--init_from", "resume", "--out_dir", "runs/mine")
 
 
-def test_scratch_says_that_it_begins_each_time(train_small, capsys):
+def test_scratch_warns_that_it_starts_over(train_small, capsys):
     train_small("out", "--max_iters", 1, "--init_from", "scratch")
     assert "--init_from resume resumes this run" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a run refuses to save, explains, locks, archives and restores."""
+"""A run: non-finite numbers, memory errors, locks and old versions."""
 import hashlib
 import json
 import math
@@ -22,7 +22,7 @@ from tinyllm.run import TrainState
 
 def run_after_steps(losses: list[float], norms: list[float] | None = None, scale: float | None = None
                     ) -> SimpleNamespace:
-    """The parts of a run that read_pending_metrics reads, after a step for each loss."""
+    """Return a run as read_pending_metrics needs it, after one step for each loss."""
     scaler = SimpleNamespace(is_enabled=lambda: scale is not None, get_scale=lambda: scale)
     pairs = zip(losses, norms or [1.0] * len(losses))
     return SimpleNamespace(
@@ -33,18 +33,18 @@ def run_after_steps(losses: list[float], norms: list[float] | None = None, scale
 
 
 @pytest.mark.parametrize("losses, norms", [([3.0, math.nan, 2.0, 2.0], None), ([3.0, 3.0, 2.0], [1, math.inf, 1])])
-def test_the_first_step_that_is_not_finite_is_named(losses, norms):
+def test_first_non_finite_step_is_named(losses, norms):
     with pytest.raises(UserError, match="step 2: .*\n.*resume from step 0 "):
         stops.read_pending_metrics(run_after_steps(losses, norms))
 
 
-def test_a_scaler_has_its_chance_before_the_run_stops():
+def test_scaler_may_skip_before_the_run_stops():
     assert stops.read_pending_metrics(run_after_steps([3.0, 2.0], [math.inf, math.inf], scale=64.0)) == [2.0, math.inf]
     with pytest.raises(UserError, match="step 1"):
         stops.read_pending_metrics(run_after_steps([3.0, 2.0], [math.inf, math.inf], scale=0.5))
 
 
-def test_a_step_between_two_lines_of_the_log_is_named(train_small, monkeypatch):
+def test_step_between_log_lines_is_named(train_small, monkeypatch):
     step = train.train_step
 
     def nan_at_step_5(run, batches):
@@ -56,8 +56,8 @@ def test_a_step_between_two_lines_of_the_log_is_named(train_small, monkeypatch):
     assert load_state("out")["iter_num"] == 4
 
 
-def test_fields_and_log_entries_of_older_versions_are_still_read(train_small):
-    """Loss spikes were once detected, from averages in the state, and logged."""
+def test_older_versions_are_readable(train_small):
+    """Older versions logged loss spikes and stored averages in the state."""
     train_small("out", "--max_iters", 4)
     spike = {"iter": 4, "jump": 9.0, "usual": 3.0, "windows": [24, 31]}
     log = Path("out/log.jsonl").read_text(encoding="utf-8") + json.dumps(spike) + "\n"
@@ -71,7 +71,7 @@ def test_fields_and_log_entries_of_older_versions_are_still_read(train_small):
     assert spike in read_log("out") and not list(Path("out").glob("log.damaged*"))
 
 
-def test_weights_that_are_not_finite_are_not_saved(train_small, monkeypatch):
+def test_non_finite_weights_are_not_saved(train_small, monkeypatch):
     train_small("out", "--max_iters", 4, "--eval_interval", 2)
     before = {name: Path("out", name).read_bytes() for name in ("last.pt", "ckpt.pt")}
     step = train.train_step
@@ -87,7 +87,7 @@ def test_weights_that_are_not_finite_are_not_saved(train_small, monkeypatch):
     assert before == {name: Path("out", name).read_bytes() for name in before}
 
 
-def test_a_run_that_needs_too_much_memory_resumes_with_smaller_micro_batches(train_small, monkeypatch):
+def test_out_of_memory_names_smaller_micro_batches(train_small, monkeypatch):
     train_small("out", "--max_iters", 4)
     forward = Transformer.forward
 
@@ -104,21 +104,21 @@ def test_a_run_that_needs_too_much_memory_resumes_with_smaller_micro_batches(tra
 
 # ---- one process at a time ----------------------------------------------------------------------
 
-def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(project):
+def test_lock_refuses_a_second_process_and_ends_with_it(project):
     command = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(project), "--out_dir", "out", *TINY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
         next(line for line in first.stdout if line.startswith("step 2"))
         second = run_captured("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2)
         assert_user_error(second, "another process is writing to", "out")
         first.kill()
-        first.stdout.read()             # up to its end: on Windows, what was begun is the parent of the process itself
+        first.stdout.read()             # until it ends: on Windows, Popen starts a parent of the process
     with folder_lock("out"):
         pass
 
 
 @pytest.fixture(params=["here", "Windows"])
 def locks(request, monkeypatch):
-    """The locks of this system, and on Linux and macOS also those of Windows, of a file."""
+    """The locks of this system, and on Linux and macOS also the file locks of Windows."""
     if request.param == "Windows":
         fcntl = pytest.importorskip("fcntl")
         how = fcntl.LOCK_EX | fcntl.LOCK_NB
@@ -127,7 +127,7 @@ def locks(request, monkeypatch):
         monkeypatch.setattr(files, "msvcrt", msvcrt, raising=False)
 
 
-def test_locks_are_for_one_folder_each_and_leave_nothing_of_their_own(locks):
+def test_locks_are_per_folder_and_leave_no_files(locks):
     with folder_lock("a/b"), folder_lock("c"):
         with pytest.raises(UserError, match="another process"), folder_lock("c"):
             pass
@@ -141,7 +141,7 @@ def test_locks_are_for_one_folder_each_and_leave_nothing_of_their_own(locks):
     {"optimizer": []}, {"optimizer": {}},
     {"scaler": {"scale": 1}, "rng": {}}, {"rng": {"cpu": 3, "cuda": []}}, {"config": {"batch_size": "four"}},
     {"format": 99}, {"model_args": {"dim": 10**12}}, {"model_args": {"n_layers": 10**9}}])
-def test_a_state_of_another_version_is_one_clear_line(train_small, change):
+def test_other_version_is_a_user_error(train_small, change):
     train_small("out", "--max_iters", 2)
     saved = load_state("out")
     for key, value in change.items():
@@ -153,7 +153,7 @@ def test_a_state_of_another_version_is_one_clear_line(train_small, change):
     assert Path("out/last.pt").read_bytes() == before
 
 
-def test_settings_of_the_optimizer_may_change_while_a_run_goes_on(train_small):
+def test_optimizer_settings_may_change_on_resume(train_small):
     train_small("out", "--max_iters", 2)
     train_small("out", "--max_iters", 4, "--init_from", "resume", "--weight_decay", 0.7)
     assert load_state("out")["optimizer"][0]["param_groups"][0]["weight_decay"] == 0.7

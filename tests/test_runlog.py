@@ -1,4 +1,4 @@
-"""The log of a run, and the archive of an old run, whenever a kill comes."""
+"""The log of a run, and the archive of an old run after a kill at any point."""
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +36,8 @@ def contents(folder: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("n_moves", range(5))
-def test_an_archive_that_was_killed_is_finished(monkeypatch, n_moves):
-    """Three files, the folder, and the new checkpoint: each may be the one that a kill stops."""
+def test_interrupted_archive_is_finished(monkeypatch, n_moves):
+    """A kill may stop the move of each of three files, the folder or the new checkpoint."""
     write_folder(last_pt="old", ckpt_pt="best", log_jsonl="log", new_pt="new", notes_txt="mine")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(runlog, "atomic_replace", die_after(n_moves))
@@ -49,7 +49,7 @@ def test_an_archive_that_was_killed_is_finished(monkeypatch, n_moves):
 
 
 @pytest.mark.parametrize("old", ["last_pt", "ckpt_pt"])
-def test_a_new_checkpoint_is_deleted_while_the_old_run_is_in_place(old):
+def test_new_checkpoint_is_deleted_beside_the_old_run(old):
     write_folder(**{old: "old", "new_pt": "new"})
     runlog.finish_archive("out")
     assert list(contents("out").values()) == ["old"] and not Path("out/old-1").exists()
@@ -61,7 +61,7 @@ def test_a_new_checkpoint_alone_is_the_run():
     assert contents("out") == {"last.pt": "new"}
 
 
-def test_a_first_save_that_fails_leaves_the_old_run_where_it_is(train_small, monkeypatch):
+def test_failed_first_save_keeps_the_old_run(train_small, monkeypatch):
     train_small("out", "--max_iters", 2)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
 
@@ -73,8 +73,8 @@ def test_a_first_save_that_fails_leaves_the_old_run_where_it_is(train_small, mon
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(train_small, monkeypatch, capsys):
-    """Also when it begins with the weights of the old one, which are in another place then."""
+def test_kill_after_archiving_keeps_the_new_run(train_small, monkeypatch, capsys):
+    """Includes a run that starts from the old run's weights, which the archive has moved."""
     command = ["out", "--max_iters", 2, "--init_from", "out/last.pt"]
     train_small("out", "--max_iters", 2)
     train_small("whole", "--max_iters", 2, "--init_from", "out/last.pt")
@@ -89,7 +89,7 @@ def test_a_kill_after_the_old_run_was_put_aside_leaves_the_new_one(train_small, 
     assert_same(load_state("out")["model"], load_state("whole")["model"])
 
 
-def test_a_damaged_log_is_put_aside(train_small, capsys):
+def test_damaged_log_is_renamed(train_small, capsys):
     train_small("out", "--max_iters", 4)
     lines = Path("out/log.jsonl").read_text(encoding="utf-8").replace('"loss": ', '"loss": 1', 1)
     Path("out/log.jsonl").write_text(lines, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Step 4: what a user sees, from Python and from the command line."""
+"""Step 4, from Python and from the command line."""
 import ast
 import inspect
 import io
@@ -22,14 +22,14 @@ from tinyllm.files import file_lock
 
 
 def fake_engine(monkeypatch, generator, *rows):
-    """Have the engine yield these tokens, one list for each text."""
+    """Make the engine yield these tokens, one list for each text."""
     size = generator.tokenizer.n_words
     steps = [DecodeStep([row[i] if i < len(row) else None for row in rows], torch.zeros(len(rows), size))
              for i in range(max(map(len, rows)))]
     monkeypatch.setattr(generator.engine, "generate", lambda *args: iter(steps))
 
 
-def test_samples_are_texts_that_begin_with_the_prompt(ckpt):
+def test_samples_start_with_the_prompt(ckpt):
     generator = TextGenerator(ckpt)
     texts = generator.sample("Once upon a time", num_samples=3, max_new_tokens=40)
     assert len(texts) == 3 and all(text.startswith("Once upon a time") for text in texts) and len(set(texts)) == 3
@@ -39,8 +39,8 @@ def test_samples_are_texts_that_begin_with_the_prompt(ckpt):
     assert generator.sample("Once upon a time", 1, 40) == texts[:1]     # alone as in company
 
 
-def test_the_settings_block_is_the_one_definition_of_the_defaults():
-    """tinyllm/generator.py has none, and every default of the subclass is the setting of that name."""
+def test_settings_block_defines_all_defaults():
+    """tinyllm/generator.py has no defaults, and every default of the subclass is the setting of that name."""
     old_names = {"start": "prompt", "tokenizer_model_path": "tokenizer"}
     for method in ("__init__", "sample", "stream", "generate"):
         defaults = {name: parameter.default for name, parameter
@@ -51,7 +51,7 @@ def test_the_settings_block_is_the_one_definition_of_the_defaults():
     assert base["temperature"].default is inspect.Parameter.empty
 
 
-def test_grow_is_generate_by_its_old_names(ckpt):
+def test_grow_is_an_alias_of_generate(ckpt):
     generator = TextGenerator(ckpt)
     tokenizer = generator.tokenizer
     prompt_ids = [tokenizer.encode_prompt("The dog"), tokenizer.encode_prompt("A cat")]
@@ -74,7 +74,7 @@ def test_greedy_needs_no_seed(ckpt):
     assert generator.sample("The", 1, 20, 0) == generator.sample("The", 1, 20, 1.0, top_k=1)
 
 
-def test_the_stream_is_the_sample_in_whole_characters(byte_checkpoint):
+def test_stream_yields_whole_characters(byte_checkpoint):
     generator = TextGenerator(byte_checkpoint)
     want = generator.sample("你好", 3, 120, 1.5, top_k=0)
     done = [Completion("你好") for _ in range(3)]
@@ -86,7 +86,7 @@ def test_the_stream_is_the_sample_in_whole_characters(byte_checkpoint):
     assert "".join(streamed) == want[0] and all(streamed) and streamed[0] == "你好"
 
 
-def test_a_character_of_several_tokens_comes_whole(byte_checkpoint, monkeypatch):
+def test_characters_of_several_tokens_are_whole(byte_checkpoint, monkeypatch):
     generator = TextGenerator(byte_checkpoint)
     ids = generator.tokenizer.encode("好😀!")[1:]       # without the space in front
     assert len(ids) == 3 + 4 + 1
@@ -96,7 +96,7 @@ def test_a_character_of_several_tokens_comes_whole(byte_checkpoint, monkeypatch)
     assert "".join(generator.stream("x", 9)) == "x\ufffd\ufffd"
 
 
-def test_stories_end_where_the_model_ends_them(ckpt, monkeypatch):
+def test_stories_end_at_eos(ckpt, monkeypatch):
     generator = TextGenerator(ckpt)
     eos = torch.tensor(generator.tokenizer.eos_id)
     monkeypatch.setattr(generator.engine, "output", lambda x: 99.0 * (
@@ -105,8 +105,8 @@ def test_stories_end_where_the_model_ends_them(ckpt, monkeypatch):
     assert [one.stop_reason for one in generator.completions(["a", "b"])] == ["eos"] * 2
 
 
-def test_a_stop_text_ends_a_story_and_is_not_shown(byte_checkpoint, monkeypatch):
-    """Also when it comes in several tokens, and when what looked like its beginning was none."""
+def test_stop_text_is_not_shown(byte_checkpoint, monkeypatch):
+    """Includes stop texts of several tokens and partial matches."""
     generator = TextGenerator(byte_checkpoint)
     ids = generator.tokenizer.encode("a cab ca. cat b")
     assert len(ids) > 6
@@ -122,7 +122,7 @@ def test_a_stop_text_ends_a_story_and_is_not_shown(byte_checkpoint, monkeypatch)
 
 
 @torch.no_grad()
-def test_completions_tell_what_happened(ckpt):
+def test_completions(ckpt):
     generator = TextGenerator(ckpt, dtype="float32")
     prompts = ["Once upon a time", "", "The dog and the cat went out to play. They"]
     done = generator.completions(prompts, 12, temperature=1.0)
@@ -138,8 +138,8 @@ def test_completions_tell_what_happened(ckpt):
     assert generator.completions(prompts[1:2], 12, temperature=1.0, rows=[1])[0].tokens == done[1].tokens
 
 
-def test_a_text_is_scored_as_an_evaluation_scores_it(ckpt, project):
-    """Over the whole val split, by documents."""
+def test_score_equals_evaluation(ckpt, project):
+    """Compare over the full val split, document by document."""
     state = checkpoint.load_checkpoint(ckpt)
     vocabulary = checkpoint.build_tokenizer(state)
     data = shards.load_shards(project / "tok512", vocabulary.sha256)
@@ -177,7 +177,7 @@ def test_tokens_are_listed_with_their_probability(ckpt):
     assert len(shown) == 1 + len(TextGenerator(ckpt).completions(["The dog"], 6)[0].tokens)
 
 
-def test_how_stories_are_shown(ckpt):
+def test_story_format(ckpt):
     command = ["sample", "--checkpoint", ckpt, "--prompt", "The dog", "--max_new_tokens", "20", "--num_samples", "2"]
     plain = run_captured(*command).stdout
     assert run_captured(*command, "--stream", "False").stdout == plain
@@ -185,10 +185,10 @@ def test_how_stories_are_shown(ckpt):
     assert run_captured(*command, "--quantize", "int8").stdout.count("The dog") == 2
 
 
-def test_texts_of_any_language_can_be_read_in_the_output_file(ckpt):
+def test_output_file_keeps_any_language_readable(ckpt):
     prompts = ["从前，", "line\u2028separator\x85"]
     Path("in.txt").write_text("\n".join(prompts), encoding="utf-8")
-    for _ in range(2):                      # and it goes on
+    for _ in range(2):                      # the second run has nothing to do
         result = run_captured("sample", "--checkpoint", ckpt, "--input_file", "in.txt", "--output_file", "out.jsonl",
                               "--max_new_tokens", 3)
         assert result.returncode == 0, result.stderr
@@ -196,8 +196,8 @@ def test_texts_of_any_language_can_be_read_in_the_output_file(ckpt):
     assert "从前，" in text and [json.loads(line)["prompt"] for line in text.splitlines()] == prompts
 
 
-def test_a_text_is_scored_as_texts_of_a_training_are_read(ckpt):
-    """Without white space around it; and characters of several tokens are shown whole."""
+def test_score_strips_white_space(ckpt):
+    """White space around the text is stripped, and characters of several tokens are shown whole."""
     for name, text in ("a.txt", "Once 天 upon"), ("b.txt", "\n Once 天 upon\n"):
         Path(name).write_text(text, encoding="utf-8")
     one, two = (run_captured("sample", "--checkpoint", ckpt, "--score", name).stdout for name in ("a.txt", "b.txt"))
@@ -244,7 +244,7 @@ def test_an_interrupted_output_file_is_completed(output_file_command):
 @pytest.mark.parametrize("content, message", [
     ("my notes, on one line", "other prompts"), ("my notes\n", "not from this command"),
     ('{"prompt": "Another"}\n', "other prompts")])
-def test_a_file_that_is_no_output_file_of_these_prompts_is_refused(output_file_command, content, message):
+def test_unrelated_output_file_is_refused(output_file_command, content, message):
     Path("out.jsonl").write_text(content, encoding="utf-8")
     assert_user_error(run_captured(*output_file_command), "out.jsonl", message)
     assert Path("out.jsonl").read_text(encoding="utf-8") == content
@@ -261,8 +261,8 @@ def test_an_output_file_is_locked(output_file_command):
         assert_user_error(run_captured(*output_file_command), "another process is writing to", "out.jsonl")
 
 
-def test_taking_turns(ckpt, monkeypatch):
-    """The second answer goes on the first; /clear begins anew; mistakes end nothing."""
+def test_interactive(ckpt, monkeypatch):
+    """The second answer continues the dialogue; /clear starts over; errors do not end the session."""
     lines = ["/set temperature 0", "/set top_p 7", "The dog", "/set top_p 1", "/set nothing 3", "/set top_k x",
              "The dog", " and", "", "/clear", "The dog", "/what", "/exit", "never"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()), encoding="utf-8"))
@@ -279,7 +279,7 @@ def test_taking_turns(ckpt, monkeypatch):
     assert "temperature = 0.0" in result.stdout and "/clear   " in result.stdout
 
 
-def test_a_line_that_is_no_text_does_not_end_the_turns(ckpt, monkeypatch):
+def test_invalid_line_does_not_end_interactive_mode(ckpt, monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"/set temperature 0\na\xff\nThe dog\n"), encoding="utf-8", errors="strict")
     monkeypatch.setattr(sys, "stdin", typed)
     result = run_captured("sample", "--checkpoint", ckpt, "--interactive", "--max_new_tokens", "8", "--device", "cpu")
@@ -287,8 +287,8 @@ def test_a_line_that_is_no_text_does_not_end_the_turns(ckpt, monkeypatch):
     assert TextGenerator(ckpt).sample("The dog", 1, 8, temperature=0)[0].removeprefix("The dog") in result.stdout
 
 
-def test_no_texts_ask_nothing_of_the_engine(ckpt, monkeypatch):
-    """/set tries a value so; it is not the time to compile anything."""
+def test_empty_list_does_not_run_the_engine(ckpt, monkeypatch):
+    """/set validates a value this way, which must not compile anything."""
     generator = TextGenerator(ckpt)
     monkeypatch.setattr(generator.engine, "generate", lambda *args: pytest.fail("asked"))
     assert generator.completions([]) == []
@@ -296,7 +296,7 @@ def test_no_texts_ask_nothing_of_the_engine(ckpt, monkeypatch):
         generator.completions([], top_p=7)
 
 
-def test_longer_than_the_window_is_said_once(byte_checkpoint, capsys, monkeypatch):
+def test_full_context_is_reported_once(byte_checkpoint, capsys, monkeypatch):
     generator = TextGenerator(byte_checkpoint)
     for count, notes in ((256, 0), (257, 1), (270, 0)):             # the last token is not read any more
         fake_engine(monkeypatch, generator, [97] * count)
@@ -304,7 +304,7 @@ def test_longer_than_the_window_is_said_once(byte_checkpoint, capsys, monkeypatc
         assert capsys.readouterr().err.count("note: the model sees 256 tokens") == notes
 
 
-def test_what_is_no_text_is_refused(ckpt):
+def test_invalid_text_is_refused(ckpt):
     generator = TextGenerator(ckpt)
     with pytest.raises(UserError, match="not UTF-8"):
         generator.completions(["fine", "\ud800"])
@@ -318,7 +318,7 @@ def test_what_is_no_text_is_refused(ckpt):
     ({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_p": 0}, "top_p"),
     ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"max_new_tokens": -1}, "max_new_tokens"),
     ({"min_p": 1.1}, "min_p"), ({"repetition_penalty": 0}, "repetition_penalty"), ({"num_samples": 0}, "num_samples")])
-def test_settings_out_of_range(ckpt, options, message):
+def test_out_of_range_settings_are_refused(ckpt, options, message):
     with pytest.raises(UserError, match=message):
         TextGenerator(ckpt).sample("x", **options)
 
@@ -331,7 +331,7 @@ def test_another_vocabulary_is_refused(ckpt, project):
     assert TextGenerator(ckpt, project / "tok512.model").sample("a", 1, 3)
 
 
-def test_stdout_holds_the_stories_and_nothing_else(ckpt):
+def test_stdout_holds_only_stories(ckpt):
     result = run_subprocess("sample", "--checkpoint", ckpt, "--prompt", "One day, Lily met a Shoggoth",
                             "--num_samples", "3", "--max_new_tokens", "20", "--device", "cpu")
     assert result.returncode == 0, result.stderr
@@ -350,7 +350,7 @@ def test_a_prompt_from_a_file(ckpt):
     assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--prompt", "FILE:nowhere.txt"), "nowhere.txt")
 
 
-def test_mistakes_are_one_clear_line(ckpt, tmp_path):
+def test_errors(ckpt, tmp_path):
     assert_user_error(run_captured("sample"), "no checkpoint", "python train.py")
     Path("junk.pt").write_bytes(b"junk")
     assert_user_error(run_captured("sample", "--checkpoint", "junk.pt"), "junk.pt", "damaged")

@@ -1,4 +1,4 @@
-"""How a token is chosen: the right distribution, exact filters."""
+"""Sampling: the distribution of tokens, and exact filters."""
 import math
 
 import pytest
@@ -31,7 +31,7 @@ def test_top_k_is_exact_under_ties():
     assert set(draw([1.0, 3.0, 2.0], 200, top_k=1)) == {1} and set(draw([1.0, 1.0, 1.0], 200, top_k=99)) == {0, 1, 2}
 
 
-def test_top_p_keeps_the_fewest_that_reach_it():
+def test_top_p_keeps_the_smallest_set():
     logits = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
     assert set(draw(logits, 500, top_p=0.45)) == {0} and set(draw(logits, 500, top_p=0.55)) == {0, 1}
     assert set(draw(logits, 500, top_p=0.81)) == {0, 1, 2} and set(draw(logits, 2000, top_p=1.0)) == {0, 1, 2, 3}
@@ -46,20 +46,20 @@ def test_temperature():
     assert set(draw(logits, 300, temperature=1e6)) == {0, 1, 2}
 
 
-def test_min_p_keeps_what_has_its_share_of_the_likeliest():
+def test_min_p_is_relative_to_the_top_token():
     logits = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
     assert set(draw(logits, 2000, min_p=0.05)) == {0, 1, 2, 3} and set(draw(logits, 1000, min_p=0.2)) == {0, 1, 2}
     assert set(draw(logits, 500, min_p=0.59)) == {0, 1} and set(draw(logits, 200, min_p=1.0)) == {0}
 
 
-def test_repetition_makes_old_tokens_less_likely():
+def test_repetition_penalty():
     assert draw([1.0, 0.9, -1.0], 1, temperature=0, occurred=[0], repetition_penalty=1.2) == [1]
     assert draw([1.0, 0.9, -1.0], 1, temperature=0, occurred=[0], repetition_penalty=1.1) == [0]
     assert draw([-1.0, -1.1], 1, temperature=0, occurred=[0, 0], repetition_penalty=1.2) == [1]    # once, however often
     assert draw([1.0, 0.9, -1.0], 1, temperature=0, occurred=[], repetition_penalty=9.0) == [0]
 
 
-def test_filters_apply_to_each_row_by_itself():
+def test_filters_apply_per_row():
     logits = torch.tensor([[5.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]).repeat(500, 1)
     noise = torch.empty(1000, 4).exponential_(generator=torch.Generator().manual_seed(5))
     found = sample_token(logits, SamplingParams(top_p=0.9), noise)

@@ -27,7 +27,7 @@ def test_a_signal_saves_and_prints_how_to_resume(project, number):
     assert read_log("out")[-1]["iter"] == load_state("out")["iter_num"]
 
 
-def test_closed_streams_are_no_error(project):
+def test_closed_streams(project):
     def learn(*args):
         command = [sys.executable, ROOT / "train_vocab.py", "--data", project / "stories.jsonl", "--data_dir", "d",
                    *args]
@@ -79,7 +79,7 @@ def test_a_closed_terminal_saves(project):
 
 
 def test_a_closed_pipe_stops_the_run(project):
-    """As `| head` closes it; the finished steps are saved."""
+    """`| head` closes the pipe; train.py saves the finished steps."""
     process = start_script("train", "--data_dir", project, "--out_dir", "out", *TINY, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE)
     next(line for line in process.stdout if line.startswith("step 3 "))
@@ -89,7 +89,7 @@ def test_a_closed_pipe_stops_the_run(project):
 
 
 def test_nohup_ignores_a_closed_terminal(project):
-    """It starts its processes with SIGHUP ignored."""
+    """nohup starts processes with SIGHUP ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         process = start_script("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 30,

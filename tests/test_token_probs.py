@@ -1,4 +1,4 @@
-"""What shows how likely the model found each token: the page, and the lines in the terminal."""
+"""Token probabilities: the HTML page and the terminal output."""
 import errno
 import math
 import os
@@ -26,7 +26,7 @@ EVIL = '<script>alert(1)</script> "two"  & \'one\'\n&lt; \u732b \U0001f600'
 
 
 class Page(HTMLParser):
-    """The stories of a page: text, and of each token its text, kind and tip. And all tags and attributes."""
+    """Parser of a page: its stories, the text, kind and tooltip of each token, all tags and attributes."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -62,7 +62,7 @@ def page_of(path: Path, *args) -> Page:
     return Page(Path("new/folder/page.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_has_the_stories_and_what_was_read_of_each_token(byte_checkpoint):
+def test_page_has_stories_and_token_probabilities(byte_checkpoint):
     page, generator = page_of(byte_checkpoint, "--prompt", EVIL, "--num_samples", 2), TextGenerator(byte_checkpoint)
     done, head = generator.completions([EVIL] * 2, 30), generator.tokenizer.encode_prompt(EVIL)
     assert page.stories == [escape_control_chars(EVIL + one.text) for one in done] and done[0].text != done[1].text
@@ -80,7 +80,7 @@ def test_the_page_has_the_stories_and_what_was_read_of_each_token(byte_checkpoin
         assert [text for text, _, _ in found if "\u732b" in text] == ["\u732b"]     # once, though it is three tokens
 
 
-def test_without_echo_the_page_has_no_prompt(byte_checkpoint):
+def test_page_without_echo_has_no_prompt(byte_checkpoint):
     page = page_of(byte_checkpoint, "--prompt", EVIL, "--no_echo")
     assert page.stories == [escape_control_chars(TextGenerator(byte_checkpoint).completions([EVIL], 30)[0].text)]
     assert len(page.tokens[0]) == 30
@@ -96,7 +96,7 @@ def test_nothing_in_the_page_is_executed_or_fetched(byte_checkpoint):
     assert not re.search(r"url\(|@import|https?:", source)
 
 
-def test_what_appears_beside_a_token_cannot_leave_its_attribute():
+def test_attributes_are_escaped():
     source = '<p class="story">' + token_span("x", Token('">\u2581<b>', -1.0, [('" onfocus="a()', 0.5)])) + "</p>"
     page = Page(source)
     assert page.tags == {"p", "span"} and {name for name, _ in page.attributes} == {"class", "tabindex", "data-tip"}
@@ -115,7 +115,7 @@ def test_average_and_colours(byte_checkpoint):
     assert [kinds for _, kinds, _ in Page(source).tokens[0]] == [[f"p{level}"] for level in range(len(chances))]
 
 
-def test_what_ends_a_story_has_a_place_but_no_text(byte_checkpoint):
+def test_end_token_has_no_text(byte_checkpoint):
     generator, one = TextGenerator(byte_checkpoint), Completion("", text="ab", stop_reason="stop")
     one.tokens = generator.tokenizer.encode("abc")
     one.logprobs = [-1.0] * len(one.tokens)
@@ -123,7 +123,7 @@ def test_what_ends_a_story_has_a_place_but_no_text(byte_checkpoint):
     assert page.stories == ["ab"] and len(page.tokens[0]) == len(one.tokens)
 
 
-def test_the_first_token_has_no_probability_where_nothing_is_before_it(byte_checkpoint):
+def test_first_token_without_bos_has_no_probability(byte_checkpoint):
     generator, one = TextGenerator(byte_checkpoint), Completion("abc" + EVIL, text="\nab")
     generator.tokenizer.bos_id = -1
     one.tokens, one.logprobs = generator.tokenizer.encode("x\nab")[-2:], [-1.0] * 2
@@ -132,7 +132,7 @@ def test_the_first_token_has_no_probability_where_nothing_is_before_it(byte_chec
     assert len(page.tokens[0]) == len(ids) - 1 + 2
 
 
-def test_a_character_of_several_tokens_is_with_the_last(byte_checkpoint):
+def test_character_is_shown_at_its_last_token(byte_checkpoint):
     tokenizer = TextGenerator(byte_checkpoint).tokenizer
     head = tokenizer.encode_prompt("a")
     ids = tokenizer.encode_prompt("a\u732bb")[len(head):]
@@ -141,7 +141,7 @@ def test_a_character_of_several_tokens_is_with_the_last(byte_checkpoint):
 
 
 @pytest.mark.parametrize("given, listed", [([], True), (["True"], True), (["False"], False), (["perhaps"], None)])
-def test_only_a_name_makes_a_page(byte_checkpoint, given, listed):
+def test_page_needs_a_file_name(byte_checkpoint, given, listed):
     command = ["sample", "--checkpoint", byte_checkpoint, "--prompt", "ab", "--max_new_tokens", 5]
     result = run_captured(*command, "--show_probs", *given)
     if listed is None:
@@ -151,7 +151,7 @@ def test_only_a_name_makes_a_page(byte_checkpoint, given, listed):
         assert listed or result.stdout == run_captured(*command).stdout
 
 
-def test_a_full_disk_leaves_the_old_page_and_the_story_is_printed(byte_checkpoint, monkeypatch):
+def test_full_disk_keeps_the_old_page(byte_checkpoint, monkeypatch):
     Path("page.html").write_text("old", encoding="utf-8")
 
     def full(_):
@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_old_page_and_the_story_is_printed(byte_checkpoin
     assert [path.name for path in Path().iterdir()] == ["page.html"] and Path("page.html").read_text() == "old"
 
 
-def test_beyond_the_window_no_alternatives_are_listed(byte_checkpoint, monkeypatch, capsys):
+def test_no_alternatives_beyond_the_context(byte_checkpoint, monkeypatch, capsys):
     generator, one = TextGenerator(byte_checkpoint), Completion("")
     one.tokens, one.logprobs = [97] * 264, [-1.0] * 264
     cfg = SimpleNamespace(echo=True, show_probs=True)

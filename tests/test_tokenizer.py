@@ -1,4 +1,4 @@
-"""The vocabulary loses nothing, keeps Llama 2's layout, and leaves foreign models as they are."""
+"""The tokenizer is lossless, has Llama 2's layout and does not change foreign models."""
 import io
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def vocabulary():
 
 @pytest.fixture(scope="module")
 def foreign():
-    """A model as SentencePiece makes it by default, as Llama 2's is in what matters here."""
+    """A model with SentencePiece's defaults, which is like Llama 2's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(STORIES), model_writer=model, model_type="bpe",
                                              vocab_size=500, byte_fallback=True, minloglevel=2)
@@ -37,14 +37,14 @@ def foreign():
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_hard_texts_come_back(vocabulary, text):
+def test_hard_texts_round_trip(vocabulary, text):
     assert vocabulary.decode(vocabulary.encode(text)) == text
     assert vocabulary.decode(vocabulary.encode(text, bos=True, eos=True)) == text
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
 @given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(f" {SPACE_MARK}\n\tthe<>"))))
-def test_every_text_comes_back(vocabulary, text):
+def test_any_text_round_trips(vocabulary, text):
     assert vocabulary.decode(vocabulary.encode(text)) == text
 
 
@@ -54,14 +54,14 @@ def test_ids_have_the_layout_of_llama_2(vocabulary):
     assert [vocabulary.id_to_piece(3 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def test_bos_and_eos_only_where_asked_for(vocabulary):
+def test_bos_and_eos_only_on_request(vocabulary):
     plain = vocabulary.encode("Once upon a time")
     assert vocabulary.encode("Once upon a time", bos=True) == [1, *plain]
     assert vocabulary.encode("Once upon a time", eos=True) == [*plain, 2]
     assert vocabulary.encode("<s>") != [1] and not {1, 2} & set(vocabulary.encode("<s> </s>"))
 
 
-def test_newline_and_digits_stand_alone(vocabulary):
+def test_newline_and_digits_are_single_tokens(vocabulary):
     pieces = [vocabulary.id_to_piece(i) for i in range(259, vocabulary.n_words)]
     assert "\n" in pieces and not [p for p in pieces if len(p) > 1 and ("\n" in p or any(c.isdigit() for c in p))]
     assert [vocabulary.id_to_piece(i) for i in vocabulary.encode("a\n\nb")][-3:-1] == ["\n", "\n"]
@@ -72,7 +72,7 @@ def test_no_piece_crosses_a_word_border(vocabulary):
     assert not [piece for piece in pieces if SPACE_MARK in piece]
 
 
-def test_newline_is_known_even_where_the_text_has_none():
+def test_newline_is_always_in_the_vocabulary():
     vocabulary = learn_tokenizer(["one two three"] * 3, 400)
     assert vocabulary.is_lossless and vocabulary.decode(vocabulary.encode("a\nb")) == "a\nb"
 
@@ -88,12 +88,12 @@ def test_a_small_text_shrinks_the_vocabulary():
 
 
 def test_long_documents_are_not_skipped():
-    """SentencePiece's own default leaves out what is longer than 4192 bytes."""
+    """SentencePiece's default skips texts longer than 4192 bytes."""
     vocabulary = learn_tokenizer(["a b c", "zebra " * 3000], 300)
     assert "zebra" in {vocabulary.id_to_piece(i).lstrip(SPACE_MARK) for i in range(vocabulary.n_words)}
 
 
-def test_more_characters_than_room_become_bytes():
+def test_rare_characters_become_bytes():
     text = "".join(chr(0x4E00 + i) for i in range(2000)) + "天地" * 50
     vocabulary = learn_tokenizer([text], 600)
     assert vocabulary.n_words == 600 and vocabulary.decode(vocabulary.encode(text)) == text
@@ -105,7 +105,7 @@ def test_training_is_deterministic(vocabulary):
 
 
 @pytest.mark.parametrize("size", [0, 100, 259, 262])
-def test_too_small_a_size_is_refused(size):
+def test_too_small_vocab_size_is_refused(size):
     with pytest.raises(ValueError, match="too small"):
         learn_tokenizer(STORIES, size)
 
@@ -115,7 +115,7 @@ def test_no_text_is_refused():
         learn_tokenizer([], 600)
 
 
-def test_foreign_models_keep_their_behaviour(foreign):
+def test_foreign_models_are_unchanged(foreign):
     assert not foreign.is_lossless
     plain = sentencepiece.SentencePieceProcessor(model_proto=foreign.model)
     for text in STORIES[:5] + HARD:
@@ -130,7 +130,7 @@ def test_a_model_loads_from_file_and_from_bytes(vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"<html>" * 100])
-def test_what_is_no_model_is_refused(content, tmp_path):
+def test_invalid_model_is_refused(content, tmp_path):
     path = tmp_path / "bad.model"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="bad.model"):
@@ -145,7 +145,7 @@ def test_cut_models_are_refused(vocabulary):
             Tokenizer(vocabulary.model[:length])
 
 
-def test_a_missing_file_is_reported_with_those_that_exist(vocabulary):
+def test_missing_file_lists_existing_ones(vocabulary):
     with pytest.raises(FileNotFoundError):
         Tokenizer("tok512.model")
     Path("tok600.model").write_bytes(vocabulary.model)
@@ -158,7 +158,7 @@ def test_broken_unicode_is_an_error(vocabulary):
         vocabulary.encode("a\udcff")
 
 
-def test_vocab_size_is_another_name_of_n_words(vocabulary):
+def test_vocab_size_is_an_alias_of_n_words(vocabulary):
     assert vocabulary.vocab_size == vocabulary.n_words == 600
 
 
@@ -185,8 +185,8 @@ def test_finding_the_vocabulary(vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize("error", [UserError("stories.txt is not UTF-8"), KeyboardInterrupt()])
-def test_an_error_of_the_text_stays_what_it_is(error):
-    """SentencePiece reads the text from C++, and would make a RuntimeError of whatever happens there."""
+def test_errors_of_the_text_keep_their_type(error):
+    """SentencePiece reads the text from C++ and would turn any exception into a RuntimeError."""
     class Broken(dict):
         def items(self):
             yield b" word", 3

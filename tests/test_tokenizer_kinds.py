@@ -1,4 +1,4 @@
-"""Vocabularies of other projects, and the forms of chats: what their own tests and packages say."""
+"""Tokenizers of other projects and chat templates, against their own packages and published values."""
 import base64
 import json
 import os
@@ -26,7 +26,7 @@ from tokenizer import Tokenizer
 
 
 def ranks() -> bytes:
-    """A small vocabulary in Llama 3's format: the bytes, and some words built up from them."""
+    """Return a small vocabulary in Llama 3's format: all bytes and some words."""
     tokens = [bytes([byte]) for byte in range(256)]
     for word in WORDS:
         for end in range(2, len(word.encode()) + 1):
@@ -44,12 +44,12 @@ def llama3() -> TiktokenTokenizer:
 
 @hypothesis_settings(deadline=None)
 @given(st.text())
-def test_byte_vocabularies_lose_nothing(llama3, byte_level, text):
+def test_byte_level_round_trip(llama3, byte_level, text):
     assert llama3.decode(llama3.encode(text, bos=True, eos=True)) == text
     assert byte_level.decode(byte_level.encode(text, bos=True, eos=True)) == text
 
 
-def test_special_tokens_in_a_text_are_text(llama3, byte_level):
+def test_special_tokens_in_text_are_plain(llama3, byte_level):
     text = "<|eot_id|>is<|im_end|>"
     assert max(llama3.encode(text)) < len(llama3.ranks) and llama3.decode(llama3.encode(text)) == text
     assert byte_level.special_token_id("<|im_end|>") not in byte_level.encode(text)
@@ -57,7 +57,7 @@ def test_special_tokens_in_a_text_are_text(llama3, byte_level):
     assert llama3.decode(one) == "is<|im_end|>" and llama3.decode(one, special=True) == text
 
 
-def test_long_runs_are_cut_and_change_nothing(llama3):
+def test_long_runs_are_split_without_changing_ids(llama3):
     for text in ("a" * 60_000, " " * 60_000, "ab 12" * 100_000 + "\n", "中" * 30_000 + " " * 25_000 + "x"):
         assert llama3.decode(llama3.encode(text)) == text
     assert "".join(llama3._chunks("x" * 70_000)) == "x" * 70_000
@@ -122,7 +122,7 @@ def test_llama3_as_a_tokenizer_json_gives_the_same_ids(llama3):
         assert theirs.encode(text).ids == llama3.encode(text, bos=True), text
 
 
-def test_a_vocabulary_written_by_hand_is_the_same_vocabulary():
+def test_sentencepiece_model_round_trip():
     own = learn_tokenizer(["one two three, 456. Yes\nno " * 3], 320)
     again = Tokenizer(sentencepiece_model(own.pieces(), own.bos_id, own.eos_id))
     assert again.is_lossless and again.pieces() == own.pieces()
@@ -131,7 +131,7 @@ def test_a_vocabulary_written_by_hand_is_the_same_vocabulary():
         assert again.encode(text) == own.encode(text) and again.decode(own.encode(text)) == text
 
 
-def test_which_kind_it_is_the_content_says(llama3, byte_level):
+def test_kind_is_detected_by_content(llama3, byte_level):
     own = learn_tokenizer(["a few words"], 300)
     for number, vocabulary in enumerate((own, llama3, byte_level)):
         Path(f"{number}").write_bytes(vocabulary.model)
@@ -140,7 +140,7 @@ def test_which_kind_it_is_the_content_says(llama3, byte_level):
         assert found.encode("a test") == vocabulary.encode("a test")
 
 
-def test_the_beginning_is_what_the_model_knows(byte_level):
+def test_encode_prompt_of_each_kind(byte_level):
     content = json.loads(byte_level.model) | {JsonTokenizer.OWN: {"bos": "<|im_end|>", "eos": "<|im_end|>"}}
     found = JsonTokenizer(json.dumps(content).encode())
     assert found.encode_prompt("a") == found.encode("a", bos=True)
@@ -148,10 +148,10 @@ def test_the_beginning_is_what_the_model_knows(byte_level):
     assert byte_level.encode_prompt("") == [byte_level.bos_id]
 
 
-@pytest.mark.parametrize("model, part", [(b"{}", "no tokenizer.json"), (b"{", "no tokenizer.json"),
-                                         (b"YQ== 0\nYg== x\n", "no tiktoken file"), (b"YQ== 0\n?? 1\n", "no tiktoken"),
+@pytest.mark.parametrize("model, part", [(b"{}", "not a valid tokenizer.json"), (b"{", "not a valid"),
+                                         (b"YQ== 0\nYg== x\n", "not a tiktoken"), (b"YQ== 0\n?? 1\n", "not a tiktoken"),
                                          (b"", "not a SentencePiece model"), (b"what", "not a SentencePiece model")])
-def test_damaged_vocabularies_are_one_clear_line(model, part):
+def test_damaged_tokenizers_are_user_errors(model, part):
     with pytest.raises(UserError, match=part):
         project.load_tokenizer(model)
 

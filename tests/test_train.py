@@ -1,4 +1,4 @@
-"""Training: a run that was interrupted equals one that was not, and every setting does what it says."""
+"""Training: resumed runs equal uninterrupted runs, and the settings work as documented."""
 import itertools
 import json
 import math
@@ -31,7 +31,7 @@ from tinyllm.cli import UserError
 @pytest.mark.parametrize("options", [
     ["--eval_interval", "5"], ["--eval_interval", "7", "--dropout", "0.2"], ["--eval_interval", "1000"],
     ["--dtype", "float32", "--batch_size", "3", "--log_interval", "4", "--eval_interval", "20"]])
-def test_ten_steps_and_ten_more_are_twenty(train_small, options):
+def test_resumed_run_equals_uninterrupted_run(train_small, options):
     train_small("whole", "--max_iters", 20, "--lr_decay_iters", 20, *options)
     train_small("parts", "--max_iters", 10, "--lr_decay_iters", 20, *options)
     train_small("parts", "--init_from", "resume", "--max_iters", 20, *options)
@@ -40,7 +40,7 @@ def test_ten_steps_and_ten_more_are_twenty(train_small, options):
     assert load_state("whole")["state"]["position"] == 20 * 2 * batch_size
 
 
-def test_the_evaluation_interval_does_not_touch_the_weights(train_small):
+def test_evaluation_interval_does_not_change_weights(train_small):
     train_small("often", "--max_iters", 6, "--eval_interval", 1, "--dropout", 0.1)
     train_small("never", "--max_iters", 6, "--eval_interval", 100, "--dropout", 0.1, "--sample_tokens", 0)
     assert_same(load_state("often")["model"], load_state("never")["model"])
@@ -51,8 +51,8 @@ class Killed(BaseException):
     pass
 
 
-def test_a_kill_at_any_moment_costs_nothing(train_small, monkeypatch):
-    """Die right after step 7, with checkpoints at steps 2, 4 and 6; the same command goes on."""
+def test_kill_and_rerun_equals_uninterrupted_run(train_small, monkeypatch):
+    """Die right after step 7, with checkpoints at steps 2, 4 and 6; the same command resumes."""
     train_small("whole", "--max_iters", 10, "--eval_interval", 2)
     step, count = train.train_step, 0
 
@@ -74,7 +74,7 @@ def test_a_kill_at_any_moment_costs_nothing(train_small, monkeypatch):
     assert clocks == sorted(clocks) and clocks[-1] == 10
 
 
-def test_the_same_command_again_goes_on_or_says_it_is_finished(train_small, capsys):
+def test_rerun_resumes_or_reports_finished(train_small, capsys):
     train_small("out", "--max_iters", 3)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     capsys.readouterr()
@@ -83,7 +83,7 @@ def test_the_same_command_again_goes_on_or_says_it_is_finished(train_small, caps
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_length_and_machine_may_change_while_a_run_goes_on(train_small, capsys):
+def test_length_and_machine_may_change_on_resume(train_small, capsys):
     train_small("out", "--max_iters", 3)
     train_small("out", "--max_iters", 5, "--log_interval", 2, "--num_workers", 1)
     assert load_state("out")["iter_num"] == 5 and [e["iter"] for e in read_log("out")[1:]] == [1, 2, 3, 4, 5]
@@ -91,7 +91,7 @@ def test_length_and_machine_may_change_while_a_run_goes_on(train_small, capsys):
 
 
 @pytest.mark.parametrize("change", [["--learning_rate", 0.1], ["--dim", 64], ["--seed", 2]])
-def test_other_settings_begin_another_run_and_keep_the_old(train_small, capsys, change):
+def test_other_settings_start_a_new_run_and_archive_the_old(train_small, capsys, change):
     train_small("out", "--max_iters", 3)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     capsys.readouterr()
@@ -102,7 +102,7 @@ def test_other_settings_begin_another_run_and_keep_the_old(train_small, capsys, 
     assert load_state("out")["iter_num"] == 2
 
 
-def test_a_problem_leaves_an_old_run_where_it_is(train_small):
+def test_error_keeps_the_old_run_in_place(train_small):
     train_small("out", "--max_iters", 3)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     with pytest.raises(UserError, match="dim 33"):
@@ -112,14 +112,14 @@ def test_a_problem_leaves_an_old_run_where_it_is(train_small):
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_a_damaged_checkpoint_is_not_passed_over(train_small):
+def test_damaged_checkpoint_is_an_error(train_small):
     train_small("out", "--max_iters", 1)
     Path("out/last.pt").write_bytes(Path("out/last.pt").read_bytes()[:-100])
     with pytest.raises(UserError, match="last.pt .* damaged"):
         train_small("out", "--max_iters", 3)
 
 
-def test_resume_takes_the_settings_of_the_run(run_in_process, project, capsys):
+def test_resume_uses_the_settings_of_the_run(run_in_process, project, capsys):
     run_in_process("train", "--data_dir", project, "--out_dir", "out", *TINY, "--max_iters", 2, "--learning_rate", 1e-3)
     run_in_process("train", "--out_dir", "out", "--init_from", "resume", "--max_iters", 4)
     assert load_state("out")["config"]["learning_rate"] == 1e-3 and load_state("out")["config"]["dim"] == 32
@@ -131,7 +131,7 @@ def test_resume_takes_the_settings_of_the_run(run_in_process, project, capsys):
         assert load_state("out")["iter_num"] == 5
 
 
-def test_scratch_puts_the_old_run_aside(train_small):
+def test_scratch_archives_the_old_run(train_small):
     train_small("out", "--max_iters", 2)
     old = Path("out/last.pt").read_bytes()
     train_small("out", "--max_iters", 3, "--init_from", "scratch")
@@ -140,7 +140,7 @@ def test_scratch_puts_the_old_run_aside(train_small):
     assert load_state("out/old-2")["iter_num"] == 3 and load_state("out")["iter_num"] == 4
 
 
-def test_checkpoints_hold_what_tools_expect(train_small):
+def test_checkpoint_keys(train_small):
     train_small("out", "--max_iters", 2)
     for name in ("ckpt.pt", "last.pt"):
         found = torch.load(Path("out") / name, weights_only=True)
@@ -150,7 +150,7 @@ def test_checkpoints_hold_what_tools_expect(train_small):
         assert not [path for path in Path("out").iterdir() if path.suffix == ".tmp"]
 
 
-def test_the_best_model_is_kept(train_small, monkeypatch):
+def test_best_checkpoint_is_kept(train_small, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.2])
     monkeypatch.setattr(train, "evaluate", lambda run: {"val_loss": next(losses), "perplexity": 1.0, "bpb": 1.0})
     train_small("out", "--max_iters", 4, "--eval_interval", 1)
@@ -158,7 +158,7 @@ def test_the_best_model_is_kept(train_small, monkeypatch):
     assert load_state("out")["best_val_loss"] == 2.0
 
 
-def test_a_best_model_that_is_lost_is_written_again(train_small, capsys):
+def test_lost_best_checkpoint_is_written_again(train_small, capsys):
     train_small("out", "--max_iters", 4, "--eval_interval", 3)
     best, log_of_it = load_state("out", "ckpt.pt"), Path("out/log.jsonl").read_bytes()
     Path("out/ckpt.pt").unlink()
@@ -169,7 +169,7 @@ def test_a_best_model_that_is_lost_is_written_again(train_small, capsys):
     assert found["iter_num"] == 4 and Path("out/log.jsonl").read_bytes() == log_of_it
 
 
-def test_a_short_run_leaves_a_checkpoint_and_its_stories(train_small):
+def test_short_run_writes_checkpoint_and_samples(train_small):
     train_small("out", "--max_iters", 1, "--warmup_iters", 1)
     assert load_state("out", "ckpt.pt")["iter_num"] == 1
     first, step, evaluation = read_log("out")
@@ -185,8 +185,8 @@ def test_a_plot_is_drawn(train_small, monkeypatch):
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_accumulation_changes_nothing_but_memory(planned_run):
-    """2 x 4 windows and 1 x 8 windows are the same step."""
+def test_gradient_accumulation_equals_one_batch(planned_run):
+    """2 x 4 windows and 1 x 8 windows give the same step."""
     def gradient(*args):
         run = planned_run("--dtype", "float32", *args)
         batches = train.Task.iter_batches(run.shards, "train", run.cfg.batch_size, 32, seed=1)
@@ -216,7 +216,7 @@ def test_a_step_is_adamw_on_the_mean_loss(planned_run):
         torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_learning_rate_rises_and_falls_to_the_end(planned_run):
+def test_learning_rate_schedule(planned_run):
     run = planned_run("--max_iters", 100, "--warmup_iters", 9, "--learning_rate", 1.0, "--min_lr", 0.1)
     rates = []
     for run.state.iter_num in range(100):
@@ -232,7 +232,7 @@ def test_the_learning_rate_rises_and_falls_to_the_end(planned_run):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """A clock that goes on by a tenth of a second each time that somebody looks at it."""
+    """A clock that advances by 0.1 s at each reading."""
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: next(ticks) / 10)
     for module in (train, run, estimate):
@@ -247,24 +247,24 @@ def test_max_minutes_fits_the_schedule_to_the_time(train_small, ticking, minutes
     rates = [entry["lr"] for entry in read_log("out") if "lr" in entry]
     assert rates[-1] < 0.05 * max(rates) and rates[2:] == sorted(rates[2:], reverse=True)
     assert load_state("out")["iter_num"] == len(rates)
-    train_small("out", "--max_minutes", minutes / 4)                 # has passed; what is printed goes on nevertheless
+    train_small("out", "--max_minutes", minutes / 4)                 # has already passed
     assert float(capsys.readouterr().out.rpartition("--out_dir out --max_minutes ")[2].split()[0]) >= 1.5 * minutes
 
 
-def test_time_is_taken_with_the_finest_clock(train_small, monkeypatch):
-    """The other one goes on by 16 ms at a time on Windows, and a small step would take none."""
+def test_perf_counter_is_used(train_small, monkeypatch):
+    """time.monotonic has steps of 16 ms on Windows, too coarse for short training steps."""
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     train_small("out", "--max_iters", 2)
 
 
-def test_steps_may_end_a_run_that_has_minutes_left(train_small):
+def test_max_iters_ends_a_run_with_minutes_left(train_small):
     train_small("out", "--max_minutes", 30, "--max_iters", 3)
     assert load_state("out")["iter_num"] == 3 and load_state("out")["state"]["seconds"] < 600
     train_small("out", "--init_from", "resume", "--max_iters", 5)
     assert load_state("out")["iter_num"] == 5
 
 
-def test_evaluation_scores_every_token_whatever_the_batch(planned_run):
+def test_evaluation_does_not_depend_on_batch_size(planned_run):
     scores = [train.evaluate(planned_run("--dtype", "float32", "--batch_size", size)) for size in (1, 5, 64)]
     for other in scores[1:]:
         assert other == pytest.approx(scores[0], rel=1e-5)
@@ -298,7 +298,7 @@ def test_eval_only_scores_a_checkpoint_and_writes_nothing(train_small, capsys):
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_no_numbers_stop_the_run_before_they_are_saved(train_small, monkeypatch, bad):
+def test_non_finite_loss_stops_the_run_before_saving(train_small, monkeypatch, bad):
     step = train.train_step
 
     def poisoned(run, batches):
@@ -343,7 +343,7 @@ def test_from_the_command_line(project):
     assert result.returncode == 0, result.stderr
     for part in ("parameters", "tokens", "memory", "epochs", "device: cpu", "next: python sample.py"):
         assert part in result.stdout, part
-    assert os.name == "nt" or re.search(r"peak memory: \d[\d,]+ MB\n", result.stdout)     # Windows does not tell
+    assert os.name == "nt" or re.search(r"peak memory: \d[\d,]+ MB\n", result.stdout)     # not known on Windows
 
 
 def test_a_second_vocabulary_does_not_stop_a_run(train_small, run_in_process, project, tmp_path, capsys):
@@ -361,7 +361,7 @@ def test_a_second_vocabulary_does_not_stop_a_run(train_small, run_in_process, pr
         run_in_process("train", "--out_dir", "out", "--init_from", "resume", "--vocab_size", 300)
 
 
-def test_changed_text_is_another_run(train_small, run_in_process, project, tmp_path, capsys):
+def test_changed_text_starts_a_new_run(train_small, run_in_process, project, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(project, data)
     train_small("out", "--data_dir", data, "--max_iters", 4)
@@ -374,13 +374,13 @@ def test_changed_text_is_another_run(train_small, run_in_process, project, tmp_p
     assert "another text" in capsys.readouterr().out and load_state("out/old-1")["iter_num"] == 4
 
 
-def test_the_same_folder_spelled_otherwise_is_the_same_run(train_small, project):
+def test_other_spelling_of_a_folder_is_the_same_run(train_small, project):
     train_small("out", "--max_iters", 4)
     train_small("out", "--data_dir", f"{project}/", "--max_iters", 6)
     assert load_state("out")["iter_num"] == 6 and not Path("out/old-1").exists()
 
 
-def test_a_sound_checkpoint_helps_past_a_damaged_one(train_small):
+def test_intact_checkpoint_replaces_a_damaged_one(train_small):
     train_small("out", "--max_iters", 4, "--eval_interval", 2)
     Path("out/last.pt").write_bytes(Path("out/last.pt").read_bytes()[:3000])
     with pytest.raises(UserError, match="--init_from out.ckpt.pt"):
@@ -390,8 +390,8 @@ def test_a_sound_checkpoint_helps_past_a_damaged_one(train_small):
 
 
 @pytest.mark.skipif(bool(WHY_NOT := estimate.why_not_compilable(torch.device("cpu"))), reason=WHY_NOT)
-def test_a_compiled_run_is_the_same_run(train_small):
-    """Kernels that the compiler made round otherwise, but learn the same; and resuming is as exact as ever."""
+def test_compiled_run_resumes_exactly(train_small):
+    """Compiled kernels round differently but learn the same, and resuming is exact."""
     options = ["--eval_interval", 3, "--lr_decay_iters", 8, "--dtype", "float32", "--dropout", 0.1, "--n_layers", 1]
     train_small("eager", "--max_iters", 8, *options)
     train_small("whole", "--max_iters", 8, *options, "--compile", "True")

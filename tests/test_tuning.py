@@ -1,4 +1,4 @@
-"""Training that begins with the weights of another run."""
+"""Fine-tuning from the weights of another run."""
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from tinyllm import checkpoint
 from tinyllm.cli import UserError
 
 
-def test_fine_tuning_begins_with_the_weights_and_nothing_else(train_small):
+def test_fine_tuning_takes_only_the_weights(train_small):
     train_small("base", "--max_iters", 5)
     train_small("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9)
     tuned, base = load_state("tuned"), load_state("base", "ckpt.pt")
@@ -39,7 +39,7 @@ def test_fine_tuning_begins_with_the_weights_and_nothing_else(train_small):
         assert load_state(f"{window}")["model_args"] == {**base["model_args"], "max_seq_len": window}
 
 
-def test_a_checkpoint_may_leave_out_what_has_a_default(train_small):
+def test_checkpoint_may_omit_defaults(train_small):
     train_small("base", "--max_iters", 1)
     saved = load_state("base", "ckpt.pt")
     few = {name: value for name, value in saved["model_args"].items() if name not in ("max_seq_len", "dropout")}

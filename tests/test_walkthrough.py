@@ -1,4 +1,4 @@
-"""Pages of docs/: every Python block runs, in one session for each page, and prints what the page says."""
+"""Run every Python block of docs/, one session per page, and compare the output with the page."""
 import io
 import re
 from contextlib import redirect_stdout
@@ -16,7 +16,7 @@ EXTRA = ("matplotlib", "safetensors")       # a block that imports one of these 
 
 
 class Block(NamedTuple):
-    """What stands between two fences: its language, the number of its first line in the page, its text."""
+    """A fenced block: its language, the number of its first line in the page, its text."""
     kind: str
     line: int
     text: str
@@ -39,7 +39,7 @@ def printed(block: Block, path: Path, names: dict[str, Any]) -> str:
 
 
 def check(path: Path) -> int:
-    """Run a page, and compare each output with the block `text` that follows; returns how many blocks ran."""
+    """Run a page, compare each output with the `text` block that follows, and return the number of blocks."""
     found, names, ran = blocks(path.read_text(encoding="utf-8")), {"__name__": "walkthrough"}, 0
     for block, following in zip(found, [*found[1:], Block("", 0, "")]):
         if block.kind != "python" or any(is_missing(package, block.text) for package in EXTRA):
@@ -53,7 +53,7 @@ def check(path: Path) -> int:
 
 @pytest.fixture
 def one_thread():
-    """The numbers of the pages are those of one thread; what the session changes in torch is put back."""
+    """Use one thread, as for the pages' numbers, and restore torch's settings afterwards."""
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     yield
@@ -62,7 +62,7 @@ def one_thread():
     torch.set_grad_enabled(True)
 
 
-def test_the_session_prints_what_the_page_says(one_thread):
+def test_session_prints_the_page(one_thread):
     assert check(ENGLISH) > 25
 
 
@@ -79,7 +79,7 @@ def test_the_chinese_page_has_the_same_session():
 
 
 @pytest.mark.parametrize("path", [ENGLISH, CHINESE], ids=lambda path: path.name)
-def test_what_is_linked_is_there_and_fences_are_closed(path):
+def test_links_exist_and_fences_are_closed(path):
     page = path.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)", FENCE.sub("", page)) if "://" not in link]
     assert len(links) > 5 and not [link for link in links if not (path.parent / link).exists()]
@@ -88,7 +88,7 @@ def test_what_is_linked_is_there_and_fences_are_closed(path):
 
 
 @pytest.mark.parametrize("claim, line", [("2", 0), ("3", 4)])
-def test_another_output_is_noticed_with_its_line(claim, line):
+def test_different_output_is_reported_with_its_line(claim, line):
     page = f"# One\n\n```python\na = 1\nprint(a + 1)\n```\n```text\n{claim}\n```\n"
     Path("page.md").write_text(page, encoding="utf-8")
     if line == 0:
@@ -98,7 +98,7 @@ def test_another_output_is_noticed_with_its_line(claim, line):
             check(Path("page.md"))
 
 
-def test_a_block_is_left_out_where_its_package_is_missing(monkeypatch):
+def test_block_without_its_package_is_skipped(monkeypatch):
     page = "```python\nfrom safetensors import torch\n```\n```text\nnot so\n```\n"
     Path("page.md").write_text(page, encoding="utf-8")
     monkeypatch.setattr("test_walkthrough.find_spec", lambda package: None)

@@ -1,4 +1,4 @@
-"""Working word by word gives what working on whole texts gives: the same pieces, the same ids."""
+"""Word-by-word processing gives the same pieces and ids as whole texts."""
 import io
 import re
 from collections import Counter
@@ -46,21 +46,21 @@ def plain_ids(vocabulary: Tokenizer, texts: list[str]) -> list[int]:
 # ---- the vocabulary -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [400, 600, 2000])
-def test_the_pieces_are_those_of_the_text_itself(size):
+def test_pieces_equal_whole_text(size):
     texts = STORIES + ODD
     assert plain.pieces(learn_tokenizer(texts, size).model) == plain.pieces(plain.learn_tokenizer(texts, size))
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.text(st.sampled_from("ab  \n\té中7"), min_size=1), min_size=1, max_size=30))
-def test_the_pieces_of_any_text_are_those_of_the_text_itself(texts):
+def test_pieces_of_any_text_equal_whole_text(texts):
     texts = [text for text in texts if text.strip("\n\t")]
     if texts:
         assert plain.pieces(learn_tokenizer(texts, 320).model) == plain.pieces(plain.learn_tokenizer(texts, 320))
 
 
-def test_the_file_says_that_a_space_is_put_in_front(vocabulary):
-    """For all that read it, not only for us: the ids are those of the model that was trained on the text."""
+def test_ids_equal_plain_training(vocabulary):
+    """The model file alone must produce these ids, in any program that reads it."""
     model = plain.learn_tokenizer(STORIES, 600)
     assert plain_ids(vocabulary, STORIES[:50] + HARD) == plain_ids(Tokenizer(model), STORIES[:50] + HARD)
 
@@ -80,8 +80,8 @@ def test_words_are_counted(texts):
     assert count_words(texts) == by_hand(texts)
 
 
-def test_many_words_are_counted_in_parts(monkeypatch):
-    """Also when the table is begun anew again and again, and has no place for many."""
+def test_words_are_counted_in_parts(monkeypatch):
+    """Includes a table that restarts often and has no room for many words."""
     monkeypatch.setattr(words, "MAX_WORDS", 50)
     monkeypatch.setattr(documents, "BATCH_BYTES", 300)
     texts = STORIES + ["a word of more than fifteen bytes: " + "x" * n for n in range(40)]
@@ -98,7 +98,7 @@ def test_counts_add_up():
     assert one.counts == by_hand(STORIES) and one.n_pruned == 0
 
 
-def test_rare_words_are_left_out_for_want_of_memory(monkeypatch):
+def test_rare_words_are_dropped_to_save_memory(monkeypatch):
     every = by_hand(STORIES)
     monkeypatch.setattr(words, "MAX_COUNT_BYTES", sum(150 + 8 * len(word) for word in every) - 1)
     found = WordCounts()
@@ -111,8 +111,8 @@ def test_rare_words_are_left_out_for_want_of_memory(monkeypatch):
 
 # ---- the numbers of words -----------------------------------------------------------------------
 
-def test_equal_words_have_equal_numbers_and_others_not():
-    """Words that differ in length, in their last byte, or in zeros at the end."""
+def test_word_numbers_are_unique():
+    """The words differ in length, in the last byte or in trailing zeros."""
     alike = ["a", "a\0", "a\0\0", "abcdefg", "abcdefgh", "abcdefghi", "abcdefghijklmn", "abcdefghijklmno", "abcdefg\0",
              "abcdefgh\0", "abcdefghijklmnop", "abcdefghijklmnoq", "", "\n", " ", "é", "ê"]
     table, texts = WordTable(), [text.encode() for text in alike]
@@ -128,7 +128,7 @@ def words_of(text: bytes) -> list[bytes]:
     return [word.encode() for word in re.findall(r" *[^ \n]+| +|\n", " " + text.decode())]
 
 
-def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabulary):
+def test_words_outside_the_table_are_counted_and_encoded(monkeypatch, vocabulary):
     monkeypatch.setattr(words, "_N_SLOTS", 64)
     assert count_words(STORIES) == by_hand(STORIES)
     ids = DocumentEncoder(vocabulary).encode([text.encode() for text in STORIES])
@@ -139,7 +139,7 @@ def test_words_that_find_no_place_are_counted_and_encoded(monkeypatch, vocabular
 
 @hypothesis_settings(max_examples=300, deadline=None)
 @given(texts=LISTS)
-def test_ids_are_those_of_whole_texts(vocabulary, texts):
+def test_ids_equal_whole_texts(vocabulary, texts):
     want = [i for ids in vocabulary.encode_batch(texts, bos=True, eos=True) for i in ids]
     encoder = DocumentEncoder(vocabulary)
     assert encoder.is_wordwise
@@ -150,14 +150,14 @@ def test_ids_are_those_of_whole_texts(vocabulary, texts):
 
 @hypothesis_settings(max_examples=200, deadline=None)
 @given(texts=LISTS)
-def test_ids_of_a_vocabulary_from_elsewhere_are_those_of_whole_texts(texts):
+def test_ids_of_foreign_vocabulary_equal_whole_texts(texts):
     assert DocumentEncoder(FOREIGN).encode([text.encode() for text in texts]).tolist() == plain_ids(FOREIGN, texts)
 
 
 FOREIGN = foreign()             # as Llama 2's: a newline is spelled as a byte
 
 
-def test_hard_texts_and_a_table_that_is_begun_anew(monkeypatch, vocabulary):
+def test_hard_texts_and_a_table_that_restarts(monkeypatch, vocabulary):
     assert words.is_wordwise(FOREIGN) and not FOREIGN.is_lossless
     monkeypatch.setattr(words, "MAX_WORDS", 20)
     for own in (vocabulary, FOREIGN):
@@ -172,7 +172,7 @@ def test_hard_texts_and_a_table_that_is_begun_anew(monkeypatch, vocabulary):
     {"split_by_whitespace": False, "vocab_size": 900}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True},
     {"normalization_rule_name": "nmt_nfkc"}, {"user_defined_symbols": ["a b"]},
     {"texts": ["x\n\ny"] * 50, "hard_vocab_limit": False}])
-def test_a_vocabulary_that_must_see_whole_texts_does(options):
+def test_vocabulary_that_needs_whole_texts(options):
     vocabulary = foreign(**options)
     encoder = DocumentEncoder(vocabulary)
     assert not encoder.is_wordwise and not vocabulary.is_lossless

@@ -1,4 +1,4 @@
-"""How many processes there are, in which order their results come, and what happens when one fails."""
+"""Worker processes: their number, the order of results, and failures."""
 import os
 import signal
 import subprocess
@@ -43,26 +43,26 @@ def test_a_container_has_its_share_of_the_cores(monkeypatch, tmp_path, share, wa
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_every_job_is_done_once(count):
-    jobs = list(range(80))          # more than may be begun at once
+    jobs = list(range(80))          # more than may run at once
     results = list(workers.run_jobs(double, jobs, count, len(jobs), "counting"))
     assert results == [(job, 2 * job) for job in jobs]
     assert list(workers.run_jobs(double, [], count, 0, "nothing")) == []
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_after_an_error_nothing_new_is_begun(count):
+def test_no_job_starts_after_an_error(count):
     found = []
     with pytest.raises(UserError, match="-1 is no job"):
         for _, result in workers.run_jobs(double, [-1, *range(1, 80)], count, 80, "counting"):
             found.append(result)
-    assert len(found) < 20          # a second worker may do those that had begun before the error was known
+    assert len(found) < 20          # a second worker may finish jobs that started before the error
 
 
 def test_worker_processes_do_not_import_torch():
     assert list(workers.run_jobs(import_steps, [1, 2], 2, 2, "importing"))[0][1] == []
 
 
-def test_a_killed_worker_is_told_and_what_was_done_is_kept():
+def test_killed_worker_is_reported_and_results_are_kept():
     found = []
     with pytest.raises(UserError, match="a worker process was killed.*\n.*--num_workers 1"):
         for _, result in workers.run_jobs(killed_at_5, list(range(80)), 2, 80, "counting"):
@@ -85,8 +85,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to a process")
-def test_ctrl_c_in_the_middle_of_a_long_result_is_the_end(tmp_path):
-    """It kills the workers too, as in a terminal; nobody may wait for the rest of what they were sending."""
+def test_ctrl_c_during_a_long_result(tmp_path):
+    """Ctrl-C kills the workers too, as in a terminal; no process may wait for their unfinished results."""
     (tmp_path / "talkative.py").write_text(TALKATIVE, encoding="utf-8")
     process = subprocess.Popen([sys.executable, "-W", "ignore", tmp_path / "talkative.py"], stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},

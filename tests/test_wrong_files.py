@@ -1,4 +1,4 @@
-"""Whatever is wrong with a file that a script reads, one message names it, and nothing changes on disk."""
+"""Every invalid input file gives one error that names it, and changes nothing on disk."""
 import json
 import os
 import random
@@ -35,25 +35,25 @@ ORDERS = [(MODEL, PREPROCESS), (MODEL, TRAIN), (NOTES, PREPROCESS), (MANIFEST, T
 WRONG = {"empty": b"", "noise": random.Random(1).randbytes(3000), "zeros": bytes(3000),
          "not UTF-8": b"Once upon \xff\xfe a time", "UTF-16": "Once upon a time\nthere was".encode("utf-16"),
          "deep": b"[" * 200_000, "deep object": b'{"a":' * 200_000, "html": b"<html><body>404</body></html>"}
-TEXT = {"empty", "zeros", "deep", "deep object", "html"}        # what is text too, and so not wrong in a .txt
+TEXT = {"empty", "zeros", "deep", "deep object", "html"}        # valid content of a .txt
 REFUSE_EMPTY = ("--score", "--data", "--output_file")
 VALUES = [None, True, -1, 0.5, float("nan"), float("inf"), 10**30, "", "1", "\ud800", "\0", [], [1], {}, {"a": 1}]
 
 
 @pytest.fixture
 def files(valid_files) -> None:
-    """A sound file of each kind in the current folder."""
+    """A valid file of each kind in the current folder."""
     shutil.copytree(valid_files, ".", dirs_exist_ok=True)
     Path("prompt.txt").write_text("Once upon a time\n", encoding="utf-8")
 
 
 def tree() -> dict[str, bytes | None]:
-    """All that is in the current folder."""
+    """Return all files of the current folder with their contents."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
 
 
 def refuses(order: list, *parts: str) -> None:
-    """Run a script: it ends with a message that holds all parts, and leaves everything as it was."""
+    """Check that a script prints an error with all parts and changes no file."""
     before = tree()
     assert_user_error(run_captured(*order), *parts)
     assert tree() == before
@@ -81,7 +81,7 @@ def test_a_missing_file(files, name, order):
 
 
 @pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
-def test_a_folder_in_its_place(files, name, order):
+def test_folder_instead_of_a_file(files, name, order):
     Path(name).unlink()
     Path(name).mkdir()
     refuses(order, Path(name).stem)
@@ -97,15 +97,15 @@ def test_other_content(files, name, order, kind):
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name, order", ORDERS, ids=map(ids_of, ORDERS))
-def test_a_file_that_may_not_be_read(files, name, order):
+def test_unreadable_file(files, name, order):
     Path(name).chmod(0)
     assert_user_error(run_captured(*order), Path(name).name)
 
 
 @pytest.mark.parametrize("name, load", [(MANIFEST, load_shards), (NOTES, load_notes), (SHARD, load_shards),
                                         (MODEL, load_notes), (CKPT, lambda: checkpoint.load_checkpoint(CKPT))])
-def test_a_file_cut_anywhere(files, name, load):
-    """At every length where the file is small; large ones at every length of their beginning, and at some others."""
+def test_truncated_file(files, name, load):
+    """Truncate small files at every length; large files at every length near the start, and at some others."""
     whole = Path(name).read_bytes()
     lengths = {*range(min(len(whole), 1024)), *random.Random(1).sample(range(len(whole)), min(len(whole), 200))}
     for length in sorted(lengths):
@@ -115,7 +115,7 @@ def test_a_file_cut_anywhere(files, name, load):
 
 
 @pytest.mark.parametrize("name, order", ORDERS[:9], ids=map(ids_of, ORDERS[:9]))
-def test_a_cut_file_through_the_scripts(files, name, order):
+def test_truncated_file_through_the_scripts(files, name, order):
     whole = Path(name).read_bytes()
     for length in random.Random(1).sample(range(1, len(whole)), 3):
         Path(name).write_bytes(whole[:length])
@@ -138,7 +138,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(files, target):
 
 # ---- vocabulary and its notes -------------------------------------------------------------------
 
-def test_another_vocabulary_of_that_size(files):
+def test_other_vocabulary_of_equal_size(files):
     Path(MODEL).write_bytes(learn_tokenizer(["other words, and other pieces of them"] * 9, 300).model)
     refuses(PREPROCESS, "tok300.json")
     refuses(TRAIN, "another vocabulary")
@@ -146,7 +146,7 @@ def test_another_vocabulary_of_that_size(files):
 
 
 @pytest.mark.parametrize("key", ["sha256", "source", "val_threshold"])
-def test_wrong_values_in_the_notes(files, key):
+def test_wrong_values_in_the_sidecar(files, key):
     facts = json.loads(Path(NOTES).read_text(encoding="utf-8"))
     for value in VALUES:
         if not isinstance(value, str) or key == "sha256":
@@ -156,7 +156,7 @@ def test_wrong_values_in_the_notes(files, key):
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_notes_that_are_no_object(files, value):
+def test_sidecar_that_is_no_object(files, value):
     Path(NOTES).write_text(json.dumps(value), encoding="utf-8")
     refuses(PREPROCESS, "tok300.json")
 
@@ -233,13 +233,13 @@ def test_wrong_weights(files, name, order, kind):
                                   {"rope_scaling": [1]}, {"rope_theta": 10**400}], ids=repr)
 @pytest.mark.parametrize("name, order", [(CKPT, SAMPLE), (LAST, RESUME)], ids=["sample", "resume"])
 def test_a_wrong_shape(files, name, order, args):
-    """Refused before there is memory for such a model."""
+    """The error comes before any memory is allocated for the model."""
     save(lambda state: state["model_args"].update(args), name)
     refuses(order)
 
 
 def test_a_shape_nested_without_end():
-    """Its repr alone is an error of its own kind."""
+    """Its repr alone raises RecursionError."""
     deep = []
     for _ in range(100_000):
         deep = [deep]
@@ -252,14 +252,14 @@ def test_a_shape_nested_without_end():
     lambda state: state["model_args"].update(n_heads=3), lambda state: state.update(architecture="unheard of"),
     lambda state: state["model"]["norm.weight"].fill_(float("nan")), lambda state: state["model"].pop("norm.weight")],
     ids=["shape", "architecture", "NaN", "missing weight"])
-def test_what_is_wrong_inside_a_checkpoint_is_told_with_its_name(files, name, order, change):
+def test_errors_inside_a_checkpoint_name_the_file(files, name, order, change):
     save(lambda state: (change(state), state)[1], name)
     refuses(order, name)
 
 
 @pytest.mark.parametrize("key", checkpoint.REQUIRED_TO_RESUME)
 def test_wrong_values_in_a_checkpoint(files, key):
-    """Of each key a run needs to go on; a type that fits is not wrong."""
+    """For each key that resuming needs; values of the right type are accepted."""
     state = checkpoint.load_checkpoint(LAST)
     good = Path(LAST).read_bytes()
     for value in [*VALUES[:1], 10**30, "1", [1], {"a": 1}, torch.zeros(3)]:
@@ -275,7 +275,7 @@ def test_a_checkpoint_without_a_key(files, key):
     refuses(SAMPLE, CKPT, key)
 
 
-def test_other_objects_than_a_checkpoint(files):
+def test_objects_that_are_no_checkpoint(files):
     for content in (None, 1, "a", [], [1], torch.zeros(3), {}, {1: 2}, {"model": {}}, ({},)):
         torch.save(content, CKPT)
         refuses(SAMPLE, CKPT)
@@ -317,9 +317,9 @@ def test_half_a_character_in_json_becomes_a_mark(files):
 @pytest.mark.parametrize("name", ["log.jsonl", "clock.jsonl"])
 @pytest.mark.parametrize("content", [*WRONG.values(), *(json.dumps(value).encode() + b"\n" for value in VALUES[::3]),
                                      b'{}\n{}\n{}\n', b'{"iter": "1"}\n' * 4, b'{"iter": 1, "val_loss": 1}\n' * 4])
-def test_a_run_whose_log_is_wrong_goes_on_or_says_so(files, name, content, monkeypatch):
+def test_damaged_log_is_repaired_or_reported(files, name, content, monkeypatch):
     if b"iter" in content:
-        monkeypatch.setattr(plots, "save", SAVE_PICTURE)        # what such a log holds is drawn too
+        monkeypatch.setattr(plots, "save", SAVE_PICTURE)        # draw the damaged log
     Path("output", name).write_bytes(content)
     result = run_captured("train", "--init_from", "resume", "--max_iters", 3)
     assert "Traceback" not in result.stderr

@@ -22,7 +22,7 @@ def killed_at_5(job: int, progress) -> int:
 
 
 def import_steps(job: int, progress) -> list[str]:
-    """Import steps 1 and 2, as their worker processes do; returns the large packages that come along."""
+    """Import steps 1 and 2, as their worker processes do, and return the large packages that they load."""
     import preprocess  # noqa: F401
     import train_vocab  # noqa: F401
     return [name for name in ("torch", "extras", "requests") if name in sys.modules]

@@ -1,14 +1,14 @@
-"""Measure the project beside other code, and beside the limits of this machine.
+"""Benchmark training, sampling and preprocessing against other implementations.
 
-    python -m tools.bench train                         # a training step, and one of transformers.LlamaForCausalLM
-    python -m tools.bench train --peer ../llama2.c      # and one of the model.py in another folder
-    python -m tools.bench quality --data my_stories --minutes 3     # trains the presets of up to 3 minutes
-    python -m tools.bench sample                        # 1 and 32 sequences (on a GPU 256 too), and by transformers
-    python -m tools.bench sample --peer ../llama2.c     # and by the run.c in another folder (needs gcc)
-    python -m tools.bench sample --checkpoint output/ckpt.pt        # and the val loss of each number format
-    python -m tools.bench text --data my_stories --text_mb 200      # steps 1 and 2, and a plain implementation of them
+    python -m tools.bench train                         # a training step, against transformers.LlamaForCausalLM
+    python -m tools.bench train --peer ../llama2.c      # also against the model.py in another folder
+    python -m tools.bench quality --data my_stories --minutes 3     # train the presets of up to 3 minutes
+    python -m tools.bench sample                        # 1 and 32 sequences (GPU: also 256), against transformers
+    python -m tools.bench sample --peer ../llama2.c     # also against the run.c in another folder (needs gcc)
+    python -m tools.bench sample --checkpoint output/ckpt.pt        # also the val loss of each dtype
+    python -m tools.bench text --data my_stories --text_mb 200      # steps 1 and 2, against tests/plain.py
 
-Contenders take turns, so that a machine that slows down slows all of them; medians are printed.
+Contenders take turns, so that a slower phase of the machine affects all of them. The results are medians.
 """
 import json
 import math
@@ -54,18 +54,18 @@ from tinyllm.sampling import SamplingParams
 from tools import compare
 
 # ---- settings -----------------------------------------------------------------------------------
-preset = ""             # train: the model and batch of a preset; empty: the defaults of train.py
-peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss)
+preset = ""             # train: take model and batch size from this preset; empty: the defaults of train.py
+peer = ""               # train: a folder with another model.py (ModelArgs, Transformer, loss in last_loss);
                         # sample: a folder with llama2.c's run.c
-rounds = 10             # turns of each contender; of text, whose turns are long, at most 3
-checkpoint = ""         # sample: a trained model, also a GPT-2; empty: the default one, untrained
-data_dir = "data"       # sample: where the val split of the checkpoint's vocabulary is
-data = ""               # quality, text: real stories, as for train_vocab.py; text: the built-in ones when empty
-text_mb = 100.0         # text: the stories are repeated until they are so many MB
-minutes = 3.0           # quality: the longest preset to train
-out_dir = "output/bench"            # quality: the runs
-device = "auto"
-dtype = "auto"
+rounds = 10             # measurements of each contender; text: at most 3, because each takes long
+checkpoint = ""         # sample: a trained Llama or GPT-2; empty: an untrained model of default size
+data_dir = "data"       # sample: folder with the val split for the checkpoint's vocabulary
+data = ""               # quality, text: real stories, as in train_vocab.py; text: built-in stories if empty
+text_mb = 100.0         # text: repeat the stories up to this size in MB
+minutes = 3.0           # quality: train the presets of up to this length
+out_dir = "output/bench"            # quality: folder for the runs
+device = "auto"         # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"          # auto, float32, bfloat16, float16
 # ---- end of settings ----------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,14 +104,14 @@ def bench_train(cfg: SimpleNamespace) -> None:
     for name, seconds in times.items():
         print(f"{name:24} {n_tokens / seconds:10,.0f} tokens/s "
               f"{times['transformers, float32'] / seconds:6.2f} x transformers "
-              f"{limit / seconds:6.0%} of what the matrix products allow")
+              f"{limit / seconds:6.0%} of the limit set by matrix products")
     print(f"memory: {describe_memory(eager)}")
     if backend.device.type == "cuda":
-        print(f"peak of all of them: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
+        print(f"peak memory of all contenders: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 
 
 def default_shape(cfg: SimpleNamespace) -> tuple[SimpleNamespace, ModelArgs]:
-    """Return the settings of train.py or of a preset, and the model that they describe."""
+    """Return the settings of train.py or of a preset, and their ModelArgs."""
     argv = ["--preset", cfg.preset] if cfg.preset else []
     settings_of_presets = {name: preset.settings for name, preset in PRESETS.items()}
     train_cfg, _ = cli.parse_settings(vars(train), argv, sys.stderr, settings_of_presets)
@@ -126,7 +126,7 @@ def random_batch(batch_size: int, args: ModelArgs, backend: devices.Backend) -> 
 
 def build_run(train_cfg: SimpleNamespace, backend: devices.Backend, args: ModelArgs, compiled: bool,
               dist: DistributedContext = SINGLE_PROCESS, **changes: Any) -> TrainRun:
-    """Build what train.py trains, with some settings changed, and without data."""
+    """Build a TrainRun without data. `changes` override train_cfg."""
     cfg = SimpleNamespace(**{**vars(train_cfg), **changes})
     run = choose_run_class(cfg, dist)(RunPlan(cfg, backend, None, None, args, None, False, dist))
     if compiled:
@@ -160,14 +160,14 @@ def transformers_model(args: Any, backend: devices.Backend) -> torch.nn.Module:
 
 def peer_step(folder: Path, backend: devices.Backend, args: ModelArgs, batch: tuple[Tensor, Tensor]
               ) -> Callable[[], None]:
-    """Return a step of the Transformer in another folder's model.py, with the interface of llama2.c."""
+    """Return a training step of another folder's model.py, which must have llama2.c's interface."""
     path = folder / "model.py"
     if not path.is_file():
         raise UserError(f"no model.py in {folder.resolve()}")
     peer = runpy.run_path(str(path))
     shape = {name: getattr(args, name) for name in peer["ModelArgs"].__dataclass_fields__ if hasattr(args, name)}
     model = peer["Transformer"](peer["ModelArgs"](**{**shape, "hidden_dim": args.ffn_dim})).to(backend.device)
-    x, y = (part.contiguous() for part in batch)                # llama2.c calls view() on them
+    x, y = (part.contiguous() for part in batch)                # llama2.c calls view(), which needs contiguous tensors
 
     def loss() -> Tensor:
         output = model(x, y)
@@ -187,7 +187,7 @@ def adamw_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[
 
 
 def matrix_seconds(model: Transformer, backend: devices.Backend, n_tokens: int) -> float:
-    """Return the seconds of a step's matrix products alone, without attention."""
+    """Return the seconds that a step's matrix products take, without attention."""
     counts = Counter(part.weight.shape for part in model.modules() if isinstance(part, torch.nn.Linear))
     return sum(n * product_seconds(*shape, backend, n_tokens) for shape, n in counts.items())
 
@@ -203,7 +203,7 @@ def product_seconds(dim_out: int, dim_in: int, backend: devices.Backend, n_token
 
 
 def time_interleaved(steps: dict[str, Callable[[], object]], backend: devices.Backend, rounds: int) -> dict[str, float]:
-    """Return the median seconds of each step, after two warm-up rounds. A step may return its own measurement."""
+    """Return the median seconds of each step, after two warm-up rounds. A step may return its own time."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_index in range(rounds + 2):
         for name, step in steps.items():
@@ -220,12 +220,12 @@ def time_interleaved(steps: dict[str, Callable[[], object]], backend: devices.Ba
 # ---- generation ---------------------------------------------------------------------------------
 
 PROMPT = [1, 10, 20, 30, 40]
-N_NEW_TOKENS = 251                      # with the prompt a window of 256
+N_NEW_TOKENS = 251                      # 256 tokens with the prompt
 SAMPLING = SamplingParams(temperature=0.8, top_k=300)
 
 
 def bench_sample(cfg: SimpleNamespace) -> None:
-    """Measure new tokens per second, the prompt's time included; a batch counts the tokens of all sequences."""
+    """Measure new tokens per second, including the prompt's time, summed over the sequences of a batch."""
     backend = devices.choose_backend(cfg.device, cfg.dtype, training=False)
     ckpt = checkpoints.read_model(cfg.checkpoint) if cfg.checkpoint else None
     model = checkpoints.build_model(ckpt) if ckpt else checkpoints.new_model(ModelArgs())
@@ -239,7 +239,7 @@ def bench_sample(cfg: SimpleNamespace) -> None:
             if cfg.peer and batch_size == 1:
                 steps["run.c, float32"] = run_c_step(Path(cfg.peer), model, Path(tmp_dir))
             times = time_interleaved(steps, backend, cfg.rounds)
-            print(f"{backend}: dim {model.args.dim}, {model.args.n_layers} layers, {batch_size} at a time")
+            print(f"{backend}: dim {model.args.dim}, {model.args.n_layers} layers, batch size {batch_size}")
             for name, seconds in times.items():
                 print(f"{name:24} {batch_size * N_NEW_TOKENS / seconds:10,.0f} tokens/s "
                       f"{times['transformers, float32'] / seconds:6.2f} x transformers")
@@ -249,7 +249,7 @@ def bench_sample(cfg: SimpleNamespace) -> None:
 
 
 def build_engines(model: torch.nn.Module, backend: devices.Backend) -> dict[str, Engine]:
-    """Return an engine for each number format of the device, and a compiled one."""
+    """Return an engine for each dtype of the device, and a compiled engine."""
     dtype = str(backend.dtype).removeprefix("torch.")
     engines = {dtype: build_engine(model, backend.dtype)}
     if backend.device.type == "cpu":
@@ -273,21 +273,21 @@ def generate_with_transformers(model: torch.nn.Module, batch_size: int) -> None:
 
 
 def run_c_step(folder: Path, model: torch.nn.Module, tmp_dir: Path) -> Callable[[], float]:
-    """Build llama2.c's run.c, and return a step that runs it and returns the seconds for N_NEW_TOKENS.
+    """Compile llama2.c's run.c, and return a step that runs it and returns the seconds for N_NEW_TOKENS.
 
-    It begins with bos alone and draws from all tokens.
+    run.c starts from bos alone and samples without top_k.
     """
     if not isinstance(model, Transformer):
-        raise UserError("run.c is for Llama models, and this is a GPT-2; leave --peer out")
+        raise UserError("run.c runs only Llama models; this is a GPT-2\n       omit --peer")
     if not (folder / "run.c").is_file() or not shutil.which("gcc"):
-        raise UserError(f"--peer needs gcc, and a run.c in {folder.resolve()}")
+        raise UserError(f"--peer needs gcc and a run.c in {folder.resolve()}")
     program = tmp_dir / "run"
     weights = tmp_dir / "model.bin"
     tokenizer = tmp_dir / "tokenizer.bin"
     gcc = ["gcc", "-Ofast", "-fopenmp", "-march=native", folder / "run.c", "-lm", "-o", program]
     subprocess.run(gcc, check=True)
     optional.load("formats").llama2c.write_weights(checkpoints.model_state(model), weights, version=0)
-    tokens = struct.pack("<fi2s", 0.0, 2, b"aa") * model.args.vocab_size       # each is the text "aa"
+    tokens = struct.pack("<fi2s", 0.0, 2, b"aa") * model.args.vocab_size       # each has the text "aa"
     tokenizer.write_bytes(struct.pack("<i", 2) + tokens)
     n_tokens = len(PROMPT) + N_NEW_TOKENS
     command = [program, weights, "-z", tokenizer, "-n", n_tokens, "-t", SAMPLING.temperature, "-p", 1, "-s"]
@@ -304,7 +304,7 @@ def run_c_step(folder: Path, model: torch.nn.Module, tmp_dir: Path) -> Callable[
 
 
 def val_loss(engine: Engine, ckpt: Checkpoint, data_dir: str) -> float:
-    """Return the nats per token over the val split, as train.py scores it."""
+    """Return the val loss in nats per token, as in train.py."""
     digest = checkpoints.build_tokenizer(ckpt).sha256
     data = shards.load_shards(find_tokenizer(data_dir, digest=digest).with_suffix(""), digest)
     nats = 0.0
@@ -323,7 +323,7 @@ PROCESSES = 2
 
 
 def bench_text(cfg: SimpleNamespace) -> None:
-    """Measure steps 1 and 2 from start to end, in turns with tests/plain.py, with PROCESSES each."""
+    """Measure steps 1 and 2 against tests/plain.py, with PROCESSES processes each."""
     if not 0.1 <= cfg.text_mb <= 100_000:
         raise UserError(f"text_mb must be 0.1 to 100,000, not {cfg.text_mb}")
     with tempfile.TemporaryDirectory() as tmp_dir:
@@ -346,12 +346,12 @@ def bench_text(cfg: SimpleNamespace) -> None:
     for name, plain_name in (("train_vocab.py", "plain vocabulary"), ("preprocess.py", "plain shards")):
         seconds, memory = print_text_result(name, results[name], megabytes)
         plain_seconds, plain_memory = print_text_result(plain_name, results[plain_name], megabytes)
-        memory_ratio = f", {memory / plain_memory:.2f} x the memory" if plain_memory else ""     # known on Linux only
+        memory_ratio = f", {memory / plain_memory:.2f} x the memory" if plain_memory else ""     # Linux only
         print(f"{'':20} {plain_seconds / seconds:7.2f} x the speed{memory_ratio}")
 
 
 def print_text_result(name: str, results: list[tuple[float, float]], megabytes: float) -> tuple[float, float]:
-    """Print and return the medians of seconds and of memory in bytes."""
+    """Print and return the median seconds and the median memory in bytes."""
     seconds = statistics.median(seconds for seconds, memory in results)
     memory = statistics.median(memory for seconds, memory in results)
     print(f"{name:20} {seconds:7.1f} s {megabytes / seconds:7.1f} MB/s {memory / 1e6:8,.0f} MB of memory")
@@ -359,7 +359,7 @@ def print_text_result(name: str, results: list[tuple[float, float]], megabytes: 
 
 
 def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
-    """Repeat the stories in 10 files of text_mb / 10; return their size in bytes."""
+    """Write repeated stories to 10 files of text_mb / 10 each; return their total size in bytes."""
     source = Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
     texts = [text for path in corpus.find_files(source) for text in documents.read_documents(path)]
     folder.mkdir()
@@ -376,7 +376,7 @@ def write_stories(cfg: SimpleNamespace, folder: Path) -> int:
 
 
 def time_script(script: str | Path, *args: Any) -> tuple[float, float]:
-    """Return the seconds of a script, and on Linux the peak memory of all its processes in bytes."""
+    """Run a script. Return its seconds, and on Linux the peak memory of its processes in bytes (0 elsewhere)."""
     command = [sys.executable, *map(str, (ROOT / script, *args))]
     memory = 0
     with tempfile.TemporaryFile() as errors:
@@ -394,7 +394,7 @@ def time_script(script: str | Path, *args: Any) -> tuple[float, float]:
 
 
 def session_memory(session: int) -> int:
-    """Return the bytes of all processes of a session; shared memory counts once (PSS)."""
+    """Return the memory of all processes of a session in bytes. Shared memory counts once (PSS)."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -407,16 +407,16 @@ def session_memory(session: int) -> int:
     return total
 
 
-# ---- quality in a given time --------------------------------------------------------------------
+# ---- quality after a given time -----------------------------------------------------------------
 
 def bench_quality(cfg: SimpleNamespace) -> None:
     """Train each preset of up to cfg.minutes from scratch, and print its validation scores over time."""
     if not cfg.data:
-        raise UserError("quality needs real stories: --data PATH")
+        raise UserError("quality needs real stories\n       python -m tools.bench quality --data PATH")
     names = [name for name, preset in PRESETS.items() if preset.settings.get("max_minutes", math.inf) <= cfg.minutes]
     if not names:
-        raise UserError(f"no preset is as short as {cfg.minutes:g} minutes; the shortest takes 3: --minutes 3")
-    corpus.find_files(cfg.data)             # raises UserError if there are none
+        raise UserError(f"the shortest preset takes 3 minutes, not {cfg.minutes:g}\n       use --minutes 3")
+    corpus.find_files(cfg.data)             # raises UserError if no file is found
     print("| preset | vocabulary | parameters | tokens/s | wall minutes | bpb at minutes |\n|---|---|---|---|---|---|")
     for name in names:
         print(quality_row(name, cfg), flush=True)

@@ -1,10 +1,10 @@
-"""Measure what several processes gain, and what their messages cost.
+"""Benchmark training and generation with several processes against one process.
 
     torchrun --nproc_per_node=2 -m tools.bench_scale
     torchrun --nproc_per_node=2 -m tools.bench_scale --preset cpu_3min
 
-The contenders take turns at the same training step: one process alone, with its share of the cores and with all; the
-processes of torchrun with DDP, and with --shard. Then at generation, with the model whole and divided.
+The contenders take turns at the same training step: one process with its share of the cores, one process with all
+cores, and all processes with DDP and with --shard. Generation follows, without and with tensor parallelism.
 """
 import time
 from collections.abc import Callable
@@ -27,10 +27,10 @@ from tinyllm.machine import available_cores
 from tools.bench import N_NEW_TOKENS, build_run, default_shape, generate, random_batch, time_interleaved
 
 # ---- settings -----------------------------------------------------------------------------------
-preset = ""             # the model and batch of a preset; empty: the defaults of train.py
-rounds = 10             # turns of each contender
-device = "auto"
-dtype = "auto"
+preset = ""             # take model and batch size from this preset; empty: the defaults of train.py
+rounds = 10             # measurements of each contender
+device = "auto"         # auto, cpu, cuda, mps
+dtype = "auto"          # auto, float32, bfloat16, float16
 # ---- end of settings ----------------------------------------------------------------------------
 
 COMMAND = "torchrun --nproc_per_node=2 -m tools.bench_scale"
@@ -41,7 +41,7 @@ def main() -> None:
         with dist.fail_together():
             cfg, _ = cli.parse_settings(globals())
             if dist.world_size == 1:
-                raise UserError(f"this measures several processes\n       {COMMAND}")
+                raise UserError(f"bench_scale needs at least 2 processes\n       {COMMAND}")
             backend = choose_backend(dist.device(cfg.device), cfg.dtype)
             train_cfg, args = default_shape(cfg)
         cores = max(available_cores() // dist.world_size, 1)
@@ -49,21 +49,21 @@ def main() -> None:
         try:
             check_divisible(args, dist.world_size)
         except UserError as error:
-            print(f"generation is left out: {error}")
+            print(f"skipping generation: {error}")
             return
         bench_generation(cfg, args, backend, dist, cores)
 
 
 def bench_steps(cfg: SimpleNamespace, train_cfg: SimpleNamespace, args: ModelArgs, backend: Backend,
                 dist: DistributedContext, cores: int) -> None:
-    """Measure a step with one micro-batch for each process. `cores` is the share of a process."""
+    """Measure a training step with one micro-batch per process. cores: CPU cores per process."""
     batch = random_batch(train_cfg.batch_size, args, backend)
 
     def build_step(context: DistributedContext, shard: bool) -> Callable[[], object]:
         run = build_run(train_cfg, backend, args, False, context, gradient_accumulation_steps=dist.world_size,
                         shard=shard)
         return partial(train.train_step, run, repeat(batch))
-    alone = build_step(SINGLE_PROCESS, False) if dist.is_main else int      # the other ranks wait for it
+    alone = build_step(SINGLE_PROCESS, False) if dist.is_main else int      # other ranks call int(), a no-op
     n_params = checkpoint.new_model(args).count_parameters()
     gradients = torch.zeros(n_params, device=backend.device)
     steps = {
@@ -83,12 +83,12 @@ def bench_steps(cfg: SimpleNamespace, train_cfg: SimpleNamespace, args: ModelArg
         print(f"{name:24} {n_tokens / times[name]:10,.0f} {share_seconds / times[name]:13.2f} "
               f"{all_cores_seconds / times[name]:14.2f} {bytes_sent(step, dist) / 1e6:16.1f}")
     expected = n_tokens / (share_seconds / dist.world_size + mean_seconds)
-    print(f"with this mean, the formula for DDP says {expected:,.0f} tokens/s", flush=True)
+    print(f"estimate for DDP from the time of the mean: {expected:,.0f} tokens/s", flush=True)
 
 
 def bench_generation(cfg: SimpleNamespace, args: ModelArgs, backend: Backend, dist: DistributedContext, cores: int
                      ) -> None:
-    """Measure generation by one process and by all; the other processes follow the divided engine."""
+    """Measure generation on one process and on all. Other ranks follow rank 0 in the divided engine."""
     torch.manual_seed(0)
     whole = Engine(checkpoint.new_model(args).to(backend.device), backend.dtype)
     divided = TensorParallelGroup(dist).engine(checkpoint.new_model(args), backend, "")
@@ -105,12 +105,12 @@ def bench_generation(cfg: SimpleNamespace, args: ModelArgs, backend: Backend, di
             times = time_interleaved(steps, backend, cfg.rounds)
             n_tokens = batch_size * N_NEW_TOKENS
             speeds = [f"{name} {n_tokens / seconds:,.0f} tokens/s" for name, seconds in times.items()]
-            print(f"generation, {batch_size} at a time: {'; '.join(speeds)}", flush=True)
+            print(f"generation, batch size {batch_size}: {'; '.join(speeds)}", flush=True)
     divided.run(measure)
 
 
 def bytes_sent(step: Callable[[], object], dist: DistributedContext) -> int:
-    """Return the bytes of a step's messages through the loopback of Linux; elsewhere 0."""
+    """Return the bytes that a step sends over Linux's loopback interface; 0 on other systems."""
     path = Path("/proc/net/dev")
     if not path.exists():
         return 0
@@ -123,7 +123,7 @@ def bytes_sent(step: Callable[[], object], dist: DistributedContext) -> int:
 
 
 def time_together(step: Callable[[], object], threads: int, backend: Backend, dist: DistributedContext) -> float:
-    """Return the seconds of a step that all ranks begin at the same time."""
+    """Return the seconds of a step that all ranks start together."""
     torch.set_num_threads(threads)
     dist.max(0)
     start = time.perf_counter()

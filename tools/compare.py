@@ -2,8 +2,7 @@
 
     python -m tools.compare output output/old-1
 
-Prints tables, and draws OUT_DIR/compare.png where matplotlib is installed. Values between two evaluations are
-interpolated; beyond the last evaluation there are none.
+Prints tables and, if matplotlib is installed, draws OUT_DIR/compare.png. Interpolates values between two evaluations.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,19 @@ from tinyllm import checkpoint, cli, optional, runlog
 from tinyllm.cli import UserError, escape_control_chars, format_command
 
 # ---- settings -----------------------------------------------------------------------------------
-folders = []                        # the folders of the runs, two or more
-out_dir = "output"                  # where compare.png is written
+folders = []                        # output folders of two or more runs
+out_dir = "output"                  # folder for compare.png
 # ---- end of settings ----------------------------------------------------------------------------
 
 EXAMPLE = "python -m tools.compare output output/old-1"
 Points = list[tuple[float, float]]
-N_POINTS = 4                        # rows of a table of bpb, over the range that all runs share
-MAX_WIDTH = 28                      # characters of a value in a table
+N_POINTS = 4                        # rows of a bpb table
+MAX_WIDTH = 28                      # maximum characters of a table cell
 
 
 @dataclass
 class RunHistory:
-    """What the logs of a run say: its settings, and its validation bpb by tokens and by minutes."""
+    """Settings, speeds and validation bpb of a run, read from its logs."""
     folder: str
     settings: dict[str, Any]
     parameters: int
@@ -38,18 +37,18 @@ class RunHistory:
 
     @property
     def best(self) -> tuple[float, float]:
-        """The tokens at which bpb was lowest, and that bpb."""
+        """Lowest bpb, as (tokens, bpb)."""
         return min(self.by_tokens, key=lambda point: point[1])
 
 
 def main() -> None:
     cfg, _ = cli.parse_settings(globals(), positional=("folders",))
     if len(cfg.folders) < 2:
-        raise UserError(f"name the folders of two or more runs\n       {EXAMPLE}")
+        raise UserError(f"expected the output folders of two or more runs\n       {EXAMPLE}")
     runs = [read_run(folder) for folder in cfg.folders]
     print_table(["settings that differ", *cfg.folders], setting_rows(runs))
     if len({data_sha256(folder) for folder in cfg.folders}) > 1:
-        print("\nnote: these runs have different text or vocabularies, so bits per byte do not compare them")
+        print("\nnote: these runs have different text or vocabularies; their bits per byte are not comparable")
     print_table(["", *cfg.folders], summary_rows(runs))
     by_tokens = [run.by_tokens for run in runs]
     by_minutes = [run.by_minutes for run in runs]
@@ -67,12 +66,12 @@ def main() -> None:
 # ---- the logs -----------------------------------------------------------------------------------
 
 def read_run(folder: str) -> RunHistory:
-    """Read the logs in a folder. Raises UserError if they have no evaluation."""
+    """Read the logs of a run. Raises UserError if they contain no evaluation."""
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
-        raise UserError(f"no {path}; name the folders of runs\n       {EXAMPLE}")
+        raise UserError(f"no {path}; expected the output folders of runs\n       {EXAMPLE}")
     header, *entries = runlog.read_log(path) or [{}]
-    model_args = header.get("model_args", {})           # fine-tuning takes the model's own shape
+    model_args = header.get("model_args", {})           # fine-tuning keeps the shape of the initial model
     if not isinstance(header.get("config"), dict) or not isinstance(model_args, dict):
         raise UserError(f"{path} is not a log of train.py, or its first line is damaged")
     evals = [entry for entry in entries if runlog.has_numbers(entry, "iter", "tokens", "bpb")]
@@ -91,7 +90,7 @@ def read_run(folder: str) -> RunHistory:
 
 
 def data_sha256(folder: str) -> str:
-    """Return the digest of text, split and vocabulary from the latest checkpoint, or "" without one."""
+    """Return the digest of text, split and vocabulary from the latest checkpoint, or "" if there is none."""
     path = Path(folder, "last.pt")
     return checkpoint.load_checkpoint(path, mmap=True)["data_sha256"] if path.exists() else ""
 
@@ -99,7 +98,7 @@ def data_sha256(folder: str) -> str:
 # ---- the tables ----------------------------------------------------------------------------------
 
 def setting_rows(runs: list[RunHistory]) -> list[list[str]]:
-    """Return a row for each setting that differs between the runs, or is missing in some."""
+    """Return a row for each setting that differs between the runs or that some runs lack."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = []
     for name in names:
@@ -117,7 +116,7 @@ def summary_rows(runs: list[RunHistory]) -> list[list[str]]:
 
 
 def print_bpb_table(unit: str, folders: list[str], curves: list[Points], decimals: int) -> None:
-    """Print bpb at N_POINTS places where the evaluations of all runs overlap, with a star at the lowest."""
+    """Print bpb at N_POINTS positions where the evaluations of all runs overlap; * marks the lowest."""
     start = max((points[0][0] for points in curves if points), default=0.0)
     end = min(points[-1][0] if points else -1.0 for points in curves)
     if start > end:

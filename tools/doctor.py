@@ -1,4 +1,4 @@
-"""Print the state of the machine and the files of the four steps, and the next command to type. Nothing is written.
+"""Check the machine and the files of the four steps, and print the next command. Writes nothing.
 
     python -m tools.doctor
     python -m tools.doctor --data_dir data/tuned --out_dir output/tuned
@@ -26,9 +26,9 @@ from tinyllm.project import find_tokenizer, load_tokenizer, path_flags, tokenize
 from tinyllm.shards import load_shards
 
 # ---- settings -----------------------------------------------------------------------------------
-data_dir = "data"                   # where steps 1 and 2 wrote
-out_dir = "output"                  # where step 3 wrote
-vocab_size = 0                      # which vocabulary of data_dir; 0: the one of the run, or the first with shards
+data_dir = "data"                   # output folder of steps 1 and 2
+out_dir = "output"                  # output folder of step 3
+vocab_size = 0                      # vocabulary size to check; 0: the run's, otherwise the first with shards
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 # ---- end of settings ----------------------------------------------------------------------------
 
@@ -50,11 +50,11 @@ def main() -> None:
 
 
 def report(name: str, describe: Callable[[SimpleNamespace], str], cfg: SimpleNamespace) -> bool:
-    """Print a description, or why there is none; return True if there is one."""
+    """Print a description or the problem. Return True if there is no problem."""
     try:
         print(escape_control_chars(f"{name:15} {describe(cfg)}"))
         return True
-    except Exception as error:              # of any kind: the other checks still run
+    except Exception as error:              # any error: the other checks still run
         print(escape_control_chars(f"{name:15} problem: {error}".splitlines()[0]))
         return False
 
@@ -90,7 +90,7 @@ def describe_device(cfg: SimpleNamespace) -> str:
 
 
 def choose_tokenizer(cfg: SimpleNamespace) -> Path:
-    """Return the tokenizer of the settings; of several, the one of the run, or the first with shards."""
+    """Return the tokenizer of vocab_size; for 0, the run's, otherwise the first with shards."""
     paths = tokenizer_files(Path(cfg.data_dir))
     if cfg.vocab_size or not paths:
         return find_tokenizer(cfg.data_dir, cfg.vocab_size)
@@ -112,7 +112,7 @@ def describe_shards(cfg: SimpleNamespace) -> str:
 
 
 def describe_run(cfg: SimpleNamespace) -> str:
-    """Describe the latest checkpoint. Raises UserError for a run that has not finished."""
+    """Describe the latest checkpoint. Raises UserError if the run has not finished."""
     path = Path(cfg.out_dir) / "last.pt"
     ckpt = checkpoint.load_checkpoint(path, checkpoint.REQUIRED_TO_RESUME, mmap=True)
     config = ckpt["config"]

@@ -1,10 +1,10 @@
-"""Models in other projects' files: each is read as a Checkpoint, and a Checkpoint is written as each.
+"""Read other projects' models as a Checkpoint, and write a Checkpoint in their formats.
 
     ckpt = formats.read_model(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))
     formats.WRITERS["hf"](ckpt, Path("output/smol"))
 
-A reader returns `model` and `model_args`, with the names of model.py, the tokenizer, and the name of the chat template.
-Tensors stay in their file, mapped into memory, unless they must change.
+A reader returns `model` and `model_args` with the names of model.py, the tokenizer, and the name of the chat template.
+Tensors stay memory-mapped unless a reader must convert them.
 """
 import struct
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tinyllm.cli import UserError
 from tinyllm.project import load_tokenizer
 from tokenizer import BaseTokenizer
 
-# errors that a reader may raise for a damaged file
+# exceptions that readers raise for a damaged file
 FAILURES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
             struct.error)
 
@@ -41,22 +41,22 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
 
 
 def read_model(source: Path) -> Checkpoint:
-    """Read another project's model: a file, a folder, or a model of gpt2_folder.RELEASED, which is downloaded to data/.
+    """Read another project's model: a file, a folder, or a name in gpt2_folder.RELEASED (downloaded to data/).
 
-    Raises UserError when the source is missing, damaged, or of a kind that cannot be represented.
+    Raises UserError if the source is missing, damaged or not supported.
     """
     path = find_source(source)
     if path.suffix == ".model":
-        raise UserError(f"{path} is a tokenizer, which step 1 writes; a model is the ckpt.pt that step 3 writes")
+        raise UserError(f"{path} is a tokenizer; expected a model, such as the ckpt.pt that train.py writes")
     try:
         reader = choose_reader(path) or checkpoint.load_checkpoint
         return reader(path)
     except FAILURES as error:
-        raise UserError(f"{path} is damaged, or not what it seems: {error!r}") from error
+        raise UserError(f"{path} is damaged or not a model: {error!r}") from error
 
 
 def find_source(path: Path) -> Path:
-    """Return the path of a model, downloaded if it is a released one."""
+    """Return the path of a model. Downloads the models in gpt2_folder.RELEASED."""
     name = str(path)
     if path.exists():
         return path
@@ -64,27 +64,27 @@ def find_source(path: Path) -> Path:
         return gpt2_folder.download(name, "data")
     similar = get_close_matches(name, gpt2_folder.RELEASED, 1)
     if similar:
-        raise UserError(f"no checkpoint at {path.resolve()}; did you mean {similar[0]}, which is downloaded?")
+        raise UserError(f"no checkpoint at {path.resolve()}; did you mean the released model {similar[0]}?")
     raise checkpoint.missing_checkpoint_error(path)
 
 
 def output_files(path: Path, kind: str) -> list[Path]:
-    """Return the files that the writer of a format leaves: its path, and what it puts beside it."""
+    """Return the files that the writer of a format creates: `path`, and a tokenizer for llama2.c."""
     return [path, llama2c.tokenizer_path(path)] if kind.startswith("llama2c") else [path]
 
 
 def is_model(path: Path) -> bool:
-    """True for a model, by its content, or a name of RELEASED. Raises UserError for a folder that is no model."""
+    """True if `path` is a model file, a model folder or a name in RELEASED. Raises UserError for other folders."""
     return str(path) in gpt2_folder.RELEASED or path.exists() and choose_reader(path) is not None
 
 
 def read_tokenizer(path: Path) -> BaseTokenizer:
-    """Read a tokenizer file of any kind. Raises UserError if it is none."""
+    """Read a tokenizer file in any format. Raises UserError for other files."""
     return load_tokenizer(llama2c.read_tokenizer(path) or path)
 
 
 def choose_reader(path: Path) -> Callable[[Path], Checkpoint] | None:
-    """Return the reader of a file or folder, by its content; None for a file that does not look like a model."""
+    """Return the reader for the content of a file or folder; None for a file in no known format."""
     if path.is_dir():
         return choose_folder_reader(path)
     with open(path, "rb") as file:
@@ -101,9 +101,9 @@ def choose_folder_reader(path: Path) -> Callable[[Path], Checkpoint]:
     if (path / "params.json").is_file():
         return meta.read
     if (path / "ckpt.pt").is_file():
-        raise UserError(f"{path} is the folder of a training; its model is {path / 'ckpt.pt'}")
+        raise UserError(f"{path} is an output folder of train.py; the model is {path / 'ckpt.pt'}")
     suffixes = (*checkpoint.SUFFIXES, ".model")
     models = sorted(str(file) for file in path.iterdir() if file.suffix in suffixes)
     if models:
-        raise UserError(f"{path} is a folder; in it there is {', '.join(models[:5])}")
-    raise UserError(f"{path} has neither a config.json (Hugging Face) nor a params.json (Meta), so it is no model")
+        raise UserError(f"{path} is a folder; expected a file in it, such as {', '.join(models[:5])}")
+    raise UserError(f"{path} is not a model folder; expected a config.json (Hugging Face) or a params.json (Meta)")

@@ -1,4 +1,4 @@
-"""Code that the readers and writers share: checkpoints, and tokenizers in the forms that they need."""
+"""Code that readers and writers share: checkpoints, tensor names, tokenizer conversion."""
 import json
 import struct
 from collections.abc import Collection, Iterable
@@ -13,15 +13,15 @@ from tinyllm.cli import UserError
 from tinyllm.project import shorten_list
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE_MARK, UNKNOWN, BaseTokenizer, Tokenizer
 
-BPE = 2                         # SentencePiece's number for byte-pair encoding
-# patterns that cut text before its bytes are merged
+BPE = 2                         # SentencePiece's model_type for byte-pair encoding
+# regular expressions that split text before the merges
 LLAMA3 = TiktokenTokenizer.PATTERN
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def make_checkpoint(model: dict[str, Tensor], model_args: dict[str, Any], tokenizer: BaseTokenizer | None = None,
                     chat: str = "", architecture: str = "llama") -> Checkpoint:
-    """Return a checkpoint. A model without an output layer shares its embedding."""
+    """Return a checkpoint. Without output.weight, the output layer is tied to the embedding."""
     model.setdefault("output.weight", model["tok_embeddings.weight"])
     ckpt = {"model": model, "model_args": model_args, "iter_num": 0, "config": {}, "chat": chat,
             "architecture": architecture}
@@ -32,9 +32,9 @@ def make_checkpoint(model: dict[str, Tensor], model_args: dict[str, Any], tokeni
 
 def tensor_names(n_layers: int, model: dict[str, str], layer: dict[str, str], prefix: str,
                  kinds: tuple[str, ...] = ("weight",), is_tied: bool = False) -> dict[str, str]:
-    """Return the names of all tensors, ours to theirs.
+    """Map model.py's tensor names to another format's.
 
-    layer: names of a layer's parts; prefix: their name for "layers"; is_tied: leave out the output layer.
+    layer: names inside a layer; prefix: the format's name for "layers"; is_tied: omit the output layer.
     """
     if not 0 < n_layers < 10_000:
         raise ValueError(f"{n_layers} layers")
@@ -49,7 +49,7 @@ def tensor_names(n_layers: int, model: dict[str, str], layer: dict[str, str], pr
 
 
 def check_names(names: Iterable[str], expected: Iterable[str], source: Path) -> None:
-    """Raise UserError with all tensors that are missing or unknown."""
+    """Raise UserError, listing the tensors, if some are missing or unknown."""
     missing = set(expected) - set(names)
     unknown = set(names) - set(expected)
     if missing:
@@ -59,11 +59,11 @@ def check_names(names: Iterable[str], expected: Iterable[str], source: Path) -> 
 
 
 def check_supported(values: dict[str, Any], supported: dict[str, Collection[Any]], source: Path, model: str) -> None:
-    """Raise UserError with all values that a model cannot represent; missing ones are its defaults."""
+    """Raise UserError, listing the values, if some are not supported. A missing value counts as supported."""
     wrong = [name for name, possible in supported.items() if name in values and values[name] not in possible]
     if wrong:
         problems = ", ".join(f"{name} {values[name]!r}" for name in wrong)
-        raise UserError(f"{source} is a model that {model} cannot represent: {problems}")
+        raise UserError(f"{source} has settings that {model} does not support: {problems}")
 
 
 def read_json(path: Path) -> Any:
@@ -75,7 +75,7 @@ def read_json(path: Path) -> Any:
 
 
 def chat_of_template(template: Any) -> str:
-    """Return the name of the chat template that a Hugging Face template writes; "" for an unknown one."""
+    """Return our name for a Hugging Face chat template; "" if it is unknown."""
     text = json.dumps(template)
     if "<|im_start|>" in text:
         return "chatml"
@@ -85,9 +85,9 @@ def chat_of_template(template: Any) -> str:
 # ---- SentencePiece ------------------------------------------------------------------------------
 
 def sentencepiece_model(pieces: list[tuple[str, float, int]], bos_id: int = 1, eos_id: int = 2) -> bytes:
-    """Return the file of a byte-pair tokenizer from text, score and kind of each piece.
+    """Return a SentencePiece BPE model as bytes. pieces: text, score and kind of each.
 
-    It is a protocol buffer; fields and numbers are those of sentencepiece_model.proto.
+    The format is the protocol buffer of sentencepiece_model.proto.
     """
     unk_id = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), 0)
     trainer = (_field(3, BPE) + _field(4, len(pieces)) + _field(35, True) + _field(40, unk_id)
@@ -100,7 +100,7 @@ def sentencepiece_model(pieces: list[tuple[str, float, int]], bos_id: int = 1, e
 
 
 def _field(number: int, value: int | float | bytes) -> bytes:
-    """Return a field of a protocol buffer: its number and wire type, and its value."""
+    """Encode a field of a protocol buffer: number and wire type, then the value."""
     if isinstance(value, bytes):
         return _varint(number << 3 | 2) + _varint(len(value)) + value
     if isinstance(value, float):
@@ -120,7 +120,7 @@ def _varint(value: int) -> bytes:
 # ---- tokenizer.json -----------------------------------------------------------------------------
 
 def tokenizer_json(tokenizer: BaseTokenizer) -> dict[str, Any]:
-    """Return a tokenizer as the content of a tokenizer.json."""
+    """Convert a tokenizer to the content of a tokenizer.json."""
     if isinstance(tokenizer, JsonTokenizer):
         content = json.loads(tokenizer.model)
         content.pop(JsonTokenizer.OWN, None)
@@ -131,13 +131,13 @@ def tokenizer_json(tokenizer: BaseTokenizer) -> dict[str, Any]:
 
 
 def tokenizer_json_with_meta(content: dict[str, Any], bos: str, eos: str, add_bos: bool) -> bytes:
-    """Return a tokenizer.json with the values that JsonTokenizer needs besides."""
+    """Return a tokenizer.json as bytes, with the extra values that JsonTokenizer needs."""
     meta = {"bos": bos, "eos": eos, "add_bos": add_bos}
     return json.dumps({**content, JsonTokenizer.OWN: meta}, ensure_ascii=False).encode()
 
 
 def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return a SentencePiece model as a tokenizer.json."""
+    """Convert a SentencePiece model to the content of a tokenizer.json."""
     pieces = tokenizer.pieces()
     ids = {text: i for i, (text, _, _) in enumerate(pieces)}
     kinds = [kind for _, _, kind in pieces]
@@ -162,13 +162,13 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def byte_level_json(ids: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int], pattern: str,
                     single_digits: bool = False, bos: str = "", whole_words: bool = False) -> dict[str, Any]:
-    """Return the tokenizer.json of a tokenizer like GPT-2's: a pattern cuts the text, and its bytes are merged.
+    """Return the content of a tokenizer.json for byte-level BPE: `pattern` splits text before the merges.
 
     Args:
-        ids: of each entry, with bytes written as in `byte_letters`.
-        single_digits: cut off every digit before the pattern.
-        bos: the special token that is put before a text.
-        whole_words: a word that is an entry is one token, whatever the merges are (Llama 3).
+        ids: token ids by text, with bytes written as in `byte_letters`.
+        single_digits: split off every digit before `pattern` applies.
+        bos: special token that starts every text.
+        whole_words: encode a word that is in `ids` as one token, without merges (Llama 3).
     """
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -193,7 +193,7 @@ def llama3_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
 
 
 def merges_of(entries: Iterable[str], known: Collection[str]) -> list[tuple[str, str]]:
-    """Return all pairs of known entries that make the entries, best first."""
+    """Return all pairs of known strings that form an entry, in the order of the entries."""
     merges = []
     for entry in entries:
         for cut in range(1, len(entry)):
@@ -203,7 +203,7 @@ def merges_of(entries: Iterable[str], known: Collection[str]) -> list[tuple[str,
 
 
 def byte_letters() -> list[str]:
-    """Return GPT-2's letter for each byte: itself if it is printable, else a letter from U+0100 on."""
+    """Return GPT-2's character for each byte: itself if printable, otherwise one from U+0100 up."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -222,7 +222,7 @@ def _added_tokens(special: dict[str, int]) -> list[dict[str, Any]]:
 
 
 def _put_bos_in_front(token: str, token_id: int) -> dict[str, Any]:
-    """Return the post-processor that puts bos before a text, as other programs expect."""
+    """Return the post-processor that prepends bos to every text, as other programs expect."""
     def sequence(name: str, type_id: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": token, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
 

@@ -1,8 +1,8 @@
-"""A GGUF file, which llama.cpp, Ollama and LM Studio run. Architecture llama.
+"""Read and write GGUF files for llama.cpp, Ollama and LM Studio. Architecture llama.
 
-Needs the package gguf, which can quantize weights. The format is documented in ggml-org/ggml docs/gguf.md; the rows of
-wq and wk have Meta's order there, as here. The header is parsed in this file, because the package takes seconds for it,
-and fills the memory when a length in it is damaged.
+Requires the package gguf, which quantizes weights. ggml-org/ggml docs/gguf.md documents the format. The rows of wq and
+wk have Meta's order, as in model.py. This file parses the header itself: the package takes seconds, and allocates too
+much memory when a length is damaged.
 """
 import math
 import struct
@@ -33,36 +33,36 @@ INT_FIELDS = {"n_layers": "block_count", "max_seq_len": "context_length", "dim":
               "hidden_dim": "feed_forward_length", "n_heads": "attention.head_count",
               "n_kv_heads": "attention.head_count_kv"}
 FLOAT_FIELDS = {"norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
-ROPE_FACTORS = "rope_freqs.weight"      # a tensor: each pair of dimensions rotates slower by its factor
+ROPE_FACTORS = "rope_freqs.weight"      # tensor of divisors of the rotary frequencies
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q6_K")
 VALUE_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-TEXT, ARRAY = 8, 9                      # the other types of values
-USER_DEFINED = 4                        # kind of added tokens that are text; the other kinds as in tokenizer.py
-# tokenizer.ggml.pre: how text is cut before the merges
+TEXT, ARRAY = 8, 9                      # value types without an entry in VALUE_TYPES
+USER_DEFINED = 4                        # kind of added text tokens; tokenizer.py defines the other kinds
+# tokenizer.ggml.pre: the rule that splits text before the merges
 LLAMA_BPE = {"pattern": common.LLAMA3, "whole_words": True}
 PRETOKENIZERS = {"llama-bpe": LLAMA_BPE, "llama3": LLAMA_BPE, "llama-v3": LLAMA_BPE, "gpt-2": {"pattern": common.GPT2},
                  "smollm": {"pattern": common.GPT2, "single_digits": True}}
 
 
-# ---- in -----------------------------------------------------------------------------------------
+# ---- read ---------------------------------------------------------------------------------------
 
 class Header:
-    """The part of a file before the tensors.
+    """The header of a GGUF file.
 
     Attributes:
-        meta: the values by name.
-        tensors: by name, shape, type number, and the offset in the file.
+        meta: metadata by name.
+        tensors: shape, type number and file offset by name.
     """
 
     def __init__(self, data: np.ndarray):
-        """data: the bytes of the file. Raises struct.error, LookupError, ValueError or ArithmeticError if damaged."""
+        """Parse the bytes of a file. Raises struct.error, LookupError, ValueError or ArithmeticError if damaged."""
         self._data = data
         self._offset = 4
         version, = self._read("I")
         if version not in (2, 3):
-            raise ValueError(f"version {version}; 2 and 3 are known")
+            raise ValueError(f"version {version}; expected 2 or 3")
         n_tensors, n_values = self._read("Q", 2)
         self.meta = {self._read_text(): self._read_value(*self._read("I")) for _ in range(n_values)}
         tensors = {self._read_text(): self._read_tensor() for _ in range(n_tensors)}
@@ -71,7 +71,7 @@ class Header:
         self.tensors = {name: (shape, kind, start + offset) for name, (shape, kind, offset) in tensors.items()}
 
     def _read(self, letter: str, count: int = 1) -> tuple:
-        """Read the next values; letter: of the module struct."""
+        """Read the next values. letter: format character of the module struct."""
         layout = f"<{count}{letter}"
         values = struct.unpack_from(layout, self._data, self._offset)
         self._offset += struct.calcsize(layout)
@@ -101,13 +101,13 @@ class Header:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a file. Raises UserError for a model that model.py cannot represent, with the reasons."""
+    """Read a GGUF file. Raises UserError, with the reasons, if model.py does not support the model."""
     require_package("gguf", f"{path}")
     data = np.asarray(np.memmap(path, mode="c"))
     header = Header(data)
     architecture = header.meta["general.architecture"]
     if architecture != "llama":
-        raise UserError(f"{path} has the architecture {architecture!r}; only llama can be read")
+        raise UserError(f"{path} has the architecture {architecture!r}; expected 'llama'")
     tensors = header.tensors
     factors = read_tensor(data, ROPE_FACTORS, *tensors.pop(ROPE_FACTORS)) if ROPE_FACTORS in tensors else None
     args = read_args(header.meta, factors, path)
@@ -122,12 +122,12 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_tensor(data: np.ndarray, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
-    """Map a tensor from the file, or return it in float32 if it is quantized there."""
+    """Return a memory-mapped tensor, or a float32 copy if it is quantized."""
     import gguf
     kind = gguf.GGMLQuantizationType(kind)
     readable = (*DTYPES, *QUANTIZED)
     if kind.name not in readable:
-        raise UserError(f"{name} is quantized as {kind.name}; supported are {', '.join(readable)}")
+        raise UserError(f"{name} is quantized as {kind.name}; expected {', '.join(readable)}")
     byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, kind)
     content = data[offset:offset + math.prod(byte_shape)].reshape(byte_shape)
     if kind.name in DTYPES:
@@ -136,7 +136,7 @@ def read_tensor(data: np.ndarray, name: str, shape: tuple[int, ...], kind: int, 
 
 
 def read_args(meta: dict[str, Any], factors: Tensor | None, path: Path) -> dict[str, Any]:
-    """Return the model_args of the metadata. factors: (D / 2,), by which the rotary embedding is slowed down."""
+    """Return model_args from the metadata. factors: (D / 2,), divisors of the rotary frequencies, or None."""
     llama = {key.removeprefix("llama."): value for key, value in meta.items()}
     llama = {"attention.head_count_kv": llama["attention.head_count"], "rope.freq_base": 10000.0, **llama}
     args = {ours: llama[theirs] for ours, theirs in (INT_FIELDS | FLOAT_FIELDS).items()}
@@ -154,24 +154,24 @@ def read_args(meta: dict[str, Any], factors: Tensor | None, path: Path) -> dict[
 
 
 def read_tokenizer(meta: dict[str, Any], vocab_size: int, path: Path) -> BaseTokenizer | None:
-    """Return the tokenizer inside the file, None if it has none."""
+    """Return the tokenizer in the file; None if there is none."""
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in meta.items()}
     kind = values.get("model", "none")
     if kind in ("none", "no_vocab"):
         return None
     if kind not in ("llama", "gpt2"):
-        raise UserError(f"{path} has a tokenizer of the kind {kind!r}; llama and gpt2 can be read")
+        raise UserError(f"{path} has the tokenizer model {kind!r}; expected 'llama' or 'gpt2'")
     values = {"token_type": [NORMAL] * len(values["tokens"]), **values}
     tokenizer = read_sentencepiece(values, path) if kind == "llama" else read_byte_level(values, path)
     if tokenizer.n_words != vocab_size:
-        raise UserError(f"{path} has a tokenizer of {tokenizer.n_words} entries, and {vocab_size} embeddings")
+        raise UserError(f"{path} has {vocab_size} embeddings, but {tokenizer.n_words} tokenizer entries")
     return tokenizer
 
 
 def read_sentencepiece(values: dict[str, Any], path: Path) -> BaseTokenizer:
     for name in ("add_bos_token", "add_space_prefix"):
         if not values.get(name, True):
-            raise UserError(f"{path} has {name} false, which tokenizer.py cannot represent for SentencePiece")
+            raise UserError(f"{path} has {name} false, which tokenizer.py does not support for SentencePiece")
     pieces = list(zip(values["tokens"], values["scores"], values["token_type"]))
     model = common.sentencepiece_model(pieces, values.get("bos_token_id", 1), values.get("eos_token_id", 2))
     return load_tokenizer(model)
@@ -180,7 +180,7 @@ def read_sentencepiece(values: dict[str, Any], path: Path) -> BaseTokenizer:
 def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
     name = values.get("pre", "default")
     if name not in PRETOKENIZERS:
-        raise UserError(f"{path} has tokenizer.ggml.pre {name!r}; supported are {', '.join(PRETOKENIZERS)}")
+        raise UserError(f"{path} has tokenizer.ggml.pre {name!r}; expected one of {', '.join(PRETOKENIZERS)}")
     tokens = values["tokens"]
     kinds = values["token_type"]
     bos = tokens[values["bos_token_id"]] if "bos_token_id" in values else ""
@@ -195,13 +195,13 @@ def read_byte_level(values: dict[str, Any], path: Path) -> BaseTokenizer:
     return load_tokenizer(common.tokenizer_json_with_meta(content, bos, eos, add_bos))
 
 
-# ---- out ----------------------------------------------------------------------------------------
+# ---- write --------------------------------------------------------------------------------------
 
 def write(ckpt: Checkpoint, path: Path, kind: str) -> None:
-    """Write a file. One tensor at a time is converted.
+    """Write a GGUF file. Converts one tensor at a time to save memory.
 
-    kind: F32, F16 or Q8_0 for matrices; vectors are always in F32, and rows that Q8_0 has no blocks for in F16.
-    Raises UserError if the checkpoint has no tokenizer, or one that GGUF has no name for.
+    kind: F32, F16 or Q8_0, for matrices. Vectors are F32. With Q8_0, rows not divisible by 32 become F16.
+    Raises UserError if the checkpoint has no tokenizer, or GGUF has no name for its splitting rule.
     """
     gguf = require_package("gguf", "a file for llama.cpp")
     args = ModelArgs(**ckpt["model_args"])
@@ -219,7 +219,7 @@ def write(ckpt: Checkpoint, path: Path, kind: str) -> None:
 
 
 def write_tensors(writer: Any, tensors: dict[str, Tensor], kind: str) -> None:
-    """Write the header, which lists all tensors, and then the tensors."""
+    """Write the header, which lists all tensors, then the tensors."""
     import gguf
     kinds = {name: gguf.GGMLQuantizationType[ggml_type_for(tensor, kind)] for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -239,7 +239,7 @@ def ggml_type_for(tensor: Tensor, kind: str) -> str:
 
 
 def add_args(writer: Any, args: ModelArgs) -> dict[str, Tensor]:
-    """Write the metadata of a config. Return the tensor of the rotary embedding if it needs one."""
+    """Write model args as metadata. Return the tensor of rotary factors, if there is one."""
     values = {**vars(args), "hidden_dim": args.ffn_dim}
     for ours, theirs in INT_FIELDS.items():
         writer.add_uint32(f"llama.{theirs}", values[ours])
@@ -283,7 +283,7 @@ def add_tokenizer(writer: Any, tokenizer: BaseTokenizer, vocab_size: int) -> Non
 
 
 def tokens_of(content: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]:
-    """Return text and kind of each entry of a tokenizer.json; missing ids become unused tokens."""
+    """Return text and kind of each token of a tokenizer.json; missing ids become unused tokens."""
     entries = {i: (text, NORMAL) for text, i in content["model"]["vocab"].items()}
     for token in content["added_tokens"]:
         entries[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
@@ -291,16 +291,16 @@ def tokens_of(content: dict[str, Any], vocab_size: int) -> list[tuple[str, int]]
 
 
 def pretokenizer_name(content: dict[str, Any]) -> str:
-    """Return GGUF's name for how a tokenizer.json cuts text. Raises UserError if it has none."""
+    """Return GGUF's name for the splitting rule of a tokenizer.json. Raises UserError if there is none."""
     for name, options in PRETOKENIZERS.items():
         if pretokenizer_steps(content) == pretokenizer_steps(common.byte_level_json({}, [], {}, **options)):
             return name
-    raise UserError(f"this tokenizer splits text as none of {', '.join(PRETOKENIZERS)} does\n"
-                    "       --to hf writes a folder for transformers")
+    raise UserError("this tokenizer splits text in a way that GGUF does not name; expected one of "
+                    f"{', '.join(PRETOKENIZERS)}\n       choose a folder as the target (--to hf)")
 
 
 def pretokenizer_steps(content: dict[str, Any]) -> list[Any]:
-    """Return what a tokenizer.json does to text before the merges. A pattern inside ByteLevel counts as a step."""
+    """Return the steps of a tokenizer.json before the merges. A pattern inside ByteLevel counts as a step."""
     pre_tokenizer = content.get("pre_tokenizer") or {}
     steps = []
     for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):

@@ -1,9 +1,9 @@
-"""Folders of GPT-2: config.json, safetensors, and tokenizer.json or OpenAI's two files of the tokenizer.
+"""Read folders of GPT-2: config.json, safetensors, and tokenizer.json or OpenAI's two tokenizer files.
 
     ckpt = read(download("gpt2", "data"))
 
-Tensor names are those of transformers, with or without `transformer.` in front. Its linear layers (Conv1D) store their
-weights as (in, out).
+Tensors have transformers' names, with or without the prefix `transformer.`. Linear layers (Conv1D) store weights as
+(in, out).
 """
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,20 @@ from tokenizer import BaseTokenizer
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 MIRRORS = {"huggingface": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com"}
-END = "<|endoftext|>"           # between the texts that GPT-2 was trained on: both bos and eos
+END = "<|endoftext|>"           # separates GPT-2's training texts: both bos and eos
 
 MODEL_NAMES = {"tok_embeddings.weight": "wte.weight", "positions.weight": "wpe.weight", "norm.weight": "ln_f.weight",
                "norm.bias": "ln_f.bias"}
 LAYER_PARTS = {"attention_norm": "ln_1", "attention.wqkv": "attn.c_attn", "attention.wo": "attn.c_proj",
                "ffn_norm": "ln_2", "feed_forward.w1": "mlp.c_fc", "feed_forward.w2": "mlp.c_proj"}
 TRANSPOSED = ("wqkv.weight", "wo.weight", "w1.weight", "w2.weight")
-NOT_READ = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")        # the tied output, and masks
+NOT_READ = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")        # tied output layer, attention masks
 
 
 def download(name: str, data_dir: str | Path) -> Path:
-    """Download the missing files of a model of RELEASED to a folder of data_dir, and return that folder.
+    """Download the missing files of a model in RELEASED to data_dir/name, and return that folder.
 
-    Raises UserError, with the files and the folder, if no mirror delivers.
+    Raises UserError, with the files and the folder, if every mirror fails.
     """
     folder = Path(data_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,12 +42,12 @@ def download(name: str, data_dir: str | Path) -> Path:
         try:
             downloads.download_file(urls, folder / file)
         except UserError as error:
-            raise UserError(f"{error}\n       all that {name} needs there: {', '.join(FILES)}") from error
+            raise UserError(f"{error}\n       {name} needs {', '.join(FILES)}") from error
     return folder
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read a folder. Raises UserError for a model that extras/gpt2.py cannot represent, with the reasons."""
+    """Read a folder. Raises UserError, with the reasons, if extras/gpt2.py does not support the model."""
     args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {}
     for name, tensor in huggingface.read_tensors(folder).items():
@@ -67,7 +67,7 @@ def tensor_names(n_layers: int) -> dict[str, str]:
 
 
 def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the model_args of a config.json."""
+    """Return model_args from a config.json."""
     common.check_supported(config, {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "n_inner": (None, 4 * config["n_embd"]),
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
@@ -79,7 +79,7 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> tuple[BaseTokenizer | None, str]:
-    """Return the tokenizer and the chat template's name: from tokenizer.json, else from OpenAI's files."""
+    """Return the tokenizer, from tokenizer.json or OpenAI's files, and the chat template's name."""
     if not (folder / "tokenizer.json").is_file():
         for ids, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
             if (folder / ids).is_file() and (folder / merges).is_file():
@@ -88,7 +88,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> tuple[BaseTokenizer | None,
 
 
 def read_openai_tokenizer(ids_path: Path, merges_path: Path) -> BaseTokenizer:
-    """Read a tokenizer from its entries, and its merges, one a line in the order in which they were learned."""
+    """Read a tokenizer from OpenAI's JSON file of ids and its text file of merges, in learned order."""
     ids = common.read_json(ids_path)
     lines = merges_path.read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]

@@ -1,7 +1,7 @@
-"""Folders of Hugging Face: config.json, safetensors, tokenizer. Architecture LlamaForCausalLM.
+"""Read and write Hugging Face folders: config.json, safetensors, tokenizer. Architecture LlamaForCausalLM.
 
-Needs the package safetensors. Their rotary embedding rotates the pairs (0, D/2), (1, D/2 + 1), ..., ours the pairs
-(0, 1), (2, 3), ...: the rows of wq and wk have another order, which `hf_to_meta_rope` and `meta_to_hf_rope` change.
+Requires the package safetensors. Hugging Face rotates the dimension pairs (0, D/2), (1, D/2 + 1), ...; model.py rotates
+(0, 1), (2, 3), .... So `hf_to_meta_rope` and `meta_to_hf_rope` reorder the rows of wq and wk.
 """
 import json
 from pathlib import Path
@@ -31,13 +31,13 @@ SCALING_KEYS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "
                                                   "original_max_position_embeddings")}
 
 
-# ---- in -----------------------------------------------------------------------------------------
+# ---- read ---------------------------------------------------------------------------------------
 
 def read(folder: Path) -> Checkpoint:
-    """Read a folder. Raises UserError for a model that model.py cannot represent, with the reasons."""
+    """Read a folder. Raises UserError, with the reasons, if model.py does not support the model."""
     architecture = architecture_of(folder)
     if architecture != "LlamaForCausalLM":
-        raise UserError(f"{folder} has a {architecture}; only LlamaForCausalLM and GPT2LMHeadModel can be read")
+        raise UserError(f"{folder} has the architecture {architecture}; expected LlamaForCausalLM or GPT2LMHeadModel")
     args = read_config(common.read_json(folder / "config.json"), folder)
     tensors = {name: tensor for name, tensor in read_tensors(folder).items() if "rotary_emb" not in name}
     is_tied = args["tie_embeddings"] and "lm_head.weight" not in tensors
@@ -50,7 +50,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def check_weight_names(ckpt: Checkpoint, source: str | Path) -> None:
-    """Raise UserError if an edited model.py has other weights than a Llama, which no other program could place."""
+    """Raise UserError if an edited model.py does not have exactly the weights of a Llama."""
     is_tied = ckpt["model_args"]["tie_embeddings"]
     ignored = {"output.weight"} if is_tied else set()
     common.check_names(set(ckpt["model"]) - ignored, tensor_names(ckpt["model_args"], is_tied), Path(source))
@@ -65,7 +65,7 @@ def architecture_of(folder: Path) -> str:
 
 
 def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the model_args of a config.json."""
+    """Return model_args from a config.json."""
     heads, dim = config["num_attention_heads"], config["hidden_size"]
     rope_theta = config.get("rope_theta", 10000.0)
     rope = config.get("rope_parameters") or {"rope_theta": rope_theta, **(config.get("rope_scaling") or {})}
@@ -83,13 +83,13 @@ def read_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Map all tensors of a folder from their files."""
+    """Return all tensors of a folder, memory-mapped."""
     index = folder / "model.safetensors.index.json"
     files = sorted(set(common.read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     tensors = {}
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; weights are read from safetensors files")
+            raise UserError(f"{folder} has no {name}; expected weights in safetensors files")
         tensors |= read_safetensors(folder / name)
     return tensors
 
@@ -103,14 +103,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged: {error}") from error
     unknown = {str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in DTYPES.values()}
     if unknown:
-        raise UserError(f"{path} has tensors of {', '.join(unknown)}; {', '.join(DTYPES)} can be read")
+        raise UserError(f"{path} has tensors of {', '.join(unknown)}; expected {', '.join(DTYPES)}")
     return tensors
 
 
 def read_tokenizer(folder: Path, vocab_size: int, special: str = "") -> tuple[BaseTokenizer | None, str]:
-    """Return the tokenizer and the chat template's name: tokenizer.model if it has all entries, else tokenizer.json.
+    """Return the tokenizer and the chat template's name. Prefers a tokenizer.model that has vocab_size entries.
 
-    special: the token that is bos and eos if the folder does not name them.
+    special: bos and eos for a folder that does not name them.
     """
     path = folder / "tokenizer_config.json"
     config = common.read_json(path) if path.is_file() else {}
@@ -136,10 +136,10 @@ def token_text(token: str | dict[str, Any] | None) -> str:
     return token["content"] if isinstance(token, dict) else token or ""
 
 
-# ---- out ----------------------------------------------------------------------------------------
+# ---- write --------------------------------------------------------------------------------------
 
 def write(ckpt: Checkpoint, folder: Path) -> None:
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, with no code but theirs."""
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load without custom code."""
     require_package("safetensors", "a folder of Hugging Face")
     tokenizer = build_tokenizer(ckpt)
     folder.mkdir(parents=True)
@@ -179,8 +179,7 @@ def make_config(model_args: dict[str, Any]) -> dict[str, Any]:
     args = ModelArgs(**model_args)
     scaling = args.rope_scaling
     if scaling and "factors" in scaling:
-        raise UserError("the rotary embedding is slowed down by a table of factors (from a GGUF file), which a "
-                        "config.json cannot hold")
+        raise UserError("the model has a table of rotary factors (from a GGUF file), which config.json cannot store")
     if scaling:
         scaling = {"rope_type": "llama3" if "low_freq_factor" in scaling else "linear", **scaling}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": args.dim,
@@ -214,7 +213,7 @@ def model_card(ckpt: Checkpoint) -> str:
     trained = f", trained for {ckpt['iter_num']:,} steps" if ckpt["iter_num"] else ""
     return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\nA Llama with {n_parameters:,} "
             f"parameters{trained}: dim {args['dim']}, {args['n_layers']} layers, {args['n_heads']} heads, vocabulary "
-            f"{args['vocab_size']}, window {args['max_seq_len']}. Written by tiny-llm.\n\n```python\n"
+            f"{args['vocab_size']}, context {args['max_seq_len']}. Written by tiny-llm.\n\n```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")\n'
             'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids\n'
@@ -225,17 +224,17 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-# ---- the order of rows --------------------------------------------------------------------------
+# ---- row order ----------------------------------------------------------------------------------
 
 def has_rope_order(name: str) -> bool:
     return name.endswith((".wq.weight", ".wk.weight"))
 
 
 def hf_to_meta_rope(weight: Tensor, args: dict[str, Any]) -> Tensor:
-    """Bring the rows of each head from Hugging Face's order to Meta's."""
+    """Reorder the rows of each head from Hugging Face's order to Meta's."""
     return weight.unflatten(0, (-1, 2, args["dim"] // args["n_heads"] // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def meta_to_hf_rope(weight: Tensor, args: dict[str, Any]) -> Tensor:
-    """Bring the rows of each head from Meta's order to Hugging Face's."""
+    """Reorder the rows of each head from Meta's order to Hugging Face's."""
     return weight.unflatten(0, (-1, args["dim"] // args["n_heads"] // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,8 +1,8 @@
-"""Files of llama2.c (github.com/karpathy/llama2.c): a header, then all weights in a fixed order.
+"""Read and write llama2.c files (github.com/karpathy/llama2.c): a header, then all weights in a fixed order.
 
-Version 0, for its run.c, has no magic number and contains the rotary tables; version 1 was to follow it; version 2, for
-its runq.c, stores matrices as int8 in groups that share a float32 scale. The tokenizer is another file: `story.bin`
-goes with `story.tokenizer.bin`, or with a `tokenizer.bin` of the right size.
+Version 0, for run.c, has no magic number and includes the rotary tables. Version 1 has a magic number and no tables.
+Version 2, for runq.c, stores matrices as int8, in groups that share a float32 scale. The tokenizer is a separate file:
+`story.tokenizer.bin` beside `story.bin`, or a `tokenizer.bin` of the right size.
 """
 import math
 import re
@@ -24,13 +24,13 @@ from tinyllm.files import atomic_write
 from tokenizer import BYTE, CONTROL, NORMAL, SPACE_MARK, UNKNOWN, BaseTokenizer, Tokenizer
 
 MAGIC = b"24ka"                         # 0x616b3432
-HEADER_BYTES = 256                      # of versions 1 and 2
-LEGACY_HEADER_BYTES = 28                # of version 0
+HEADER_BYTES = 256                      # versions 1 and 2
+LEGACY_HEADER_BYTES = 28                # version 0
 HEADER_FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-GROUP_SIZE = 64                         # weights that share a scale; halved until it divides all rows
-LLAMA2_TOKEN_TYPES = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]        # run.c relies on them
+GROUP_SIZE = 64                         # weights per scale; smaller if 64 does not divide every row
+LLAMA2_TOKEN_TYPES = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]        # run.c assumes these
 PROBE_SENTENCE = "Once upon a time, there was a girl."
-OTHER_TARGETS = "write a .gguf or a folder instead"
+OTHER_TARGETS = "choose a .gguf file or a folder as the target"
 
 Shape = tuple[int, ...]
 
@@ -38,14 +38,14 @@ Shape = tuple[int, ...]
 class Header(NamedTuple):
     version: int
     args: ModelArgs
-    group_size: int                     # 0: nothing is quantized
+    group_size: int                     # 0 if no tensor is quantized
     size: int                           # bytes
 
 
-# ---- in -----------------------------------------------------------------------------------------
+# ---- read ---------------------------------------------------------------------------------------
 
 def is_legacy(path: Path) -> bool:
-    """True for a file of version 0: it has the size that its first seven numbers imply."""
+    """True if the file has the size that the 7 numbers of a version-0 header imply."""
     try:
         return read_header(path).version == 0
     except UserError:
@@ -55,7 +55,7 @@ def is_legacy(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """Read a file of any version, and the tokenizer beside it. Raises UserError if it is damaged.
 
-    The checkpoint has no digest of that tokenizer, because --tokenizer may name another form of it.
+    The checkpoint has no tokenizer digest, so that --tokenizer accepts the same tokenizer in another format.
     """
     header = read_header(path)
     data = np.memmap(path, mode="c")
@@ -70,7 +70,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header. Raises UserError if its numbers do not fit together, or to the size of the file."""
+    """Read the header. Raises UserError if its numbers contradict each other or the file size."""
     with open(path, "rb") as file:
         version, numbers, is_tied, group_size = parse_header(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"))
     try:
@@ -79,19 +79,19 @@ def read_header(path: Path) -> Header:
         if version not in (0, 1, 2) or args.hidden_dim < 1 or bad_groups:
             raise ValueError(f"version {version}, dim {args.dim}, hidden_dim {args.hidden_dim}, groups of {group_size}")
     except ValueError as error:
-        raise UserError(f"{path} is damaged, or no file of llama2.c: {error}") from error
+        raise UserError(f"{path} is damaged or not a llama2.c file: {error}") from error
     header = Header(version, args, group_size, HEADER_BYTES if version else LEGACY_HEADER_BYTES)
     expected = header.size
     for _, shape, count in layout(args, version):
         expected += tensor_bytes(shape, group_size) * count
     actual = path.stat().st_size
     if actual != expected:
-        raise UserError(f"{path} has {actual:,} bytes; by its header it should have {expected:,}")
+        raise UserError(f"{path} has {actual:,} bytes; expected {expected:,} from its header")
     return header
 
 
 def parse_header(data: bytes) -> tuple[int, list[int], bool, int]:
-    """Return version, HEADER_FIELDS, True if the embedding is the output layer too, and group size."""
+    """Return the version, the values of HEADER_FIELDS, True if the output layer is tied, and the group size."""
     if not data.startswith(MAGIC):
         *numbers, vocab_size, max_seq_len = struct.unpack_from("<7i", data)
         return 0, [*numbers, abs(vocab_size), max_seq_len], vocab_size > 0, 0
@@ -100,7 +100,7 @@ def parse_header(data: bytes) -> tuple[int, list[int], bool, int]:
 
 
 def decode(data: np.ndarray, shape: Shape, group_size: int) -> Tensor:
-    """Return a float32 tensor from its bytes: mapped, or computed from levels and scales."""
+    """Return a float32 tensor from its bytes: memory-mapped, or computed from levels and scales."""
     if not is_quantized(shape, group_size):
         return torch.from_numpy(data.view("<f4").reshape(shape))
     count = math.prod(shape)
@@ -110,7 +110,7 @@ def decode(data: np.ndarray, shape: Shape, group_size: int) -> Tensor:
 
 
 def find_tokenizer(path: Path, vocab_size: int) -> bytes | None:
-    """Return the tokenizer of that size beside a model."""
+    """Return the tokenizer with vocab_size entries beside a model; None if there is none."""
     for candidate in (tokenizer_path(path), path.with_name("tokenizer.bin")):
         pieces = read_pieces(candidate)
         if len(pieces) == vocab_size:
@@ -119,13 +119,13 @@ def find_tokenizer(path: Path, vocab_size: int) -> bytes | None:
 
 
 def read_tokenizer(path: Path) -> bytes | None:
-    """Return the SentencePiece model of a tokenizer.bin; None for another file."""
+    """Convert a tokenizer.bin to a SentencePiece model; None for any other file."""
     pieces = read_pieces(path)
     return sentencepiece_model(pieces) if pieces else None
 
 
 def read_pieces(path: Path) -> list[tuple[str, float, int]]:
-    """Return text, score and kind of each entry of a tokenizer.bin; nothing for another file."""
+    """Return text, score and kind of each entry of a tokenizer.bin; [] for any other file."""
     content = path.read_bytes() if path.is_file() else b""
     longest = int.from_bytes(content[:4], "little")
     offset = 4
@@ -146,14 +146,14 @@ def as_piece(token: int, text: str, score: float) -> tuple[str, float, int]:
     return text.replace(" ", SPACE_MARK), score, BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
 
 
-# ---- out ----------------------------------------------------------------------------------------
+# ---- write --------------------------------------------------------------------------------------
 
 def write(ckpt: Checkpoint, path: Path, version: int) -> None:
-    """Write the weights, and the tokenizer beside them. Raises UserError for what llama2.c cannot represent."""
+    """Write the weights, and the tokenizer beside them. Raises UserError if llama2.c does not support them."""
     tokenizer = build_tokenizer(ckpt)
     vocab_size = ckpt["model_args"]["vocab_size"]
     if tokenizer.n_words != vocab_size:
-        raise UserError(f"llama2c needs a tokenizer entry for each of {vocab_size} embeddings, and there are "
+        raise UserError(f"llama2.c needs one tokenizer entry for each embedding; expected {vocab_size}, found "
                         f"{tokenizer.n_words}\n       {OTHER_TARGETS}")
     write_tokenizer(tokenizer, tokenizer_path(path))
     write_weights(ckpt, path, version)
@@ -182,20 +182,20 @@ def make_header(args: ModelArgs, version: int, group_size: int) -> bytes:
 
 
 def check_runnable(args: ModelArgs) -> None:
-    """Raise UserError, with the reasons, for a model that run.c would compute wrongly."""
+    """Raise UserError, with the reasons, if run.c would compute the model incorrectly."""
     reasons = []
     for name, expected in (("rope_theta", 10000.0), ("norm_eps", 1e-5)):
         value = getattr(args, name)
         if not math.isclose(value, expected, rel_tol=1e-6):
-            reasons.append(f"{name} {value:g} (it computes with {expected:g})")
+            reasons.append(f"{name} {value:g} (expected {expected:g})")
     if args.rope_scaling:
-        reasons.append("a rope_scaling")
+        reasons.append("rope_scaling")
     if reasons:
         raise UserError(f"llama2.c cannot run a model with {', '.join(reasons)}\n       {OTHER_TARGETS}")
 
 
 def encode(weight: Tensor, group_size: int) -> list[bytes]:
-    """Return the bytes of a float32 tensor; if quantized, levels from -127 to 127, then the scale of each group."""
+    """Return a float32 tensor as bytes. Quantized: int8 levels from -127 to 127, then one scale per group."""
     if not is_quantized(weight.shape, group_size):
         return [weight.numpy().tobytes()]
     groups = weight.reshape(-1, group_size)
@@ -205,10 +205,10 @@ def encode(weight: Tensor, group_size: int) -> list[bytes]:
 
 
 def write_tokenizer(tokenizer: BaseTokenizer, path: Path) -> None:
-    """Write a tokenizer.bin. Raises UserError for a tokenizer that is not like Llama 2's."""
+    """Write a tokenizer.bin. Raises UserError if the tokenizer is not like Llama 2's."""
     if not is_llama2_tokenizer(tokenizer):
-        raise UserError("llama2c needs a tokenizer like Llama 2's: byte pairs of SentencePiece, and first unknown, "
-                        f"bos, eos and the 256 bytes\n       {OTHER_TARGETS}")
+        raise UserError("llama2.c needs a tokenizer like Llama 2's: SentencePiece BPE that starts with unk, bos, eos "
+                        f"and the 256 bytes\n       {OTHER_TARGETS}")
     pieces = tokenizer.pieces()
     texts = [text.replace(SPACE_MARK, " ").encode() for text, _, _ in pieces]
     texts[1] = b"\n" + texts[1] + b"\n"
@@ -228,21 +228,21 @@ def is_llama2_tokenizer(tokenizer: BaseTokenizer) -> bool:
     return Tokenizer(sentencepiece_model(pieces)).encode(PROBE_SENTENCE) == tokenizer.encode(PROBE_SENTENCE)
 
 
-# ---- both ---------------------------------------------------------------------------------------
+# ---- shared -------------------------------------------------------------------------------------
 
 def tokenizer_path(path: Path) -> Path:
     return path.with_suffix(".tokenizer.bin")
 
 
 def tensor_shapes(args: ModelArgs, version: int) -> Iterator[tuple[str, Shape]]:
-    """Yield name and shape of each tensor in the order of the file."""
+    """Yield name and shape of each tensor in file order."""
     for name, shape, count in layout(args, version):
         for i in range(count):
             yield name.format(i), shape
 
 
 def layout(args: ModelArgs, version: int) -> list[tuple[str, Shape, int]]:
-    """Return the order of the file: names, with {} for the number of a layer, shapes and counts."""
+    """Return names (with {} for the layer number), shapes and counts of all tensors in file order."""
     dim, hidden_dim = args.dim, args.hidden_dim
     kv_dim = args.n_kv_heads * args.head_dim
     parts = {
@@ -261,7 +261,7 @@ def layout(args: ModelArgs, version: int) -> list[tuple[str, Shape, int]]:
 
 
 def is_quantized(shape: Shape, group_size: int) -> bool:
-    """True for matrices of version 2; norms stay in float32."""
+    """True for matrices of version 2; norms stay float32."""
     return group_size > 0 and len(shape) > 1
 
 

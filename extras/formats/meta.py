@@ -1,8 +1,7 @@
-"""Folders as Meta publishes them: params.json, consolidated.NN.pth, tokenizer.model. Llama 2, 3, 3.1 and 3.2.
+"""Read Meta's folders: params.json, consolidated.NN.pth, tokenizer.model. Llama 2, 3, 3.1 and 3.2.
 
-Tensor names are those of model.py. A large model comes in several files, each with a part of every matrix: of the rows
-if the results are concatenated, of the columns if they are summed (fairscale's ColumnParallelLinear and
-RowParallelLinear).
+Tensors have the names of model.py. A large model comes in several files, each with a part of every matrix: rows for
+fairscale's ColumnParallelLinear, columns for its RowParallelLinear.
 """
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tinyllm.project import load_tokenizer
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read a folder. Raises UserError for missing or damaged files, and parts that do not fit together."""
+    """Read a folder. Raises UserError if files are missing or damaged, or the shapes of the parts do not match."""
     params = read_json(folder / "params.json")
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
@@ -37,10 +36,10 @@ def read(folder: Path) -> Checkpoint:
 
 
 def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words: int) -> dict[str, Any]:
-    """Return the model_args of a params.json."""
+    """Return model_args from a params.json."""
     vocab_size = max(params.get("vocab_size", -1), n_words)
     if vocab_size < 1:
-        raise UserError("params.json does not contain the vocabulary size, and there is no tokenizer.model")
+        raise UserError("params.json has no vocab_size; expected a tokenizer.model")
     rope_theta = float(params.get("rope_theta", 10000))
     args = {
         **{name: params[name] for name in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")},
@@ -58,7 +57,7 @@ def read_params(params: dict[str, Any], parts: list[dict[str, Tensor]], n_words:
 
 
 def llama31_rope_scaling(params: dict[str, Any]) -> dict[str, Any]:
-    """Return the factors of Llama 3.1, which are in Meta's code and not in its files."""
+    """Return Llama 3.1's rope_scaling, which Meta defines in its code, not in its files."""
     default = 32 if params["dim"] <= 3072 else 8            # Llama 3.2 has dim 2048 and 3072
     return {"factor": params.get("rope_scaling_factor", default), "low_freq_factor": 1, "high_freq_factor": 4,
             "original_max_position_embeddings": 8192}
@@ -71,11 +70,11 @@ def tensor_shapes(args: dict[str, Any]) -> dict[str, torch.Size]:
 
 
 def merge(name: str, parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """Join the parts of a tensor along the dimension in which they are smaller; norms are whole in every part."""
+    """Concatenate the parts of a tensor along the split dimension. Every part has the complete norms."""
     tensor = parts[0]
     for dim, size in enumerate(shape):
         if tensor.shape[dim:dim + 1] != (size,) and sum(part.shape[dim] for part in parts) == size:
             tensor = torch.cat(parts, dim)
     if tensor.shape != shape:
-        raise UserError(f"{name} has {len(parts)} parts of {tuple(parts[0].shape)}, which do not make {tuple(shape)}")
+        raise UserError(f"{name} has {len(parts)} parts of {tuple(parts[0].shape)}; expected {tuple(shape)} in all")
     return tensor
