@@ -290,7 +290,7 @@ def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
 def save_latest(run: TrainRun, log: RunLog | NullRunLog, is_finished: bool) -> None:
     """Write last.pt, from which the run can be resumed."""
     if is_finished and run.state.iter_num < run.cfg.max_iters:
-        run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # count the time that is left as used
+        run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # so that the run counts as finished
     with run.dist.fail_together():
         require_finite_weights(run)
         log.sync()

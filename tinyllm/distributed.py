@@ -60,7 +60,7 @@ class DistributedContext:
 
     @contextmanager
     def fail_together(self, group: torch_dist.ProcessGroup | None = None) -> Iterator[None]:
-        """Run a block on every rank. If it fails on some, the lowest of these raises its error and all others exit.
+        """Run a block on all ranks. If it fails on some ranks, the lowest of them raises its error and the others exit.
 
         Collectives inside the block must come before anything that can fail on one rank alone.
         """

@@ -31,7 +31,7 @@ class TrainState:
     iter_num: int = 0                   # optimizer steps done
     position: int = 0                   # windows seen
     best_val_loss: float = math.inf
-    seconds: float = 0.0                # wall time of the earlier parts of the run
+    seconds: float = 0.0                # wall time up to the checkpoint
     setup: float = 0.0                  # seconds before the first step, which the schedule does not count
     log_lines: int = 0                  # entries of log.jsonl up to this step
     log_sha256: str = ""                # SHA-256 of these entries
