@@ -1,17 +1,17 @@
 """Step 3 of 4: train the model.
 
-    python train.py --max_iters 20 --eval_interval 10       # a trial: does everything work?
+    python train.py --max_iters 20 --eval_interval 10       # a trial run of all parts
     python train.py --preset cpu_3min                       # a first story; --help lists the presets
-    python train.py --max_minutes 60                        # what this machine can do in an hour
-    python train.py                                         # the full run; Ctrl-C stops it, nothing is lost
+    python train.py --max_minutes 60                        # train for an hour
+    python train.py                                         # the full run; Ctrl-C saves and stops it
     python train.py                                         # the same command resumes it
-    python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/tuned   # fine-tune: see README.md
+    python train.py --init_from output/ckpt.pt --out_dir output/tuned --data_dir data/tuned   # fine-tune: docs/data.md
     python train.py --eval_only --init_from output/ckpt.pt  # score a checkpoint on the whole val split
     torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, or GPUs, share each step
 
 Writes to output/: ckpt.pt (best validation loss), last.pt (latest), log.jsonl, clock.jsonl, samples.txt and loss.png.
-Resumed runs are bit-for-bit identical to uninterrupted ones (on a CPU with the same number of threads; not with
-max_minutes). Under torchrun the steps are the same for any number of processes, up to rounding: tinyllm/distributed.py.
+On a CPU with the same number of threads, a resumed run is bit-for-bit identical to an uninterrupted one, unless
+max_minutes is set. With torchrun, the number of processes changes results only by rounding (tinyllm/distributed.py).
 """
 import math
 import sys
@@ -38,65 +38,65 @@ from tinyllm.sampling import SamplingParams
 from tinyllm.stops import lock_output_dir, read_pending_metrics, require_finite_weights, save_on_signals
 
 # ---- settings -----------------------------------------------------------------------------------
-preset = ""                         # a tested set of hyperparameters, see the end of --help; flags override it
+preset = ""                         # a tested set of hyperparameters, listed at the end of --help; flags override it
 # files
-out_dir = "output"                  # one folder for each run
-data_dir = "data"                   # where steps 1 and 2 wrote
+out_dir = "output"                  # folder of the run; give each run its own
+data_dir = "data"                   # folder that steps 1 and 2 wrote to
 init_from = "auto"                  # auto: resume the run in out_dir if its settings match, otherwise start a new one;
-                                    # resume: resume it with its own settings; scratch: start over; or a checkpoint:
-                                    # start with its weights. An old run is never overwritten, but moved to old-1
+                                    # resume: resume it with its saved settings; scratch: start over; PATH: start with
+                                    # a checkpoint's weights. A new run moves an old one in out_dir to old-1
 # length
-max_iters = 100_000                 # steps; 2,000 to 5,000 already make stories with the built-in text
-max_minutes = 0.0                   # wall time instead: the schedule adapts to it; 0: only max_iters counts
+max_iters = 100_000                 # optimizer steps; 2,000 to 5,000 are enough for stories from the built-in text
+max_minutes = 0.0                   # wall time of the run, to which the learning-rate schedule adapts; 0: no limit
 # evaluation
 eval_interval = 500                 # steps between evaluations on the whole val split
 log_interval = 10                   # steps between lines of the log
-eval_only = False                   # score a checkpoint and stop
+eval_only = False                   # score a checkpoint on the val split and exit
 checkpoint_minutes = 5.0            # save last.pt at least this often: the most you can lose in a power cut
-sample_prompts = "|Once upon a time|One day, Lily met a Shoggoth"   # sampled at each evaluation; separated by |
-sample_tokens = 200                 # length of these samples; 0: none
-# batch: one step sees batch_size * gradient_accumulation_steps windows
-batch_size = 32                     # windows at a time; halve it when memory runs out ...
-gradient_accumulation_steps = 1     # ... and double this: the steps stay the same. Processes of torchrun share them
+sample_prompts = "|Once upon a time|One day, Lily met a Shoggoth"   # prompts at each evaluation, separated by |
+sample_tokens = 200                 # tokens per sample; 0: no samples
+# batch: a step trains on batch_size * gradient_accumulation_steps windows
+batch_size = 32                     # windows per micro-batch; halve it when memory runs out
+gradient_accumulation_steps = 1     # micro-batches per step, over all processes; double it when you halve batch_size
 max_seq_len = 256                   # context length in tokens; time and memory grow with it
-vocab_size = 0                      # selects the tokenizer if data_dir has several; 0: the only one
-# model: the defaults have 8.5 million parameters; dim 128, n_layers 4 (about 1 million) suits a few CPU minutes
-dim = 288
-n_layers = 8
-n_heads = 6                         # dim / n_heads is best 32 to 128
-n_kv_heads = 3                      # n_heads: plain attention; fewer: a smaller cache and faster sampling
-hidden_dim = 0                      # width of the feed-forward; 0: 8/3 of dim
-multiple_of = 32                    # hidden_dim is rounded up to it
-norm_eps = 1e-5
-rope_theta = 10000.0                # larger for windows of many thousand tokens
-dropout = 0.0                       # 0.1 when the text is small and is seen many times; also with --init_from
+vocab_size = 0                      # chooses the tokenizer if data_dir has several; 0: the only one
+# model: 8.5 million parameters by default; for a few minutes on a CPU, dim 128 and n_layers 4 (about 1 million)
+dim = 288                           # width of the model; a wider one learns more per token, but takes longer
+n_layers = 8                        # depth of the model
+n_heads = 6                         # attention heads; choose dim / n_heads between 32 and 128
+n_kv_heads = 3                      # key-value heads; fewer than n_heads: smaller cache, faster sampling
+hidden_dim = 0                      # width of the feed-forward network; 0: 8/3 of dim, rounded up to multiple_of
+multiple_of = 32                    # round the default hidden_dim up to a multiple of this
+norm_eps = 1e-5                     # added to the mean square in RMSNorm; rarely worth changing
+rope_theta = 10000.0                # base of the rotary embedding; raise it for contexts of many thousand tokens
+dropout = 0.0                       # 0.1 if a small text is read many times; also applies with --init_from
 # optimizer
-optimizer = "muon"                  # muon: for the matrices, and AdamW for the rest; adamw: for all
-learning_rate = 6e-3                # smaller models like more, larger less; halve it if the loss jumps
+optimizer = "muon"                  # muon: Muon for the matrices, AdamW for the rest; adamw: AdamW for all weights
+learning_rate = 6e-3                # peak; higher for small models, lower for large ones; halve it if the loss jumps
 embedding_lr_ratio = 2.0            # learning-rate multiplier for the embedding and the norm weights
-weight_decay = 0.1
-beta1 = 0.9                         # of AdamW
-beta2 = 0.95
-momentum = 0.95                     # of Muon
-grad_clip = 1.0                     # longest gradient norm; 0: do not clip
-# learning rate schedule
-decay_lr = True                     # linear decay to min_lr
-warmup_iters = 100                  # steps up to learning_rate
-lr_decay_iters = 0                  # steps down to min_lr; 0: max_iters
-min_lr = 0.0
+weight_decay = 0.1                  # decoupled weight decay; norm weights do not decay
+beta1 = 0.9                         # AdamW: decay of the average gradient
+beta2 = 0.95                        # AdamW: decay of the average squared gradient
+momentum = 0.95                     # Muon: decay of the average gradient
+grad_clip = 1.0                     # maximum gradient norm; 0: no clipping
+# learning-rate schedule
+decay_lr = True                     # linear decay to min_lr; False: constant after the warm-up
+warmup_iters = 100                  # steps of linear warm-up to learning_rate
+lr_decay_iters = 0                  # step at which the decay ends; 0: max_iters
+min_lr = 0.0                        # learning rate at the end of the decay
 # machine
-device = "auto"                     # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"                      # auto, float32, bfloat16, float16
-compile: bool | str = "auto"        # auto: when it saves more time than it takes; True; False
-num_workers = 0                     # processes that prepare batches; 0 is fast enough for memory-mapped files
-shard = False                       # under torchrun: shard weights and optimizer over the processes, for models that do
-                                    # not fit one GPU; slower, and without samples during training
-seed = 1337
+device = "auto"                     # auto (chosen from the hardware), cpu, cuda, cuda:1, mps
+dtype = "auto"                      # auto (chosen from the hardware), float32, bfloat16, float16
+compile: bool | str = "auto"        # auto: if it saves more time than it takes; True; False
+num_workers = 0                     # processes that prepare batches; 0: none, which is fast enough
+shard = False                       # with torchrun: shard weights and optimizer over the processes, for a model that
+                                    # does not fit one GPU; slower, and generates no samples
+seed = 1337                         # random seed of weights, batches, dropout and samples
 # ---- end of settings ----------------------------------------------------------------------------
 
 MOVED_FLAGS = {"doctor": "python -m tools.doctor {data_dir} {out_dir}",
                "compare": "python -m tools.compare {values} {out_dir}"}
-SAMPLE_TEMPERATURE = 0.8                # of the stories that are generated at each evaluation
+SAMPLE_TEMPERATURE = 0.8                # of the samples at each evaluation
 
 
 def main() -> None:
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def run_training(run: TrainRun) -> None:
-    """Train to completion, unless the run has nothing left to do."""
+    """Train until the run ends, or report that it is already finished."""
     if run.reached_limit():
         if run.state.best_val_loss == math.inf:                 # ckpt.pt was lost
             evaluate_and_keep_best(run, open_log(run))
@@ -132,7 +132,7 @@ def run_training(run: TrainRun) -> None:
 # ---- the loop -----------------------------------------------------------------------------------
 
 def train(run: TrainRun) -> None:
-    """Take steps until the run is finished or asked to stop."""
+    """Take steps until the run is finished or a signal asks it to stop."""
     cfg, state = run.cfg, run.state
     log = open_log(run)
     batches = training_batches(run)
@@ -153,14 +153,14 @@ def train(run: TrainRun) -> None:
             continue
 
         with run.dist.fail_together():
-            loss, grad_norm = read_pending_metrics(run)          # waits for the device; an error if they are not finite
+            loss, grad_norm = read_pending_metrics(run)          # waits for the device
         if should_log:
             seconds_per_step = (time.perf_counter() - timer_start) / (state.iter_num - timer_step)
             log_step(run, log, loss, lr, grad_norm, seconds_per_step)
         if should_eval:
             evaluate_and_keep_best(run, log)
         state.log_lines, state.log_sha256 = len(log.entries), log.sha256
-        if is_finished and not should_eval:                     # log_lines leaves it out, for a run that is extended
+        if is_finished and not should_eval:                     # not in log_lines: an extended run would not have it
             evaluate_and_keep_best(run, log)
         if should_save:
             save_latest(run, log, is_finished)
@@ -168,7 +168,7 @@ def train(run: TrainRun) -> None:
 
 
 def training_batches(run: TrainRun) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield micro-batches x, y (batch_size, max_seq_len) on the device without end, from the run's position on."""
+    """Yield micro-batches x, y (batch_size, max_seq_len) on the device, endlessly, from the run's position."""
     cfg = run.cfg
     return Task.iter_batches(run.shards, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
                              position=run.state.position, device=run.backend.device, num_workers=cfg.num_workers,
@@ -178,7 +178,7 @@ def training_batches(run: TrainRun) -> Iterator[tuple[Tensor, Tensor]]:
 def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
     """Take one optimizer step; return its learning rate, loss and gradient norm.
 
-    Loss and norm stay on the device, since reading a number would wait for the GPU.
+    Loss and norm stay on the device, because reading them would wait for the GPU.
     """
     lr = get_lr(run)
     for optimizer in run.optimizers:
@@ -192,7 +192,7 @@ def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple
         is_last = micro_step == run.micro_steps_per_rank - 1
         with run.gradient_sync(is_last):
             with run.backend.autocast():
-                loss = run.ddp_model(x, y)                      # linear_cross_entropy; its fast form: kernels.py
+                loss = run.ddp_model(x, y)                      # linear_cross_entropy, or its faster form (kernels.py)
             loss = loss / run.micro_steps_per_rank
             run.scaler.scale(loss).backward()
         total_loss += loss.detach()
@@ -204,7 +204,7 @@ def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple
 
 
 def update_weights(run: TrainRun) -> Tensor:
-    """Clip the gradients and let the optimizers use them; return their norm."""
+    """Clip the gradients and step the optimizers; return the gradient norm before clipping."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     grad_norm = run.clip_gradients()
@@ -229,11 +229,11 @@ def get_lr(run: TrainRun) -> float:
 
 @torch.inference_mode()
 def evaluate(run: TrainRun) -> dict[str, float]:
-    """Score the whole val split, whose windows do not depend on the batch size. The ranks share it."""
+    """Return the scores on the whole val split, which the ranks share. The batch size does not change its windows."""
     batches = Task.iter_split(run.shards, "val", run.cfg.batch_size, run.model.args.max_seq_len,
                               device=run.backend.device, rank=run.dist.rank, world_size=run.dist.world_size)
-    hide_bar = None if run.dist.is_main else True               # None: tqdm hides it unless stderr is a terminal
-    losses, counts = [], []                                     # read at the end, since reading waits for the device
+    hide_bar = None if run.dist.is_main else True               # None: tqdm shows the bar only on a terminal
+    losses, counts = [], []                                     # tensors: reading each number would wait for the device
     run.model.eval()
     for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False, disable=hide_bar):
         with run.eager_mode(), run.backend.autocast():
@@ -252,7 +252,7 @@ def evaluate(run: TrainRun) -> dict[str, float]:
 
 
 def generate_samples(run: TrainRun) -> list[str]:
-    """Continue the sample prompts, with the same random numbers each time."""
+    """Return the sample prompts with their continuations, drawn with the same random numbers each time."""
     if not run.cfg.sample_tokens or not run.dist.is_main or run.is_sharded:
         return []
     tokenizer = run.tokenizer
@@ -290,7 +290,7 @@ def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
 def save_latest(run: TrainRun, log: RunLog | NullRunLog, is_finished: bool) -> None:
     """Write last.pt, from which the run can be resumed."""
     if is_finished and run.state.iter_num < run.cfg.max_iters:
-        run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # counts the unused rest as used
+        run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # so that the run counts as finished
     with run.dist.fail_together():
         require_finite_weights(run)
         log.sync()
@@ -326,12 +326,12 @@ def print_scores(scores: dict[str, float]) -> None:
 
 def print_expected_score(run: TrainRun) -> None:
     if expected := presets.expected_bpb(run.cfg.preset, run.seconds() / 60):
-        print(f"for comparison: {run.cfg.preset} was at {expected:.3f} bits per byte by now, with "
-              f"{presets.MEASURED_ON}; other text has other figures")
+        print(f"for comparison: {run.cfg.preset} reached {expected:.3f} bits per byte by this time, on "
+              f"{presets.MEASURED_ON}; other text gives other scores")
 
 
 def print_already_finished(run: TrainRun) -> None:
-    """Say that the run has nothing left to do, and how to extend it or start over."""
+    """Print that the run is finished, and the commands that extend it or start over."""
     cfg, state = run.cfg, run.state
     minutes = state.seconds / 60
     if state.iter_num >= cfg.max_iters:
@@ -339,13 +339,13 @@ def print_already_finished(run: TrainRun) -> None:
     else:
         longer = {"max_minutes": math.ceil(2 * minutes)}
     resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir, **longer)
-    print(f"the run in {cfg.out_dir} is finished; it is at step {state.iter_num:,}, after {minutes:.1f} minutes\n"
+    print(f"the run in {cfg.out_dir} is finished: {state.iter_num:,} steps in {minutes:.1f} minutes\n"
           f"resume:     {resume}\n"
-          "start over: the command that began it, with --init_from scratch or another --out_dir")
+          "start over: repeat the first command with --init_from scratch or another --out_dir")
 
 
 def print_result(run: TrainRun) -> None:
-    """Say what the run has reached and which command comes next. Exit with the status of a signal that stopped it."""
+    """Print the result and the next command. If a signal stopped the run, exit with its status."""
     cfg = run.cfg
     step = run.state.iter_num
     on_gpu = run.backend.device.type == "cuda"

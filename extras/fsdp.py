@@ -1,10 +1,10 @@
-"""Training with a sharded model, for models that do not fit one GPU (setting `shard`).
+"""Train a sharded model, for models that do not fit one GPU (setting `shard`).
 
     torchrun --nproc_per_node=8 train.py --shard True --gradient_accumulation_steps 8
 
 PyTorch's fully_shard (FSDP2; Zhao et al. 2023, arXiv 2304.11277): each rank holds some rows of every weight, gradient
 and optimizer moment, and gathers the other rows of a layer only while it computes with that layer. docs/scaling.md
-counts the traffic. Checkpoints are not sharded: they equal those of one process.
+counts the traffic. Checkpoints are complete, as a single process writes them.
 """
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,7 +21,7 @@ from tinyllm.run import TrainRun
 
 class ShardedMuon(Muon):
     def _orthogonalize(self, matrices: Tensor) -> Tensor:
-        """Every rank has some rows of all matrices: exchange them for some whole matrices, and back."""
+        """Exchange this rank's rows of all matrices for all rows of some matrices, orthogonalize, and exchange back."""
         mine = orthogonalize(matrices.redistribute(placements=[Shard(0)]).to_local(), self.dtype)
         whole = DTensor.from_local(mine, matrices.device_mesh, [Shard(0)], shape=matrices.shape,
                                    stride=matrices.stride())
@@ -32,7 +32,7 @@ class ShardedRun(TrainRun):
     is_sharded = True
 
     def wrap_model(self) -> nn.Module:
-        """Keep this rank's shard of the model. With bfloat16, layers are gathered in bfloat16."""
+        """Shard the model; in bfloat16, ranks also gather its layers in bfloat16."""
         mesh = init_device_mesh(self.backend.device.type, (self.dist.world_size,))
         gather_dtype = torch.bfloat16 if self.backend.dtype == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(gather_dtype, torch.float32, cast_forward_inputs=False)
@@ -44,7 +44,7 @@ class ShardedRun(TrainRun):
         return build_optimizers(self.model, self.cfg, self.backend, ShardedMuon)
 
     def gradient_sync(self, is_last: bool) -> AbstractContextManager:
-        """Reduce gradients after each micro-batch: unreduced ones have the size of the whole model."""
+        """Reduce gradients after each micro-batch, because unreduced ones are as large as the whole model."""
         return nullcontext()
 
     def clip_gradients(self) -> Tensor:
@@ -62,14 +62,14 @@ class ShardedRun(TrainRun):
 
 
 def shard_like(value: Any, weight: DTensor) -> Any:
-    """Return this rank's shard of a moment, divided as its weight is. Step counts stay as they are."""
+    """Return this rank's shard of a moment, divided like its weight; return a step count unchanged."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def gather(state: Any, is_main: bool) -> Any:
-    """Replace the sharded tensors of a state by whole ones on the main process's CPU, and by None on other ranks."""
+    """Replace a state's sharded tensors: by complete ones on the main process's CPU, by None on other ranks."""
     if isinstance(state, dict):
         return {name: gather(value, is_main) for name, value in state.items()}
     if isinstance(state, list):

@@ -100,7 +100,7 @@ def test_a_killed_process_ends_all_and_torchrun_resumes_exactly(project):
     whole = train_in_forks(2, "--out_dir", "whole", *options)
     parts = torchrun(2, script_with_signal(9, at=6), "--out_dir", "parts", *options, restarts=1)
     assert whole.returncode == parts.returncode == 0, parts.stderr
-    assert "process 0 of 2 ends, because another one has ended" in parts.stderr
+    assert "process 0 of 2 exits: another one has ended" in parts.stderr
     assert "after the 4 steps that are done" in parts.stdout and "Traceback" not in parts.stderr
     assert_same_run("whole", "parts")
     assert_same(load_state("whole", "ckpt.pt"), load_state("parts", "ckpt.pt"))

@@ -219,4 +219,4 @@ def dies_while_writing() -> None:
 
 def test_dead_process_ends_the_others():
     first, second = side_by_side(2, dies_while_writing)
-    assert first.startswith("process 0 of 2 ends, because another one has ended") and second is None
+    assert first.startswith("process 0 of 2 exits: another one has ended") and second is None

@@ -51,4 +51,4 @@ def test_training_reports_the_preset_result(run_in_process, project, monkeypatch
                 sample_tokens=0, compile=False)
     monkeypatch.setitem(PRESETS, "mine", Preset("", 512, tiny, ((0.0, 1.25), (9.0, 1.25))))
     run_in_process("train", "--preset", "mine", "--data_dir", project)
-    assert capsys.readouterr().out.count("mine was at 1.250 bits per byte by now") == 2
+    assert capsys.readouterr().out.count("mine reached 1.250 bits per byte by this time") == 2

@@ -14,7 +14,7 @@ def test_all_problems_are_reported_at_once(train_small):
                  "beta2 must be at least 0 and below 1", "seed must be at least 0 and below 4294967296", "max_minutes"):
         assert part in str(error.value), part
     assert not Path("out").exists()
-    with pytest.raises(UserError, match="sample_prompts .*not UTF-8"):
+    with pytest.raises(UserError, match="sample_prompts .*not valid UTF-8"):
         train_small("out", "--sample_prompts", "caf\udce9")
 
 

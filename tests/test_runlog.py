@@ -95,7 +95,7 @@ def test_damaged_log_is_renamed(train_small, capsys):
     Path("out/log.jsonl").write_text(lines, encoding="utf-8")
     Path("out/clock.jsonl").write_text('{"iter": "x"}\n{"iter": 1}\n[]\n', encoding="utf-8")
     train_small("out", "--max_iters", 8)
-    assert "log.jsonl is damaged or gone" in capsys.readouterr().out
+    assert "log.jsonl is damaged or missing" in capsys.readouterr().out
     assert Path("out/log.damaged-1.jsonl").read_text(encoding="utf-8") == lines
     assert [entry["iter"] for entry in read_log("out")[1:]] == [5, 6, 7, 8, 8]       # and an evaluation
     assert [json.loads(line)["iter"] for line in Path("out/clock.jsonl").read_text().splitlines()] == [5, 6, 7, 8, 8]

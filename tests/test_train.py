@@ -329,7 +329,7 @@ def test_another_vocabulary_is_refused(train_small, run_in_process, project, tmp
         Path(name).mkdir()
     Path("data/mine/tok400.model").write_bytes(load_state("out")["tokenizer"])
     Path("data/other/tok300.model").write_bytes(load_state("output")["tokenizer"])
-    with pytest.raises(UserError, match="name its --data_dir, or encode the text"):
+    with pytest.raises(UserError, match="choose its --data_dir, or encode the text"):
         run_in_process("train", "--init_from", "out/ckpt.pt", "--vocab_size", 300)
 
 

@@ -28,7 +28,8 @@ def test_fine_tuning_takes_only_the_weights(train_small):
     train_small("tuned", "--init_from", "base/ckpt.pt", "--max_iters", 1, "--learning_rate", 1e-9, "--dropout", 0.1)
     assert load_state("tuned/old-1")["config"]["dropout"] == 0.0 and load_state("tuned")["config"]["dropout"] == 0.1
     assert load_state("tuned")["model_args"] == {**base["model_args"], "dropout": 0.1}
-    for args, problem in [(("--dim", 64), "the checkpoint has dim 32, which cannot change; leave those settings out"),
+    for args, problem in [(("--dim", 64), "the checkpoint has dim 32, which cannot change\n"
+                           "       remove these settings from the command"),
                           (("--dropout", 1), "dropout must be at least 0 and below 1, not 1.0"),
                           (("--max_seq_len", 0), "max_seq_len must be at least 1 and below 1048576, not 0")]:
         with pytest.raises(UserError) as error:

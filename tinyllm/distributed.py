@@ -1,9 +1,9 @@
-"""Several processes that train as one, as torchrun starts them. Without torchrun, nothing here does anything.
+"""Several processes that work as one, started by torchrun. In a single process, nothing here has an effect.
 
     torchrun --nproc_per_node=2 train.py            # two processes on this machine, with a GPU each if there are GPUs
 
-All ranks have the same weights and take the same steps: each computes the gradients of its micro-batches, and PyTorch's
-DDP averages them. Decisions that depend on a clock, a signal or a file are made by rank 0 and broadcast.
+All ranks have the same weights and take the same steps. Each computes the gradients of its micro-batches; PyTorch's DDP
+averages them. Rank 0 makes all decisions that depend on a clock, a signal or a file, and broadcasts them.
 """
 import atexit
 import os
@@ -23,14 +23,14 @@ from torch import Tensor
 from tinyllm.cli import UserError, kill_child_processes
 from tinyllm.device import device_count
 
-TIMEOUT = timedelta(minutes=10)         # for a rank that is busy; a rank that has died is noticed at once
-# parts of gloo's messages
+TIMEOUT = timedelta(minutes=10)         # for a busy rank; the others notice a dead rank at once
+# parts of gloo's error messages
 PEER_LOST_MESSAGES = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The rank of this process, the number of all ranks, and the rank among the processes of this machine."""
+    """This process's rank, the number of ranks, and this process's rank on its machine."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -41,7 +41,7 @@ class DistributedContext:
         return self.rank == 0
 
     def sum(self, values: Tensor, group: torch_dist.ProcessGroup | None = None) -> Tensor:
-        """Return the sums over all ranks, in float64 on the CPU. Every rank has to call it and waits for the others."""
+        """Return the sums over all ranks, in float64 on the CPU. Every rank must call it and waits for the others."""
         return self._all_reduce(values, torch_dist.ReduceOp.SUM, group)
 
     def max(self, *values: float) -> list[float]:
@@ -49,7 +49,7 @@ class DistributedContext:
         return self._all_reduce(torch.tensor(values, dtype=torch.float64), torch_dist.ReduceOp.MAX).tolist()
 
     def broadcast_from_main(self, value: float) -> float:
-        """Return the main process's value in all ranks."""
+        """Return the main process's value on all ranks."""
         return self.sum(torch.tensor(value if self.is_main else 0.0, dtype=torch.float64)).item()
 
     def _all_reduce(self, values: Tensor, operation: Any, group: torch_dist.ProcessGroup | None = None) -> Tensor:
@@ -60,7 +60,7 @@ class DistributedContext:
 
     @contextmanager
     def fail_together(self, group: torch_dist.ProcessGroup | None = None) -> Iterator[None]:
-        """Run a block on every rank. If it fails on any rank, all ranks exit, and the first that failed says why.
+        """Run a block on all ranks. If it fails on some ranks, the lowest of them raises its error and the others exit.
 
         Collectives inside the block must come before anything that can fail on one rank alone.
         """
@@ -82,12 +82,12 @@ class DistributedContext:
 
     @property
     def was_restarted(self) -> bool:
-        """True if torchrun has restarted the processes after one of them had died."""
+        """True if torchrun has restarted the processes after one of them died."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
     @property
     def launch_command(self) -> str:
-        """The command that starts a script as this one was started."""
+        """`python`, or `torchrun` with the number of processes, as this script was started."""
         n_local = os.environ.get("LOCAL_WORLD_SIZE", self.world_size)
         return "python" if self.world_size == 1 else f"torchrun --nproc_per_node={n_local}"
 
@@ -114,7 +114,7 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def from_env() -> DistributedContext:
-    """Read the ranks that torchrun puts into the environment."""
+    """Return the ranks that torchrun sets in the environment."""
     return DistributedContext(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)),
                               int(os.environ.get("LOCAL_RANK", 0)))
 
@@ -123,7 +123,7 @@ def from_env() -> DistributedContext:
 def distributed_context() -> Iterator[DistributedContext]:
     """Join the other processes for the block. Only the main process prints.
 
-    Raises UserError when another process has ended. Nothing destroys the process group, which could wait for it.
+    Raises UserError if another process has ended. Keeps the process group: destroying it could wait for that process.
     """
     dist = from_env()
     if dist.world_size == 1:
@@ -141,9 +141,9 @@ def distributed_context() -> Iterator[DistributedContext]:
     except RuntimeError as error:
         if not isinstance(error, torch_dist.DistError) and not any(text in str(error) for text in PEER_LOST_MESSAGES):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun is about to send it; the message comes first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun will send it; print the message first
         atexit.register(hard_exit, 1)
-        raise UserError(f"process {dist.rank} of {dist.world_size} ends, because another one has ended or hangs\n"
+        raise UserError(f"process {dist.rank} of {dist.world_size} exits: another one has ended or hangs\n"
                         "       the last checkpoint is intact; the same command resumes from it") from error
 
 
@@ -151,14 +151,14 @@ def init_process_group(dist: DistributedContext) -> None:
     """Connect to the other ranks: CPU tensors go through gloo, GPU tensors through NCCL."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, *_ = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # torchrun's own store outlives a restart, and still
-        # has the addresses of dead processes: each start uses keys of its own
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives a restart and keeps the addresses of dead processes: each start uses its own keys
         store = torch_dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=dist.rank, world_size=dist.world_size)
 
 
 def hard_exit(status: int) -> None:
-    """End the process at once: shutting down gloo's threads aborted it twice in hundreds of exits."""
+    """End the process without shutting down gloo's threads, which aborted it in 2 of several hundred exits."""
     sys.stdout.flush()
     sys.stderr.flush()
     kill_child_processes()

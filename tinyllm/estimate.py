@@ -1,4 +1,4 @@
-"""Estimate a run before its first step, and print it: memory, time, and whether to compile."""
+"""Estimate memory and time before the first step, print them, and decide whether to compile."""
 import importlib.util
 import math
 import time
@@ -14,14 +14,14 @@ from tinyllm.run import TrainRun
 
 STATE_BYTES_PER_PARAM = 16          # weight, gradient and two moments in float32
 ACTIVATION_BYTES = 90               # kept for the backward pass, per token, layer and dimension; without dropout
-PEAK_FACTOR = 2                     # peak memory of a micro-batch, in multiples of what it keeps
-LONG_RUN_SECONDS = 2 * 86400        # a run on a CPU that takes longer is probably not meant
+PEAK_FACTOR = 2                     # peak memory of a micro-batch / memory that it keeps for the backward pass
+LONG_RUN_SECONDS = 2 * 86400        # longer runs on a CPU are probably a mistake
 USEFUL_EPOCHS = 5                   # up to 4 epochs are nearly as good as new text (arXiv 2305.16264)
-MIN_SECONDS_TO_COMPILE = 100        # compiling takes 10 to 30 seconds; shorter runs do not gain that
+MIN_SECONDS_TO_COMPILE = 100        # compiling takes 10 to 30 seconds; shorter runs save less
 
 
 def prepare_run(run: TrainRun) -> None:
-    """Print what the run will do, compile it if that pays, and set run.eval_seconds, from a micro-batch's time."""
+    """Print the summary and the estimates of a run, compile its model if that saves time, and set run.eval_seconds."""
     print_config_summary(run)
     seconds = time_micro_batch(run)
     n_windows = PretokDataset(run.shards, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
@@ -52,14 +52,14 @@ def print_config_summary(run: TrainRun) -> None:
 
 
 def describe_memory(run: TrainRun) -> str:
-    """Return the memory that training needs. On a CPU, warn of too little: the system kills without a message."""
+    """Describe the memory that training needs. On a CPU, warn if less is free: the system kills without a message."""
     state, activations = estimate_memory(run)
     text = (f"{state / 1e6:,.0f} MB for weights, gradients and optimizer, about {activations / 1e6:,.0f} MB "
             f"for {run.cfg.batch_size} windows")
     free = free_memory() if run.backend.device.type == "cpu" else None
     if free is not None and state + PEAK_FACTOR * activations > free:
         text += (f"\nnote:   only {free / 1e9:.1f} GB are free; halve --batch_size and double "
-                 "--gradient_accumulation_steps for the same steps in less")
+                 "--gradient_accumulation_steps for the same steps in less memory")
     return text
 
 
@@ -72,22 +72,22 @@ def estimate_memory(run: TrainRun) -> tuple[float, float]:
 
 
 def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:
-    """Print how long the run will take, with a note if it reads the text too often or takes days on a CPU."""
+    """Print the estimated duration, with a note if the run takes days on a CPU or reads the text too often."""
     seconds, steps = estimate_rest(run, seconds_per_step)
     epochs = steps * run.tokens_per_step / run.shards.total("train", "tokens")
     done = f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""
     print(f"time:   about {format_hms(seconds)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations{done}",
           flush=True)
     if seconds > LONG_RUN_SECONDS and run.backend.device.type == "cpu":
-        print(f"note:   that is {seconds / 86400:.1f} days; --preset cpu_3min or --max_minutes 60 fit a run to the "
-              "time you have", flush=True)
+        print(f"note:   that is {seconds / 86400:.1f} days\n"
+              "        for a shorter run, use --preset cpu_3min or --max_minutes 60", flush=True)
     if epochs > USEFUL_EPOCHS:
-        print(f"note:   the text is read {epochs:.0f} times, and memorized after {USEFUL_EPOCHS}; use more text, fewer "
-              "steps or --dropout 0.1", flush=True)
+        print(f"note:   the run reads the text {epochs:.0f} times; after {USEFUL_EPOCHS}, the model memorizes it\n"
+              "        use more text, fewer steps or --dropout 0.1", flush=True)
 
 
 def estimate_rest(run: TrainRun, seconds_per_step: float) -> tuple[float, int]:
-    """Return the seconds to the end of the run, with its remaining evaluations, and the steps in them."""
+    """Return the remaining seconds of the run, including evaluations, and the remaining steps."""
     cfg = run.cfg
     steps = cfg.max_iters - run.state.iter_num
     evaluations = math.ceil(cfg.max_iters / cfg.eval_interval) - run.state.iter_num // cfg.eval_interval
@@ -100,7 +100,7 @@ def estimate_rest(run: TrainRun, seconds_per_step: float) -> tuple[float, int]:
 
 
 def time_micro_batch(run: TrainRun) -> float:
-    """Return the seconds of a micro-batch, forward and backward. Random numbers and gradients stay as they were."""
+    """Return the seconds of a micro-batch, forward and backward, without changing random state or gradients."""
     shape = (run.cfg.batch_size, run.model.args.max_seq_len)
     tokens = torch.zeros(shape, dtype=torch.long, device=run.backend.device)
     with torch.random.fork_rng([run.backend.device] if run.backend.device.type == "cuda" else []):
@@ -120,7 +120,7 @@ def format_hms(seconds: float) -> str:
 
 
 def should_compile(run: TrainRun, seconds_per_step: float) -> tuple[bool, str]:
-    """Return whether to compile the model, and why. A resumed run stays as it was."""
+    """Return True if the model should be compiled, and the reason. With compile auto, a resumed run stays as it was."""
     if run.cfg.compile != "auto":
         return run.cfg.compile, f"--compile {run.cfg.compile}"
     if reason := why_not_compilable(run.backend.device):
@@ -129,7 +129,7 @@ def should_compile(run: TrainRun, seconds_per_step: float) -> tuple[bool, str]:
         return run.state.compiled, "as when the run began"
     if estimate_rest(run, seconds_per_step)[0] > MIN_SECONDS_TO_COMPILE:
         return True, f"without it the run takes over {MIN_SECONDS_TO_COMPILE} seconds"
-    return False, f"the run takes under {MIN_SECONDS_TO_COMPILE} seconds, of which compiling saves less than it takes"
+    return False, f"the run takes under {MIN_SECONDS_TO_COMPILE} seconds, so compiling costs more than it saves"
 
 
 def why_not_compilable(device: torch.device) -> str:
@@ -142,14 +142,14 @@ def why_not_compilable(device: torch.device) -> str:
 
 
 def compile_or_fall_back(run: TrainRun) -> float:
-    """Compile the model, and return the seconds of a micro-batch.
+    """Compile the model and return the seconds of a micro-batch.
 
-    With --compile auto a failure is only a note, except in several processes, which have to do the same.
+    Raises UserError if that fails. With --compile auto in a single process, print a note and train uncompiled.
     """
     try:
         run.compile()
         return time_micro_batch(run)
-    except Exception as error:              # the compiler's: the same model has just run uncompiled
+    except Exception as error:              # from the compiler: the uncompiled model has just run
         if devices.is_oom(error):
             raise
         cause = getattr(error, "inner_exception", error)

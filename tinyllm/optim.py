@@ -1,9 +1,9 @@
 """The optimizers: Muon for the matrices of the layers, AdamW for everything else.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is momentum whose steps are made orthogonal: a step turns
-all directions of a matrix by the same amount, including those with small gradients. After the same number of steps, a
-small model is clearly better than with AdamW alone (docs/benchmarks.md, "Tries behind the presets"). PyTorch's
-torch.optim.Muon handles one matrix at a time; here, matrices of one shape are stacked, which is faster.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes the steps of momentum orthogonal: a step changes all
+directions of a matrix by the same amount, even directions with small gradients. After the same number of steps, a small
+model is clearly better than with AdamW alone (docs/notes.md, "Recipe"). This version stacks matrices of equal shape,
+which is faster than torch.optim.Muon.
 """
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -18,11 +18,11 @@ A, B, C = 3.4445, -4.775, 2.0315        # x <- A x + B (x x^T) x + C (x x^T)^2 x
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with updates as long as AdamW's (arXiv 2502.16982), so that both can share a learning rate.
+    """Muon with updates of AdamW's size (arXiv 2502.16982), so that both can share a learning rate.
 
     Args:
         params: matrices.
-        dtype: precision of the products; 16 bits are exact enough.
+        dtype: dtype of the matrix products; 16 bits are precise enough.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict], lr: float, momentum: float = 0.95,
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
     def _update_momentum(self, weights: list[Tensor], momentum: float) -> Tensor:
-        """Update the running mean of the gradients; return Nesterov's momentum, stacked."""
+        """Update the running mean of the gradients; return Nesterov's momentum (n, rows, columns)."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["mean"] = torch.zeros_like(weight)
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         return torch.stack(grads).lerp_(torch.stack(means), momentum)
 
     def _orthogonalize(self, matrices: Tensor) -> Tensor:
-        """ShardedMuon (extras/fsdp.py) overrides this."""
+        """Return orthogonal updates. ShardedMuon (extras/fsdp.py) overrides this."""
         return orthogonalize(matrices, self.dtype)
 
 
@@ -62,13 +62,13 @@ def group_by_shape(weights: list[Tensor]) -> dict[tuple[int, ...], list[Tensor]]
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bring the singular values of matrices (n, rows, columns) of any scale close to 1; products are in `dtype`.
+    """Bring the singular values of matrices x (n, rows, columns) of any scale close to 1, with products in `dtype`.
 
     Newton-Schulz iteration: each step applies a polynomial that moves singular values in (0, 1] to about 0.7 to 1.2.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, dtype).mT
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # first divided: tiny values are 0 in float16
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # divide first: tiny values are 0 in float16
     for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.mT                                               # (n, rows, rows)
         polynomial = torch.baddbmm(square, square, square, beta=B, alpha=C)
@@ -80,7 +80,7 @@ def build_optimizers(model: nn.Module, cfg: SimpleNamespace, backend: Backend, m
                      ) -> list[torch.optim.Optimizer]:
     """Return AdamW (arXiv 1711.05101) and, with optimizer "muon", Muon for the matrices of the layers.
 
-    A group's ratio (a key stored in checkpoints) multiplies the learning rate. Vectors, the norm weights, do not decay.
+    A group's `ratio`, which checkpoints store, multiplies the learning rate. Vectors (norm weights) do not decay.
     """
     matrices = [weight for weight in model.layers.parameters() if weight.dim() > 1]
     matrix_ids = {id(weight) for weight in matrices}

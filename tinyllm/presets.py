@@ -1,6 +1,6 @@
-"""Settings for a machine and a time, found by measuring (docs/benchmarks.md), and what a run with them reaches.
+"""Tested hyperparameters for a machine and a time, with the scores that they reach (docs/benchmarks.md).
 
-`python train.py --preset cpu_3min` uses a preset; settings on the command line take precedence over it.
+`python train.py --preset cpu_3min` uses a preset; settings on the command line override it.
 """
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ MEASURED_ON = "17 MB of TinyStories, 2 cores of an AMD EPYC 9004"
 class Preset:
     """Settings of train.py, and the curve of a run on held-out TinyStories."""
     about: str
-    vocab_size: int                                     # of the tokenizer that they were measured with
+    vocab_size: int                                     # of the tokenizer that they are made for
     settings: dict[str, Any]
     curve: tuple[tuple[float, float], ...] = ()         # minutes and bits per byte
-    story: str = ""                                     # the beginning of one, after the last minute
+    story: str = ""                                     # start of a story that the trained model wrote
 
 
 PRESETS = {
@@ -43,7 +43,7 @@ PRESETS = {
         "One day, a little boy named Tim went to the park. He saw a big tree with lots of luxury. Tim wanted to make a "
         "luxury cake. He thought it would be a good place to draw."),
     "gpu_2gb": Preset(
-        "the model of the settings block in half the memory, for a GPU with 2 to 6 GB; not measured", 4096,
+        "the default model in half the memory, for a GPU with 2 to 6 GB; not measured", 4096,
         dict(batch_size=16, gradient_accumulation_steps=2, max_iters=20_000)),
     "gpu_large": Preset(
         "a model of 27 million parameters, for a GPU with 24 GB or more; not measured", 4096,
@@ -52,12 +52,12 @@ PRESETS = {
 
 
 def expected_curve(name: str) -> tuple[tuple[float, float], ...]:
-    """Return minutes and bits per byte of a preset; empty without a preset."""
+    """Return the (minutes, bits per byte) of a preset; empty without a preset."""
     return PRESETS[name].curve if name in PRESETS else ()
 
 
 def expected_bpb(name: str, minutes: float) -> float | None:
-    """Return the bits per byte of a preset after some minutes; None before the first point of its curve."""
+    """Return a preset's bits per byte after some minutes; None before the first point of its curve."""
     points = expected_curve(name)
     if not points or minutes < points[0][0]:
         return None

@@ -1,4 +1,4 @@
-"""Plan a run before its first step: new, resumed, or from the weights of a checkpoint; check all that it needs."""
+"""Check settings and files, and decide how a run starts: new, resumed, or with the weights of a checkpoint."""
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,14 +17,14 @@ from tinyllm.shards import ShardSet, load_shards
 from tokenizer import BaseTokenizer
 
 INIT_MODES = ("auto", "scratch", "resume")          # values of init_from that are not a checkpoint
-COMMAND_ONLY = ("out_dir", "eval_only")             # settings of a command, not of the run
+COMMAND_ONLY = ("out_dir", "eval_only")             # settings that the run does not store
 # settings that a resumed run may change; data_dir and vocab_size only if they lead to the same data
 MAY_CHANGE_ON_RESUME = ("preset", "init_from", "max_iters", "max_minutes", "eval_interval", "log_interval",
                         "checkpoint_minutes", "device", "dtype", "compile", "num_workers", "shard", "sample_prompts",
                         "sample_tokens", "data_dir", "vocab_size")
 MAY_CHANGE_ON_INIT = ("max_seq_len", "dropout", "vocab_size")   # settings that may differ from the initial checkpoint's
 
-RANGES = {                                          # lowest value, and the limit that values stay below
+RANGES = {                                          # lowest value, and exclusive upper limit
     "max_iters": (1, 2**31), "eval_interval": (1, 2**31), "log_interval": (1, 2**31),
     "batch_size": (1, 2**20), "gradient_accumulation_steps": (1, 2**31), "num_workers": (0, 1000),
     "sample_tokens": (0, 2**31), "warmup_iters": (0, 2**31), "lr_decay_iters": (0, 2**31), "seed": (0, 2**32),
@@ -38,7 +38,7 @@ CHOICES = {"optimizer": ("muon", "adamw"), "compile": ("auto", True, False)}
 
 @dataclass
 class RunPlan:
-    """What a run is built from: `ckpt` is the checkpoint to start with, `is_resumed` is True if it is the run's own."""
+    """Everything that a run is built from. `ckpt`: the checkpoint to start with; `is_resumed`: it is the run's own."""
     cfg: SimpleNamespace
     backend: Backend
     shards: ShardSet
@@ -52,8 +52,8 @@ class RunPlan:
 def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext = SINGLE_PROCESS) -> RunPlan:
     """Check all settings, then the files, and decide how the run starts.
 
-    With init_from "resume", cfg takes the settings of the resumed run, except the overrides of the command line.
-    Raises UserError with all invalid settings at once, or with the problem of a file.
+    With init_from "resume", cfg takes the run's saved settings, except those that the command line overrides.
+    Raises UserError for all invalid settings at once, or for a file that is missing, damaged or unsuitable.
     """
     must_resume = cfg.init_from == "resume" and not cfg.eval_only
     last_ckpt = load_last(cfg)
@@ -70,9 +70,9 @@ def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedC
     if must_resume and shards.sha256 != ckpt["data_sha256"]:
         command = format_command("train", init_from=Path(cfg.out_dir) / "last.pt")
         raise UserError(f"the text or the vocabulary in {cfg.data_dir} has changed since the run began\n"
-                        f"       train on it with the weights of the run: {command}")
+                        f"       train on the new data with the run's weights: {command}")
     if changes:
-        print(f"a new run: the one in {cfg.out_dir}, at step {last_ckpt['iter_num']:,}, has other settings: "
+        print(f"starting a new run; the one in {cfg.out_dir}, at step {last_ckpt['iter_num']:,}, has "
               f"{', '.join(changes)}")
     return RunPlan(cfg, backend, shards, tokenizer, args, ckpt, is_resumed, dist)
 
@@ -80,17 +80,17 @@ def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedC
 # ---- settings -----------------------------------------------------------------------------------
 
 def run_settings(cfg: SimpleNamespace) -> dict[str, Any]:
-    """Return the settings that belong to the run, and are stored with it."""
+    """Return the settings that a run stores."""
     return {name: value for name, value in vars(cfg).items() if name not in COMMAND_ONLY}
 
 
 def check_settings(cfg: SimpleNamespace, dist: DistributedContext) -> Backend:
-    """Return the device and dtype. Raises UserError with all invalid settings."""
+    """Return the device and dtype. Raises UserError for all invalid settings at once."""
     errors = invalid_settings(cfg)
     if not cfg.eval_only and cfg.gradient_accumulation_steps % dist.world_size:
         errors.append(f"gradient_accumulation_steps must be a multiple of {dist.world_size}, the number of processes, "
                       f"not {cfg.gradient_accumulation_steps}")
-    if not cfg.eval_only and cfg.init_from in ("auto", "scratch"):          # else a checkpoint has the shape
+    if not cfg.eval_only and cfg.init_from in ("auto", "scratch"):          # otherwise a checkpoint has the shape
         try:
             shape_from_settings(cfg, ModelArgs.vocab_size)
         except ValueError as error:
@@ -109,14 +109,14 @@ def invalid_settings(cfg: SimpleNamespace) -> list[str]:
     errors = []
     for name, (low, high) in RANGES.items():
         value = getattr(cfg, name)
-        if not low <= value < high:                 # nan is not
+        if not low <= value < high:                 # also true for nan
             errors.append(f"{name} must be at least {low} and below {high}, not {value}")
     for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             errors.append(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(cfg, name)}")
     for name, value in vars(cfg).items():
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            errors.append(f"{name} {ascii(value)} has bytes that are not UTF-8, and cannot be logged")
+            errors.append(f"{name} {ascii(value)} is not valid UTF-8")
     return errors
 
 
@@ -128,9 +128,9 @@ def shape_from_settings(cfg: SimpleNamespace, vocab_size: int) -> ModelArgs:
 # ---- the run in out_dir -------------------------------------------------------------------------
 
 def load_last(cfg: SimpleNamespace) -> Checkpoint | None:
-    """Return the latest checkpoint in out_dir; None if there is none, or the command cannot resume it.
+    """Return last.pt in out_dir, or None if it is missing or the command cannot resume it.
 
-    Raises UserError if it is damaged, or missing with "resume". A run that starts with another checkpoint archives it.
+    Raises UserError if it is damaged, unless init_from names another checkpoint, or missing with init_from "resume".
     """
     path = Path(cfg.out_dir) / "last.pt"
     is_needed = cfg.init_from == "resume"
@@ -148,25 +148,26 @@ def load_last(cfg: SimpleNamespace) -> Checkpoint | None:
 
 
 def restore_settings(cfg: SimpleNamespace, overrides: dict[str, Any], last_ckpt: Checkpoint) -> None:
-    """Set cfg to the settings of a saved run, except for those that the command line names."""
+    """Set cfg to the settings of a saved run, except those that the command line overrides."""
     old = {name: value for name, value in last_ckpt["config"].items() if name in run_settings(cfg)}
     old["compile"] = parse_bool_or_str(str(old.get("compile", "auto")))         # earlier versions stored a string
     check_fixed(overrides, {**last_ckpt["model_args"], "optimizer": old.get("optimizer")}, MAY_CHANGE_ON_RESUME)
     for name, value in old.items():
         if name != "compile" and type(value) is not type(getattr(cfg, name)):
-            raise UserError(f"{cfg.out_dir}/last.pt has a {type(value).__name__} for {name}; is it of another version?")
+            raise UserError(f"{cfg.out_dir}/last.pt has a {type(value).__name__} for {name}, "
+                            f"expected {type(getattr(cfg, name)).__name__}")
         if name not in overrides or name == "init_from":
             setattr(cfg, name, value)
 
 
 def changed_settings(cfg: SimpleNamespace, last_ckpt: Checkpoint) -> list[str]:
-    """Return what keeps the run of a checkpoint from being resumed with these settings."""
+    """Return the changes of settings or data that prevent the run of a checkpoint from being resumed."""
     old = last_ckpt["config"]
     may_change = set(MAY_CHANGE_ON_RESUME)
     windows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
     if old.get("batch_size", 0) * old.get("gradient_accumulation_steps", 0) == windows_per_step:
         may_change |= {"batch_size", "gradient_accumulation_steps"}
-    if cfg.init_from != "auto":             # the model's shape is the initial checkpoint's
+    if cfg.init_from != "auto":             # the initial checkpoint sets the model's shape
         may_change |= last_ckpt["model_args"].keys() - {"max_seq_len", "dropout"}
         may_change -= {"init_from"}
     changes = []
@@ -179,26 +180,27 @@ def changed_settings(cfg: SimpleNamespace, last_ckpt: Checkpoint) -> list[str]:
 
 
 def check_fixed(overrides: dict[str, Any], fixed: dict[str, Any], may_change: tuple[str, ...]) -> None:
-    """Raise UserError if the command line asks for other values than a checkpoint's fixed ones."""
+    """Raise UserError if the command line changes a setting that a checkpoint fixes."""
     wrong = []
     for name, value in overrides.items():
         if name not in may_change and fixed.get(name, value) != value:
             wrong.append(f"{name} {fixed[name]}")
     if wrong:
-        raise UserError(f"the checkpoint has {', '.join(wrong)}, which cannot change; leave those settings out")
+        raise UserError(f"the checkpoint has {', '.join(wrong)}, which cannot change\n"
+                        "       remove these settings from the command")
 
 
 # ---- the initial checkpoint, the data and the model ---------------------------------------------
 
 def init_checkpoint_path(cfg: SimpleNamespace) -> Path:
-    """Return the path of the checkpoint that the run starts with, or that is evaluated."""
+    """Return the path of the checkpoint that the run starts with or evaluates."""
     if cfg.init_from not in INIT_MODES:
         return Path(cfg.init_from)
     return Path(cfg.out_dir) / ("ckpt.pt" if cfg.eval_only else "last.pt")
 
 
 def load_init_checkpoint(cfg: SimpleNamespace, overrides: dict[str, Any]) -> Checkpoint | None:
-    """Return the checkpoint that init_from names; for training, with the dropout and the window of the settings."""
+    """Return the checkpoint that init_from names; for training, with dropout and max_seq_len from the settings."""
     if cfg.init_from in INIT_MODES and not cfg.eval_only:
         return None
     path = init_checkpoint_path(cfg)
@@ -209,13 +211,13 @@ def load_init_checkpoint(cfg: SimpleNamespace, overrides: dict[str, Any]) -> Che
     window = args.max_seq_len
     if "max_seq_len" in overrides:
         window = cfg.max_seq_len
-    elif not ckpt["config"]:                # a model of another project, whose window may be thousands of tokens
+    elif not ckpt["config"]:                # another project's model, with a context of perhaps thousands of tokens
         window = min(cfg.max_seq_len, window)
     return {**ckpt, "model_args": asdict(replace(args, max_seq_len=window, dropout=cfg.dropout))}
 
 
 def load_data(cfg: SimpleNamespace, ckpt: Checkpoint | None) -> tuple[ShardSet, BaseTokenizer]:
-    """Return the shards and their tokenizer. Of several in data_dir, a checkpoint's own tokenizer is chosen."""
+    """Return the shards and their tokenizer: the checkpoint's, if data_dir has several."""
     digest = ckpt.get("tokenizer_sha256", "") if ckpt else ""
     path = find_tokenizer(cfg.data_dir, cfg.vocab_size, digest)
     tokenizer = load_tokenizer(path)
@@ -223,14 +225,14 @@ def load_data(cfg: SimpleNamespace, ckpt: Checkpoint | None) -> tuple[ShardSet, 
 
 
 def choose_model_args(cfg: SimpleNamespace, ckpt: Checkpoint | None, tokenizer: BaseTokenizer) -> Any:
-    """Return the shape of the checkpoint's model, or of the model that the settings describe."""
+    """Return the shape of the checkpoint's model; without a checkpoint, the shape in the settings."""
     if not ckpt:
         return shape_from_settings(cfg, tokenizer.vocab_size)
     digest = ckpt.get("tokenizer_sha256", "")
     if digest and digest != tokenizer.sha256:
         command = format_command("preprocess", tokenizer=init_checkpoint_path(cfg), data="PATH", data_dir="data/tuned")
         raise UserError(f"the checkpoint was trained with another vocabulary than the one in {cfg.data_dir}\n"
-                        f"       name its --data_dir, or encode the text with its vocabulary: {command}")
+                        f"       choose its --data_dir, or encode the text with its vocabulary: {command}")
     args = checkpoint.load_model_args(ckpt, init_checkpoint_path(cfg))
     has_padding = digest and args.vocab_size > tokenizer.vocab_size          # more embeddings than tokens
     if args.vocab_size != tokenizer.vocab_size and not has_padding:

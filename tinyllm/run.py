@@ -1,4 +1,4 @@
-"""The state of a training run: build it, tell its time, save it and restore it. train.py takes its steps."""
+"""The state of a training run: build, time, save and restore it. train.py has the training loop."""
 import math
 import time
 import zlib
@@ -20,9 +20,9 @@ from tinyllm.optim import build_optimizers
 from tinyllm.resume import RunPlan, init_checkpoint_path, plan_run, run_settings
 from tinyllm.runlog import NEW_CHECKPOINT, archive_run
 
-OOM_ADVICE = ("halve --batch_size and double --gradient_accumulation_steps: the steps stay the same; or use a smaller "
-              "--max_seq_len, --dim or --n_layers")
-PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # may differ between the machines that share a run
+OOM_ADVICE = ("halve --batch_size and double --gradient_accumulation_steps, to keep the same steps,\n"
+              "       or lower --max_seq_len, --dim or --n_layers")
+PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # may differ between the machines of a run
 
 
 @dataclass
@@ -31,17 +31,17 @@ class TrainState:
     iter_num: int = 0                   # optimizer steps done
     position: int = 0                   # windows seen
     best_val_loss: float = math.inf
-    seconds: float = 0.0                # wall time of the earlier parts of the run
-    setup: float = 0.0                  # seconds of it that passed before the first step; the schedule leaves them out
-    log_lines: int = 0                  # entries of log.jsonl that belong to the steps done,
-    log_sha256: str = ""                # and their digest
+    seconds: float = 0.0                # wall time up to the checkpoint
+    setup: float = 0.0                  # seconds before the first step, which the schedule does not count
+    log_lines: int = 0                  # entries of log.jsonl up to this step
+    log_sha256: str = ""                # SHA-256 of these entries
     compiled: bool = False
 
 
 def load_train_state(stored: dict[str, Any]) -> TrainState:
     """Return the stored progress, without fields that only older versions have.
 
-    Raises ValueError if a field has another type, and KeyError without the steps to resume from.
+    Raises ValueError for a field of the wrong type, and KeyError without iter_num or position.
     """
     state = TrainState(stored["iter_num"], stored["position"])
     for name, default in asdict(TrainState()).items():
@@ -55,7 +55,7 @@ def load_train_state(stored: dict[str, Any]) -> TrainState:
 def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext) -> "TrainRun":
     """Check all settings, then build the run: new, resumed, or from the weights of a checkpoint."""
     if cfg.init_from == "scratch" and dist.was_restarted:
-        cfg.init_from = "auto"          # torchrun repeats the command of a run that has begun: resume it
+        cfg.init_from = "auto"          # torchrun repeats the command: resume instead of starting over
     with dist.fail_together():
         plan = plan_run(cfg, overrides, dist)
         run_class = choose_run_class(cfg, dist)
@@ -72,23 +72,23 @@ def choose_run_class(cfg: SimpleNamespace, dist: DistributedContext) -> type["Tr
 
 
 def check_same_plan(plan: RunPlan) -> None:
-    """Raise UserError if this rank's settings, text, weights or dtype (auto may choose) are not the main process's."""
+    """Raise UserError if settings, text, weights or chosen dtype differ between this rank and the main process."""
     settings = {name: value for name, value in run_settings(plan.cfg).items() if name not in PER_MACHINE_SETTINGS}
     weights = checkpoint.weights_checksum(plan.ckpt) if plan.ckpt else 0
     checksum = zlib.crc32(repr([settings, plan.shards.sha256, plan.backend.dtype, weights]).encode())
     if checksum != plan.dist.broadcast_from_main(checksum):
         raise UserError(f"process {plan.dist.rank} has other settings, text, dtype or checkpoint than process 0\n"
-                        "       type the same command on all machines, with the same data and output folders, shared "
-                        "or copied, and a --dtype that all support")
+                        "       run the same command on all machines, with shared or equal data and output folders, "
+                        "and a --dtype that all support")
 
 
 class TrainRun:
-    """Model, optimizers, progress and clock of a run. extras/fsdp.py has a subclass for models that are sharded.
+    """Model, optimizers, progress and clock of a run. extras/fsdp.py has a subclass for sharded models.
 
     Attributes:
         model: the model that is evaluated and saved.
-        ddp_model: the same model as it is trained; its backward pass averages the gradients of all ranks.
-        state: the progress in plain numbers; the model, the optimizers and the scaler hold everything else.
+        ddp_model: the same model for training; its backward pass averages the gradients over all ranks.
+        state: the progress in plain numbers; model, optimizers and scaler hold everything else.
     """
     is_sharded = False
 
@@ -99,19 +99,19 @@ class TrainRun:
         self.shards = plan.shards
         self.tokenizer = plan.tokenizer
         self.state = TrainState()
-        self.eval_seconds = 0.0             # duration of an evaluation
-        self.synced_seconds = 0.0           # since start_time, when the ranks last compared their clocks
+        self.eval_seconds = 0.0             # duration of the last evaluation
+        self.synced_seconds = 0.0           # from start_time to the last sync_ranks
         self.requested_signal = 0           # the signal that asked this process to stop
-        self.stop_signal = 0                # the same, once all ranks know it
+        self.stop_signal = 0                # the same on all ranks, set by sync_ranks
         self.pending_metrics: list[tuple[Tensor, Tensor]] = []      # loss and gradient norm of steps not yet checked
         self.has_checkpoint = plan.is_resumed       # last.pt belongs to this run
         self._build(plan)
         if plan.is_resumed:
             self._resume(plan.ckpt)
-        plan.ckpt = None                    # frees the memory: the model holds its own copy
+        plan.ckpt = None                    # free the memory: the model has its own copy
         self.start_time = time.perf_counter()
-        self.last_save_seconds = self.seconds()     # when last.pt was written,
-        self.last_saved_step = self.state.iter_num  # and after which step
+        self.last_save_seconds = self.seconds()     # run time at the last save of last.pt
+        self.last_saved_step = self.state.iter_num  # step of this save
 
     def _build(self, plan: RunPlan) -> None:
         torch.manual_seed(self.cfg.seed)
@@ -138,20 +138,20 @@ class TrainRun:
         return build_optimizers(self.model, self.cfg, self.backend)
 
     def gradient_sync(self, is_last: bool) -> AbstractContextManager:
-        """Average the gradients of all ranks only after the last micro-batch of a step."""
+        """Return a context that averages gradients over all ranks only after a step's last micro-batch."""
         if self.dist.world_size == 1 or is_last:
             return nullcontext()
         return self.ddp_model.no_sync()
 
     def clip_gradients(self) -> Tensor:
-        """Clip the gradient of the whole model to cfg.grad_clip; return its norm before."""
+        """Clip the gradient norm to cfg.grad_clip; return the norm before clipping."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
 
     # ---- batch and clock ---------------------------------------------------------------------
 
     @property
     def micro_steps_per_rank(self) -> int:
-        """Micro-batches of a step that this rank computes."""
+        """Micro-batches per step on this rank."""
         return self.cfg.gradient_accumulation_steps // self.dist.world_size
 
     @property
@@ -167,25 +167,25 @@ class TrainRun:
         return self.state.position * self.model.args.max_seq_len
 
     def seconds(self) -> float:
-        """Return the wall time of the run so far, all parts together. Several ranks use the last synced time."""
+        """Return the wall time of the run, over all resumes. Several ranks use the time of the last sync_ranks."""
         if self.dist.world_size > 1:
             return self.state.seconds + self.synced_seconds
         return self.state.seconds + (time.perf_counter() - self.start_time)
 
     def sync_ranks(self) -> None:
-        """Take the main process's clock, and learn whether any rank was asked to stop."""
+        """Share the main process's clock, and any rank's stop signal, with all ranks."""
         elapsed = time.perf_counter() - self.start_time if self.dist.is_main else 0.0
         self.synced_seconds, stop_signal = self.dist.max(elapsed, self.requested_signal)
         self.stop_signal = int(stop_signal)
 
     def reached_limit(self) -> bool:
-        """True if max_iters or max_minutes is reached, with the time that the last evaluation will take."""
+        """True if max_iters is reached, or only the time for a last evaluation is left of max_minutes."""
         max_seconds = 60 * self.cfg.max_minutes
         is_late = max_seconds > 0 and self.seconds() + self.eval_seconds >= max_seconds
         return is_late or self.state.iter_num >= self.cfg.max_iters
 
     def progress(self) -> float:
-        """Return the fraction of the run that is done, by steps or by the clock, whichever is further."""
+        """Return the finished fraction of the run, by steps or by time, whichever is larger."""
         progress = self.state.iter_num / (self.cfg.lr_decay_iters or self.cfg.max_iters)
         if self.cfg.max_minutes:
             span = 60 * self.cfg.max_minutes - self.eval_seconds - self.state.setup
@@ -195,14 +195,14 @@ class TrainRun:
     # ---- compile -----------------------------------------------------------------------------
 
     def compile(self) -> None:
-        """Compile the layers, which share one compilation because they are alike, and the chunks of the loss."""
+        """Compile the layers, which share one compilation, and the chunks of the loss."""
         options = {"fallback_random": self.backend.device.type == "cpu"}    # faster dropout on a CPU
         for part in kernels.parts_to_compile(self.model):
             part.compile(dynamic=False, options=options)
         self.state.compiled = True
 
     def eager_mode(self) -> AbstractContextManager:
-        """Return a context where a compiled model runs uncompiled: each new shape would compile it again."""
+        """Return a context that runs a compiled model uncompiled: each new shape would compile it again."""
         return torch.compiler.set_stance("force_eager") if self.state.compiled else nullcontext()
 
     # ---- save and restore --------------------------------------------------------------------
@@ -221,9 +221,9 @@ class TrainRun:
             self.last_saved_step = self.state.iter_num
 
     def save_first_state(self) -> None:
-        """Save a new run before its first step, then archive the old one: a run can be resumed from here on."""
+        """Save a new run before its first step, then archive the old run. From then on, the new one can be resumed."""
         if self.cfg.init_from == "scratch":
-            print("note:   with --init_from scratch the same command starts over; --init_from resume resumes this run")
+            print("note:   --init_from scratch starts over each time; --init_from resume resumes this run")
         self.state.setup = self.seconds()
         self.save(NEW_CHECKPOINT)
         with self.dist.fail_together():
@@ -264,7 +264,7 @@ class TrainRun:
             self.state.best_val_loss = math.inf
 
     def load_checkpoint_dict(self, ckpt: Checkpoint) -> None:
-        """Restore everything but the model. Raise an error of some kind if the checkpoint does not fit."""
+        """Restore everything but the model. Raises any error that _resume catches if the checkpoint does not fit."""
         self.state = load_train_state(ckpt["state"])
         for optimizer, optimizer_state in zip(self.optimizers, ckpt["optimizer"], strict=True):
             self.restore_optimizer(optimizer, optimizer_state["state"])
@@ -275,7 +275,7 @@ class TrainRun:
             torch.cuda.set_rng_state(ckpt["rng"]["cuda"][0], self.backend.device)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
-        """Load saved moments. Rates and decay stay as set, since the settings may have changed."""
+        """Load saved moments. Learning rate and decay keep their current values: the settings may have changed."""
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         for weight, state in optimizer.state.items():
             for value in state.values():

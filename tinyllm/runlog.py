@@ -1,7 +1,7 @@
-"""The log of a run, the files that are made from it, and the archive of the old run in a folder.
+"""The log of a run, the reports made from it, and the archive of the old run in a folder.
 
-log.jsonl holds what the same run would write again, byte for byte: the settings in its first line, the header, then one
-JSON object per logged step or evaluation. clock.jsonl holds what depends on the clock.
+log.jsonl has the settings in its first line, the header, then one JSON object per logged step or evaluation. Repeating
+the run writes the same bytes, because all figures that depend on the clock are in clock.jsonl.
 """
 import hashlib
 import json
@@ -15,8 +15,8 @@ from tinyllm import optional
 from tinyllm.cli import UserError
 from tinyllm.files import atomic_replace, atomic_write, json_line, unused_path
 
-RUN_FILES = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")      # that archive_run moves
-ARCHIVE_TMP = "old.part"            # the archive while files are moved into it
+RUN_FILES = ("last.pt", "ckpt.pt", "log*.jsonl", "clock.jsonl", "samples.txt", "loss.png")     # archive_run moves these
+ARCHIVE_TMP = "old.part"            # the archive until all files are in it
 NEW_CHECKPOINT = "new.pt"           # the first checkpoint of a new run, until the old run is archived
 
 
@@ -24,12 +24,12 @@ class RunLog:
     """The log of a run in a folder. `entries` are its lines after the header."""
 
     def __init__(self, folder: Path, header: dict[str, Any], n_entries: int = 0, sha256: str = ""):
-        """Start a log, or reopen one and keep its first n_entries, if they have the digest in the checkpoint."""
+        """Start a log, or reopen one with its first n_entries. If their SHA-256 is another, the log starts over."""
         self.folder = folder
         self.entries = read_log(folder / "log.jsonl")[1:n_entries + 1]
         self.digest = hashlib.sha256(encode_lines(self.entries))
         if n_entries and self.sha256 != sha256:
-            print(f"note: {folder / 'log.jsonl'} is damaged or gone; the log starts over")
+            print(f"note: {folder / 'log.jsonl'} is damaged or missing; the log starts over")
             if (folder / "log.jsonl").exists():
                 atomic_replace(folder / "log.jsonl", unused_path(folder, "log.damaged-{}.jsonl"))
             self.entries = []
@@ -45,7 +45,7 @@ class RunLog:
         return self.digest.hexdigest()
 
     def write(self, entry: dict[str, Any], clock: dict[str, Any]) -> None:
-        """Append an entry to log.jsonl, and figures that depend on the clock to clock.jsonl."""
+        """Append an entry to log.jsonl, and its figures that depend on the clock to clock.jsonl."""
         clock = {"iter": entry["iter"], **clock}
         self.entries.append(entry)
         self.clock.append(clock)
@@ -55,7 +55,7 @@ class RunLog:
                 file.write(encode_lines([content]))
 
     def sync(self) -> None:
-        """Flush the log to the disk, before a checkpoint counts its lines."""
+        """Flush the log to disk, before a checkpoint stores the number of its lines."""
         with open(self.folder / "log.jsonl", "ab") as file:
             os.fsync(file.fileno())
 
@@ -66,12 +66,12 @@ class RunLog:
                 if "val_loss" in entry:
                     file.write(f"=== step {entry['iter']}, val loss {entry['val_loss']:.4f}\n\n".encode())
                     file.writelines(f"{text}\n---\n".encode() for text in entry["samples"])
-        with suppress(UserError):               # without extras/ or matplotlib there is no picture
+        with suppress(UserError):               # no picture without extras/ or matplotlib
             optional.load("plots").draw_losses(self.folder / "loss.png", self.entries, self.clock, expected)
 
 
 class NullRunLog:
-    """The log in processes other than the main one, which write nothing."""
+    """A log that writes nothing, for all ranks but the main process."""
     entries = ()
     sha256 = ""
 
@@ -86,13 +86,13 @@ def encode_lines(entries: Iterable[dict[str, Any]]) -> bytes:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a file, up to the first damaged line, which a kill may leave. A missing file has none."""
+    """Return a file's entries up to the first damaged line, which a kill may leave; [] if the file is missing."""
     entries = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
     for line in lines:
         try:
             entry = json.loads(line)
-            encode_lines([entry])               # fails for half of a surrogate pair, which JSON can spell
+            encode_lines([entry])               # fails for a lone surrogate, which JSON can contain
         except (ValueError, RecursionError):
             break
         if not isinstance(entry, dict):
@@ -130,7 +130,7 @@ def archive_run(out_dir: str) -> None:
 
 
 def finish_archive(out_dir: str) -> None:
-    """Finish archive_run if a kill interrupted it; if it had not begun, delete new.pt and keep the old run."""
+    """Finish archive_run if a kill interrupted it. If it had not started, delete new.pt and keep the old run."""
     folder = Path(out_dir)
     new = folder / NEW_CHECKPOINT
     has_run = (folder / "last.pt").exists() or (folder / "ckpt.pt").exists()

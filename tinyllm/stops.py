@@ -1,4 +1,4 @@
-"""Reasons to end a run early: another run in its folder, signals, numbers that are not finite."""
+"""Reasons to stop a run early: another run in its folder, a signal, a loss or weight that is not finite."""
 import io
 import math
 import os
@@ -18,12 +18,12 @@ from tinyllm.runlog import finish_archive
 
 SIGHUP = getattr(signal, "SIGHUP", None)            # Windows has none
 STOP_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number]
-MIN_LOSS_SCALE = 1.0            # GradScaler starts at 65,536, and halves its scale after every overflow
+MIN_LOSS_SCALE = 1.0            # GradScaler starts at 65,536 and halves its scale after each overflow
 
 
 @contextmanager
 def lock_output_dir(out_dir: str, dist: DistributedContext) -> Iterator[None]:
-    """Keep other runs out of out_dir for the block; the main process holds the lock for all ranks."""
+    """Lock out_dir during the block; the main process holds the lock for all ranks."""
     with ExitStack() as stack:
         with dist.fail_together():
             if dist.is_main:
@@ -42,10 +42,10 @@ def save_on_signals(run: TrainRun) -> Iterator[None]:
     def request_stop(number: int, frame: Any) -> None:
         run.requested_signal = number
         signal.signal(number, signal.SIG_IGN if number == SIGHUP else handlers[number])
-        if number == SIGHUP:                            # a closing terminal sends it twice, and cannot be written to
+        if number == SIGHUP:                            # a closing terminal sends it twice and shows nothing
             redirect_to_devnull(1, 2)
         if run.dist.is_main:
-            with suppress(OSError):                     # print() could be in the middle of its own buffer
+            with suppress(OSError):                     # not print(): the signal may have interrupted one
                 os.write(1, b"\nstopping after this step, then saving\n")
 
     for number, handler in handlers.items():
@@ -60,7 +60,7 @@ def save_on_signals(run: TrainRun) -> Iterator[None]:
 
 
 class StopOnClosedStdout(io.TextIOBase):
-    """Standard output that asks the run to stop when it cannot be written, as after `| head`, instead of failing."""
+    """A stdout that stops the run, instead of failing, after its reader has ended (`| head`)."""
 
     def __init__(self, run: TrainRun):
         self.run = run
@@ -81,15 +81,15 @@ def redirect_to_devnull(*descriptors: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-# ---- numbers that are not finite ----------------------------------------------------------------
+# ---- values that are not finite -----------------------------------------------------------------
 
 def read_pending_metrics(run: TrainRun) -> tuple[float, float]:
     """Return loss and gradient norm of the newest step, after checking all steps since the last call.
 
-    Raises UserError when one is not finite. GradScaler skips such steps itself until its scale is used up.
+    Raises UserError if one is not finite. GradScaler skips such steps as long as its scale is at least MIN_LOSS_SCALE.
     """
     metrics = torch.stack([torch.stack(pair) for pair in run.pending_metrics])      # (steps, 2)
-    metrics = (run.dist.sum(metrics) / run.dist.world_size).tolist()    # a loss differs between ranks, a norm does not
+    metrics = (run.dist.sum(metrics) / run.dist.world_size).tolist()    # losses differ between ranks, norms do not
     run.pending_metrics.clear()
     may_skip = run.scaler.is_enabled() and run.scaler.get_scale() >= MIN_LOSS_SCALE
     first_step = run.state.iter_num - len(metrics) + 1

@@ -133,7 +133,8 @@ def read_texts() -> None:
 
 def read_log() -> None:
     drawing = MagicMock()                           # a real one takes a quarter of a second
-    drawing.Figure.return_value.subplots.return_value = MagicMock(), MagicMock()
+    panels = [MagicMock(**{"get_ylim.return_value": (0.0, 1.0)}) for _ in range(2)]
+    drawing.Figure.return_value.subplots.return_value = panels
     mocks = {"matplotlib": MagicMock(), "matplotlib.figure": drawing, "matplotlib.ticker": MagicMock()}
     with patch.dict(sys.modules, mocks):
         runlog.RunLog(Path("output"), {}, 2).write_reports()
