@@ -192,7 +192,7 @@ def test_mistakes_are_one_clear_line(source):
     Path("output/mine").mkdir(parents=True)
     Path("output/mine/ckpt.pt").touch()
     found = str(Path("output/mine/ckpt.pt"))
-    assert_user_error(run_captured("convert", "outptu/ckpt.pt", "a.gguf"), f"there is {found}")
+    assert_user_error(run_captured("convert", "outptu/ckpt.pt", "a.gguf"), f"choose from {found}")
     assert_user_error(run_captured("convert", "output/mine", "a.gguf"), f"a training; its model is {found}")
     assert_user_error(run_captured("convert", source, "a.gguf", "--to", "onnx"), "--to onnx", "gguf-f16")
     assert_user_error(run_captured("convert", source, "a.gguf", "more"), "more")

@@ -95,7 +95,7 @@ def test_what_does_not_go_with_several_processes(trained):
         tensor_parallel.check_divisible(make().args, 3)
     with pytest.raises(UserError, match="GPT-2"):
         tensor_parallel.check_divisible(GPT2Args(), 2)
-    with pytest.raises(UserError, match="--compile is for one process"):
+    with pytest.raises(UserError, match="--compile does not work with torchrun"):
         TextGenerator(trained, compile=True, device="cpu", tp_group=object())
 
 
