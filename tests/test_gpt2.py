@@ -147,7 +147,7 @@ def test_shapes_that_cannot_be_are_refused(change, message):
 @pytest.mark.parametrize("value", ["x", [1], float("nan"), 0])
 def test_a_stored_norm_eps_that_cannot_be_is_refused(value):
     args = {**vars(ARGS), "norm_eps": value}
-    with pytest.raises(UserError, match="model_args do not fit together"):
+    with pytest.raises(UserError, match="invalid model_args"):
         checkpoint.load_model_args({"architecture": "gpt2", "model_args": args, "model": {}})
 
 
@@ -198,7 +198,7 @@ def test_it_writes_as_transformers_does(theirs, folder):
 
 
 def test_compile_on_a_cpu_is_for_llama(folder):
-    with pytest.raises(UserError, match="for Llama models"):
+    with pytest.raises(UserError, match="only Llama models"):
         TextGenerator(folder, device="cpu", compile=True)
 
 

@@ -184,7 +184,7 @@ def test_greedy_text_of_four_processes(trained):
 def test_the_first_process_writes_the_page(trained):
     args = "--checkpoint", trained, "--prompt", "One day", "--max_new_tokens", 8, "--temperature", 0
     assert side_by_side(2, shown, *args, "--show_probs", "page.html") == [run_captured("sample", *args).stdout, ""]
-    assert "Written: 8 tokens, loss " in Path("page.html").read_text(encoding="utf-8")
+    assert "Generated: 8 tokens, loss " in Path("page.html").read_text(encoding="utf-8")
 
 
 def test_mistakes_are_said_by_the_first_process(trained):

@@ -110,7 +110,7 @@ def test_average_and_colours(byte_checkpoint):
     one.logprobs = [math.log(chance) for chance in chances]
     source = story_html(generator, one, "", echo=True)
     loss = -sum(one.logprobs) / len(chances)
-    assert f"Written: {len(chances)} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}<" in source
+    assert f"Generated: {len(chances)} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}<" in source
     assert "Prompt:" not in source and len(chances) > 2
     assert [kinds for _, kinds, _ in Page(source).tokens[0]] == [[f"p{level}"] for level in range(len(chances))]
 
@@ -145,7 +145,7 @@ def test_only_a_name_makes_a_page(byte_checkpoint, given, listed):
     command = ["sample", "--checkpoint", byte_checkpoint, "--prompt", "ab", "--max_new_tokens", 5]
     result = run_captured(*command, "--show_probs", *given)
     if listed is None:
-        assert_user_error(result, "--show_probs must be True, False or a page to write, such as perhaps.html")
+        assert_user_error(result, "--show_probs must be True, False or the name of a page, such as perhaps.html")
     else:
         assert ("likeliest:" in result.stdout) is listed and not list(Path().iterdir())
         assert listed or result.stdout == run_captured(*command).stdout
