@@ -1,7 +1,7 @@
 """Show the probability of each token: `sample.py --show_probs`, `--logprobs` and `--score`.
 
 The page is one file without scripts. Tooltips are attributes that CSS displays, so copying from the page copies only
-the story. The lightness of the colors follows the probability, so color-blind readers see it too.
+the story. Tokens below 80% have a color, whose lightness follows the probability, also for color-blind readers.
 """
 import math
 import sys
@@ -95,7 +95,7 @@ def print_score(generator: TextGenerator, text: str) -> None:
 
 # ---- HTML page ----------------------------------------------------------------------------------
 
-LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # where the color changes; CSS class p0: below the first
+LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # where the color changes; p0: below 1%; p5 has no color
 PAGE = Path(__file__).with_suffix(".html")       # template with $stories, $model and $settings
 
 

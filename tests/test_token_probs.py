@@ -11,6 +11,8 @@ import pytest
 from conftest import assert_user_error, run_captured
 
 from extras.token_probs import (
+    LEVELS,
+    PAGE,
     Token,
     format_percent,
     print_token_table,
@@ -113,6 +115,16 @@ def test_average_and_colours(byte_checkpoint):
     assert f"Generated: {len(chances)} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}<" in source
     assert "Prompt:" not in source and len(chances) > 2
     assert [kinds for _, kinds, _ in Page(source).tokens[0]] == [[f"p{level}"] for level in range(len(chances))]
+
+
+def test_tokens_below_80_percent_have_colors_in_both_themes_and_the_others_none():
+    style, legend = PAGE.read_text(encoding="utf-8").split("</style>")
+    levels = [str(level) for level in range(len(LEVELS))]
+    colors = re.findall(r"--p(\d): (#\w{6});", style)
+    assert [level for level, _ in colors] == 2 * levels and len({color for _, color in colors}) == len(colors)
+    assert re.findall(r"\.p(\d) \{ background: var\(--p(\d)\)", style) == list(zip(levels, levels))
+    assert re.findall(r'<span class="p(\d)">', legend) == levels
+    assert "<span>80 to 100%: no color</span>" in legend
 
 
 def test_what_ends_a_story_has_a_place_but_no_text(byte_checkpoint):
