@@ -5,12 +5,12 @@
     loss = model(tokens, targets)                           # scalar, nats per token
     story = model.generate(prompt, max_new_tokens=100, temperature=0.8, top_k=300)
 
-RMSNorm before each part (arXiv 1910.07467), rotary position embedding (arXiv 2104.09864), attention with shared
-key-value heads (arXiv 2305.13245), SwiGLU feed-forward (arXiv 2002.05202), no biases, the input embedding reused as
-the output layer. Parameters have the names of Meta's release.
+Pre-norm with RMSNorm (arXiv 1910.07467), rotary position embedding (arXiv 2104.09864), grouped-query attention (arXiv
+2305.13245), SwiGLU feed-forward (arXiv 2002.05202), no biases, tied input and output embeddings. Parameters have the
+names of Meta's release.
 
-This file needs nothing but PyTorch: copy it anywhere. train.py and sample.py run faster forms of it, which are in
-tinyllm/, as long as its code is unchanged. Edit it, and they run your code.
+This file needs only PyTorch, so you can copy it anywhere. While its code is unchanged, train.py and sample.py run
+faster implementations from tinyllm/. After an edit, they run this file.
 
 Shapes below: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
@@ -26,17 +26,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The config of a model. Raises ValueError if the numbers do not fit together."""
-    dim: int = 288
+    """Hyperparameters of a model. Raises ValueError if they are inconsistent."""
+    dim: int = 288                      # width of the residual stream
     n_layers: int = 8
     n_heads: int = 6
-    n_kv_heads: int = 3                 # fewer than n_heads: groups of heads share keys and values
+    n_kv_heads: int = 3                 # key-value heads; n_heads / n_kv_heads query heads share each of them
     vocab_size: int = 4096
-    hidden_dim: int = 0                 # of the feed-forward; 0: 8/3 of dim, rounded up to multiple_of
+    hidden_dim: int = 0                 # width of the feed-forward; 0: 8/3 of dim, rounded up to multiple_of
     multiple_of: int = 32
-    ffn_dim_multiplier: float = 1.0
+    ffn_dim_multiplier: float = 1.0     # scales the width that hidden_dim 0 gives
     norm_eps: float = 1e-5
-    max_seq_len: int = 256
+    max_seq_len: int = 256              # context length in tokens
     dropout: float = 0.0
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None    # see rope_frequencies
@@ -55,13 +55,13 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the feed-forward: hidden_dim, or as Llama computes it."""
+        """Width of the feed-forward: hidden_dim, or Llama's formula if that is 0."""
         width = int(int(8 * self.dim / 3) * self.ffn_dim_multiplier)
         return self.hidden_dim or math.ceil(width / self.multiple_of) * self.multiple_of
 
 
 def validate_args(args: Any, *names: str) -> None:
-    """Raise ValueError if a named size is not a positive integer, or n_heads or dropout do not fit."""
+    """Raise ValueError if a named size is not a positive integer, or if n_heads or dropout is invalid."""
     for name in names:
         value = getattr(args, name)
         if type(value) is not int or not 0 < value < 2**31:         # type(), because True is an int
@@ -73,7 +73,7 @@ def validate_args(args: Any, *names: str) -> None:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last dimension, computed in float32."""
+    """x / rms(x) * weight over the last dimension, computed in float32."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -87,11 +87,11 @@ class RMSNorm(nn.Module):
 # ---- rotary position embedding ------------------------------------------------------------------
 
 def rope_frequencies(args: ModelArgs) -> Tensor:
-    """Return the radians per token of each pair of dimensions, (D / 2,), float64.
+    """Return the rotation of each pair of dimensions in radians per token, (D / 2,), float64.
 
-    rope_scaling slows them down: all by `factor` (arXiv 2306.15595), or each by its own of `factors`. With
-    low_freq_factor, high_freq_factor and original_max_position_embeddings it is the scaling of Llama 3.1
-    (meta-llama/llama-models): slow pairs by `factor`, fast pairs not at all, pairs between them smoothly between.
+    rope_scaling divides all rotations by `factor` (arXiv 2306.15595), or each by its own entry of `factors`. With
+    low_freq_factor, high_freq_factor and original_max_position_embeddings, it is Llama 3.1's scaling
+    (meta-llama/llama-models): slow rotations are divided by `factor`, fast ones stay, and others are interpolated.
     """
     pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device="cpu")
     inv_freq = float(args.rope_theta) ** (-pairs / args.head_dim)
@@ -101,23 +101,23 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     if "low_freq_factor" not in scaling:
         return inv_freq / scaling.get("factor", 1)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = inv_freq / (2 * math.pi) * scaling["original_max_position_embeddings"]      # in the original context
+    turns = inv_freq / (2 * math.pi) * scaling["original_max_position_embeddings"]      # within the original context
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return inv_freq * (smooth + (1 - smooth) / scaling["factor"])
 
 
 def rope_table(args: ModelArgs) -> Tensor:
-    """Return cosine and sine of each position and pair: (2, max_seq_len, D / 2)."""
+    """Return the cosine and sine of each position and pair, (2, max_seq_len, D / 2)."""
     positions = torch.arange(args.max_seq_len, dtype=torch.float64, device="cpu")
     angles = torch.outer(positions, rope_frequencies(args))                     # (max_seq_len, D / 2)
     return torch.stack((angles.cos(), angles.sin())).float()
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate each pair of neighbors in the last dimension by the angle of its position.
+    """Rotate each pair of adjacent elements in the last dimension by the angle for its position.
 
-    x: (B, T, H, D); rope: (2, 1, T, 1, D / 2), cosines and sines, float32. As in Meta's code, pairs are (0, 1), (2, 3),
-    ...; Hugging Face pairs (0, D/2), (1, D/2 + 1), ... and has the rows of wq and wk in that order, for equal results.
+    x: (B, T, H, D); rope: (2, 1, T, 1, D / 2), cosines and sines, float32. Pairs are (0, 1), (2, 3), ... as in Meta's
+    code. Hugging Face pairs (0, D/2), (1, D/2 + 1), ... and permutes the rows of wq and wk to match.
     """
     cos, sin = rope
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                     # each (B, T, H, D / 2)
@@ -128,9 +128,9 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 # ---- layers -------------------------------------------------------------------------------------
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v, in which each token sees itself and the tokens before it.
+    """Return softmax(q k^T / sqrt(D)) v with a causal mask: each token attends to itself and the tokens before it.
 
-    q: (B, H, T, D); k, v: (B, K, T, D), each shared by H / K heads. Returns (B, H, T, D).
+    q: (B, H, T, D); k, v: (B, K, T, D), one head for every H / K query heads. Returns (B, H, T, D).
     """
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
 
@@ -184,17 +184,16 @@ class TransformerBlock(nn.Module):
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy, in nats, of the logits h @ weight.T.
 
-    h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), of which -1 is not scored.
+    h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), -1 is ignored.
     """
     logits = F.linear(h, weight).float()                                            # (B, T, vocab_size)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 def init_weights(model: nn.Module, n_layers: int) -> None:
-    """Fill a new model with normal random weights of std 0.02.
+    """Initialize weights ~ N(0, 0.02^2); norm weights stay 1.
 
-    `wo` and `w2`, which add 2 * n_layers terms to the residual stream, get std 0.02 / sqrt(2 * n_layers) (GPT-2,
-    Radford et al. 2019). Weights of norms stay 1.
+    `wo` and `w2`, which add to the residual stream, have std 0.02 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019).
     """
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
@@ -203,7 +202,7 @@ def init_weights(model: nn.Module, n_layers: int) -> None:
 
 
 class Transformer(nn.Module):
-    """The whole model. attention_fn and loss_fn: faster forms of the two functions above, if any."""
+    """The complete model. attention_fn and loss_fn may replace causal_attention and linear_cross_entropy."""
 
     def __init__(self, args: ModelArgs, attention_fn: Callable[..., Tensor] = causal_attention,
                  loss_fn: Callable[..., Tensor] = linear_cross_entropy):
@@ -221,9 +220,9 @@ class Transformer(nn.Module):
         init_weights(self, args.n_layers)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, vocab_size) of tokens (B, T); with targets their mean cross-entropy in nats.
+        """Return the logits (B, T, vocab_size) of tokens (B, T), or with targets the mean cross-entropy in nats.
 
-        targets: (B, T) the ids that should come next; -1 is not scored.
+        targets: (B, T), the next token at each position; -1 is ignored.
         """
         length = tokens.shape[1]
         if length > self.args.max_seq_len:
@@ -237,10 +236,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
-        """Continue prompts of equal length: (B, T) ids become (B, T + max_new_tokens).
+        """Continue prompts of equal length: ids (B, T) become (B, T + max_new_tokens).
 
-        The plain form, to read and to compare with; tinyllm/engine.py is many times faster and has more options.
-        temperature 0 takes the most probable token; top_k > 0 draws from the k most probable tokens only.
+        This is the reference implementation; tinyllm/engine.py is many times faster and has more options.
+        temperature 0 takes the most probable token; top_k > 0 samples from the k most probable tokens only.
         """
         for _ in range(max_new_tokens):
             logits = self(tokens)[:, -1]                                            # (B, vocab_size)
@@ -254,11 +253,11 @@ class Transformer(nn.Module):
         return tokens
 
     def count_parameters(self) -> int:
-        """Return the number of weights; a shared weight counts once."""
+        """Return the number of parameters; tied ones count once."""
         return sum(weight.numel() for weight in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Return the floating-point operations, forward and backward, to train on one token of a full window."""
+        """Return the floating-point operations, forward and backward, per training token of a full window."""
         attention = self.args.n_layers * self.args.n_heads * self.args.head_dim * self.args.max_seq_len
-        lookups = 0 if self.args.tie_embeddings else self.tok_embeddings.weight.numel()         # are no products
+        lookups = 0 if self.args.tie_embeddings else self.tok_embeddings.weight.numel()         # no products
         return 6 * (self.count_parameters() - lookups + attention)

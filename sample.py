@@ -1,19 +1,19 @@
-"""Step 4 of 4: let the model write.
+"""Step 4 of 4: generate text.
 
-    python sample.py                                                  # a story from nothing
-    python sample.py --prompt "One day, Lily met a Shoggoth"          # one that begins like this
-    python sample.py --prompt FILE:beginning.txt --num_samples 3 --temperature 0.7 --seed 7
+    python sample.py                                                  # one story
+    python sample.py --prompt "One day, Lily met a Shoggoth"          # continue a prompt
+    python sample.py --prompt FILE:prompt.txt --num_samples 3 --temperature 0.7 --seed 7
     python sample.py --interactive                                    # type prompts, or chat
-    python sample.py --input_file prompts.txt --output_file stories.jsonl       # a story for each line of a file
-    python sample.py --show_probs                                     # how sure the model was of each token
-    python sample.py --show_probs probs.html                          # the same as a page for the browser
-    python sample.py --score story.txt                                # how well it expects a text that is there
+    python sample.py --input_file prompts.txt --output_file output/stories.jsonl     # one story per line of a file
+    python sample.py --show_probs                                     # the probability of each token, in colors
+    python sample.py --show_probs output/probs.html                   # the same as a web page
+    python sample.py --score story.txt                                # loss and perplexity of an existing text
     python sample.py --compile                                        # faster on a CPU; or --quantize int8
-    python sample.py --checkpoint gpt2 --prompt "The meaning of"      # GPT-2, which is downloaded
-    torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf       # a model that is too large for one GPU
+    python sample.py --checkpoint gpt2 --prompt "The meaning of"      # download and run GPT-2
+    torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf       # a model too large for one GPU
 
-Needs the checkpoint of step 3 and nothing else: the vocabulary is inside. Stories go to stdout, a line
-`---` between them; everything else goes to stderr. The same seed gives the same stories.
+Needs only the checkpoint of step 3, which contains the tokenizer. Stories go to stdout, separated by lines of `---`;
+everything else goes to stderr. The same seed gives the same stories.
 """
 import io
 import json
@@ -37,45 +37,45 @@ from tinyllm.generator import TextGenerator as BaseTextGenerator
 from tinyllm.sampling import SamplingParams, validate_sampling
 
 # ---- settings -----------------------------------------------------------------------------------
-checkpoint = "output/ckpt.pt"   # the best model, or output/last.pt, the latest. Also whatever convert.py reads, such as
-                                # a .gguf file or a Hugging Face folder; gpt2 and gpt2-medium to -xl are downloaded
-tokenizer = ""                  # file of the vocabulary, where the checkpoint has none
+checkpoint = "output/ckpt.pt"   # best checkpoint (output/last.pt: latest) or any model that convert.py reads, such as
+                                # a .gguf file or a Hugging Face folder; gpt2, gpt2-medium, -large, -xl are downloaded
+tokenizer = ""                  # tokenizer file, if the checkpoint contains none
 # task
-prompt = ""                     # how the stories begin; FILE:path reads a file
-num_samples = 1                 # stories, written at the same time
+prompt = ""                     # text to continue; FILE:path reads it from a file
+num_samples = 1                 # number of stories, generated as one batch
 interactive = False             # type a prompt and the model continues it; chat models answer
 chat = "auto"                   # chat template: llama3, chatml, auto (from the checkpoint) or none (plain continuation)
-system = ""                     # system prompt of a chat
-input_file = ""                 # a prompt in each line; a story is written for each
-output_file = ""                # JSON lines for the stories of input_file; an interrupted run resumes in it
-score = ""                      # a text file: print how well the model expects it, and write nothing
-# choice of tokens
-max_new_tokens = 256            # a story may end sooner
-temperature = 0.8               # 0: always the likeliest token; 1: as the model sees it; more: wilder
-top_k = 300                     # draw from the k likeliest tokens; 0: from all
-top_p = 1.0                     # draw from the likeliest tokens that together have this probability
-min_p = 0.0                     # draw from the tokens with at least this share of the likeliest one's probability
-repetition_penalty = 1.0        # 1.1 to 1.3 when the model repeats itself
-stop = ""                       # a text that ends a story and is not shown; several with | between
-seed = 1337                     # another one gives other stories
-# display
-stream = True                   # show the first story as it grows
-echo = True                     # show the prompt too
-logprobs = False                # list all tokens with their log-probability (nats), those of `stop` too
-show_probs: bool | str = False  # the same in colors by probability, and with likely alternatives: in the terminal, or
-                                # with a name as probs.html in a page for the browser, beside the plain stories here
+system = ""                     # system prompt for --interactive with a chat model
+input_file = ""                 # text file with one prompt per line; generates one story for each
+output_file = ""                # write the stories of input_file as JSON lines; an interrupted run resumes
+score = ""                      # text file: print its loss, perplexity and bits per byte, and generate nothing
+# sampling
+max_new_tokens = 256            # maximum length of a story in tokens
+temperature = 0.8               # 0: always the most probable token; 1: the model's probabilities; higher: more random
+top_k = 300                     # sample from the k most probable tokens; 0: from all
+top_p = 1.0                     # sample from the most probable tokens whose probabilities add up to top_p
+min_p = 0.0                     # sample from tokens with at least min_p times the top token's probability
+repetition_penalty = 1.0        # 1: off; try 1.1 to 1.3 if the model repeats itself
+stop = ""                       # end a story before this text; separate several texts with |
+seed = 1337                     # change it to get other stories
+# output
+stream = True                   # print the first story as it is generated
+echo = True                     # print the prompt before the story
+logprobs = False                # list each token with its log-probability in nats
+show_probs: bool | str = False  # logprobs with colors and likely alternatives; a name such as output/probs.html writes
+                                # them to a web page instead
 # machine
-quantize = ""                   # int8: weights of 8 bits, on a CPU; a seed then gives other texts in a batch than alone
-compile = False                 # on a CPU, a text 1.2 to 2 times as fast, several 1.2 times; takes a C++ compiler 15 s
-                                # once. Beside other work, set OMP_NUM_THREADS=1. On NVIDIA's GPUs: a CUDA graph
-batch_size = 32                 # prompts of input_file that are continued at the same time
-device = "auto"                 # auto, cpu, cuda, cuda:1, mps
-dtype = "auto"                  # auto, float32, bfloat16, float16
+quantize = ""                   # int8: 8-bit weights, on a CPU only; a seed's stories then depend on the batch
+compile = False                 # CPU: a single story 1.2-2x faster, several 1.2x; needs a C++ compiler and 15 s once;
+                                # on a busy machine, set OMP_NUM_THREADS=1. NVIDIA GPU: uses a CUDA graph
+batch_size = 32                 # prompts of input_file per batch; halve it when memory runs out
+device = "auto"                 # auto (a GPU if PyTorch finds one), cpu, cuda, cuda:1, mps
+dtype = "auto"                  # precision: auto (chosen for the device), float32, bfloat16, float16
 # ---- end of settings ----------------------------------------------------------------------------
 
 
 class TextGenerator(BaseTextGenerator):
-    """The generator of tinyllm/generator.py; the settings above are its defaults."""
+    """The generator of tinyllm/generator.py with the settings above as defaults."""
 
     def __init__(self, checkpoint: str | Path = checkpoint, tokenizer_model_path: str | Path | None = tokenizer,
                  seed: int = seed, device: str = device, dtype: str = dtype, quantize: str = quantize,
@@ -97,11 +97,11 @@ class TextGenerator(BaseTextGenerator):
 
 # ---- command line -------------------------------------------------------------------------------
 
-RECORD_START = b'{"prompt": "'       # of each line of output_file
-# setting: another one, without which it has no effect
+RECORD_START = b'{"prompt": "'       # start of each line of output_file
+# setting: the setting it requires
 ONLY_WITH = {"system": "interactive", "output_file": "input_file"}
 GENERATION_ONLY = ("prompt", "num_samples", "logprobs", "show_probs", "stream")
-# mode: the settings that have no effect in it
+# mode: settings that have no effect in it
 IGNORED_WITH = {
     "score": (*GENERATION_ONLY, "interactive", "input_file", "echo", "max_new_tokens", "temperature", "top_k", "top_p",
               "min_p", "stop", "repetition_penalty", "compile"),
@@ -113,8 +113,8 @@ IGNORED_WITH = {
 def main() -> None:
     dist = distributed.from_env()
     cfg, _ = cli.parse_settings(globals(), out=sys.stderr if dist.is_main else io.StringIO())
-    with explain_oom("write fewer texts at a time (--num_samples, --batch_size), or shorter ones; "
-                     "a computer may have more memory than its GPU: --device cpu"):
+    with explain_oom("generate fewer texts at a time (--num_samples, --batch_size) or shorter ones (--max_new_tokens), "
+                     "or use --device cpu"):
         if dist.world_size > 1:
             run_tensor_parallel(cfg, dist)
         else:
@@ -123,8 +123,8 @@ def main() -> None:
 
 
 def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedContext) -> None:
-    """Divide the model among the processes. The main process runs the mode, the others compute with it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C, which torchrun passes on, ends all processes
+    """Shard the model over the processes. The main process runs the mode; the others only compute."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # torchrun forwards Ctrl-C, which ends all processes
     cfg.device = dist.device(cfg.device)
     with distributed.distributed_context():
         tp_group = optional.load("tensor_parallel").TensorParallelGroup(dist)
@@ -142,7 +142,7 @@ def prepare(cfg: SimpleNamespace, tp_group: Any = None) -> tuple[TextGenerator, 
 
 
 def check_settings(cfg: SimpleNamespace) -> None:
-    """Raise UserError for values out of range, and for settings that would have no effect."""
+    """Raise UserError for values out of range and for settings without effect."""
     validate_sampling(cfg.max_new_tokens, SamplingParams(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p,
                                                          cfg.repetition_penalty))
     for name in ("num_samples", "batch_size"):
@@ -150,17 +150,17 @@ def check_settings(cfg: SimpleNamespace) -> None:
             raise UserError(f"{name} must be at least 1, not {getattr(cfg, name)}")
     for name, needed in ONLY_WITH.items():
         if getattr(cfg, name) and not getattr(cfg, needed):
-            raise UserError(f"--{name} has no effect without --{needed}; leave it out")
+            raise UserError(f"--{name} has no effect without --{needed}")
     for mode in IGNORED_WITH:
         for name in IGNORED_WITH[mode]:
             if getattr(cfg, mode) and getattr(cfg, name) != globals()[name]:
-                raise UserError(f"--{name} has no effect with --{mode}; leave it out")
+                raise UserError(f"--{name} has no effect with --{mode}")
     if isinstance(cfg.show_probs, str) and not cfg.show_probs.endswith((".html", ".htm")):
-        raise UserError(f"--show_probs must be True, False or a page to write, such as {cfg.show_probs}.html")
+        raise UserError(f"--show_probs must be True, False or the name of a page, such as {cfg.show_probs}.html")
 
 
 def read_input(cfg: SimpleNamespace) -> str:
-    """Return the prompt, or the text of the file that score, input_file or prompt names."""
+    """Return the prompt, or the content of the file named by score, input_file or prompt."""
     path = cfg.score or cfg.input_file or cfg.prompt.removeprefix("FILE:")
     if path == cfg.prompt:
         return cfg.prompt
@@ -169,9 +169,9 @@ def read_input(cfg: SimpleNamespace) -> str:
     except FileNotFoundError as error:
         raise UserError(f"no file at {Path(path).resolve()}{suggest_path(path)}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it as such with an editor") from error
+        raise UserError(f"{path} is not UTF-8 text\n       save it as UTF-8 in a text editor") from error
     if cfg.input_file and not text:
-        raise UserError(f"{path} is empty; write a prompt in each line")
+        raise UserError(f"{path} is empty; expected one prompt per line")
     return text
 
 
@@ -191,9 +191,9 @@ def run_mode(generator: TextGenerator, text: str, cfg: SimpleNamespace) -> None:
 
 
 def print_stories(generator: TextGenerator, prompt: str, cfg: SimpleNamespace) -> None:
-    """Print the first story as it grows, and then the others, which end at about the same time."""
+    """Print the first story as it is generated, then the others from the same batch."""
     completions = [Completion(prompt) for _ in range(cfg.num_samples)]
-    pieces = generator.generate(completions, **sampling_kwargs(cfg))       # may compile and print before the story
+    pieces = generator.generate(completions, **sampling_kwargs(cfg))       # may first compile and print a note
     shows_table = cfg.logprobs or cfg.show_probs is True
     streams = cfg.stream and not shows_table
     shown_prompt = prompt if cfg.echo else ""
@@ -216,15 +216,15 @@ def print_stories(generator: TextGenerator, prompt: str, cfg: SimpleNamespace) -
 
 
 def run_input_file(generator: TextGenerator, prompts: list[str], cfg: SimpleNamespace) -> None:
-    """Complete the prompts, and print the texts or append those that output_file lacks to it."""
+    """Complete the prompts. Print the texts, or append the missing ones to output_file."""
     path = Path(cfg.output_file)
     n_finished = count_finished(path, prompts) if cfg.output_file else 0
     if n_finished:
-        print(f"{n_finished} of {len(prompts)} are in {path} already, with the settings of that time", file=sys.stderr)
+        print(f"{n_finished} of {len(prompts)} are already in {path}, with the settings of that run", file=sys.stderr)
     if n_finished == len(prompts):
         return
     chunk_size = 4 * cfg.batch_size
-    first_chunk = n_finished - n_finished % chunk_size       # an interrupted run continues with the same batches
+    first_chunk = n_finished - n_finished % chunk_size       # an interrupted run resumes with the same batches
     for begin in range(first_chunk, len(prompts), chunk_size):
         end = min(begin + chunk_size, len(prompts))
         completions = complete_chunk(generator, prompts, range(begin, end), cfg)
@@ -242,7 +242,7 @@ def run_input_file(generator: TextGenerator, prompts: list[str], cfg: SimpleName
 
 def complete_chunk(generator: TextGenerator, prompts: list[str], sample_ids: range, cfg: SimpleNamespace
                    ) -> list[Completion]:
-    """Complete the prompts with these numbers, similar lengths together; return the completions in order."""
+    """Complete the prompts with these indices in batches of similar length. Returns completions in order."""
     by_length = sorted(sample_ids, key=lambda i: len(prompts[i]))
     completions: dict[int, Completion] = {}
     for begin in range(0, len(by_length), cfg.batch_size):
@@ -253,17 +253,17 @@ def complete_chunk(generator: TextGenerator, prompts: list[str], sample_ids: ran
 
 
 def count_finished(path: Path, prompts: list[str]) -> int:
-    """Return how many of the prompts have a record in an output file. Remove an incomplete last line from it."""
+    """Return the number of prompts that output_file contains. Remove an incomplete last line from it."""
     if not path.is_file():
-        raise UserError(f"{path} is not a regular file; choose another --output_file")
+        raise UserError(f"{path} is not a regular file\n       choose another --output_file")
     content = path.read_bytes()
     *lines, incomplete = content.split(b"\n")
     try:
         finished = [json.loads(line)["prompt"] for line in lines]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not from this command; choose another --output_file") from error
+        raise UserError(f"{path} was not written by this command\n       choose another --output_file") from error
     if finished != prompts[:len(finished)] or not RECORD_START.startswith(incomplete[:len(RECORD_START)]):
-        raise UserError(f"{path} is from other prompts; choose another --output_file")
+        raise UserError(f"{path} belongs to other prompts\n       choose another --output_file")
     if incomplete:
         os.truncate(path, len(content) - len(incomplete))
     return len(finished)

@@ -3,8 +3,8 @@
     chat = FORMATS["llama3"](tokenizer)
     ids = chat.encode_dialog_prompt([{"role": "user", "content": "Why is the sky blue?"}])
 
-A message is a dict with role (system, user or assistant) and content, which is encoded as plain text: a special token
-in it has no effect. An answer ends at `end_id`.
+A message is a dict with role (system, user or assistant) and content. The content is encoded as plain text, so special
+tokens in it have no effect. An answer ends at `end_id`.
 """
 import io
 import sys
@@ -19,28 +19,28 @@ from tinyllm.project import tokenizer_errors
 from tokenizer import BaseTokenizer
 
 HELP = """    >>> One day, Lily met a dog.        the model continues the text; a chat model answers
-    >>> /set temperature 0.5            change a setting; /set alone lists them
+    >>> /set temperature 0.5            change a setting; /set alone lists all
     >>> /clear                          start over
-    >>> /exit                           or Ctrl-D; Ctrl-C only ends an answer
+    >>> /exit                           quit, like Ctrl-D; Ctrl-C only ends an answer
 """
 
 
 # ---- templates ----------------------------------------------------------------------------------
 
 class ChatFormat:
-    """Llama 3's template, as in meta-llama/llama3."""
+    """Llama 3's chat template, as in meta-llama/llama3."""
     STARTS_WITH_BOS = True
     MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
     def __init__(self, tokenizer: BaseTokenizer):
-        """Raises UserError if the tokenizer lacks the special tokens of the template."""
+        """Look up the template's special tokens. Raises UserError if the tokenizer lacks one."""
         self.tokenizer = tokenizer
         with tokenizer_errors():
             self.marks = [tokenizer.special_token_id(mark) for mark in self.MARKS]
         self.end_id = self.marks[-1]
 
     def encode_header(self, message: Message) -> list[int]:
-        """Encode the beginning of a message, which names its role."""
+        """Encode the start of a message, which names its role."""
         begin, end, _ = self.marks
         return [begin, *self.tokenizer.encode(message["role"]), end, *self.tokenizer.encode("\n\n")]
 
@@ -48,7 +48,7 @@ class ChatFormat:
         return [*self.encode_header(message), *self.tokenizer.encode(message["content"].strip()), self.end_id]
 
     def encode_dialog_prompt(self, dialog: list[Message]) -> list[int]:
-        """Encode a dialog and the header of the answer that the model will give."""
+        """Encode a dialog and the header of the model's answer."""
         ids = [self.tokenizer.bos_id] if self.STARTS_WITH_BOS else []
         for message in dialog:
             ids += self.encode_message(message)
@@ -56,7 +56,7 @@ class ChatFormat:
 
 
 class ChatML(ChatFormat):
-    """The template of SmolLM2, Qwen and others: <|im_start|>role, a newline, the content, <|im_end|>."""
+    """The chat template of SmolLM2, Qwen and others: <|im_start|>role, a newline, the content, <|im_end|>."""
     STARTS_WITH_BOS = False
     MARKS = ("<|im_start|>", "<|im_end|>")
 
@@ -69,7 +69,7 @@ class ChatML(ChatFormat):
 
 
 FORMATS = {"llama3": ChatFormat, "chatml": ChatML}
-# the same templates in Jinja, for the tokenizers of Hugging Face and llama.cpp
+# the same templates in Jinja, for exports to Hugging Face and llama.cpp
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
@@ -80,11 +80,11 @@ TEMPLATES = {
 
 
 def choose_format(name: str, name_in_checkpoint: str, tokenizer: BaseTokenizer) -> ChatFormat | None:
-    """Return the template of that name. "auto" is the checkpoint's, if the tokenizer has its special tokens."""
+    """Return the template `name`; for "auto" the checkpoint's, or None if the tokenizer lacks its special tokens."""
     if name in FORMATS:
         return FORMATS[name](tokenizer)
     if name != "auto":
-        raise UserError(f"--chat {name} is unknown; use auto, none, {', '.join(FORMATS)}")
+        raise UserError(f"--chat {name} is unknown; expected auto, none, {', '.join(FORMATS)}")
     try:
         return FORMATS[name_in_checkpoint](tokenizer)
     except (KeyError, UserError):
@@ -96,29 +96,29 @@ def choose_format(name: str, name_in_checkpoint: str, tokenizer: BaseTokenizer) 
 def chat_loop(generator: TextGenerator, cfg: SimpleNamespace) -> None:
     """Read lines until /exit or the end of the input, and answer or continue each."""
     if cfg.system and not generator.chat:
-        raise UserError("--system is for chat models, and this is not one; leave it out")
+        raise UserError("--system works only with chat models, and this is not one")
     prepare_stdin()
-    history: list[str] = []                     # your lines and the model's replies, alternating
+    history: list[str] = []                     # lines and replies, alternating
     while (line := read_line()).strip() != "/exit":
         command, *args = line.split() or [""]
         if command == "/clear":
             history = []
         elif command == "/set":
             set_option(generator, cfg, args)
-        elif command.startswith("/"):           # /help, or a mistake
+        elif command.startswith("/"):           # /help or a typo
             print(HELP, end="")
         elif line or not generator.chat:
             history = print_reply(generator, [*history, line], cfg)
-            cfg.seed += 1                       # the same line gets another answer the next time
+            cfg.seed += 1                       # the same line gets another answer next time
 
 
 def prepare_stdin() -> None:
     with suppress(ImportError):
         import readline  # noqa: F401    gives input() line editing and history; Windows has its own
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")     # invalid UTF-8 becomes an error of print_reply, not the end
+        sys.stdin.reconfigure(errors="surrogateescape")     # print_reply reports invalid UTF-8 as an error
     if sys.stdin.isatty():
-        print("/help lists the commands, /exit ends", file=sys.stderr)
+        print("/help lists the commands, /exit quits", file=sys.stderr)
 
 
 def read_line() -> str:
@@ -134,7 +134,7 @@ def read_line() -> str:
 
 
 def set_option(generator: TextGenerator, cfg: SimpleNamespace, args: list[str]) -> None:
-    """Set a setting, which args name, to the value that follows. Without a value, print all settings."""
+    """Change a setting; args are its name and new value. Without a value, print all settings."""
     settings = {known_name: getattr(cfg, known_name) for known_name in sampling_kwargs(cfg)}
     name = args[0] if args else ""
     value = " ".join(args[1:])
@@ -143,7 +143,7 @@ def set_option(generator: TextGenerator, cfg: SimpleNamespace, args: list[str]) 
         return
     try:
         setattr(cfg, name, type(settings[name])(value))
-        generator.completions([], **sampling_kwargs(cfg))       # checks the settings, and generates nothing
+        generator.completions([], **sampling_kwargs(cfg))       # checks the settings, generates nothing
     except (ValueError, UserError) as error:
         setattr(cfg, name, settings[name])
         print(f"error: {name} cannot be {value!r}: {error}", file=sys.stderr)
@@ -174,7 +174,7 @@ def generate_reply(generator: TextGenerator, history: list[str], cfg: SimpleName
 
 
 def as_single_text(history: list[str]) -> str:
-    """Join lines and replies to one text. Put a space before a line where no white space is."""
+    """Join lines and replies into one text. Insert a space before a line if no white space separates it."""
     story = ""
     for i, text in enumerate(history):
         is_line = i % 2 == 0

@@ -1,12 +1,12 @@
-"""A layer's work on one token as one C++ function, and attention of several sequences: `python sample.py --compile`.
+"""Compiled decoding on a CPU, CUDA graphs on an NVIDIA GPU: `python sample.py --compile`.
 
-For one token of a small model, engine.py spends more time on launching operations, some 30 a layer, than on arithmetic.
-PyTorch's compiler fuses them into one function if none of them calls a library, so the products are spelled out as
-multiply and sum. That is as fast for a single token, because reading each weight once takes the time. For several
-sequences the library is faster, so only their attention is compiled.
+For one token of a small model, engine.py spends more time launching operations, about 30 per layer, than computing.
+PyTorch's compiler fuses them into one C++ function if none of them calls a library. So matrix products are written as
+multiply and sum, which is as fast for a single token, because reading the weights dominates. For several sequences
+the library is faster, so only their attention is compiled.
 
-The weights are arguments, so one function serves all layers, and all checkpoints of a shape. Compiling takes about 15
-seconds for each of the two functions; they are kept in files.
+The weights are arguments, so one function serves all layers and all checkpoints of a shape. Each of the two functions
+compiles for about 15 seconds, once, and is then loaded from a file.
 """
 import hashlib
 import os
@@ -28,29 +28,29 @@ from tinyllm.files import atomic_replace, sha256
 
 FOLDER = Path(os.path.expanduser("~/.cache/tiny-llm"))
 DYNAMIC = torch.export.Dim.DYNAMIC
-COMPILER_OPTIONS = {        # each saves a tenth of the time, or more
-    "cpp.enable_floating_point_contract_flag": "fast",      # multiply and add are one instruction
-    "aot_inductor.allow_stack_allocation": True,            # small intermediate tensors need no allocation
+COMPILER_OPTIONS = {        # each saves at least 10% of the time
+    "cpp.enable_floating_point_contract_flag": "fast",      # fused multiply-add
+    "aot_inductor.allow_stack_allocation": True,            # small intermediate tensors are not allocated
 }
 
 CompiledFn = Callable[[list[Tensor]], list[Tensor]]
 
 
 def compiled_engine_class(engine_class: type[Engine], quantize: str, device: torch.device) -> type[Engine]:
-    """Return the subclass of an engine that decodes with compiled code on this device. Raises UserError."""
+    """Return a subclass of engine_class that decodes with compiled code. Raises UserError if this is not supported."""
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--compile is not for {device}; leave it out")
+        raise UserError(f"--compile supports CPUs and NVIDIA GPUs, not {device}")
     if device.type == "cuda":
         return type("CudaGraphEngine", (CudaGraphDecode, engine_class), {})
     if engine_class is not Engine:
-        raise UserError("--compile is for Llama models on a CPU, and this is a GPT-2; leave it out")
+        raise UserError("--compile supports only Llama models on a CPU, not GPT-2")
     if quantize:
-        raise UserError(f"--compile and --quantize {quantize} do not go together; leave one of them out")
+        raise UserError(f"--compile does not work with --quantize {quantize}")
     return CompiledEngine
 
 
 class CompiledEngine(Engine):
-    """An engine for a CPU that decodes with compiled code."""
+    """A CPU engine that decodes with compiled code."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32, quantize: str = "",
                  device: torch.device | None = None):
@@ -66,7 +66,7 @@ class CompiledEngine(Engine):
         self.layer_weights.append([matrix.to(self.weight_dtype).contiguous() for matrix in matrices])
 
     def generate(self, prompts: list[list[int]], *args, **options) -> Iterator[DecodeStep]:
-        """See Engine.generate. Raises UserError if compiling does not work on this machine."""
+        """Load compiled code, then call Engine.generate. Raises UserError if compiling does not work here."""
         if len(prompts) == 1:
             self.load_layer()
         else:
@@ -111,7 +111,7 @@ class CompiledEngine(Engine):
 
 
 class CudaGraphDecode:
-    """Decode with a CUDA graph: the first base of an engine on an NVIDIA GPU."""
+    """Mixin for an engine that decodes with CUDA graphs; list it before the engine class."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -126,8 +126,8 @@ class CudaGraphDecode:
 class CudaGraphStep:
     """A decode step recorded as a CUDA graph, which launches all its kernels at once.
 
-    The graph reads fixed addresses. So tokens and positions are copied there, and attention sees the whole cache.
-    decode(tokens (B,), cache) returns logits (B, vocab_size) without synchronizing with the CPU.
+    The graph reads fixed addresses, so tokens and positions are copied there, and attention reads the complete cache.
+    decode(tokens (B,), cache) must return logits (B, vocab_size) without synchronizing with the CPU.
     """
 
     def __init__(self, decode: Callable[[Tensor, KVCache], Tensor]):
@@ -151,20 +151,20 @@ class CudaGraphStep:
 
     def record(self, cache: KVCache) -> None:
         with torch.cuda.device(self.tokens.device):
-            side_stream = torch.cuda.Stream()           # libraries initialize in a first run outside the graph
+            side_stream = torch.cuda.Stream()           # libraries initialize in a first run, outside the graph
             side_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side_stream):
                 self.run(cache)
             torch.cuda.current_stream().wait_stream(side_stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side_stream):      # reuses cuBLAS's workspace of this stream
+            with torch.cuda.graph(self.graph, stream=side_stream):      # reuses this stream's cuBLAS workspace
                 self.logits = self.run(cache)
 
 
-# ---- the arithmetic -----------------------------------------------------------------------------
+# ---- modules to compile -------------------------------------------------------------------------
 
 class DecodeLayer(nn.Module):
-    """The arithmetic of a layer on one token, without library calls and complex numbers, so that it can be fused."""
+    """A layer for one token, without library calls and complex numbers, so that the compiler can fuse it."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -172,7 +172,7 @@ class DecodeLayer(nn.Module):
 
     def forward(self, x: Tensor, cos_sin: Tensor, length: Tensor, kv_cache: Tensor, wqkv: Tensor, wo: Tensor,
                 w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a token after `length` others.
+        """Run a token that follows `length` cached tokens.
 
         x: (1, dim); cos_sin: (2, D / 2); length: (1,); kv_cache: (1, 2 K, cache_len, D); four matrices (out, in).
         Returns x after the layer, and the token's keys and values (1, 2 K, D).
@@ -194,20 +194,20 @@ class DecodeLayer(nn.Module):
 
 
 class DecodeAttention(nn.Module):
-    """Attention of one more token of several sequences."""
+    """Attention for one new token per sequence."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
 
     def forward(self, qkv: Tensor, lengths: Tensor, kv_cache: Tensor) -> tuple[Tensor]:
-        """qkv: (B, H + 2 K, D), rotated; lengths: (B,), 1 or more; kv_cache: (B, 2 K, cache_len, D)."""
+        """Return (B, H * D). qkv: (B, H + 2 K, D), rotated; lengths: (B,), >= 1; kv_cache: (B, 2 K, cache_len, D)."""
         q, k, v = qkv.split((self.args.n_heads, self.args.n_kv_heads, self.args.n_kv_heads), 1)
         return _attention(q, k, v, lengths, kv_cache),
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, kv_cache: Tensor) -> Tensor:
-    """Attention of a token to `lengths` others, and to its own k and v, which the cache need not hold.
+    """Return a token's attention to `lengths` cached tokens and to its own k and v, which the cache may lack.
 
     q: (B, H, D); k and v: (B, K, D); lengths: (B,); kv_cache: (B, 2 K, cache_len, D). Returns (B, H * D).
     """
@@ -228,8 +228,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, kv_cache: Tenso
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x @ weight.T of a single row."""
-    x = x.as_strided(x.shape, x.stride())       # stores x, or it would be computed again for each row of weight
+    """Return x @ weight.T for a single row x."""
+    x = x.as_strided(x.shape, x.stride())       # stores x; else it is recomputed for each row of weight
     return (x[:, None] * weight.float()).sum(-1)
 
 
@@ -237,22 +237,22 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def load_function(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, ...], dynamic_dims: tuple
                   ) -> CompiledFn:
-    """Return the compiled forward of a module, from its file if it exists.
+    """Return a module's compiled forward, from its file or after compiling.
 
-    dynamic_dims: which dimensions of the tensors may differ from the example's.
+    dynamic_dims: the dimensions of each tensor that may differ from the example's.
     """
     path = compiled_path(module, example)
     if not is_intact(path):
         compile_to_file(module, example, dynamic_dims, path)
     try:
-        # the class that torch._inductor.aoti_load_package wraps, without that import, which takes two seconds
+        # torch._inductor.aoti_load_package wraps this class, but importing it takes 2 seconds
         return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
     except RuntimeError as error:
         raise does_not_work(error) from error
 
 
 def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, ...]) -> Path:
-    """Return a file name that depends on shapes, machine and this file, since compiled code checks no arguments."""
+    """Return a path that depends on shapes, machine and this file, because compiled code checks no arguments."""
     shapes = [(tensor.shape, tensor.dtype) for tensor in example]
     machine = [torch.__version__, torch.get_num_threads(), sorted(torch.cpu.get_capabilities().items())]
     source = Path(__file__).read_bytes()
@@ -261,18 +261,18 @@ def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
 
 
 def is_intact(path: Path) -> bool:
-    """True if the file has the checksum it was written with. Damaged machine code may crash the process."""
+    """True if the file matches its checksum. Damaged machine code could crash the process."""
     digest = path.with_suffix(".sha256")
     return path.is_file() and digest.is_file() and digest.read_bytes() == sha256(path).encode()
 
 
 def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims: tuple, path: Path) -> None:
     if reason := device.why_no_compiler():
-        raise UserError(f"--compile does not work here: {reason}; leave it out, or fix that")
+        raise UserError(f"--compile does not work here: {reason}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.pt2")
     purpose = "single texts" if isinstance(module, DecodeLayer) else "several texts at a time"
-    print(f"compiling for {purpose}, once for models of this shape: about 15 seconds", file=sys.stderr, flush=True)
+    print(f"compiling for {purpose}, once per model shape: about 15 seconds", file=sys.stderr, flush=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -282,11 +282,11 @@ def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims
         atomic_replace(temporary, path)
         path.with_suffix(".sha256").write_text(sha256(path), encoding="utf-8")
     except (UnicodeError, torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
-        # UnicodeError: Windows in Chinese, Japanese, Korean with another encoding than UTF-8
+        # UnicodeError: on Windows with a Chinese, Japanese or Korean encoding instead of UTF-8
         raise does_not_work(device.NOT_UTF8 if isinstance(error, UnicodeError) else error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def does_not_work(reason: Exception | str) -> UserError:
-    return UserError(f"--compile does not work here; leave it out: {str(reason).splitlines()[0]}")
+    return UserError(f"--compile does not work here: {str(reason).splitlines()[0]}")

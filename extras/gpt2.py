@@ -2,10 +2,10 @@
 
     model = GPT2(GPT2Args())                            # 124 million parameters
     logits = model(tokens)                              # (B, T, vocab_size)
-    engine = GPT2Engine(model)                          # generates as engine.py does
+    engine = GPT2Engine(model)                          # see tinyllm/engine.py
 
-Other than in model.py, positions are learned, the norms subtract the mean, the feed-forward has a GELU and no gate,
-and everything has a bias. Shapes as in model.py.
+Unlike in model.py, positions are learned, norms subtract the mean, the feed-forward has GELU and no gate, and all
+layers but the output have biases. Shapes as in model.py.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from tinyllm.kernels import LinearCrossEntropy, causal_attention
 
 @dataclass(frozen=True)
 class GPT2Args:
-    """The config of a GPT-2. Raises ValueError if the numbers do not fit together."""
+    """Hyperparameters of a GPT-2. Raises ValueError if they are inconsistent."""
     tie_embeddings: ClassVar[bool] = True
     dim: int = 768
     n_layers: int = 12
@@ -82,7 +82,7 @@ class GPT2Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The whole model."""
+    """The complete model."""
 
     count_parameters = Transformer.count_parameters
 
@@ -103,14 +103,14 @@ class GPT2(nn.Module):
                 nn.init.zeros_(weight)
 
     def load_state_dict(self, weights: dict[str, Tensor], **options: Any) -> Any:
-        """Load weights, also those of a longer window, whose last positions are left out."""
+        """Load weights. Positions beyond max_seq_len are dropped."""
         positions = weights["positions.weight"]
         if len(positions) > self.args.max_seq_len:
             weights = {**weights, "positions.weight": positions[:self.args.max_seq_len].clone()}
         return super().load_state_dict(weights, **options)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits, or the loss if there are targets, as Transformer.forward does."""
+        """Return the logits, or the loss if targets are given, like Transformer.forward."""
         length = tokens.shape[1]
         if length > self.args.max_seq_len:
             raise ValueError(f"{length} tokens do not fit into max_seq_len {self.args.max_seq_len}")
@@ -122,19 +122,19 @@ class GPT2(nn.Module):
         return self.output(h) if targets is None else self.loss_fn(h, self.output.weight, targets)
 
     def flops_per_token(self) -> int:
-        """Return the operations per token, as Transformer does. Looking up positions costs none."""
+        """Return the operations per token, like Transformer.flops_per_token. Position lookups cost none."""
         attention = self.args.n_layers * self.args.dim * self.args.max_seq_len
         return 6 * (self.count_parameters() - self.positions.weight.numel() + attention)
 
 
 class GPT2Engine(Engine):
-    """A GPT-2 prepared for generation. Positions are rows of an embedding here, not rotations."""
+    """A GPT-2 prepared for generation, with position embeddings instead of rotations."""
 
     def _fuse_weights(self, model: GPT2, make_linear: Callable[[Tensor], LinearFn]) -> None:
         self.embeddings = self._on_device(model.tok_embeddings.weight)
         self.positions = self._on_device(model.positions.weight)
         scale = torch.ones(3 * self.args.dim, device=model.tok_embeddings.weight.device)
-        scale[:self.args.dim] = self.args.head_dim ** -0.5                          # of q; k and v stay
+        scale[:self.args.dim] = self.args.head_dim ** -0.5                          # scales q; k and v stay
         for layer in model.layers:
             wqkv, wo = layer.attention.wqkv, layer.attention.wo
             w1, w2 = layer.feed_forward.w1, layer.feed_forward.w2
@@ -160,7 +160,7 @@ class GPT2Engine(Engine):
         return lambda x: linear(x) + bias
 
     def _rope_factors(self, positions: int | slice | Tensor) -> Tensor:
-        """Return the embeddings of positions, (..., dim), in the place of rotations."""
+        """Return position embeddings, (..., dim), in place of rotations."""
         return self.positions[positions]
 
     def _run_layers(self, tokens: Tensor, positions: Tensor, attend: AttentionFn) -> Tensor:
@@ -176,5 +176,5 @@ class GPT2Engine(Engine):
         return self.output(self._norm(x)).float()
 
     def _norm(self, x: Tensor) -> Tensor:
-        """LayerNorm (arXiv 1607.06450) without weight and bias, which `_affine` folds in."""
+        """Apply LayerNorm (arXiv 1607.06450) without weight and bias, which `_affine` folds in."""
         return F.layer_norm(x, x.shape[-1:], eps=self.args.norm_eps)

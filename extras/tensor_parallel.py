@@ -1,14 +1,14 @@
-"""Tensor parallelism (arXiv 1909.08053): several processes generate, each with a part of every matrix.
+"""Tensor parallelism (arXiv 1909.08053): several processes generate together, each with a part of every matrix.
 
     torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf --interactive
 
-A process has some heads of each layer, with their keys and values, and a part of the feed-forward: rows of wq, wk, wv,
-w1 and w3, columns of wo and w2. The products with wo and w2 are parts of a sum, so the processes add them up twice per
-layer. The output layer is divided by rows; embeddings and norms are small, and complete in each process.
+Each process holds some heads of every layer, with their keys and values, and a part of the feed-forward: rows of wq,
+wk, wv, w1 and w3, columns of wo and w2. The processes add up their products with wo and w2, so they synchronize twice
+per layer. The output layer is split by rows. Embeddings and norms are small, so each process holds them completely.
 
-The main process reads, chooses the tokens, prints and writes files. It sends each request to its engine to the others:
-ids of prompts, new tokens. So processes cannot disagree about a token, and the others know nothing of sampling.
-PyTorch's DTensors cannot hold the packed float16 and int8 matrices, nor divide wq, wk and wv in one matrix by heads.
+The main process reads prompts, samples tokens, prints and writes files. It broadcasts each request to its engine (ids
+of prompts, new tokens), so processes cannot disagree about a token.
+PyTorch's DTensors cannot hold packed float16 and int8 matrices, nor split the fused wq, wk and wv by heads.
 """
 import math
 from collections import deque
@@ -28,11 +28,11 @@ from tinyllm.distributed import DistributedContext
 from tinyllm.engine import Engine, KVCache, LinearFn
 from tinyllm.kernels import model_is_original
 
-NO_TIMEOUT = timedelta(days=1000)       # how long the others wait for the next prompt; a dead peer is noticed at once
+NO_TIMEOUT = timedelta(days=1000)       # to wait for the next prompt; a dead process is detected at once
 
 
 class TensorParallelGroup:
-    """The processes that share a model, and their messages besides sums."""
+    """The processes that share a model, and the main process's requests to them."""
 
     def __init__(self, dist: DistributedContext):
         self.is_main = dist.is_main
@@ -41,7 +41,7 @@ class TensorParallelGroup:
         self.control_group = torch_dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
 
     def broadcast_request(self, *request: Any) -> tuple[Any, ...]:
-        """Return the main process's request in all processes; the others pass nothing."""
+        """Broadcast the main process's request and return it in all processes; the others pass nothing."""
         message = [request]
         torch_dist.broadcast_object_list(message, 0, self.control_group, torch.device("cpu"))
         return message[0]
@@ -51,10 +51,10 @@ class TensorParallelGroup:
 
 
 class TensorParallelEngine(Engine):
-    """An engine with a part of the weights. The main process uses it as any other; all processes call `run`."""
+    """An engine with a part of the weights. All processes call `run`; the main process uses it like any engine."""
 
     def __init__(self, model: Transformer, group: TensorParallelGroup, backend: Backend, quantize: str = ""):
-        """Keep this process's part of the model's weights only. Raises UserError if they cannot be divided evenly."""
+        """Keep only this process's part of the model's weights. Raises UserError if they cannot be split evenly."""
         self.group = group
         shard_weights(model, group)
         super().__init__(model, backend.dtype, quantize, backend.device)
@@ -67,7 +67,7 @@ class TensorParallelEngine(Engine):
         self.layers.append([wqkv, _all_reduced(wo), w13, _all_reduced(w2)])
 
     def _gathered(self, linear: LinearFn) -> LinearFn:
-        """Return a function that gathers the columns of all processes in the main one."""
+        """Return a function that gathers the columns of all processes in the main process."""
         def gathered(x: Tensor) -> Tensor:
             part = linear(x).float()
             parts = [torch.empty_like(part) for _ in range(self.group.world_size)] if self.group.is_main else None
@@ -103,7 +103,7 @@ class TensorParallelEngine(Engine):
 
     @torch.inference_mode()
     def _worker_loop(self) -> None:
-        """Follow the main process's requests, each with the cache that it requested last."""
+        """Execute the main process's requests on the cache that it requested last."""
         while request := self.group.broadcast_request():
             match request:
                 case "new_cache", batch, cache_len:
@@ -117,7 +117,7 @@ class TensorParallelEngine(Engine):
 
 
 def shard_weights(model: Transformer, group: TensorParallelGroup) -> None:
-    """Replace the weights of a model by this process's part of them."""
+    """Replace a model's weights by this process's part."""
     check_divisible(model.args, group.world_size)
     for layer in model.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
@@ -129,11 +129,11 @@ def shard_weights(model: Transformer, group: TensorParallelGroup) -> None:
 
 
 def check_divisible(args: ModelArgs, world_size: int) -> None:
-    """Raise UserError if the processes cannot have equal parts."""
+    """Raise UserError if the model cannot be split evenly."""
     if not isinstance(args, ModelArgs):
-        raise UserError("a GPT-2 is not divided among processes; use python sample.py, without torchrun")
+        raise UserError("GPT-2 cannot be split over processes\n       run python sample.py without torchrun")
     if not model_is_original():
-        raise UserError("model.py was edited, so it cannot be divided; use python sample.py, without torchrun")
+        raise UserError("model.py was edited, so it cannot be split\n       run python sample.py without torchrun")
     parts = math.gcd(args.n_kv_heads, args.ffn_dim)         # n_heads is a multiple of n_kv_heads
     if parts % world_size:
         fitting = [str(number) for number in range(1, parts + 1) if parts % number == 0]
@@ -143,7 +143,7 @@ def check_divisible(args: ModelArgs, world_size: int) -> None:
 
 
 def _shard(weight: Tensor, group: TensorParallelGroup, dim: int) -> nn.Parameter:
-    """Return this process's part of the rows (dim 0) or columns (1). Zeros fill up an uneven vocabulary."""
+    """Return this process's rows (dim 0) or columns (dim 1), padded with zeros if the vocabulary is uneven."""
     width = -(-weight.shape[dim] // group.world_size)
     begin = min(width * group.rank, weight.shape[dim])
     part = weight.detach().narrow(dim, begin, min(width, weight.shape[dim] - begin))
@@ -153,7 +153,7 @@ def _shard(weight: Tensor, group: TensorParallelGroup, dim: int) -> nn.Parameter
 
 
 def _all_reduced(linear: LinearFn) -> LinearFn:
-    """Return a function that adds up the products of all processes, in float32."""
+    """Return a function that adds up the products of all processes in float32."""
     def reduced(x: Tensor) -> Tensor:
         part = linear(x).float()
         torch_dist.all_reduce(part)

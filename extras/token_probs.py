@@ -1,7 +1,7 @@
-"""Show how probable the model found each token: `sample.py --show_probs`, `--logprobs` and `--score`.
+"""Show the probability of each token: `sample.py --show_probs`, `--logprobs` and `--score`.
 
-The page is one file without scripts. Tooltips are attributes that the style sheet shows, so the text of the page is the
-story alone and can be copied. The lightness of the colors runs with the probability, also for color-blind readers.
+The page is one file without scripts. Tooltips are attributes that CSS displays, so copying from the page copies only
+the story. Tokens below 80% have a color, whose lightness follows the probability, also for color-blind readers.
 """
 import math
 import sys
@@ -19,18 +19,18 @@ from tokenizer import SPACE_MARK, BaseTokenizer
 
 def tokens_with_alternatives(generator: TextGenerator, completion: Completion, alternatives: int
                              ) -> tuple[list[int], list[Token]]:
-    """Return the ids of the prompt, and all tokens of prompt and text except the first."""
+    """Return the prompt's ids, and all tokens of prompt and text except the first."""
     prompt_ids = generator.tokenizer.encode_prompt(completion.prompt)
     tokens = generator.read(prompt_ids + completion.tokens, alternatives)
     for i, logprob in enumerate(completion.logprobs, len(prompt_ids) - 1):
-        # Beyond max_seq_len, the token came from another context than `read` has: the alternatives are not its own.
+        # Beyond max_seq_len, the token was sampled from another context than `read` uses: omit the alternatives.
         top_tokens = tokens[i].top_tokens if i < generator.engine.args.max_seq_len else []
         tokens[i] = Token(tokens[i].piece, logprob, top_tokens)
     return prompt_ids, tokens
 
 
 def token_texts(tokenizer: BaseTokenizer, prompt_ids: list[int], ids: list[int]) -> list[str]:
-    """Return the text of each id behind a prompt. A character of several tokens belongs to the last of them."""
+    """Return the text of each id after a prompt. A character of several tokens belongs to its last token."""
     decoder = StreamDecoder(tokenizer, prompt_ids, [])
     texts = [decoder.add(i) for i in ids]
     if texts:
@@ -47,7 +47,7 @@ def loss_and_perplexity(tokens: list[Token]) -> tuple[float, float]:
 # ---- terminal -----------------------------------------------------------------------------------
 
 def print_token_table(generator: TextGenerator, completion: Completion, cfg: SimpleNamespace) -> None:
-    """Print a line for each token; with show_probs also the text in colors, and alternatives."""
+    """Print one line per token; with show_probs, also the text in colors and likely alternatives."""
     prompt_ids, tokens = tokens_with_alternatives(generator, completion, alternatives=3)
     first = 1 if cfg.echo else len(prompt_ids)
     tokens = tokens[first - 1:]
@@ -65,29 +65,29 @@ def print_token_table(generator: TextGenerator, completion: Completion, cfg: Sim
 
 
 def colorize(text: str, logprob: float) -> str:
-    """Return a token's text, on a terminal in colors from red (improbable) to green."""
+    """Return a token's text, colored from red (improbable) to green if stdout is a terminal."""
     if not sys.stdout.isatty():
         return text
-    level = min(int(6 * math.exp(logprob)), 5)          # each takes 1/5 of the red, 36 colors of 216, and adds green, 6
+    level = min(int(6 * math.exp(logprob)), 5)          # per level 1/5 less red (-36) and 1/5 more green (+6)
     return f"\033[38;5;{196 - 30 * level}m{escape_control_chars(text)}\033[0m"
 
 
 def print_score(generator: TextGenerator, text: str) -> None:
-    """Print loss, perplexity and bits per byte of a text, and its least expected tokens."""
-    text = text.strip()             # as step 1 strips documents
+    """Print the loss, perplexity and bits per byte of a text, and its least probable tokens."""
+    text = text.strip()             # step 1 strips documents too
     if not text:
-        raise UserError("there is no text in the file to score")
+        raise UserError("the file to score contains no text")
     tokenizer = generator.tokenizer
     ids = tokenizer.encode(text, bos=tokenizer.bos_id >= 0, eos=tokenizer.eos_id >= 0)
-    first_text = tokenizer.decode(ids[:1])          # without bos, the first token of the text is not scored
+    first_text = tokenizer.decode(ids[:1])          # without BOS, the first token of the text is not scored
     n_bytes = len(text.encode()) - len(first_text.encode())
     if len(ids) < 2 or n_bytes < 1:
-        raise UserError("the text is one token, and this tokenizer has no bos token before it; score a longer text")
+        raise UserError("the text is one token, and this tokenizer has no BOS token; expected a longer text")
     tokens = generator.read(ids, alternatives=0)
     loss, perplexity = loss_and_perplexity(tokens)
     print(f"{len(tokens)} tokens, {n_bytes} bytes: loss {loss:.4f}  perplexity {perplexity:.2f}  "
           f"bits per byte {loss * len(tokens) / math.log(2) / n_bytes:.4f}\nleast expected:")
-    first_shown = 0 if first_text else 1            # bos has no text
+    first_shown = 0 if first_text else 1            # BOS has no text
     for i in sorted(range(len(tokens)), key=lambda i: tokens[i].logprob)[:10]:
         context = tokenizer.decode(ids[max(i - 7, first_shown):i + 1])
         print(f"{tokens[i].logprob:8.3f}  {context!r} -> {tokens[i].piece!r}")
@@ -95,12 +95,12 @@ def print_score(generator: TextGenerator, text: str) -> None:
 
 # ---- HTML page ----------------------------------------------------------------------------------
 
-LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # where the color changes: p0 of the page is below the first
-PAGE = Path(__file__).with_suffix(".html")       # $stories, $model and $settings are filled in
+LEVELS = (0.01, 0.05, 0.2, 0.5, 0.8)            # where the color changes; p0: below 1%; p5 has no color
+PAGE = Path(__file__).with_suffix(".html")       # template with $stories, $model and $settings
 
 
 def write_html_page(generator: TextGenerator, completions: list[Completion], cfg: SimpleNamespace) -> None:
-    """Write the page that cfg.show_probs names, with the settings that the stories depend on."""
+    """Write the stories and their sampling settings to the page cfg.show_probs."""
     stories = []
     for number, completion in enumerate(completions, 1):
         title = f"Story {number}" if len(completions) > 1 else ""
@@ -109,8 +109,8 @@ def write_html_page(generator: TextGenerator, completions: list[Completion], cfg
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         stories="".join(stories), model=escape_html(generator.description), settings=escape_html(", ".join(settings)))
     with atomic_write(cfg.show_probs) as file:
-        file.write(page.encode(errors="replace"))       # a checkpoint's name may not be valid text
-    print(f"{cfg.show_probs}: each token with its probability; open it in a browser", file=sys.stderr)
+        file.write(page.encode(errors="replace"))       # a checkpoint's path may not be valid UTF-8
+    print(f"wrote {cfg.show_probs}; open it in a browser", file=sys.stderr)
 
 
 def story_html(generator: TextGenerator, completion: Completion, title: str, echo: bool) -> str:
@@ -119,13 +119,13 @@ def story_html(generator: TextGenerator, completion: Completion, title: str, ech
     prompt_tokens = tokens[:n_prompt] if echo else []
     new_tokens = tokens[n_prompt:]
     facts = []
-    for name, part in (("Prompt", prompt_tokens), ("Written", new_tokens)):
+    for name, part in (("Prompt", prompt_tokens), ("Generated", new_tokens)):
         if part:
             loss, perplexity = loss_and_perplexity(part)
             facts.append(f"{name}: {len(part)} tokens, loss {loss:.4f}, perplexity {perplexity:.2f}")
     heading = f"<h2>{title}</h2>\n" if title else ""
     story = prompt_html(generator.tokenizer, prompt_ids, prompt_tokens) if echo else ""
-    n_left = len(completion.text)                   # it ends before a stop string
+    n_left = len(completion.text)                   # characters to show; the text ends before a stop string
     for text, token in zip(token_texts(generator.tokenizer, prompt_ids, completion.tokens), new_tokens):
         story += token_span(text[:max(n_left, 0)], token)
         n_left -= len(text)
@@ -133,7 +133,7 @@ def story_html(generator: TextGenerator, completion: Completion, title: str, ech
 
 
 def prompt_html(tokenizer: BaseTokenizer, prompt_ids: list[int], tokens: list[Token]) -> str:
-    """Return the elements of a prompt. Its first token has no probability: it is bos, or nothing comes before it."""
+    """Return a prompt's elements. Its first token is BOS or has no context, so it has no probability."""
     first_text = tokenizer.decode(prompt_ids[:1])
     first_span = f'<span class="prompt">{escape_html(first_text)}</span>' if first_text else ""
     texts = token_texts(tokenizer, prompt_ids[:1], prompt_ids[1:])
@@ -141,7 +141,7 @@ def prompt_html(tokenizer: BaseTokenizer, prompt_ids: list[int], tokens: list[To
 
 
 def token_span(text: str, token: Token, css_class: str = "") -> str:
-    """Return a token in its color. Leading spaces stand before the element, where a line can break."""
+    """Return a token's element. Leading spaces precede it, because a line can break there."""
     bare = text.lstrip(" ") or text
     spaces = text[:len(text) - len(bare)]
     level = bisect(LEVELS, math.exp(token.logprob))

@@ -136,7 +136,7 @@ def test_a_shape_takes_no_memory_before_it_is_known_to_fit(change):
     model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=300))
     state = {**checkpoint.model_state(model), "iter_num": 0, "config": {}}
     state["model_args"].update(change)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="model_args"):
         checkpoint.build_model(state)
 
 
@@ -144,7 +144,7 @@ def test_expanded_tensor_is_refused():
     state = {"model": {"tok_embeddings.weight": torch.zeros(1).expand(10**9, 10**3)}, "model_args": {}, "iter_num": 0,
              "config": {}, "architecture": "llama"}
     checkpoint.save_checkpoint("a.pt", state)
-    with pytest.raises(UserError, match="tok_embeddings.weight is no array"):
+    with pytest.raises(UserError, match="tok_embeddings.weight is not a dense"):
         checkpoint.load_checkpoint("a.pt")
 
 

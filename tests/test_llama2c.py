@@ -99,7 +99,7 @@ def test_tokenizer_beside_the_model_needs_the_right_size(state, vocabulary):
     state = checkpoint.read_model(path)
     with pytest.raises(UserError, match="--tokenizer"):
         checkpoint.build_tokenizer(state)
-    with pytest.raises(UserError, match="390 entries, the model 400"):
+    with pytest.raises(UserError, match="390 tokens, but the model's vocab_size is 400"):
         checkpoint.read_model(path, shared)
 
 

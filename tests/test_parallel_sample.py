@@ -95,7 +95,7 @@ def test_unsupported_options(trained):
         tensor_parallel.check_divisible(make().args, 3)
     with pytest.raises(UserError, match="GPT-2"):
         tensor_parallel.check_divisible(GPT2Args(), 2)
-    with pytest.raises(UserError, match="--compile is for one process"):
+    with pytest.raises(UserError, match="--compile does not work with torchrun"):
         TextGenerator(trained, compile=True, device="cpu", tp_group=object())
 
 
@@ -184,7 +184,7 @@ def test_greedy_text_of_four_processes(trained):
 def test_main_process_writes_the_page(trained):
     args = "--checkpoint", trained, "--prompt", "One day", "--max_new_tokens", 8, "--temperature", 0
     assert side_by_side(2, shown, *args, "--show_probs", "page.html") == [run_captured("sample", *args).stdout, ""]
-    assert "Written: 8 tokens, loss " in Path("page.html").read_text(encoding="utf-8")
+    assert "Generated: 8 tokens, loss " in Path("page.html").read_text(encoding="utf-8")
 
 
 def test_main_process_prints_errors(trained):

@@ -6,14 +6,14 @@ from conftest import TINY, run_captured
 from extras import plots
 
 
-def test_an_average_over_neighbours():
+def test_moving_average():
     assert plots.smooth(np.array([])).tolist() == [] and plots.smooth(np.array([5.0])).tolist() == [5.0]
     values = np.arange(40.0) ** 2
     want = [values[max(i - 2, 0):i + 3].mean() for i in range(40)]
     assert plots.smooth(values).tolist() == pytest.approx(want, rel=1e-12)
 
 
-def test_the_picture_of_a_run(project, monkeypatch):
+def test_loss_plot(project, monkeypatch):
     """Train and val against tokens and against minutes, named at their ends, and a star where val is lowest."""
     pytest.importorskip("matplotlib")
     import train

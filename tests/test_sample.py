@@ -242,7 +242,7 @@ def test_an_interrupted_output_file_is_completed(output_file_command):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("my notes, on one line", "other prompts"), ("my notes\n", "not from this command"),
+    ("my notes, on one line", "other prompts"), ("my notes\n", "not written by this command"),
     ('{"prompt": "Another"}\n', "other prompts")])
 def test_unrelated_output_file_is_refused(output_file_command, content, message):
     Path("out.jsonl").write_text(content, encoding="utf-8")
@@ -301,7 +301,7 @@ def test_full_context_is_reported_once(byte_checkpoint, capsys, monkeypatch):
     for count, notes in ((256, 0), (257, 1), (270, 0)):             # the last token is not read any more
         fake_engine(monkeypatch, generator, [97] * count)
         assert len(generator.completions([""], 300)[0].tokens) == count
-        assert capsys.readouterr().err.count("note: the model sees 256 tokens") == notes
+        assert capsys.readouterr().err.count("note: the context is 256 tokens") == notes
 
 
 def test_invalid_text_is_refused(ckpt):
@@ -366,7 +366,7 @@ def test_errors(ckpt, tmp_path):
     assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--input_file", "x" * 300), "x" * 300)
     assert_user_error(run_captured("sample", "--prompt", "-x"), "--name=-value")
     assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--system", "x"), "--interactive")
-    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--system", "x", "--interactive"), "for chat models")
+    assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--system", "x", "--interactive"), "chat models")
     assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--interactive", "--prompt", "x"), "--prompt")
 
 

@@ -1,4 +1,4 @@
-"""Token probabilities: the HTML page and the terminal output."""
+"""What shows how likely the model found each token: the page, and the lines in the terminal."""
 import errno
 import math
 import os
@@ -11,6 +11,8 @@ import pytest
 from conftest import assert_user_error, run_captured
 
 from extras.token_probs import (
+    LEVELS,
+    PAGE,
     Token,
     format_percent,
     print_token_table,
@@ -26,7 +28,7 @@ EVIL = '<script>alert(1)</script> "two"  & \'one\'\n&lt; \u732b \U0001f600'
 
 
 class Page(HTMLParser):
-    """Parser of a page: its stories, the text, kind and tooltip of each token, all tags and attributes."""
+    """The stories of a page: text, and of each token its text, kind and tip. And all tags and attributes."""
 
     def __init__(self, source: str):
         super().__init__()
@@ -110,9 +112,19 @@ def test_average_and_colours(byte_checkpoint):
     one.logprobs = [math.log(chance) for chance in chances]
     source = story_html(generator, one, "", echo=True)
     loss = -sum(one.logprobs) / len(chances)
-    assert f"Written: {len(chances)} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}<" in source
+    assert f"Generated: {len(chances)} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}<" in source
     assert "Prompt:" not in source and len(chances) > 2
     assert [kinds for _, kinds, _ in Page(source).tokens[0]] == [[f"p{level}"] for level in range(len(chances))]
+
+
+def test_tokens_below_80_percent_have_colors_in_both_themes_and_the_others_none():
+    style, legend = PAGE.read_text(encoding="utf-8").split("</style>")
+    levels = [str(level) for level in range(len(LEVELS))]
+    colors = re.findall(r"--p(\d): (#\w{6});", style)
+    assert [level for level, _ in colors] == 2 * levels and len({color for _, color in colors}) == len(colors)
+    assert re.findall(r"\.p(\d) \{ background: var\(--p(\d)\)", style) == list(zip(levels, levels))
+    assert re.findall(r'<span class="p(\d)">', legend) == levels
+    assert "<span>80 to 100%: no color</span>" in legend
 
 
 def test_end_token_has_no_text(byte_checkpoint):
@@ -145,7 +157,7 @@ def test_page_needs_a_file_name(byte_checkpoint, given, listed):
     command = ["sample", "--checkpoint", byte_checkpoint, "--prompt", "ab", "--max_new_tokens", 5]
     result = run_captured(*command, "--show_probs", *given)
     if listed is None:
-        assert_user_error(result, "--show_probs must be True, False or a page to write, such as perhaps.html")
+        assert_user_error(result, "--show_probs must be True, False or the name of a page, such as perhaps.html")
     else:
         assert ("likeliest:" in result.stdout) is listed and not list(Path().iterdir())
         assert listed or result.stdout == run_captured(*command).stdout

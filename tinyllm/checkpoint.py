@@ -1,12 +1,12 @@
-"""The whole state of a training run in one file: plain tensors and plain values, never half-written.
+"""Checkpoints: the complete state of a training run in one file of plain tensors and values.
 
     ckpt = load_checkpoint("output/ckpt.pt")
     model = build_model(ckpt)
     tokenizer = build_tokenizer(ckpt)
 
-llama2c's tools know the keys model, optimizer, model_args, iter_num, best_val_loss and config. Further keys are
-tokenizer (the bytes of its file), architecture (llama if missing), chat (the name of the chat template), and in
-checkpoints of a run optimizer, scaler, rng and state, which an exact resume needs.
+llama2.c's tools read the keys model, optimizer, model_args, iter_num, best_val_loss and config. Further keys are
+tokenizer (the bytes of its file), architecture (llama if missing), chat (the name of the chat template), and for an
+exact resume scaler, rng and state.
 """
 import os
 import zipfile
@@ -30,7 +30,7 @@ from tokenizer import BaseTokenizer
 Checkpoint = dict[str, Any]
 
 FORMAT = 1
-SUFFIXES = (".pt", ".gguf", ".bin")             # of files that may be models
+SUFFIXES = (".pt", ".gguf", ".bin")             # files that may be models
 TOKENIZER_SUFFIXES = (".model", ".json")
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REQUIRED = ("model", "model_args", "iter_num", "config")
@@ -39,25 +39,25 @@ EXPECTED_TYPES = {
     "model": dict, "model_args": dict, "iter_num": int, "config": dict, "scaler": dict, "rng": dict, "state": dict,
     "tokenizer": bytes, "tokenizer_sha256": str, "data_sha256": str, "architecture": str, "chat": str, "format": int}
 LLAMA2C_CONSTANTS = (".mask", "freqs_cos", "freqs_sin", "freqs_cis")      # llama2.c stores them among the weights
-MAX_ROPE_ELEMENTS = 1 << 27                     # max_seq_len x head_dim: a million tokens with heads of 128
+MAX_ROPE_ELEMENTS = 1 << 27                     # max_seq_len * head_dim: 1 million tokens with head_dim 128
 BAD_VALUE_ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
 
 
 # ---- files --------------------------------------------------------------------------------------
 
 def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
-    """Write a checkpoint. The old file stays until the new one is complete on disk."""
+    """Write a checkpoint atomically: the old file stays until the new one is complete on disk."""
     with atomic_write(path) as file:
         try:
             torch.save(ckpt, file)
-        except RuntimeError as error:           # torch.save makes this of the OSError of a full disk
+        except RuntimeError as error:           # torch.save raises it from a full disk's OSError
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap: bool = False) -> Checkpoint:
-    """Load a checkpoint to the CPU. Nothing in the file can run code. For mmap, see read_tensors.
+    """Load a checkpoint to the CPU. Code in the file is never executed. mmap: see read_tensors.
 
-    Raises UserError when the file is missing, damaged, of a newer format, or has not all required keys.
+    Raises UserError if the file is missing, damaged, in a newer format, or lacks a required key.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,30 +69,30 @@ def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap
 
 
 def find_problem(ckpt: Any, required: tuple[str, ...]) -> str:
-    """Return why something is not a checkpoint with the required keys; empty if it is one."""
+    """Return the reason that `ckpt` is not a checkpoint with the required keys, or "" if it is one."""
     if not isinstance(ckpt, dict):
-        return f"it holds a {type(ckpt).__name__}"
+        return f"it contains a {type(ckpt).__name__}, not a dict"
     if missing := [key for key in required if key not in ckpt]:
         return f"it has no {', '.join(missing)}"
     for key, expected in EXPECTED_TYPES.items():
         if key in ckpt and not isinstance(ckpt[key], expected):
-            return f"{key} is no {expected.__name__}"
+            return f"{key} must be of type {expected.__name__}, not {type(ckpt[key]).__name__}"
     if ckpt.get("format", FORMAT) > FORMAT:
-        return f"it has format {ckpt['format']}, not {FORMAT}"
+        return f"its format is {ckpt['format']}; this version reads up to {FORMAT}"
     for name, weight in ckpt["model"].items():
         if not _is_dense_float_tensor(weight) and not str(name).endswith(LLAMA2C_CONSTANTS):
-            return f"{name} is no array of numbers"
+            return f"{name} is not a dense float tensor"
     return ""
 
 
 def _is_dense_float_tensor(weight: Any) -> bool:
-    """True for a tensor that has all its numbers. One number that poses as a large array is not."""
+    """True if `weight` is a float tensor that stores all its elements, unlike a number expanded to a large shape."""
     return (isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.layout == torch.strided
             and weight.dtype in FLOAT_DTYPES and weight.nbytes <= weight.untyped_storage().nbytes())
 
 
 def upgrade(ckpt: Checkpoint) -> Checkpoint:
-    """Return a checkpoint of llama2.c, or of an older version, with the keys and names of this version."""
+    """Convert a checkpoint of llama2.c or of an older version to the keys and names of this version."""
     weights = {str(name).removeprefix("_orig_mod."): weight for name, weight in ckpt["model"].items()}
     if "architecture" in ckpt:
         return {**ckpt, "model": weights}
@@ -103,9 +103,9 @@ def upgrade(ckpt: Checkpoint) -> Checkpoint:
 
 
 def read_tensors(path: Path, mmap: bool = False) -> Any:
-    """Read a file of torch.save. Raises UserError if it is damaged, or holds anything but tensors and plain values.
+    """Load a torch.save file. Raises UserError if it is damaged or contains anything but tensors and plain values.
 
-    mmap: leave tensors in the file until they are used; not on Windows, where the file could not be replaced.
+    mmap: read tensors on first use. Ignored on Windows, where a mapped file cannot be replaced.
     """
     try:
         _verify_zip_crc(path)
@@ -118,30 +118,30 @@ def read_tensors(path: Path, mmap: bool = False) -> Any:
 
 
 def _verify_zip_crc(path: Path) -> None:
-    """Raise ValueError if the file is not as it was written, which torch.load does not check."""
+    """Raise ValueError if a checksum of the file is wrong. torch.load does not check them."""
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
-            return                              # an older form without checksums
+            return                              # an older format without checksums
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
-            raise ValueError("torch.save compresses nothing")       # such a file could fill the memory
+            raise ValueError("parts are compressed")        # unpacking them could fill the memory
         if archive.testzip():
             raise ValueError("a checksum is wrong")
 
 
 def missing_checkpoint_error(path: Path) -> UserError:
-    """Return the error for a missing checkpoint: with similar ones that exist, or the command that makes one."""
+    """Return the error for a missing checkpoint, with the closest existing paths or the command that creates one."""
     folder = path.parent if path.parent.is_dir() else Path("output")
     others = [str(file) for file in (*folder.glob("*"), *folder.glob("*/ckpt.pt")) if file.suffix in SUFFIXES]
     closest = get_close_matches(str(path), sorted(others), n=5, cutoff=0)
     command = format_command("train", out_dir="" if path.parent == Path("output") else path.parent)
-    advice = f"there is {', '.join(closest)}" if closest else f"{command} makes one"
+    advice = f"choose from {', '.join(closest)}" if closest else f"{command} creates one"
     return UserError(f"no checkpoint at {path.resolve()}\n       {advice}")
 
 
 def weights_checksum(ckpt: Checkpoint) -> int:
-    """Return a checksum of all weights of the model."""
+    """Return the CRC-32 of the model's weights."""
     checksum = 0
     for weight in ckpt["model"].values():
         checksum = zlib.crc32(weight.contiguous().flatten().view(torch.uint8).numpy(), checksum)
@@ -151,10 +151,10 @@ def weights_checksum(ckpt: Checkpoint) -> int:
 # ---- models and tokenizers of any format --------------------------------------------------------
 
 def read_model(source: str | Path, tokenizer_source: str | Path = "") -> Checkpoint:
-    """Read a model of any format: a checkpoint of this project here, all others through extras/formats.
+    """Read a model of any format: this project's checkpoints here, all others through extras/formats.
 
-    tokenizer_source: file of the tokenizer, if the source has none. Raises UserError for a missing or damaged model,
-    and if the two do not belong together.
+    tokenizer_source: tokenizer file, if the source contains none. Raises UserError if the model is missing or damaged,
+    or if the tokenizer does not match it.
     """
     path = Path(source)
     ckpt = load_checkpoint(path, mmap=True) if is_checkpoint(path) else optional.load("formats").read_model(path)
@@ -164,15 +164,14 @@ def read_model(source: str | Path, tokenizer_source: str | Path = "") -> Checkpo
     tokenizer = read_tokenizer(tokenizer_source)
     if ckpt.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(f"{tokenizer_source} is not the tokenizer that {source} was trained with\n"
-                        "       leave --tokenizer out: the right one is inside")
+                        "       omit --tokenizer: the model contains its own")
     if tokenizer.n_words != vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.n_words} entries, the model {vocab_size}; "
-                        "they do not belong together")
+        raise UserError(f"the tokenizer has {tokenizer.n_words} tokens, but the model's vocab_size is {vocab_size}")
     return {**ckpt, "tokenizer": tokenizer.model, "tokenizer_sha256": tokenizer.sha256}
 
 
 def read_tokenizer(source: str | Path) -> BaseTokenizer:
-    """Read a tokenizer file, or the tokenizer inside a model of any format. Raises UserError."""
+    """Read a tokenizer file, or the tokenizer inside a model of any format. Raises UserError if it cannot be read."""
     if is_model(source):
         return build_tokenizer(read_model(source))
     path = Path(source)
@@ -180,13 +179,13 @@ def read_tokenizer(source: str | Path) -> BaseTokenizer:
 
 
 def is_model(source: str | Path) -> bool:
-    """True for a model of any format, False for a tokenizer file. Raises UserError for a folder without a model."""
+    """True if `source` is a model, False if it is a tokenizer file. Raises UserError for a folder without a model."""
     path = Path(source)
     return is_checkpoint(path) or path.suffix not in TOKENIZER_SUFFIXES and optional.load("formats").is_model(path)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """True for a file that looks like a checkpoint of this project, by its name or its content."""
+    """True if `path` is a file with the suffix .pt or the first bytes of a torch.save file."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -196,37 +195,37 @@ def is_checkpoint(path: Path) -> bool:
 # ---- building -----------------------------------------------------------------------------------
 
 def new_model(args: Any) -> nn.Module:
-    """Build a model with random weights: a Llama for ModelArgs, else a GPT-2."""
+    """Build a model with random weights: a Llama for ModelArgs, otherwise a GPT-2."""
     if isinstance(args, ModelArgs):
         return kernels.build_transformer(args)
     return optional.load("gpt2").GPT2(args)
 
 
 def build_model(ckpt: Checkpoint, copy_weights: bool = True, source: str | Path = "the checkpoint") -> nn.Module:
-    """Build the model of a checkpoint. Raises UserError, with the source's name, if its weights are damaged.
+    """Build a checkpoint's model. Raises UserError if its weights are damaged. source: its name in errors.
 
-    copy_weights: copy the weights in float32, for training; else the model shares the tensors of the checkpoint.
+    copy_weights: copy the weights to float32, for training; otherwise the model shares the checkpoint's tensors.
     """
     args = load_model_args(ckpt, source)
     weights = ckpt["model"]
     try:
-        with torch.device("meta"), _SkipInit():         # takes no memory before the shapes are known to be right
+        with torch.device("meta"), _SkipInit():         # allocates nothing until the shapes are checked
             model = new_model(args)
         if copy_weights:
             weights = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
         model.load_state_dict(weights, assign=True)
     except BAD_VALUE_ERRORS as error:
-        raise UserError(f"{source}: its weights do not fit its model_args: {error}") from error
+        raise UserError(f"{source}: the weights do not match model_args: {error}") from error
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            raise UserError(f"{source} is damaged: {name} has values that are no numbers (NaN, inf)")
+            raise UserError(f"{source} is damaged: {name} contains NaN or inf")
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     return model
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leave new modules without initial values: on the device meta, random numbers take a second and do nothing."""
+    """Skip weight initialization: on the meta device it takes a second and does nothing."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         is_init = getattr(function, "__module__", "") == "torch.nn.init"
@@ -234,25 +233,25 @@ class _SkipInit(TorchFunctionMode):
 
 
 def load_model_args(ckpt: Checkpoint, source: str | Path = "the checkpoint") -> Any:
-    """Build the config of a checkpoint's model. Raises UserError, with the source's name, if no model can have it."""
+    """Build the config of a checkpoint's model. Raises UserError if it is invalid. source: its name in errors."""
     architecture = ckpt.get("architecture", "llama")
     if architecture not in ("llama", "gpt2"):
-        raise UserError(f"{source} has the architecture {architecture!r}; known are llama, gpt2")
+        raise UserError(f"{source} has an unknown architecture {architecture!r}; expected llama or gpt2")
     args_class = ModelArgs if architecture == "llama" else optional.load("gpt2").GPT2Args
     try:
         args = args_class(**ckpt["model_args"])
         _check_stored_args(args)
     except BAD_VALUE_ERRORS as error:
-        raise UserError(f"{source}: its model_args do not fit together: {error}") from error
+        raise UserError(f"{source}: invalid model_args: {error}") from error
     embeddings = ckpt["model"].get("tok_embeddings.weight")
     if embeddings is None or embeddings.shape != (args.vocab_size, args.dim) or args.n_layers > len(ckpt["model"]):
-        raise UserError(f"{source}: its weights do not fit its model_args: {args.n_layers} layers, embeddings of "
+        raise UserError(f"{source}: the weights do not match model_args: {args.n_layers} layers, embeddings of "
                         f"{args.vocab_size} x {args.dim}")
     return args
 
 
 def _check_stored_args(args: Any) -> None:
-    """Raise one of BAD_VALUE_ERRORS for numbers that only a damaged file has."""
+    """Raise ValueError, or another of BAD_VALUE_ERRORS, for values that only a damaged file contains."""
     if not 0 < args.norm_eps < 1e38 or args.max_seq_len * args.head_dim > MAX_ROPE_ELEMENTS:
         raise ValueError(f"norm_eps {args.norm_eps}, max_seq_len {args.max_seq_len}")
     if isinstance(args, ModelArgs):
@@ -262,15 +261,15 @@ def _check_stored_args(args: Any) -> None:
 
 
 def model_state(model: nn.Module) -> Checkpoint:
-    """Return the part of a checkpoint that holds the model; not for the wrapper that torch.compile returns."""
+    """Return a checkpoint that contains only the model. Pass the model itself, not torch.compile's wrapper."""
     architecture = "llama" if isinstance(model.args, ModelArgs) else "gpt2"
     return {"model": model.state_dict(), "model_args": asdict(model.args), "architecture": architecture,
             "format": FORMAT}
 
 
 def build_tokenizer(ckpt: Checkpoint) -> BaseTokenizer:
-    """Load the tokenizer inside a checkpoint. Raises UserError if it has none, as files of other projects."""
+    """Load the tokenizer inside a checkpoint. Raises UserError if it contains none."""
     if not ckpt.get("tokenizer"):
         example = [*tokenizer_files(DATA), DATA / "tok4096.model"][0]
-        raise UserError(f"the checkpoint has no tokenizer inside\n       name its file, such as --tokenizer {example}")
+        raise UserError(f"the checkpoint contains no tokenizer\n       name a file: --tokenizer {example}")
     return load_tokenizer(ckpt["tokenizer"])

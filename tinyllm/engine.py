@@ -1,12 +1,12 @@
-"""Inference engine: prompts in, one new token for each sequence and step out.
+"""Inference engine: prompts in, one new token per sequence and step out.
 
     engine = build_engine(model)                        # or build_engine(model, quantize="int8")
     for step in engine.generate([[1, 403, 407], [1, 291]], max_new_tokens=100, stop_ids=[2]):
         print(step.tokens)                              # e.g. [378, 17], then [261, None] once the second has ended
 
-The weights of model.py are fused into fewer and larger matrices, since at batch size 1 launching an operation costs as
-much as computing it: wq, wk and wv become one, and so do w1 and w3. The weights of the norms and the scale of attention
-are multiplied into them. Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
+The engine fuses model.py's weights into fewer, larger matrices: at batch size 1, launching an operation costs as much
+as computing it. wq, wk and wv become one matrix, and so do w1 and w3. Norm weights and the attention scale are
+multiplied into them. Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
 import copy
 from collections.abc import Callable, Collection, Iterator
@@ -31,7 +31,7 @@ AttentionFn = Callable[[int, Tensor], Tensor]           # layer, qkv (B * T, H +
 
 
 class DecodeStep(NamedTuple):
-    """A token for each sequence, None if it has ended; and the logits (B, vocab_size) that the tokens come from."""
+    """One token per sequence (None if it has ended), and the logits (B, vocab_size) that it was sampled from."""
     tokens: list[int | None]
     logits: Tensor
 
@@ -40,13 +40,13 @@ class KVCache:
     """Keys and values of all layers; row i holds lengths[i] tokens of sequence i."""
 
     def __init__(self, kv: Tensor):
-        """kv: (n_layers, B, 2 K, cache_len, D), keys and then values."""
+        """Wrap `kv`, (n_layers, B, 2 K, cache_len, D): keys and then values."""
         self.kv = kv
         self.cache_len = kv.shape[3]
         self.lengths = [0] * kv.shape[1]
 
     def rows_to_prefill(self) -> list[int]:
-        """Return the rows without space for another token, and those that are empty."""
+        """Return the rows that are empty or full."""
         return [row for row, length in enumerate(self.lengths) if length in (0, self.cache_len)]
 
     def prefill(self, layer: int, rows: Tensor, kv: Tensor) -> None:
@@ -54,7 +54,7 @@ class KVCache:
         self.kv[layer, rows, :, :kv.shape[1]] = kv.transpose(1, 2)
 
     def next_positions(self) -> list[int]:
-        """Add one to each length, and return where the new token goes. A full row is prefilled again afterwards."""
+        """Increment each length and return the new tokens' positions. Full rows are prefilled again afterwards."""
         positions = [min(length, self.cache_len - 1) for length in self.lengths]
         self.lengths = [length + 1 for length in self.lengths]
         return positions
@@ -69,14 +69,14 @@ class KVCache:
             self.move_to(torch.tensor(positions, device=self.kv.device)[:, None], end)
 
     def move_to(self, position: int | Tensor, end: int) -> None:
-        """Set the position that `write` writes to, one for all rows or (B, 1), and the end that `read` reads to."""
+        """Set the position of `write`, an int for all rows or a (B, 1) tensor, and the end of `read`."""
         self.position = position
         keys, values = self.kv[:, :, :, :end].chunk(2, 2)       # (n_layers, B, K, end, D); views of all layers at once
         self._keys = keys.unbind()
         self._values = values.unbind()
         if isinstance(position, int):
             self.mask = None
-            self._slots = self.kv[:, :, :, position].unbind()                           # of each layer, (B, 2 K, D)
+            self._slots = self.kv[:, :, :, position].unbind()                           # (B, 2 K, D) per layer
         else:
             self.mask = (torch.arange(end, device=self.kv.device) <= position)[:, None, None]       # (B, 1, 1, end)
             self._index = position[:, None, :, None].expand(-1, self.kv.shape[2], -1, self.kv.shape[4])
@@ -94,13 +94,13 @@ class KVCache:
 
 
 class Engine:
-    """A model prepared for generation. Some weights are copies: after more training, build another engine."""
+    """A model prepared for generation. Some weights are copies: after more training, build a new engine."""
 
     def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32, quantize: str = "",
                  device: torch.device | None = None):
         """Fuse the weights and convert them to `dtype`, or with quantize "int8" to 8-bit integers.
 
-        device: the model's device when None.
+        device: None means the model's device.
         """
         self.args = model.args
         self.device = device or model.tok_embeddings.weight.device
@@ -113,7 +113,7 @@ class Engine:
 
     def _fuse_weights(self, model: Transformer, make_linear: Callable[[Tensor], LinearFn]) -> None:
         """Set the embeddings, the layers, the output layer, and the table of `_rope_factors`."""
-        # A last column of sqrt(dim * norm_eps) makes the vector norm of a row the denominator of RMSNorm.
+        # With a last column of sqrt(dim * norm_eps), a row's vector norm is sqrt(dim) times RMSNorm's denominator.
         eps_column = torch.full((self.args.vocab_size, 1), (self.args.dim * self.args.norm_eps) ** 0.5,
                                 device=self.device)
         self.embeddings = torch.cat((model.tok_embeddings.weight.to(self.device), eps_column), 1)
@@ -121,7 +121,7 @@ class Engine:
             self._add_layer(fuse_layer_weights(layer, self.device), make_linear)
         output = model.output.weight.to(self.device, torch.float32) * folded_norm_weight(model.norm, self.device)
         self.output = make_linear(output)
-        # rotary embedding is a product with complex numbers, (max_seq_len, 1, D / 2)
+        # rotary embedding as complex factors, (max_seq_len, 1, D / 2)
         self.rope = torch.view_as_complex(model.rope.to(self.device).movedim(0, -1).contiguous())[:, None]
 
     def _add_layer(self, matrices: tuple[Tensor, ...], make_linear: Callable[[Tensor], LinearFn]) -> None:
@@ -130,13 +130,13 @@ class Engine:
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams = SamplingParams(),
                  stop_ids: Collection[int] = (), sample_ids: list[int] | None = None) -> Iterator[DecodeStep]:
-        """Continue prompts (ids, at least one each) that may differ in length.
+        """Continue prompts of any lengths, with at least one id each. Yields one step per new token.
 
-        A sequence ends at one of stop_ids, which is not yielded. Its tokens depend on its prompt, the seed and its
-        sample id, and not on its neighbors (except for rounding in int8 and bfloat16). When a sequence exceeds the
-        model's max_seq_len, it continues from its first token (bos) and the newer half.
+        A sequence ends before one of stop_ids. Its tokens depend only on its prompt, the seed and its sample id, not on
+        the rest of the batch (except for rounding in int8 and bfloat16). A sequence longer than max_seq_len continues
+        from its first token (BOS) and the newer half of the context.
 
-        sample_ids: numbers that choose the random numbers of each sequence; 0, 1, ... when None.
+        sample_ids: one per sequence; the seed and this id determine its random numbers. None means 0, 1, ...
         """
         vocab_size, max_seq_len = self.args.vocab_size, self.args.max_seq_len
         sequences = [crop_to_context(prompt, max_seq_len) for prompt in prompts]
@@ -161,7 +161,7 @@ class Engine:
                 occurred.scatter_(1, tokens[:, None], True)
 
     def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits (B, vocab_size) after sequences of up to max_seq_len. tokens (B,) are their last ones."""
+        """Return the logits (B, vocab_size) after sequences of at most max_seq_len. tokens: (B,), their last ids."""
         rows = cache.rows_to_prefill()
         if len(rows) == len(sequences):
             return self.prefill(sequences, cache, rows)
@@ -176,7 +176,7 @@ class Engine:
                                    device=self.device, dtype=self.cache_dtype))
 
     def prefill(self, prompts: list[list[int]], cache: KVCache, rows: list[int]) -> Tensor:
-        """Run prompts into these rows of the cache. Returns the logits (rows, vocab_size) after each prompt."""
+        """Run prompts and fill these rows of the cache. Returns the logits (rows, vocab_size) after each prompt."""
         width = max(map(len, prompts))
         padded = [ids + ids[:1] * (width - len(ids)) for ids in prompts]
         x = self._run_sequences(padded, cache, rows)                                # (rows * width, dim + 1)
@@ -187,7 +187,7 @@ class Engine:
 
     def _run_sequences(self, sequences: list[list[int]], cache: KVCache | None = None, rows: list[int] | None = None
                        ) -> Tensor:
-        """Run sequences of equal length T, and write keys and values to rows of a cache. Returns (B * T, dim + 1)."""
+        """Run sequences of equal length T and write keys and values to rows of a cache. Returns (B * T, dim + 1)."""
         tokens = torch.tensor(sequences, device=self.device)                        # (B, T)
         if cache is not None:
             cache_rows = torch.tensor(rows, device=self.device)
@@ -202,7 +202,7 @@ class Engine:
         return self._run_layers(tokens, self._rope_factors(slice(tokens.shape[1])), attend)
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Run one more token (B,) of each sequence. Returns the logits (B, vocab_size) after it."""
+        """Run one new token per sequence, (B,). Returns the logits (B, vocab_size) after it."""
         cache.advance()
         return self._decode_at_position(tokens, cache)
 
@@ -211,7 +211,7 @@ class Engine:
             q, kv = qkv.split_with_sizes((self.n_heads, 2 * self.n_kv_heads), 1)
             cache.write(layer, kv)
             keys, values = cache.read(layer)                                        # (B, K, end, D)
-            q = q.unflatten(1, (self.n_kv_heads, -1))       # (B, K, H / K, D): heads that share keys are queries of one
+            q = q.unflatten(1, (self.n_kv_heads, -1))       # (B, K, H / K, D): H / K queries per key-value head
             out = F.scaled_dot_product_attention(q, keys, values, cache.mask, scale=1.0)
             return out.reshape(len(tokens), -1)
 
@@ -219,9 +219,9 @@ class Engine:
 
     @torch.inference_mode()
     def logprobs(self, ids: list[int]) -> Iterator[Tensor]:
-        """Yield the log-probabilities (T, vocab_size) after each id but the last, for one window at a time.
+        """Yield the log-probabilities (T, vocab_size) after each id except the last, one window at a time.
 
-        A window is max_seq_len ids, or fewer at the end, and its first id sees nothing before it.
+        Each window has max_seq_len ids, the last one possibly fewer, and does not see earlier windows.
         """
         for begin in range(0, len(ids) - 1, self.args.max_seq_len):
             window = ids[:-1][begin:begin + self.args.max_seq_len]
@@ -233,7 +233,7 @@ class Engine:
         return self._logits(self._run_sequences([ids]))
 
     def _rope_factors(self, positions: int | slice | Tensor) -> Tensor:
-        """Return the factors of q, k and v at some positions, (..., H + 2 K, D / 2). Values are multiplied by 1."""
+        """Return the complex factors of q, k and v at these positions, (..., H + 2 K, D / 2). For v they are 1."""
         rope = self.rope[positions]                                                 # (..., 1, D / 2)
         rotations = rope.expand(*rope.shape[:-2], self.n_heads + self.n_kv_heads, -1)
         ones = torch.ones_like(rope).expand(*rope.shape[:-2], self.n_kv_heads, -1)
@@ -243,7 +243,7 @@ class Engine:
         """Run all layers on tokens (B, T). Returns (B * T, dim + 1), before the final norm."""
         pairs_shape = (*tokens.shape, -1, self.args.head_dim // 2, 2)
         x = F.embedding(tokens.flatten(), self.embeddings)                          # (B * T, dim + 1)
-        residual = x[:, :-1]                # a view of x: to add to it in place changes x too
+        residual = x[:, :-1]                # a view: adding to it in place updates x
         for layer, (wqkv, wo, w13, w2) in enumerate(self.layers):
             pairs = wqkv(_rms_norm(residual, x)).float().view(pairs_shape)
             rotated = torch.view_as_complex(pairs) * rope                           # (B, T, H + 2 K, D / 2)
@@ -254,12 +254,12 @@ class Engine:
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        """Return logits in float32 of rows from `_run_layers`."""
+        """Return the float32 logits of rows from `_run_layers`."""
         return self.output(_rms_norm(x[:, :-1], x)).float()
 
 
 def _rms_norm(residual: Tensor, x: Tensor) -> Tensor:
-    """RMSNorm of (rows, dim), but for the weight and the factor in `folded_norm_weight`.
+    """Return RMSNorm(residual), (rows, dim), without the factors of `folded_norm_weight`.
 
     x: (rows, dim + 1), the residual stream with a last column that adds norm_eps.
     """
@@ -267,7 +267,7 @@ def _rms_norm(residual: Tensor, x: Tensor) -> Tensor:
 
 
 class PlainEngine(Engine):
-    """Runs the model's own forward over all tokens for each new one: slow, but right after any edit of model.py."""
+    """An engine that runs the model's own forward on all tokens for each new one: slow, but correct after any edit."""
 
     def __init__(self, model: Transformer, device: torch.device | None = None):
         self.args = model.args
@@ -286,11 +286,11 @@ class PlainEngine(Engine):
 
 def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
                  device: torch.device | None = None) -> Engine:
-    """Make the engine of a model. compiled: decode with extras/compiled.py; for the other arguments see Engine."""
+    """Build a model's engine. compiled: decode with extras/compiled.py. For the other arguments, see Engine."""
     engine_class = Engine if isinstance(model, Transformer) else optional.load("gpt2").GPT2Engine
     if engine_class is Engine and not model_is_original():
         if quantize or compiled:
-            raise UserError("model.py was edited, so --quantize and --compile do not work; leave them out")
+            raise UserError("model.py was edited, so --quantize and --compile do not work")
         return PlainEngine(model, device)
     if compiled:
         device = device or next(model.parameters()).device
@@ -299,14 +299,14 @@ def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize:
 
 
 def crop_to_context(ids: list[int], max_seq_len: int) -> list[int]:
-    """Return ids, or if there are more than max_seq_len, the first one and the newer half of max_seq_len."""
+    """Return ids, or if they exceed max_seq_len, the first id and the last max_seq_len // 2."""
     return ids if len(ids) <= max_seq_len else ids[:1] + ids[len(ids) - max_seq_len // 2:]
 
 
 # ---- fused weights ------------------------------------------------------------------------------
 
 def fuse_layer_weights(layer: TransformerBlock, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return four matrices of a layer: wq, wk and wv; wo; w1 and w3; w2. In float32 before any product."""
+    """Return a layer's four matrices in float32: wq, wk and wv fused; wo; w1 and w3 fused; w2."""
     attention, ffn = layer.attention, layer.feed_forward
     linears = (attention.wq, attention.wk, attention.wv, attention.wo, ffn.w1, ffn.w2, ffn.w3)
     wq, wk, wv, wo, w1, w2, w3 = [linear.weight.to(device, torch.float32) for linear in linears]
@@ -317,14 +317,14 @@ def fuse_layer_weights(layer: TransformerBlock, device: torch.device) -> tuple[T
 
 
 def folded_norm_weight(norm: RMSNorm, device: torch.device) -> Tensor:
-    """Return the factors that `_rms_norm` leaves out: the weight, and the one from a sum of squares to a mean."""
+    """Return the factors that `_rms_norm` omits: the norm's weight, and sqrt(dim) to turn the sum into a mean."""
     return norm.weight.to(device, torch.float32) * norm.weight.numel() ** 0.5
 
 
 def choose_linear(dtype: torch.dtype, quantize: str, device: torch.device) -> Callable[[Tensor], LinearFn]:
-    """Return the function that turns a weight (out, in) into a linear layer. Raises UserError."""
+    """Return a function from a weight (out, in) to a linear layer. Raises UserError if `quantize` is not supported."""
     if quantize and (quantize != "int8" or device.type != "cpu"):
-        raise UserError(f"--quantize {quantize} is not for {device}; there is int8, for a CPU")
+        raise UserError(f"--quantize supports int8 on a CPU, not {quantize} on {device}")
     if quantize:
         return linear_int8
     if device.type == "cpu" and dtype == torch.float16:
@@ -333,20 +333,20 @@ def choose_linear(dtype: torch.dtype, quantize: str, device: torch.device) -> Ca
 
 
 def linear(weight: Tensor, dtype: torch.dtype) -> LinearFn:
-    """Weights, inputs and results in `dtype`."""
+    """Return a linear layer with weights, inputs and results in `dtype`."""
     weight = weight.to(dtype)
     return lambda x: F.linear(x.to(dtype), weight)
 
 
 def linear_fp16(weight: Tensor) -> LinearFn:
-    """Weights in float16, everything else in float32, on a CPU (FBGEMM, arXiv 2101.05615)."""
+    """Return a CPU linear layer with float16 weights, float32 inputs and results (FBGEMM, arXiv 2101.05615)."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None)
     product = torch.ops.quantized.linear_dynamic_fp16.default._op       # skips PyTorch's checks in Python
     return lambda x: product(x, packed)
 
 
 def linear_int8(weight: Tensor) -> LinearFn:
-    """Weights as 8-bit integers with a scale for each row, inputs and results in bfloat16."""
+    """Return a linear layer with int8 weights and a scale per row, and bfloat16 inputs and results."""
     if weight.shape[1] % 16:                # PyTorch's kernel reads beyond the end of such rows
         return linear(weight, torch.float32)
     levels, scale = quantize_int8(weight)
@@ -354,6 +354,6 @@ def linear_int8(weight: Tensor) -> LinearFn:
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to 255 levels. Returns levels (int8) and the scale of each row (bfloat16)."""
+    """Round each row to 255 levels. Returns the levels (int8) and the scale of each row (bfloat16)."""
     scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
     return (weight / scale[:, None]).round().to(torch.int8), scale

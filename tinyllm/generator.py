@@ -1,6 +1,6 @@
 """Text generation: prompts in, text out.
 
-    from sample import TextGenerator        # the class below, with the settings of sample.py as its defaults
+    from sample import TextGenerator        # the class below with sample.py's settings as defaults
     generator = TextGenerator("output/ckpt.pt")
     stories = generator.sample("Once upon a time", num_samples=3)
     for piece in generator.stream("Once upon a time"):
@@ -27,24 +27,24 @@ from tinyllm.project import tokenizer_errors
 from tinyllm.sampling import SamplingParams, validate_sampling
 from tokenizer import BaseTokenizer
 
-Message = dict[str, str]            # with role (system, user or assistant) and content
+Message = dict[str, str]            # keys: role (system, user or assistant) and content
 
 
 class Token(NamedTuple):
-    """A token, its log-probability in nats, and the most probable tokens at its place with their probabilities."""
+    """A token, its log-probability in nats, and the most probable tokens at its position with their probabilities."""
     piece: str
     logprob: float
     top_tokens: list[tuple[str, float]]
 
 
 class StreamDecoder:
-    """Decode the tokens of one sequence into whole characters, up to the first stop string."""
+    """A decoder of one sequence's tokens into complete characters, up to the first stop string."""
 
     def __init__(self, tokenizer: BaseTokenizer, prompt_ids: list[int], stop_strings: list[str]):
         self.tokenizer = tokenizer
         self.stop_strings = stop_strings
         self.ids = list(prompt_ids)
-        self.n_decoded = len(self.ids)      # ids[:n_decoded] are text already
+        self.n_decoded = len(self.ids)      # ids[:n_decoded] are already decoded
         self.context_start = 0              # ids[context_start:n_decoded] are decoded again before new ones
         self.pending = ""                   # text that may be the start of a stop string
         self.stopped = False
@@ -53,7 +53,7 @@ class StreamDecoder:
         """Return the text that is safe to show: complete characters that cannot be the start of a stop string."""
         self.ids.append(token)
         text = self._new_text()
-        if text.endswith("\ufffd"):         # the character has more bytes
+        if text.endswith("\ufffd"):         # an incomplete character
             return ""
         self.context_start = self.n_decoded - 1
         self.n_decoded = len(self.ids)
@@ -67,16 +67,16 @@ class StreamDecoder:
         return safe_text
 
     def flush(self) -> str:
-        """Return the rest of the text when no more tokens follow."""
+        """Return the remaining text after the last token."""
         return self.pending + self._new_text()
 
     def _new_text(self) -> str:
-        # the first token of a text loses its space, so the new tokens are decoded behind an old one
+        # decoding drops the first token's leading space, so an old token precedes the new ones
         known = self.tokenizer.decode(self.ids[self.context_start:self.n_decoded])
         return self.tokenizer.decode(self.ids[self.context_start:])[len(known):]
 
     def _partial_stop_length(self) -> int:
-        """Return the length of the longest end of `pending` that a stop string starts with."""
+        """Return the length of the longest suffix of `pending` that is a prefix of a stop string."""
         longest = 0
         for stop in self.stop_strings:
             for length in range(1, len(stop)):
@@ -87,7 +87,7 @@ class StreamDecoder:
 
 @dataclass
 class Completion:
-    """A generated text; `text` comes after the prompt."""
+    """A prompt and the text generated after it."""
     prompt: str
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Completion:
         return piece
 
     def finish(self, stop_reason: str, decoder: StreamDecoder) -> str:
-        """Add the text that the decoder still holds, and return it."""
+        """Add the decoder's remaining text and return it."""
         self.stop_reason = stop_reason
         piece = decoder.flush()
         self.text += piece
@@ -115,20 +115,20 @@ class Completion:
 
 
 class TextGenerator:
-    """A trained model with its tokenizer. sample.py has a subclass with defaults for the settings."""
+    """A model with its tokenizer. The subclass in sample.py has defaults for all settings."""
 
     def __init__(self, checkpoint: str | Path, tokenizer_model_path: str | Path | None, seed: int, device: str,
                  dtype: str, quantize: str, compile: bool, chat: str, tp_group: Any = None):
-        """Load a checkpoint. tp_group: a TensorParallelGroup, to load this process's part."""
+        """Load a checkpoint. tp_group: a TensorParallelGroup, to keep only this process's part."""
         self.backend = choose_backend(device, dtype, training=False)
         if compile and tp_group:
-            raise UserError("--compile is for one process, without torchrun; leave it out")
+            raise UserError("--compile does not work with torchrun")
         ckpt = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(ckpt)
         model = checkpoints.build_model(ckpt, copy_weights=False, source=checkpoint)
         if self.tokenizer.n_words > model.args.vocab_size:
-            raise UserError(f"the tokenizer has {self.tokenizer.n_words} tokens, the model {model.args.vocab_size}; "
-                            "they do not belong together")
+            raise UserError(f"the tokenizer has {self.tokenizer.n_words} tokens, but the model's vocab_size is "
+                            f"{model.args.vocab_size}")
         self.chat = None                    # a ChatFormat of extras/chat.py
         if chat != "none" and (chat != "auto" or ckpt.get("chat")):
             self.chat = optional.load("chat").choose_format(chat, ckpt.get("chat", ""), self.tokenizer)
@@ -143,28 +143,28 @@ class TextGenerator:
             self.engine = build_engine(model, self.backend.dtype, quantize, compile, self.backend.device)
 
     def sample(self, start: str, num_samples: int, *args, **options) -> list[str]:
-        """Return num_samples texts, each with `start` at its beginning. Takes the further arguments of `generate`."""
+        """Return num_samples texts that begin with `start`. Takes the other arguments of `generate`."""
         if num_samples < 1:
             raise UserError(f"num_samples must be at least 1, not {num_samples}")
         completions = self.completions([start] * num_samples, *args, **options)
         return [start + completion.text for completion in completions]
 
     def stream(self, start: str, *args, **options) -> Iterator[str]:
-        """Yield `start`, and then the text as it grows. Takes the further arguments of `generate`."""
+        """Yield `start`, then the text as it is generated. Takes the other arguments of `generate`."""
         pieces = self.generate([Completion(start)], *args, **options)
         return chain([start], (piece for _, piece in pieces))
 
     def answer(self, dialog: list[Message], *args, **options) -> Iterator[str]:
-        """Yield the answer of a chat model to a dialog as it grows. Takes the further arguments of `generate`."""
+        """Yield a chat model's answer to a dialog as it is generated. Takes the other arguments of `generate`."""
         if not self.chat:
-            raise UserError("this is not a chat model; if it is one, name its chat template: --chat chatml")
+            raise UserError("this is not a chat model\n       if it is one, name its chat template: --chat chatml")
         with tokenizer_errors():
             prompt_ids = self._encode_dialog(dialog)
         pieces = self.generate([Completion("")], *args, prompt_ids=[prompt_ids], stop_ids=[self.chat.end_id], **options)
         return (piece for _, piece in pieces)
 
     def _encode_dialog(self, dialog: list[Message]) -> list[int]:
-        """Encode a dialog, without its oldest turns if it would take more than 3/4 of max_seq_len."""
+        """Encode a dialog. Drop its oldest turns while it takes more than 3/4 of max_seq_len."""
         ids = self.chat.encode_dialog_prompt(dialog)
         oldest = 1 if dialog and dialog[0]["role"] == "system" else 0
         while len(ids) > 3 * self.engine.args.max_seq_len // 4 and len(dialog) > oldest + 2:
@@ -173,11 +173,11 @@ class TextGenerator:
         return ids
 
     def completions(self, prompts: list[str], *args, **options) -> list[Completion]:
-        """Continue all prompts at the same time. Takes the further arguments of `generate`."""
+        """Continue all prompts as one batch. Takes the other arguments of `generate`."""
         if isinstance(prompts, str):
-            raise TypeError("prompts is a list of texts, not one text")
+            raise TypeError("prompts must be a list of texts, not one text")
         completions = [Completion(prompt) for prompt in prompts]
-        deque(self.generate(completions, *args, **options), maxlen=0)       # runs it to the end
+        deque(self.generate(completions, *args, **options), maxlen=0)       # exhausts the iterator
         return completions
 
     def generate(self, completions: list[Completion], max_new_tokens: int, temperature: float, top_k: int,
@@ -185,13 +185,13 @@ class TextGenerator:
                  seed: int | None = None, sample_ids: list[int] | None = None,
                  prompt_ids: list[list[int]] | None = None, stop_ids: Collection[int] = (),
                  rows: list[int] | None = None) -> Iterator[tuple[int, str]]:
-        """Extend completions that hold only their prompts; yield (index, new text) on the way.
+        """Generate the text of completions that hold only their prompts. Yields (index, new text).
 
         Args:
             max_new_tokens, ..., repetition_penalty: see the settings block of sample.py.
             stop: strings that end a text.
-            seed: the generator's when None.
-            sample_ids, or by its old name rows: see Engine.generate.
+            seed: None means the generator's seed.
+            sample_ids: see Engine.generate. rows is its old name.
             prompt_ids: token ids to continue instead of the prompts.
             stop_ids: token ids that end a text, as eos does.
         """
@@ -214,7 +214,7 @@ class TextGenerator:
 
     def grow(self, completions: list[Completion], *args, heads: list[list[int]] | None = None,
              ends: Collection[int] = (), **options) -> Iterator[tuple[int, str]]:
-        """Call `generate` by its old name, with the old names of prompt_ids and stop_ids."""
+        """Call `generate`; the method, prompt_ids and stop_ids have their old names here."""
         return self.generate(completions, *args, prompt_ids=heads, stop_ids=ends, **options)
 
     def _extend(self, completions: list[Completion], steps: Iterator[DecodeStep], decoders: list[StreamDecoder],
@@ -229,25 +229,25 @@ class TextGenerator:
             unfinished = [i for i in unfinished if completions[i].stop_reason == "length"]
             if not unfinished:
                 break
-        for i in unfinished:                # they have reached max_new_tokens, or have all ended in the same step
+        for i in unfinished:                # all reached max_new_tokens, or all ended in the same step
             ended = len(completions[i].tokens) < max_new_tokens
             if piece := completions[i].finish("eos" if ended else "length", decoders[i]):
                 yield i, piece
         self._print_crop_note(decoders)
 
     def _print_crop_note(self, decoders: list[StreamDecoder]) -> None:
-        """Print once that a sequence was longer than the model's context."""
+        """Print a note, once, if a sequence exceeded the model's context."""
         max_seq_len = self.engine.args.max_seq_len
-        longest = max(len(decoder.ids) for decoder in decoders) - 1        # the model does not see the last token
+        longest = max(len(decoder.ids) for decoder in decoders) - 1        # the last token is not an input
         if longest > max_seq_len and not self.crop_note_shown:
-            print(f"\nnote: the model sees {max_seq_len} tokens: the first one and the newer half of a longer text",
+            print(f"\nnote: the context is {max_seq_len} tokens; once full, it keeps the first token and newer half",
                   file=sys.stderr)
             self.crop_note_shown = True
 
     def read(self, ids: list[int], alternatives: int = 3) -> list[Token]:
-        """Return how probable each token except the first one is after the tokens before it.
+        """Return the log-probability of each token except the first, given the tokens before it.
 
-        More than max_seq_len tokens are read in windows of that length, see Engine.logprobs.
+        alternatives: number of most probable tokens to return. Long inputs are split into windows, see Engine.logprobs.
         """
         tokens: list[Token] = []
         for logprobs in self.engine.logprobs(ids):                                  # (n, vocab_size)
@@ -263,6 +263,6 @@ class TextGenerator:
 
 
 def sampling_kwargs(cfg: SimpleNamespace) -> dict[str, Any]:
-    """Return those settings of sample.py that TextGenerator.generate takes, by name."""
+    """Return the settings of sample.py that TextGenerator.generate takes."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     return {name: getattr(cfg, name) for name in names} | {"stop": cfg.stop.split("|")}

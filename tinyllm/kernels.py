@@ -1,7 +1,7 @@
-"""Faster forms of two functions of model.py: attention in bfloat16 on a CPU, and the loss.
+"""Faster implementations of two functions of model.py: attention in bfloat16 on a CPU, and the loss.
 
-They replace those functions only while model.py is the file they were written for. After an edit of model.py its own
-functions run, because nobody can tell whether these still compute the same.
+They run only while model.py's code is unchanged. After an edit, model.py's own functions run, because these may no
+longer compute the same.
 """
 import ast
 import hashlib
@@ -17,24 +17,24 @@ from torch import Tensor, nn
 
 import model
 
-MODEL_FINGERPRINT = "a8772d8707894733"                   # of model.py; tests/test_kernels.py keeps it current
-QUERY_BLOCK = 64                                # queries at a time in attention on a CPU
-MAX_BLOCKED_LEN = 1024                          # longer sequences take PyTorch's kernel
-MAX_LOGITS_ON_CPU = 1 << 20                     # in a chunk of the loss: 4 MB in float32, about the cache
+MODEL_FINGERPRINT = "a8772d8707894733"                   # of model.py; tests/test_kernels.py prints a new one
+QUERY_BLOCK = 64                                # queries per block of attention on a CPU
+MAX_BLOCKED_LEN = 1024                          # longer sequences use PyTorch's kernel
+MAX_LOGITS_ON_CPU = 1 << 20                     # per chunk of the loss: 4 MB in float32, about the cache size
 MAX_LOGITS_ON_GPU = 1 << 24                     # 64 MB
 
 
-# ---- choice between the two forms ---------------------------------------------------------------
+# ---- choice of implementation -------------------------------------------------------------------
 
 def build_transformer(args: model.ModelArgs) -> model.Transformer:
-    """Build a model of model.py with these kernels, or with its own functions if it was edited."""
+    """Build model.py's Transformer with these kernels, or with its own functions if model.py was edited."""
     if model_is_original():
         return model.Transformer(args, causal_attention, LinearCrossEntropy())
     return model.Transformer(args)
 
 
 def parts_to_compile(transformer: nn.Module) -> list[nn.Module]:
-    """Return the parts that torch.compile takes one by one: layers, which are all alike, and a chunk of the loss."""
+    """Return the modules to compile one by one: the layers, which share compiled code, and a chunk of the loss."""
     parts = list(transformer.layers)
     if isinstance(transformer.loss_fn, LinearCrossEntropy):
         parts.append(transformer.loss_fn.chunk)
@@ -43,7 +43,7 @@ def parts_to_compile(transformer: nn.Module) -> list[nn.Module]:
 
 @cache
 def model_is_original() -> bool:
-    """True if model.py is the file that the kernels, and the engine, were written for. Otherwise print a note, once."""
+    """True if model.py's code is unchanged. Otherwise print a note once."""
     path = Path(model.__file__)
     if path.is_file() and fingerprint(path.read_bytes()) == MODEL_FINGERPRINT:
         return True
@@ -53,12 +53,12 @@ def model_is_original() -> bool:
 
 
 def fingerprint(source: str | bytes) -> str:
-    """Return a digest of Python code that docstrings, comments, layout and the version of Python do not change."""
+    """Return a digest of Python code. Docstrings, comments, layout and the Python version do not change it."""
     return hashlib.sha256(_dump(ast.parse(source)).encode()).hexdigest()[:16]
 
 
 def _dump(node: Any) -> str:
-    """Return a syntax tree as text, without empty fields: those differ between versions of Python, as in ast.dump."""
+    """Return a syntax tree as text without empty fields, so that all Python versions give the same text."""
     if isinstance(node, list):
         return f"[{','.join(map(_dump, node))}]"
     if not isinstance(node, ast.AST):
@@ -73,22 +73,22 @@ def _dump(node: Any) -> str:
 # ---- attention ----------------------------------------------------------------------------------
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale: float | None = None) -> Tensor:
-    """Compute model.causal_attention with the fastest kernel of the device. scale: of the scores; None: 1 / sqrt(D)."""
+    """Compute model.causal_attention with the fastest kernel. scale: factor of the scores; None: 1 / sqrt(D)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= MAX_BLOCKED_LEN:
         return _blocked_attention(q, k, v, dropout, scale or q.shape[-1] ** -0.5)
     n_rep = q.shape[1] // k.shape[1]
     if n_rep > 1 and q.device.type == "cuda" and q.dtype != torch.bfloat16:
-        # of GPUs without bfloat16: their kernel that stores no (T, T) scores cannot share heads
+        # on GPUs without bfloat16, the kernel that never stores (T, T) scores does not support shared heads
         k, v = k.repeat_interleave(n_rep, 1), v.repeat_interleave(n_rep, 1)
         n_rep = 1
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_rep > 1, dropout_p=dropout, scale=scale)
 
 
 def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> Tensor:
-    """Compute a block of queries at a time, with the keys up to its end.
+    """Compute attention for one block of queries at a time, with the keys up to the block's end.
 
-    On a CPU, PyTorch's fused kernel is slow in bfloat16. Plain products are faster, and these leave out most of what
-    the mask would hide. Heads that share keys form one longer block.
+    On a CPU, PyTorch's fused kernel is slow in bfloat16. Plain matrix products are faster, and blocks skip most of the
+    masked scores. Heads that share keys form one longer block.
     """
     n_rep = q.shape[1] // k.shape[1]
     q = (q * scale).unflatten(1, (-1, n_rep))                                           # (B, K, H / K, T, D)
@@ -107,18 +107,17 @@ def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: f
 # ---- loss ---------------------------------------------------------------------------------------
 
 class LinearCrossEntropy(nn.Module):
-    """Compute model.linear_cross_entropy without ever storing all logits.
+    """model.linear_cross_entropy in chunks, because all logits would be by far the largest tensor of a small model.
 
-    They are by far the largest array of a small model. Here, a few rows at a time are computed and turned into
-    gradients while they are in the cache (as in Liger Kernel, arXiv 2410.10989).
+    The logits of a chunk become gradients while they are in the cache (as in Liger Kernel, arXiv 2410.10989).
     """
 
     def __init__(self):
         super().__init__()
-        self.chunk = CrossEntropyChunk()        # a module of its own, so that it is compiled once for all chunks
+        self.chunk = CrossEntropyChunk()        # a separate module, compiled once for all chunks
 
     def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), -1 is not scored."""
+        """Return the mean loss. h: (B, T, dim); weight: (vocab_size, dim); targets: (B, T), -1 is ignored."""
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         h = h.flatten(0, 1).to(dtype)                                                   # (B * T, dim)
@@ -128,9 +127,9 @@ class LinearCrossEntropy(nn.Module):
 class CrossEntropyChunk(nn.Module):
     def forward(self, h: Tensor, weight: Tensor, targets: Tensor, grad_weight: Tensor | None
                 ) -> tuple[Tensor, Tensor | None]:
-        """Return the sum of the losses of some rows and its gradient for h; add the one for weight to grad_weight.
+        """Return the summed loss of some rows and its gradient for h; add its gradient for weight to grad_weight.
 
-        h: (rows, dim); weight: (vocab_size, dim); targets: (rows,), -1 is not scored. grad_weight None: no gradients.
+        h: (rows, dim); weight: (vocab_size, dim); targets: (rows,), -1 is ignored. grad_weight None: no gradients.
         """
         loss_mask = (targets >= 0)[:, None]                                             # (rows, 1)
         target = targets.clamp(min=0)[:, None]                                          # (rows, 1)
@@ -141,7 +140,7 @@ class CrossEntropyChunk(nn.Module):
         loss = ((sum_exp.log() + max_logit - logits.gather(1, target)) * loss_mask).sum()
         if grad_weight is None:
             return loss, None
-        # probabilities, minus 1 at the targets; a comparison, because a scatter would end the compiled loop
+        # softmax - one_hot(targets); == instead of scatter keeps it one fused loop
         is_target = torch.arange(len(weight), device=h.device) == target                # (rows, vocab_size)
         grad = (exp_logits * (loss_mask / sum_exp) - (is_target & loss_mask).float()).to(h.dtype)
         grad_weight += grad.T @ h
@@ -152,7 +151,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: CrossEntropyChunk) -> Tensor:
         max_logits = MAX_LOGITS_ON_CPU if h.device.type == "cpu" else MAX_LOGITS_ON_GPU
-        rows = 1 << max(max_logits // len(weight), 1).bit_length() - 1      # a power of 2, so most chunks are alike
+        rows = 1 << max(max_logits // len(weight), 1).bit_length() - 1      # a power of 2, so chunk shapes repeat
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
         losses, grads = [], []
         for h_chunk, target_chunk in zip(h.split(rows), targets.split(rows)):

@@ -1,4 +1,4 @@
-"""Choose the next token from the logits: temperature, top-k, top-p, min-p, repetition penalty, and a draw.
+"""Sample the next token from logits: temperature, top-k, top-p, min-p and repetition penalty.
 
     tokens = sample_token(logits, SamplingParams(temperature=0.8, top_k=300), next(noise))
 
@@ -15,25 +15,25 @@ from torch import Tensor
 
 from tinyllm.cli import UserError
 
-NOISE_CHUNK = 16        # tokens for which random numbers are drawn at once
+NOISE_CHUNK = 16        # tokens whose random numbers are drawn at once
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token."""
+    """Sampling settings."""
     temperature: float = 1.0            # 0: take the most probable token
-    top_k: int = 0                      # draw from the k most probable tokens; 0: from all
-    top_p: float = 1.0                  # draw from the most probable that together reach this (arXiv 1904.09751)
-    min_p: float = 0.0                  # drop tokens below this share of the top probability (arXiv 2407.01082)
-    repetition_penalty: float = 1.0     # above 1, make tokens that occurred less probable (arXiv 1909.05858)
+    top_k: int = 0                      # sample from the k most probable tokens; 0: from all
+    top_p: float = 1.0                  # sample from the top tokens that add up to top_p (arXiv 1904.09751)
+    min_p: float = 0.0                  # drop tokens below min_p times the top probability (arXiv 2407.01082)
+    repetition_penalty: float = 1.0     # above 1: make tokens that occurred less probable (arXiv 1909.05858)
     seed: int = 0
 
 
 def validate_sampling(max_new_tokens: int, params: SamplingParams) -> None:
-    """Raise UserError with all settings that are out of range."""
+    """Raise UserError that lists all settings out of range."""
     errors = []
     if max_new_tokens < 0:
-        errors.append(f"max_new_tokens must not be negative, not {max_new_tokens}")
+        errors.append(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     if not 0 <= params.temperature < math.inf:
         errors.append(f"temperature must be 0 or more, not {params.temperature}")
     if params.top_k < 0:
@@ -49,13 +49,12 @@ def validate_sampling(max_new_tokens: int, params: SamplingParams) -> None:
 
 
 def sample_token(logits: Tensor, params: SamplingParams, noise: Tensor, occurred: Tensor | None = None) -> Tensor:
-    """Choose a token for each sequence; return their ids (B,).
+    """Sample one token per sequence. Returns ids (B,).
 
-    The largest of p / e, with exponentially distributed e, is a draw from p (Gumbel-max trick, arXiv 1611.01144).
-    Noise belongs to the sorted probabilities, so top-k keeps exactly k tokens even if logits are equal.
+    With exponentially distributed e, argmax(p / e) is a sample from p (Gumbel-max trick, arXiv 1611.01144). The noise
+    applies to sorted probabilities, so top-k keeps exactly k tokens even if logits are equal.
 
-    logits: (B, vocab_size). noise: (B, k), from `exponential_noise`. occurred: (B, vocab_size), the tokens that
-    repetition_penalty applies to.
+    logits: (B, vocab_size). noise: (B, k), from `exponential_noise`. occurred: (B, vocab_size), the tokens to penalize.
     """
     if occurred is not None:
         penalty = params.repetition_penalty
@@ -75,7 +74,7 @@ def sample_token(logits: Tensor, params: SamplingParams, noise: Tensor, occurred
 
 def exponential_noise(params: SamplingParams, sample_ids: Iterable[int], vocab_size: int, device: torch.device
                       ) -> Iterator[Tensor]:
-    """Yield exponentially distributed numbers (B, k) for each token; each sample id has its own generator."""
+    """Yield exponentially distributed noise (B, k) for each token. Each sample id has its own generator."""
     k = min(params.top_k or vocab_size, vocab_size)
     if params.temperature == 0:
         yield from repeat(torch.empty(0, k))
@@ -89,7 +88,7 @@ def exponential_noise(params: SamplingParams, sample_ids: Iterable[int], vocab_s
 
 
 def occurrence_mask(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
-    """Return which ids occur in each prompt, (B, vocab_size)."""
+    """Return a mask (B, vocab_size) of the ids that occur in each prompt."""
     occurred = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, ids in zip(occurred, prompts):
         row[ids] = True
