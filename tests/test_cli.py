@@ -116,6 +116,37 @@ def test_help_shows_comments_and_defaults(block, capsys):
     assert "how many, on two lines (default: 16)" in text and "100% of the rate (default: 0.5)" in text
 
 
+def test_help_has_a_heading_for_each_group(block, capsys):
+    path = Path(block["__file__"])
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("name =", "# files: 100% of them,\n# on two lines\nname =").replace("page:", "# display\npage:")
+    path.write_text(text, encoding="utf-8")
+    groups = {name: setting.group for name, setting in cli.read_settings_block(path).items()}
+    files = "files: 100% of them, on two lines"
+    assert groups == {"rate": "", "count": "", "name": files, "on": files, "page": "display", "when": "display"}
+    assert read(block, "--name", "x", "--no-on", "--page")["page"] is True
+    with pytest.raises(SystemExit):
+        read(block, "--help")
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines()[2:] if line.endswith(":")] == ["options:", "files:", "display:"]
+    assert "\nfiles:\n  100% of them, on two lines\n\n  --name STR" in text and "\ndisplay:\n  --page" in text
+
+
+@pytest.mark.parametrize("module", [*SCRIPTS, "convert", "tools.bench", "tools.bench_scale", "tools.compare",
+                                    "tools.doctor"])
+def test_the_help_of_every_script_lists_its_settings_by_group(module, capsys):
+    tool = importlib.import_module(module)
+    with pytest.raises(SystemExit) as end:
+        cli.parse_settings(vars(tool), ["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    position = 0
+    for name, setting in cli.read_settings_block(Path(tool.__file__)).items():
+        heading = setting.group.partition(": ")[0]
+        position = max(position, text.index(f"\n{heading}:\n") if heading else 0)
+        position = text.index(f"\n  --{name} ", position)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_setting_of_a_script_is_explained_or_plain(name):
     settings = cli.read_settings_block(ROOT / f"{name}.py")

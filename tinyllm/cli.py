@@ -41,6 +41,7 @@ class Setting(NamedTuple):
     """An assignment of a settings block."""
     comment: str
     is_bool_or_str: bool
+    group: str              # heading in --help; "" before the first one
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,8 +69,12 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
     settings = read_settings_block(Path(module_globals["__file__"]))
     defaults = {name: module_globals[name] for name in settings}
     parser = _build_parser(module_globals, epilog)
+    groups = {"": parser}
     for name, setting in settings.items():
-        _add_setting(parser, name, setting, defaults[name])
+        if setting.group not in groups:
+            title, _, description = setting.group.partition(": ")
+            groups[setting.group] = parser.add_argument_group(title, description or None)
+        _add_setting(groups[setting.group], name, setting, defaults[name])
     for name in positional:
         nargs = "*" if isinstance(defaults[name], list) else "?"
         parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, help=f"the same as --{name}")
@@ -89,14 +94,23 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
 
 
 def read_settings_block(path: Path) -> dict[str, Setting]:
-    """Return the settings of a script by name, in order. Indented comment lines continue the comment above them."""
+    """Return the settings of a script by name, in order.
+
+    Indented comment lines continue the comment above them. Other comment lines head the settings below them.
+    """
     source = "#" + path.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    lines = source.splitlines()
     assignments = [node for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
     settings = {}
+    group = ""
+    end = 1                 # the first line is the rest of BEGIN
     for node in assignments:
         is_annotated = isinstance(node, ast.AnnAssign)
         target = node.target if is_annotated else node.targets[0]
-        settings[target.id] = Setting(_comment_after(source.splitlines(), node), is_annotated)
+        heading = [line.strip("# ") for line in lines[end:node.lineno - 1] if line.startswith("#")]
+        group = " ".join(heading) or group
+        end = node.end_lineno
+        settings[target.id] = Setting(_comment_after(lines, node), is_annotated, group)
     return settings
 
 
@@ -113,7 +127,7 @@ def _build_parser(module_globals: dict[str, Any], epilog: str) -> _Parser:
                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def _add_setting(parser: _Parser, name: str, setting: Setting, default: Any) -> None:
+def _add_setting(parser: _Parser | argparse._ArgumentGroup, name: str, setting: Setting, default: Any) -> None:
     text = f"{setting.comment} (default: {default!r})".replace("%", "%%")
     kind = type(default)
     if setting.is_bool_or_str or kind is bool:
