@@ -204,7 +204,7 @@ def test_a_list_may_stand_without_its_name(block):
 
 @pytest.mark.parametrize("argv", [["--gone"], ["--gone", "a", "b"], ["--gone=a"], ["--count", "3", "--gone"]])
 def test_a_flag_that_moved_names_its_command(block, argv):
-    with pytest.raises(cli.UserError, match="--gone is not a setting any more; type\n       python -m tools.gone"):
+    with pytest.raises(cli.UserError, match="--gone is no longer a setting\n       python -m tools.gone"):
         cli.parse_settings(block, argv, moved={"gone": "python -m tools.gone"})
 
 

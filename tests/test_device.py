@@ -57,11 +57,11 @@ def test_a_gpu_that_is_too_old_for_this_pytorch_is_not_used(machine):
     RuntimeError("could not create a primitive")])
 def test_a_gpu_whose_memory_is_full_is_waited_for(machine, error):
     machine(cuda=True, fails=error)
-    with pytest.raises(UserError, match="not enough memory\n.*close what else uses cuda"):
+    with pytest.raises(UserError, match="not enough memory\n.*close other programs that use cuda"):
         device.choose_backend()
 
 
-@pytest.mark.parametrize("built_for, says", [(None, "made for CPUs"), ("13.0", "CUDA 13.0; is NVIDIA's driver older")])
+@pytest.mark.parametrize("built_for, says", [(None, "a CPU build"), ("13.0", "CUDA 13.0; the NVIDIA driver")])
 def test_a_gpu_that_pytorch_does_not_see_is_mentioned(machine, monkeypatch, built_for, says):
     machine()
     assert "no GPU, " in device.choose_backend().reason
