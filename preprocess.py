@@ -1,10 +1,10 @@
 """Step 2 of 4: turn the text into token ids, in files that training maps into memory.
 
     python preprocess.py                          # the text and the tokenizer of step 1
-    python preprocess.py --tokenizer llama.model --data my_texts      # a tokenizer from elsewhere, or from a model
+    python preprocess.py --tokenizer llama.model --data my_texts      # another tokenizer, or the one in a model
 
-Writes data/tok4096/: train_*.bin, val_*.bin and, when all of them are complete, manifest.json. A second
-run only writes shards that are missing or changed, so rerun it after an interruption.
+Writes data/tok4096/: train_*.bin, val_*.bin and, when all of them are complete, manifest.json. Rerun it after an
+interruption: it only writes shards that are missing or outdated.
 """
 import hashlib
 import time
@@ -27,21 +27,21 @@ from tinyllm.shards import MANIFEST, SPLITS, Shard, ShardSet, Source
 from tinyllm.words import DocumentEncoder
 
 # ---- settings -----------------------------------------------------------------------------------
-data_dir = "data"       # where step 1 wrote the tokenizer, and where the shards go
-data = ""               # the text; empty: the text of step 1
-encoding = ""           # of all files, such as gb18030; empty: the one of step 1
-vocab_size = 0          # of the tokenizer to use if data_dir has several; 0: the only one
-tokenizer = ""          # a tokenizer from elsewhere, or a model with one; it is copied to data_dir and used
-num_workers = 0         # processes, at most 60; 0: one per core, if memory allows. Each takes up to 400 MB
+data_dir = "data"       # folder of the tokenizer from step 1; the shards are written there
+data = ""               # your text: a file or folder; empty: the text of step 1
+encoding = ""           # encoding of the text, such as gb18030; empty: the encoding from step 1
+vocab_size = 0          # selects the tokenizer if data_dir has several; 0: the only one
+tokenizer = ""          # a tokenizer file, or a model with one, copied to data_dir; empty: the tokenizer of step 1
+num_workers = 0         # processes, at most 60, up to 400 MB each; 0: one per core, if memory allows
 # ---- end of settings ----------------------------------------------------------------------------
 
-PARTIAL_MANIFEST = "manifest.part.json"         # lists the finished shards until all are
+PARTIAL_MANIFEST = "manifest.part.json"         # lists the finished shards of an incomplete set
 MOVED_FLAGS = {"verify": "bash test.sh -k preprocess       # the tests compare shards with the plain encoding"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """The files of one pair of shards, and everything that a worker process needs to write it."""
+    """The source files of one pair of shards, and the settings for writing it."""
     index: int
     sources: dict[Path, Source]
     folder: Path
@@ -81,25 +81,25 @@ def main() -> None:
 
 
 def import_tokenizer(path: Path, data_dir: str) -> Path:
-    """Copy a tokenizer from elsewhere to <data_dir>/tok<size>.model, where all steps look for it."""
+    """Copy a tokenizer to <data_dir>/tok<size>.model, where all steps look for it. Returns that path."""
     from tinyllm import checkpoint  # loads torch, which workers do not need
     imported = checkpoint.read_tokenizer(path)
     if min(imported.bos_id, imported.eos_id) < 0:
-        raise UserError(f"{path} has no bos or no eos; documents could not be told apart")
+        raise UserError(f"{path} has no bos or no eos token; expected both, to separate documents")
     model_path = Path(data_dir) / f"tok{imported.n_words}.model"
     if model_path.exists() and load_tokenizer(model_path).sha256 != imported.sha256:
-        raise UserError(f"{model_path} is another vocabulary of that size\n       name another --data_dir for {path}")
+        raise UserError(f"{model_path} holds another vocabulary of that size\n       choose another --data_dir")
     with folder_lock(data_dir), atomic_write(model_path) as file:
         file.write(imported.model)
     return model_path
 
 
 def find_source(cfg: SimpleNamespace, model_path: Path, model_sha256: str) -> TextSource:
-    """Return the text to read: the one of step 1, unless the settings name another."""
+    """Return the text of step 1, unless the settings name another one."""
     recorded = corpus.load_source(model_path, model_sha256)
     if not recorded and not cfg.data and not cfg.tokenizer:
-        raise UserError(f"no {model_path.with_suffix('.json')}, which would tell what text {model_path.name} is for"
-                        "\n       name it: --data PATH")
+        raise UserError(f"no {model_path.with_suffix('.json')}; expected it to name the text of {model_path.name}"
+                        "\n       name the text with --data PATH")
     text_encoding = cfg.encoding or (recorded.encoding if recorded else "")
     if recorded and (not cfg.data or Path(cfg.data) == recorded.path):
         return replace(recorded, encoding=text_encoding)
@@ -108,10 +108,10 @@ def find_source(cfg: SimpleNamespace, model_path: Path, model_sha256: str) -> Te
 
 
 def make_jobs(files: list[Path], source: TextSource, model_path: Path, shard_set: ShardSet) -> list[Job]:
-    """Arrange the source files into groups, one for each pair of shards."""
+    """Group the source files into jobs, one for each pair of shards."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, files))
-    if source.encoding:             # read in another encoding, a file is another source
+    if source.encoding:             # in another encoding, the same bytes are another text
         digests = [hashlib.sha256(f"{digest} {source.encoding}".encode()).hexdigest() for digest in digests]
     sources = {}
     for path, digest in zip(files, digests):
@@ -122,7 +122,7 @@ def make_jobs(files: list[Path], source: TextSource, model_path: Path, shard_set
 
 
 def build_shards(shard_set: ShardSet, jobs: list[Job], num_workers: int) -> None:
-    """Bring the shards up to date. Until all are complete, their list has another name than the manifest."""
+    """Write the missing and outdated shards, then the manifest. PARTIAL_MANIFEST lists the shards until then."""
     finished = find_reusable_shards(shard_set, jobs)
     todo = [job for job in jobs if job.index not in finished]
     if finished:
@@ -145,7 +145,7 @@ def build_shards(shard_set: ShardSet, jobs: list[Job], num_workers: int) -> None
 
 
 def find_reusable_shards(shard_set: ShardSet, jobs: list[Job]) -> dict[int, list[Shard]]:
-    """Return the intact shards of an earlier run, by job, that this run would write with the same content."""
+    """Return the intact shards of earlier runs that this run would write with the same content, by job index."""
     intact: dict[str, Shard] = {}
     for name in (PARTIAL_MANIFEST, MANIFEST):
         try:
@@ -172,12 +172,12 @@ def delete_unlisted_shards(shard_set: ShardSet) -> None:
 
 @lru_cache(1)
 def shared_encoder(path: Path, sha256: str) -> DocumentEncoder:
-    """Return one encoder, with the words that it knows, for all jobs of a process. sha256 is a key of the cache."""
+    """Return the encoder that all jobs of a process share. sha256 is only a cache key."""
     return DocumentEncoder(load_tokenizer(path))
 
 
 def write_shards(job: Job, progress: Callable[[int], None]) -> list[Shard]:
-    """Tokenize the files of a job into its train and its val shard."""
+    """Tokenize the files of a job and write its train and val shards."""
     encoder = shared_encoder(job.model_path, job.model_sha256)
     dtype = shards.token_dtype(encoder.tokenizer.n_words)
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}          # documents, tokens, bytes of text
@@ -197,7 +197,7 @@ def write_shards(job: Job, progress: Callable[[int], None]) -> list[Shard]:
 
 
 def split_batches(job: Job, progress: Callable[[int], None]) -> Iterator[tuple[str, list[bytes]]]:
-    """Yield (split, documents in UTF-8) in the order of the source; encoding many at a time is faster."""
+    """Yield batches (split, documents in UTF-8) in source order; large batches encode faster."""
     pending: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     for batch in documents.read_batches(job.sources, progress, job.encoding):
         for split, texts in corpus.split_texts(batch, job.val_threshold).items():
@@ -218,7 +218,7 @@ def print_stats(shard_set: ShardSet) -> None:
 
 
 def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
-    """Print the command that trains on the shards; with a model's tokenizer, one that starts from the model."""
+    """Print the command for step 3. If the tokenizer is from a model, the command fine-tunes that model."""
     flags = path_flags(model_path)
     if cfg.tokenizer:
         from tinyllm import checkpoint  # loads torch, which workers do not need
@@ -231,7 +231,7 @@ def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
     train = cli.format_command("train", **flags)
     print(f"next: {train}")
     if "init_from" not in flags:
-        print(f"      on a CPU, a first story after 3 minutes: {train} --preset cpu_3min")
+        print(f"      on a CPU, for a first story after 3 minutes: {train} --preset cpu_3min")
 
 
 if __name__ == "__main__":

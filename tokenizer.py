@@ -6,7 +6,7 @@
 
 `train_tokenizer` learns byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) with Llama 2's layout: 0 unknown,
 1 bos, 2 eos, 3 to 258 the single bytes, then the learned pieces. It is lossless: decode(encode(text)) == text for
-every text. This file needs nothing but sentencepiece: copy it anywhere.
+every text. This file depends only on sentencepiece, so it can be copied into other projects.
 """
 import hashlib
 import io
@@ -17,27 +17,27 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-SPACE_MARK = "\u2581"                # SentencePiece writes a space as this character
-NORMAL = 1                      # kinds of pieces in its files
+SPACE_MARK = "\u2581"                # how SentencePiece writes a space
+NORMAL = 1                      # kinds of pieces in a .model file
 UNKNOWN = 2
 CONTROL = 3
 UNUSED = 5
 BYTE = 6
 N_RESERVED_IDS = 3 + 256        # unknown, bos, eos, and a piece for each byte
-WORD_END = "\x1f"               # ends a word during training and is in no piece
-HARD_TEXT = "  ﬁ½\u3000e\u0301 \n\n \t\x00"     # normalizers change each of these characters
-SURROGATE = re.compile("[\ud800-\udfff]")     # a byte that is not UTF-8, as Python reads arguments
+WORD_END = "\x1f"               # separates words during training; no piece contains it
+HARD_TEXT = "  ﬁ½\u3000e\u0301 \n\n \t\x00"     # characters that normalizers change
+SURROGATE = re.compile("[\ud800-\udfff]")     # how Python represents invalid UTF-8 in arguments
 
 
 class BaseTokenizer:
-    """The interface of all kinds of tokenizers.
+    """The interface of all tokenizers.
 
     Attributes:
         n_words: size of the vocabulary, also as `vocab_size`; ids run from 0 to n_words - 1.
-        bos_id, eos_id, pad_id: special ids, -1 for none.
+        bos_id, eos_id, pad_id: special ids; -1 if missing.
         add_bos: True if the model expects bos before a text.
-        is_lossless: True if every text comes back exactly.
-        model: the bytes of the model file; sha256: their digest in hex.
+        is_lossless: True if decode(encode(text)) == text for every text.
+        model, sha256: the bytes of the model file, and their digest in hex.
     """
     n_words: int
     bos_id = eos_id = pad_id = -1
@@ -53,11 +53,11 @@ class BaseTokenizer:
         return self.n_words
 
     def encode(self, s: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of a string, on request between bos and eos."""
+        """Return the ids of a string, optionally with bos in front and eos at the end."""
         return self.encode_batch([s], bos, eos)[0]
 
     def encode_batch(self, texts: list[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
-        """Return the ids of each string; faster than one call for each. Raises ValueError for lone surrogates."""
+        """Return the ids of each string; faster than separate calls. Raises ValueError for lone surrogates."""
         head = [self.bos_id] if bos else []
         tail = [self.eos_id] if eos else []
         try:
@@ -66,15 +66,15 @@ class BaseTokenizer:
             broken = [text for text in texts if isinstance(text, str) and SURROGATE.search(text)]
             if not broken:
                 raise
-            raise ValueError(f"this is not text, some bytes are not UTF-8: {ascii(broken[0][:60])}") from error
+            raise ValueError(f"the text is not UTF-8: {ascii(broken[0][:60])}") from error
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a prompt, after bos if the model expects it. Raises ValueError if there are no ids."""
+        """Return the ids of a prompt, with bos if the model expects it. Raises ValueError if there are no ids."""
         ids = self.encode(text)
         if self.bos_id >= 0 and (self.add_bos or not ids):
             return [self.bos_id] + ids
         if not ids:
-            raise ValueError("this tokenizer has no bos, so a prompt cannot be empty")
+            raise ValueError("this tokenizer has no bos token; expected a prompt that is not empty")
         return ids
 
     def special_token_id(self, special: str) -> int:
@@ -85,11 +85,11 @@ class BaseTokenizer:
         raise NotImplementedError
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids, without special ids; unfinished characters become U+FFFD."""
+        """Return the text of ids, without special ids; incomplete characters become U+FFFD."""
         raise NotImplementedError
 
     def id_to_piece(self, token: int) -> str:
-        """Return the text of one entry of the vocabulary, with U+2581 for a space."""
+        """Return the text of a vocabulary entry, with U+2581 for spaces."""
         raise NotImplementedError
 
 
@@ -103,7 +103,7 @@ class Tokenizer(BaseTokenizer):
         try:
             self._sp = SentencePieceProcessor(model_proto=self.model)
             self.n_words = self._sp.vocab_size()
-            if not self.pieces():       # raises UnicodeDecodeError if one is not text
+            if not self.pieces():       # raises UnicodeDecodeError for a piece that is not UTF-8
                 raise RuntimeError("no pieces")
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is not a SentencePiece model ({len(self.model)} bytes)") from error
@@ -128,7 +128,7 @@ class Tokenizer(BaseTokenizer):
         return batch
 
     def _encode_with_space_mark(self, text: str) -> list[int]:
-        """Spell U+2581 in bytes, because SentencePiece would take it for a space."""
+        """Encode U+2581 as its bytes, because SentencePiece would read it as a space."""
         first, *rest = text.split(SPACE_MARK)
         ids = self._sp.encode(first) or self._sp.encode("\n")[:1]
         space_mark_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
@@ -139,25 +139,25 @@ class Tokenizer(BaseTokenizer):
     def encode_continuation(self, text: str) -> list[int]:
         """Return the ids of a text without the space that SentencePiece puts in front.
 
-        A newline takes that space and merges with nothing: "\\n" + text is encoded and the newline's ids are cut off.
+        This encodes "\\n" + text: the newline takes that space and merges with nothing, so its ids can be cut off.
         """
         return self._sp.encode("\n" + text)[self._newline_length:]
 
     def decode(self, ids: list[int]) -> str:
         try:
             return self._sp.decode(ids)
-        except IndexError:                  # a model may have more embeddings than the vocabulary has entries
+        except IndexError:                  # a model may have more embeddings than vocabulary entries
             return self._sp.decode([i for i in ids if 0 <= i < self.n_words])
 
     def id_to_piece(self, token: int) -> str:
         return self._sp.id_to_piece(token) if token < self.n_words else ""
 
     def special_token_id(self, special: str) -> int:
-        token = self._sp.piece_to_id(special)       # the id of unknown if there is no such piece
+        token = self._sp.piece_to_id(special)       # the unknown id if the piece does not exist
         return token if self._sp.id_to_piece(token) == special else super().special_token_id(special)
 
     def pieces(self) -> list[tuple[str, float, int]]:
-        """Return text, score and kind of each entry."""
+        """Return the text, score and kind of each vocabulary entry."""
         return [(self._sp.id_to_piece(i), self._sp.get_score(i), self._kind(i)) for i in range(self.n_words)]
 
     def _kind(self, token: int) -> int:
@@ -175,22 +175,22 @@ class Tokenizer(BaseTokenizer):
 def train_tokenizer(word_counts: dict[bytes, int], vocab_size: int) -> Tokenizer:
     """Train byte-pair encoding on the words of a text.
 
-    A space begins a word, a newline and a digit stand alone, a tab is always spelled as its byte, and no text is
-    normalized. If the text has more distinct characters than fit, the most common ones get half of the room and the
-    others are spelled in bytes. A small text may yield fewer than vocab_size entries.
+    Spaces begin words. Newlines and digits are pieces by themselves, and tabs are encoded as bytes. Text is not
+    normalized. If the characters of the text do not fit, the most common ones fill half of the free entries, and the
+    others are encoded as bytes. A small text may yield fewer than vocab_size entries.
 
     Args:
-        word_counts: how often each word occurs, with the space in front of it, in UTF-8.
+        word_counts: the count of each word; words are in UTF-8, with the space in front of them.
     Raises:
-        ValueError: when there is no text, or vocab_size has no room for characters.
+        ValueError: if the text is empty, or vocab_size leaves no room for characters.
     """
     check_vocab_size(vocab_size)
-    word_ends = {ord("\t"): WORD_END}           # a tab is no part of a word
+    word_ends = {ord("\t"): WORD_END}           # a tab separates words
     try:
         return _train(word_counts, word_ends, vocab_size)
     except RuntimeError as error:
         if "sentences_.empty()" in str(error):
-            raise ValueError("there is no text to train a tokenizer on") from error
+            raise ValueError("no text to train a tokenizer on") from error
         if "smaller than required_chars" not in str(error):
             raise
     rare = _rare_characters(word_counts, (vocab_size - N_RESERVED_IDS) // 2)
@@ -198,10 +198,10 @@ def train_tokenizer(word_counts: dict[bytes, int], vocab_size: int) -> Tokenizer
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise ValueError if a vocabulary of that size has no room for characters."""
+    """Raise ValueError if vocab_size leaves no room for characters."""
     if vocab_size < N_RESERVED_IDS + 4:
-        raise ValueError(f"vocab_size {vocab_size} is too small: the bytes and special ids take {N_RESERVED_IDS}; "
-                         "try 512 or more")
+        raise ValueError(f"vocab_size {vocab_size} is too small, because bytes and special ids take {N_RESERVED_IDS} "
+                         "entries; expected 512 or more")
 
 
 def _rare_characters(word_counts: dict[bytes, int], n_common: int) -> list[str]:
@@ -229,7 +229,7 @@ def _train(word_counts: dict[bytes, int], word_ends: dict[int, str], vocab_size:
 
 
 def _with_space_in_front(model: bytes) -> bytes:
-    """Return a model that puts a space before each text. The words it learned from came with their spaces."""
-    # in a protocol buffer the last value of a field counts: normalizer_spec (3) { add_dummy_prefix (3): true }
+    """Return a model that puts a space before each text, as each word had in training."""
+    # the last value of a protobuf field counts; append normalizer_spec (3) { add_dummy_prefix (3): true }
     processor = SentencePieceProcessor(model_proto=model + bytes([3 << 3 | 2, 2, 3 << 3, 1]))
     return processor.serialized_model_proto()

@@ -1,12 +1,11 @@
 """Step 1 of 4: learn a tokenizer from text.
 
-    python train_vocab.py --vocab_size 1024                      # the built-in stories; seconds
+    python train_vocab.py --vocab_size 1024                      # the built-in stories; takes seconds
     python train_vocab.py --data my_texts                        # your own folder or file
-    python train_vocab.py --download True --vocab_size 4096      # the real TinyStories; 1.6 GB to fetch
+    python train_vocab.py --download True --vocab_size 4096      # the real TinyStories; downloads 1.6 GB
 
-Writes data/tok4096.model, which step 2 and step 3 find by themselves, and data/tok4096.json, which
-tells step 2 where the text is and which documents are for validation. The tokenizer never sees those,
-so that validation stays honest.
+Writes data/tok4096.model, which steps 2 and 3 find by themselves, and data/tok4096.json, which records the
+source of the text and the validation split. The tokenizer never sees the validation documents.
 """
 import time
 from collections.abc import Callable
@@ -22,19 +21,19 @@ from tinyllm.words import WordCounts
 from tokenizer import check_vocab_size, train_tokenizer
 
 # ---- settings -----------------------------------------------------------------------------------
-data_dir = "data"       # where the tokenizer goes; use another folder for each project
-data = ""               # your own text: a file or folder of .txt, .json, .jsonl, each also .gz
-encoding = ""           # of all files, if not UTF-8: gb18030 for Chinese Windows, cp1252 for western, utf-16, ...
-download = False        # fetch the real TinyStories into data_dir, unless they are there
-mirror = ""             # for the download: huggingface, hf-mirror, modelscope or an address; several with commas
-vocab_size = 4096       # 512 to 2048 for a small model on a CPU, 4096 for the default, 32000 for a large one
-num_workers = 0         # processes, at most 60; 0: one per core, if memory allows. Each takes up to 400 MB
+data_dir = "data"       # folder for the tokenizer; use another one for each project
+data = ""               # a .txt, .json or .jsonl file (.gz too) or a folder of them; empty: built-in or real stories
+encoding = ""           # encoding of the text, if not UTF-8: gb18030 (Chinese Windows), cp1252 (Western), utf-16, ...
+download = False        # download the real TinyStories into data_dir, unless they exist
+mirror = ""             # source of the download: huggingface, hf-mirror, modelscope or a URL; several with commas
+vocab_size = 4096       # 512 to 2048 for a small model on a CPU, 4096 for the default model, 32000 for a large one
+num_workers = 0         # processes, at most 60, up to 400 MB each; 0: one per core, if memory allows
 # ---- end of settings ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """The files whose words a process counts, and how to read them."""
+    """Text files whose words one process counts."""
     files: list[Path]
     val_threshold: int
     encoding: str = ""
@@ -42,7 +41,7 @@ class Job:
 
 @dataclass
 class CorpusStats:
-    """The words and the size of the training documents, and the number of validation documents."""
+    """Word counts and size of the training documents, and the number of validation documents."""
     words: WordCounts = field(default_factory=WordCounts)
     documents: int = 0
     bytes: int = 0
@@ -60,7 +59,7 @@ def main() -> None:
     with tokenizer_errors():
         check_vocab_size(cfg.vocab_size)
     if cfg.data and cfg.download:
-        raise UserError("--data and --download name two sources; give one of them")
+        raise UserError("--data and --download are both set; expected one source of text")
     with folder_lock(cfg.data_dir):
         source = find_source(cfg)
         corpus.check_not_nested(source, cfg.data_dir)
@@ -71,40 +70,40 @@ def main() -> None:
 
 def find_source(cfg: SimpleNamespace) -> Path:
     if cfg.download:
-        from tinyllm.download import download_tinystories  # only this needs requests
+        from tinyllm.download import download_tinystories  # imports requests, which only a download needs
         return download_tinystories(cfg.data_dir, cfg.mirror)
     return Path(cfg.data) if cfg.data else corpus.default_source(cfg.data_dir)
 
 
 def learn_vocabulary(cfg: SimpleNamespace, source: Path, files: list[Path]) -> Path:
-    """Count the words of the text, train a tokenizer on them and write it. Returns its path."""
+    """Count the words of the text, train a tokenizer and write it. Returns its path."""
     start = time.perf_counter()
     val_threshold = corpus.find_val_threshold(files, cfg.encoding)
     jobs = [Job(group, val_threshold, cfg.encoding) for group in corpus.group_small_files(files)]
     num_workers = workers.choose_num_workers(cfg.num_workers, len(jobs))
     skipped = corpus.summarize_skipped(source)
-    note = f"; passed over: {skipped}" if skipped else ""
+    note = f"; skipped: {skipped}" if skipped else ""
     print(f"text: {source}, {corpus.format_count(len(files), 'file')}{note}; workers: {num_workers}")
     stats = CorpusStats()
     size = sum(file.stat().st_size for file in files)
     for _, part in workers.run_jobs(count_part, jobs, num_workers, size, "counting words"):
-        stats.merge(part)           # in the order of the jobs, so that every run prunes the same words
+        stats.merge(part)           # in job order, so that every run prunes the same words
     print_stats(stats)
     with tokenizer_errors():
         tokenizer = train_tokenizer(stats.words.counts, cfg.vocab_size)
     if tokenizer.n_words < cfg.vocab_size:
-        print(f"vocabulary: {tokenizer.n_words:,} of {cfg.vocab_size:,} entries, all that can be learned from this "
-              "text; with a smaller --vocab_size, a model learns faster")
+        print(f"note: the text yields only {tokenizer.n_words:,} of {cfg.vocab_size:,} vocabulary entries; with a "
+              "smaller --vocab_size, the model learns faster")
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     with atomic_write(path) as file:
         file.write(tokenizer.model)
     corpus.save_source(path, tokenizer.sha256, corpus.TextSource(source, val_threshold, cfg.encoding))
-    print(f"wrote {path} ({tokenizer.n_words} entries) after {time.perf_counter() - start:.0f} s")
+    print(f"wrote {path} ({tokenizer.n_words} entries) in {time.perf_counter() - start:.0f} s")
     return path
 
 
 def count_part(job: Job, progress: Callable[[int], None]) -> CorpusStats:
-    """Count the words of a job. May run in a worker process."""
+    """Count the words of a job, possibly in a worker process."""
     stats = CorpusStats()
     for batch in documents.read_batches(job.files, progress, job.encoding):
         splits = corpus.split_texts(batch, job.val_threshold)
@@ -119,14 +118,14 @@ def count_part(job: Job, progress: Callable[[int], None]) -> CorpusStats:
 def print_stats(stats: CorpusStats) -> None:
     n_words = len(stats.words.counts)
     n_pruned = stats.words.n_pruned
-    print(f"read: {corpus.format_count(stats.documents, 'document')}, {stats.bytes / 1e6:,.1f} MB of text to learn "
-          f"from, {n_words + n_pruned:,} distinct words")
+    print(f"read: {corpus.format_count(stats.documents, 'document')}, {stats.bytes / 1e6:,.1f} MB of training "
+          f"text, {n_words + n_pruned:,} distinct words")
     if n_pruned:
-        print(f"note: {n_pruned:,} rare words, or long ones as of Chinese, do not fit into memory; the vocabulary is "
-              f"learned from the {n_words:,} others")
+        print(f"note: {n_pruned:,} rare words exceed the memory limit; the tokenizer is trained on the other "
+              f"{n_words:,}")
     if stats.n_val_documents > stats.documents:
-        print(f"note: {stats.n_val_documents:,} documents are for validation, and only {stats.documents:,} to learn "
-              "from: they are the same ones again and again")
+        print(f"note: {stats.n_val_documents:,} documents are for validation and only {stats.documents:,} for "
+              "training, because the text repeats the same few documents")
 
 
 if __name__ == "__main__":

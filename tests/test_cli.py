@@ -1,4 +1,4 @@
-"""Settings: types, booleans, spelling, errors, and the settings blocks of the four scripts."""
+"""Settings: types, booleans, spellings, errors; and the blocks of the four scripts themselves."""
 import ast
 import importlib
 import os
@@ -91,7 +91,7 @@ WORDS = ["--rate", "--count", "--name", "--on", "--no_on", "--no-on", "--", "-",
 @given(argv=st.lists(st.one_of(st.text(max_size=20), st.sampled_from(WORDS),
                                st.tuples(st.sampled_from(WORDS), st.text(max_size=9)).map("=".join)), max_size=6))
 def test_any_command_line_is_parsed_or_refused(block, argv):
-    """No other exception is raised, and no file is created."""
+    """Never an exception of another kind, and no file is made."""
     try:
         found = read(block, *argv)
         assert [type(found[name]) for name in ("rate", "count", "name", "on")] == [float, int, str, bool]
@@ -114,6 +114,37 @@ def test_help_shows_comments_and_defaults(block, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert "how many, on two lines (default: 16)" in text and "100% of the rate (default: 0.5)" in text
+
+
+def test_help_has_a_heading_for_each_group(block, capsys):
+    path = Path(block["__file__"])
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("name =", "# files: 100% of them,\n# on two lines\nname =").replace("page:", "# display\npage:")
+    path.write_text(text, encoding="utf-8")
+    groups = {name: setting.group for name, setting in cli.read_settings_block(path).items()}
+    files = "files: 100% of them, on two lines"
+    assert groups == {"rate": "", "count": "", "name": files, "on": files, "page": "display", "when": "display"}
+    assert read(block, "--name", "x", "--no-on", "--page")["page"] is True
+    with pytest.raises(SystemExit):
+        read(block, "--help")
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines()[2:] if line.endswith(":")] == ["options:", "files:", "display:"]
+    assert "\nfiles:\n  100% of them, on two lines\n\n  --name STR" in text and "\ndisplay:\n  --page" in text
+
+
+@pytest.mark.parametrize("module", [*SCRIPTS, "convert", "tools.bench", "tools.bench_scale", "tools.compare",
+                                    "tools.doctor"])
+def test_the_help_of_every_script_lists_its_settings_by_group(module, capsys):
+    tool = importlib.import_module(module)
+    with pytest.raises(SystemExit) as end:
+        cli.parse_settings(vars(tool), ["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    position = 0
+    for name, setting in cli.read_settings_block(Path(tool.__file__)).items():
+        heading = setting.group.partition(": ")[0]
+        position = max(position, text.index(f"\n{heading}:\n") if heading else 0)
+        position = text.index(f"\n  --{name} ", position)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -173,7 +204,7 @@ def test_positional_list(block):
 
 @pytest.mark.parametrize("argv", [["--gone"], ["--gone", "a", "b"], ["--gone=a"], ["--count", "3", "--gone"]])
 def test_moved_flag_names_its_command(block, argv):
-    with pytest.raises(cli.UserError, match="--gone is not a setting any more; type\n       python -m tools.gone"):
+    with pytest.raises(cli.UserError, match="--gone is no longer a setting\n       python -m tools.gone"):
         cli.parse_settings(block, argv, moved={"gone": "python -m tools.gone"})
 
 

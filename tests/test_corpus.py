@@ -45,14 +45,14 @@ def test_formats(tmp_path, name, content, expected):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"fine \xff\xfe", "not UTF-8"),
-    ("a.json", '[{"story": "one"}, {"title": "two"}]', "record 2: has the keys title; expected story or text"),
+    ("a.json", '[{"story": "one"}, {"title": "two"}]', "record 2: found the keys title; expected story or text"),
     ("a.json", '[{"story": "one"}, {"story": "tw', "record 2"), ("a.json", '[{"story": "one"}', "cut"),
-    ("a.json", '["one"] and more', "record 2: .* not JSON"), ("a.json", '[{"story": 5}]', "record 1: expected a text"),
-    ("a.json", '["one", "two"', "record 3: it is cut here"), ("a.json", '["one",', "record 2: it is cut here"),
+    ("a.json", '["one"] and more', "record 2: .* not JSON"), ("a.json", '[{"story": 5}]', "record 1: found int;"),
+    ("a.json", '["one", "two"', "record 3: cut off"), ("a.json", '["one",', "record 2: cut off"),
     ("a.json", '["one"]' + " " * (1 << 19) + "and more", "record 2: .* not JSON"),
-    ("a.jsonl", '["one"]\n[5]', "record 2: expected a text"),
-    ("a.json", json.dumps("x" * (documents.MAX_RECORD_CHARS + 9)), "record 1: it is over 16,777,216 characters long"),
-    ("a.json", json.dumps({f"k{i}": i for i in range(9)}), "has the keys k0, k1, k2, k3, k4 and 4 more; expected"),
+    ("a.jsonl", '["one"]\n[5]', "record 2: found int; expected a text"),
+    ("a.json", json.dumps("x" * (documents.MAX_RECORD_CHARS + 9)), "record 1: longer than 16,777,216 characters"),
+    ("a.json", json.dumps({f"k{i}": i for i in range(9)}), "found the keys k0, k1, k2, k3, k4 and 4 more; expected"),
     ("a.json", "hello", "not JSON"), ("a.json", "[" * 100_000, "record 1"), ("a.jsonl", '"one"\n{oops}\n', "record 2"),
     ("a.txt.gz", b"not packed at all", "record 1"), ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-9], "ended"),
     ("a.txt.gz", gzip.compress(b"words " * 99, mtime=0)[:-8] + b"8 wrong.", "CRC")])

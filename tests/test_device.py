@@ -1,4 +1,4 @@
-"""The choice of device and dtype on simulated machines."""
+"""The choice of device and format, for machines that this one is not."""
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +10,7 @@ from tinyllm.cli import UserError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Simulate this hardware."""
+    """Pretend to have this hardware."""
     def pretend(cuda=False, bf16=False, capability=(8, 0), mps=False, features=(), fails=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
@@ -21,7 +21,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(device.shutil, "which", lambda name: None)
         ones = torch.ones
 
-        def on_device(*size, device="cpu"):             # available devices compute
+        def on_device(*size, device="cpu"):             # what is there computes
             if fails and device.type != "cpu":
                 raise fails
             return ones(*size)
@@ -57,11 +57,11 @@ def test_gpu_too_old_for_pytorch_is_not_used(machine):
     RuntimeError("could not create a primitive")])
 def test_gpu_with_full_memory_is_a_user_error(machine, error):
     machine(cuda=True, fails=error)
-    with pytest.raises(UserError, match="not enough memory\n.*close what else uses cuda"):
+    with pytest.raises(UserError, match="not enough memory\n.*close other programs that use cuda"):
         device.choose_backend()
 
 
-@pytest.mark.parametrize("built_for, says", [(None, "made for CPUs"), ("13.0", "CUDA 13.0; is NVIDIA's driver older")])
+@pytest.mark.parametrize("built_for, says", [(None, "a CPU build"), ("13.0", "CUDA 13.0; the NVIDIA driver")])
 def test_gpu_that_pytorch_does_not_see_is_reported(machine, monkeypatch, built_for, says):
     machine()
     assert "no GPU, " in device.choose_backend().reason

@@ -242,7 +242,7 @@ def test_repeated_validation_documents_give_a_note(run_in_process, capsys):
     often = min(texts, key=lambda text: corpus.document_hash(text.encode()))
     Path("a.jsonl").write_text("".join(f'"{text}"\n' for text in texts + 500 * [often]), encoding="utf-8")
     run_in_process("train_vocab", "--data", "a.jsonl", "--vocab_size", 300)
-    assert "note: 501 documents are for validation, and only 1 to learn from" in capsys.readouterr().out
+    assert "note: 501 documents are for validation and only 1 for training" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [("train_vocab",), ("preprocess", "--tokenizer", "data/tok400.model")])
@@ -361,7 +361,7 @@ def test_loaded_shards_outlive_their_files(texts, run_in_process):
 def test_from_the_command_line(texts):
     (texts / "b.json").write_text("[1]", encoding="utf-8")
     result = run_subprocess("preprocess", "--num_workers", "2")
-    assert_user_error(result, "b.json: record 1: expected a text, found int")
+    assert_user_error(result, "b.json: record 1: found int; expected a text")
 
 
 def test_damaged_sidecar_is_refused(texts, run_in_process):

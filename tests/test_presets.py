@@ -28,7 +28,7 @@ def test_precedence(name):
 
 
 def test_an_unknown_preset_is_refused_with_the_list():
-    with pytest.raises(UserError, match="unknown preset 'cpu_3'; use cpu_3min, cpu_10min"):
+    with pytest.raises(UserError, match="unknown preset 'cpu_3'; expected cpu_3min, cpu_10min"):
         read("--preset", "cpu_3")
 
 

@@ -43,7 +43,7 @@ def test_ctrl_c_before_the_first_step(project):
     next(line for line in process.stdout if line.startswith("device: "))
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and errors.startswith("\nstopped; ") and errors.count("\n") == 2, errors
+    assert process.returncode == 130 and errors.startswith("\ninterrupted; ") and errors.count("\n") == 2, errors
     assert not Path("out").exists()
 
 

@@ -6,9 +6,10 @@
 
     cfg, overrides = cli.parse_settings(globals())
 
-accepts `--batch_size 16` and `--batch-size=16`, for booleans `--compile`, `--compile False` and `--no-compile`, and for
-lists of texts `--folders a b`. The default gives the type, the comment the help, and a typo is an error with a
-suggestion. A boolean that may also be a text, such as auto or the name of a file, is `name: bool | str = False`.
+accepts `--batch_size 16` and `--batch-size=16`; for booleans `--compile`, `--compile False` and `--no-compile`; for
+lists of strings `--folders a b`. The default value sets the type, and the comment is the help text. A setting that
+is a boolean or a string, such as auto, is written `name: bool | str = False`. A comment line of its own, such as
+`# files`, is the heading of the settings below it; text after a colon describes them.
 """
 import argparse
 import ast
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 BEGIN, END = "# ---- settings", "# ---- end of settings"
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)    # the disk is full or broken
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)    # disk full, read-only or broken
 CONTROL_CHARS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")    # not \t and \n
 
 
@@ -41,12 +42,13 @@ class Setting(NamedTuple):
     """An assignment of a settings block."""
     comment: str
     is_bool_or_str: bool
+    group: str              # heading in --help; "" before the first one
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
-            message += "; a value that begins with - is given as --name=-value"
+            message += "; a value that starts with - must be written --name=-value"
         raise UserError(f"{message}\n       python {self.prog} --help lists the settings")
 
 
@@ -56,23 +58,27 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
     """Parse a script's settings block and the command line.
 
     Args:
-        out: where to print the settings that differ from the block; by default stdout.
-        presets: settings by name, one of which a setting `preset` may choose; the command line takes precedence.
+        out: stream for the list of settings that differ from the block; default stdout.
+        presets: the settings of each preset. The setting `preset` selects one; the command line takes precedence.
         positional: settings that may be given without their names, in this order.
-        moved: flags of earlier versions, and templates of the commands that replaced them.
+        moved: removed flags, and templates of the commands that replace them.
     Returns:
-        all settings as attributes, and a dict of the settings that the command line or the preset gave.
+        all settings as attributes, and a dict of the settings from the command line and the preset.
     Raises:
         UserError: for an unknown name, a missing value or a value of the wrong type.
     """
     settings = read_settings_block(Path(module_globals["__file__"]))
     defaults = {name: module_globals[name] for name in settings}
     parser = _build_parser(module_globals, epilog)
+    groups = {"": parser}
     for name, setting in settings.items():
-        _add_setting(parser, name, setting, defaults[name])
+        if setting.group not in groups:
+            title, _, description = setting.group.partition(": ")
+            groups[setting.group] = parser.add_argument_group(title, description or None)
+        _add_setting(groups[setting.group], name, setting, defaults[name])
     for name in positional:
         nargs = "*" if isinstance(defaults[name], list) else "?"
-        parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, help=f"the same as --{name}")
+        parser.add_argument(name, nargs=nargs, default=argparse.SUPPRESS, help=f"same as --{name}")
     arguments = sys.argv[1:] if argv is None else argv
     known, unknown = parser.parse_known_args([_normalize_flag(argument) for argument in arguments])
     if unknown:
@@ -82,21 +88,30 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
     preset = overrides.get("preset", defaults.get("preset", ""))
     if presets and preset:
         if preset not in presets:
-            raise UserError(f"unknown preset {preset!r}; use {', '.join(presets)}")
+            raise UserError(f"unknown preset {preset!r}; expected {', '.join(presets)}")
         overrides = {**presets[preset], **overrides}
     _print_overrides(defaults, overrides, out)
     return SimpleNamespace(**{**defaults, **overrides}), overrides
 
 
 def read_settings_block(path: Path) -> dict[str, Setting]:
-    """Return the settings of a script by name, in order. Indented comment lines continue the comment above them."""
+    """Return the settings of a script by name, in order.
+
+    Indented comment lines continue the comment above them. Other comment lines are headings.
+    """
     source = "#" + path.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    lines = source.splitlines()
     assignments = [node for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
     settings = {}
+    group = ""
+    end = 1                 # the first line is the rest of BEGIN
     for node in assignments:
         is_annotated = isinstance(node, ast.AnnAssign)
         target = node.target if is_annotated else node.targets[0]
-        settings[target.id] = Setting(_comment_after(source.splitlines(), node), is_annotated)
+        heading = [line.strip("# ") for line in lines[end:node.lineno - 1] if line.startswith("#")]
+        group = " ".join(heading) or group
+        end = node.end_lineno
+        settings[target.id] = Setting(_comment_after(lines, node), is_annotated, group)
     return settings
 
 
@@ -113,7 +128,7 @@ def _build_parser(module_globals: dict[str, Any], epilog: str) -> _Parser:
                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def _add_setting(parser: _Parser, name: str, setting: Setting, default: Any) -> None:
+def _add_setting(parser: _Parser | argparse._ArgumentGroup, name: str, setting: Setting, default: Any) -> None:
     text = f"{setting.comment} (default: {default!r})".replace("%", "%%")
     kind = type(default)
     if setting.is_bool_or_str or kind is bool:
@@ -134,29 +149,29 @@ def _parse_bool(text: str) -> bool:
 
 
 def parse_bool_or_str(text: str) -> bool | str:
-    """Return the boolean that a text spells, or else the text."""
+    """Return the boolean that a text spells, otherwise the text."""
     return BOOLS.get(text.lower(), text)
 
 
 def _normalize_flag(argument: str) -> str:
-    """Turn `--max-iters=5` into `--max_iters=5`, and leave anything but a name as it is."""
+    """Turn `--max-iters=5` into `--max_iters=5`; values stay unchanged."""
     match = re.fullmatch(r"--([A-Za-z][\w-]*)(=.*)?", argument, flags=re.DOTALL)
     return f"--{match[1].replace('-', '_')}{match[2] or ''}" if match else argument
 
 
 def _check_not_moved(unknown: list[str], overrides: dict[str, Any], moved: dict[str, str]) -> None:
-    """Raise UserError for a flag that moved. In its new command, {values} are its values, {NAME} a setting's flag."""
+    """Raise UserError for a moved flag. In its command, {values} are its values and {out_dir} is `--out_dir DIR`."""
     name = unknown[0].removeprefix("--").split("=")[0]
     if unknown[0].startswith("--") and name in moved:
         flags = {key: _format_flag(key, value) for key, value in overrides.items()}
         flags["values"] = " ".join(map(shell_quote, unknown[1:]))
         command = moved[name].format_map(defaultdict(str, flags)).rstrip()
-        raise UserError(f"--{name} is not a setting any more; type\n       {command}")
+        raise UserError(f"--{name} is no longer a setting\n       {command}")
 
 
 def _unknown_setting_message(argument: str, names: list[str]) -> str:
     if not argument.startswith("-"):
-        return f"{argument!r} is no setting; settings are given as --name value, and a text with spaces in quotes"
+        return f"unexpected argument {argument!r}; expected --name value, and quotes around values with spaces"
     similar = difflib.get_close_matches(argument.lstrip("-").split("=")[0], names, n=1)
     return f"unknown setting {argument!r}" + (f"; did you mean --{similar[0]}?" if similar else "")
 
@@ -169,7 +184,7 @@ def _print_overrides(defaults: dict[str, Any], overrides: dict[str, Any], out: T
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's main(). An error that the user can fix ends as a message and status 1."""
+    """Run a script's main(). A UserError is printed without a traceback; the exit status is 1."""
     _ensure_std_streams()
     try:
         main()
@@ -177,7 +192,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(escape_control_chars(f"error: {error}"))
     except KeyboardInterrupt:
         kill_child_processes()
-        print("\nstopped; no file is half-written, and the same command resumes or starts over", file=sys.stderr)
+        print("\ninterrupted; no file is left half-written. Run the same command to continue.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:             # the reader of our output, such as `head`, has finished
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -190,7 +205,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _ensure_std_streams() -> None:
-    """Print UTF-8, also into a pipe on Windows, and connect streams that a service has closed to devnull."""
+    """Print UTF-8 on all systems, and connect streams that a service has closed to devnull."""
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
@@ -199,24 +214,24 @@ def _ensure_std_streams() -> None:
 
 
 def kill_child_processes() -> None:
-    """Kill the processes that this one has started, before the files that they use are removed."""
+    """Kill all child processes and wait for them, so that the files they use can be removed."""
     for child in active_children():
         child.kill()
         child.join()
 
 
 def escape_control_chars(text: str) -> str:
-    """Escape control characters and marks that change the writing direction, which a terminal would obey."""
+    """Escape control characters and bidirectional marks, which could manipulate a terminal."""
     return CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def escape_for_terminal(text: str) -> str:
-    """Escape control characters when stdout is a terminal; a file or a program gets the text unchanged."""
+    """Escape control characters if stdout is a terminal; files and pipes get the text unchanged."""
     return escape_control_chars(text) if sys.stdout.isatty() else text
 
 
 def suggest_path(path: str | Path) -> str:
-    """Return '; did you mean X?' when a file with a similar name lies beside a missing path, else ''."""
+    """Return '; did you mean X?' if a file with a similar name exists beside a missing path, else ''."""
     path = Path(path)
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     similar = difflib.get_close_matches(path.name, names, n=1)
@@ -224,7 +239,7 @@ def suggest_path(path: str | Path) -> str:
 
 
 def format_command(script: str, launcher: str = "python", **settings: Any) -> str:
-    """Return a command line to type, with all settings that are neither empty nor None."""
+    """Return a command line with all settings that are neither empty nor None."""
     program = f"-m {script}" if "." in script else f"{script}.py"
     flags = [_format_flag(name, value) for name, value in settings.items() if value not in ("", None)]
     return " ".join([launcher, program, *flags])
@@ -234,12 +249,12 @@ def _format_flag(name: str, value: Any) -> str:
     if value is True:
         return f"--{name}"
     text = str(value)
-    separator = "=" if text.startswith("-") else " "        # argparse takes -1 for a flag, but not --name=-1
+    separator = "=" if text.startswith("-") else " "        # argparse reads -1 as a flag, but not --name=-1
     return f"--{name}{separator}{shell_quote(text)}"
 
 
 def shell_quote(text: str) -> str:
-    """Return a value as it is typed in a shell."""
+    """Quote a value for the shell if necessary."""
     if os.name == "posix" and re.search(r'["$`!\\]', text):
         return shlex.quote(text)
-    return f'"{text}"' if re.search(r"[^\w./\\:~+-]|^~", text) else text       # a first ~ is the home folder
+    return f'"{text}"' if re.search(r"[^\w./\\:~+-]|^~", text) else text       # a leading ~ is the home folder

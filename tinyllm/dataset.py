@@ -1,9 +1,9 @@
-"""Windows of token ids, from the shards of step 2 to the device.
+"""Load windows of token ids from the shards of step 2 to the device.
 
     batches = Task.iter_batches(load_shards(folder, sha256), "train", batch_size=8, max_seq_len=256)
-    x, y = next(batches)                        # each (8, 256); y is x one token later
+    x, y = next(batches)                        # each (8, 256); y is x shifted by one token
 
-The training order is a function of (seed, epoch, position) alone: a run that resumes at a position sees the same
+The training order depends on (seed, epoch, position) alone: a run that resumes at a position sees the same
 batches as an uninterrupted one, with any number of processes or loader workers.
 """
 import os
@@ -19,18 +19,18 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyllm.shards import ShardSet, document_starts
 
-IGNORE_INDEX = -1               # a target that is not scored
-GPU_SHARE = 1 / 4               # of a GPU's free memory that the token ids of a split may take
+IGNORE_INDEX = -1               # marks targets that are not scored
+GPU_SHARE = 1 / 4               # largest share of the free GPU memory for the token ids of a split
 
 
 @dataclass(eq=False, repr=False)
 class PretokDataset(IterableDataset):
     """An endless stream of training batches, each of shape (batch_size, max_seq_len + 1), int64.
 
-    Each document starts a new window, so the model sees documents from their first token, as it will generate them. A
-    longer document continues in further windows; a shorter one is followed by the next ones. At the end of a shard,
-    IGNORE_INDEX fills the window. Each epoch visits every window once, in a new random order, from window `position`
-    on. Rank r of `world_size` takes every world_size-th batch, and its loader workers share these in turn.
+    Each document starts a new window, so the model sees documents from their first token, as it will generate them.
+    Long documents continue in further windows; the next documents follow a short one. IGNORE_INDEX fills windows at the
+    end of a shard. Each epoch visits every window once, in a new random order. `position` is the number of windows to
+    skip. Rank r of `world_size` takes every world_size-th batch, and its loader workers take turns.
     """
     shard_set: ShardSet
     split: str
@@ -45,8 +45,8 @@ class PretokDataset(IterableDataset):
     def __post_init__(self):
         self.shards = self.shard_set.shards_of(self.split)
         self.window_starts = [find_windows(ids, self.max_seq_len)[0] for ids in self._shard_ids()]
-        self.window_offsets = np.cumsum([0, *map(len, self.window_starts)])     # windows before each shard, and in all
-        self.n_windows = int(self.window_offsets[-1])                           # in an epoch
+        self.window_offsets = np.cumsum([0, *map(len, self.window_starts)])     # windows before each shard, and total
+        self.n_windows = int(self.window_offsets[-1])                           # windows per epoch
 
     def _shard_ids(self) -> list[np.ndarray]:
         return [self.shard_set.memmap(shard) for shard in self.shards]
@@ -58,7 +58,7 @@ class PretokDataset(IterableDataset):
             yield torch.from_numpy(np.stack(windows))                           # (batch_size, max_seq_len + 1)
 
     def batch_indices(self) -> Iterator[list[int]]:
-        """Yield the indices of the windows of each batch, without end."""
+        """Yield the window indices of each batch, without end."""
         worker = get_worker_info()
         worker_id = worker.id if worker else 0
         num_workers = worker.num_workers if worker else 1
@@ -70,7 +70,7 @@ class PretokDataset(IterableDataset):
             yield [permutation(i // self.n_windows)[i % self.n_windows] for i in positions]
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        # RandomState, because numpy promises that its stream will never change
+        # numpy promises that the stream of RandomState will never change
         return np.random.RandomState([self.seed, epoch]).permutation(self.n_windows)
 
     def _window(self, shard_ids: list[np.ndarray], index: int) -> np.ndarray:
@@ -79,10 +79,10 @@ class PretokDataset(IterableDataset):
         return _pad(shard_ids[shard][start:start + self.max_seq_len + 1], self.max_seq_len)
 
     def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield the same batches, cut on the device from all ids of the split, so that no step waits for a copy."""
+        """Yield the same batches, cut from a copy of the split on the device, so that no step waits for a transfer."""
         shard_ids = self._shard_ids()
-        offsets = np.cumsum([0, *map(len, shard_ids)])                  # of each shard in `ids`
-        signed = f"i{shard_ids[0].itemsize}"                            # unsigned ids cannot be indexed
+        offsets = np.cumsum([0, *map(len, shard_ids)])                  # start of each shard in `ids`
+        signed = f"i{shard_ids[0].itemsize}"                            # PyTorch cannot index unsigned ids
         ids = torch.cat([torch.from_numpy(np.array(part).view(signed)).to(device) for part in shard_ids])   # (tokens,)
         id_mask = 256 ** shard_ids[0].itemsize - 1                      # makes the signed ids unsigned again
         starts = np.concatenate([start + offset for start, offset in zip(self.window_starts, offsets)])
@@ -98,7 +98,7 @@ class PretokDataset(IterableDataset):
 
 
 class Task:
-    """How training and evaluation get their batches on the device; the name and iter_batches are llama2.c's."""
+    """Batches for training and evaluation. The names Task and iter_batches are from llama2.c."""
 
     @staticmethod
     def iter_batches(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
@@ -107,7 +107,7 @@ class Task:
         """Yield training batches (x, y) without end, each (batch_size, max_seq_len), int64, on the device.
 
         Args:
-            num_workers: processes that prepare batches; 0 prepares them here.
+            num_workers: processes that prepare batches; 0: this process.
             options: seed, position, rank, world_size of `PretokDataset`.
         """
         dataset = PretokDataset(shard_set, split, batch_size, max_seq_len, **options)
@@ -117,7 +117,7 @@ class Task:
         else:
             batches = DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
                                  multiprocessing_context="spawn" if num_workers else None,
-                                 generator=torch.Generator())       # without one, it uses up global random numbers
+                                 generator=torch.Generator())       # otherwise it draws global random numbers
         for windows in batches:                                 # (batch_size, max_seq_len + 1)
             yield _inputs_and_targets(windows, device)
 
@@ -125,10 +125,10 @@ class Task:
     def iter_split(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
                   device: str | torch.device = "cpu", rank: int = 0, world_size: int = 1
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield a whole split in order: every token of every document is a target once, with the context of its window.
+        """Yield a split in order: every token of every document is a target once, with its window as context.
 
-        No window holds two documents; the targets after the end of one are IGNORE_INDEX. Rank r of `world_size` has
-        every world_size-th batch; all ranks have equally many, and the last of some is a window without targets.
+        A window holds one document; the targets after its end are IGNORE_INDEX. Rank r of `world_size` takes every
+        world_size-th batch. All ranks yield equally many: the last batch of some ranks is a window without targets.
         """
         windows = _split_windows(shard_set, split, max_seq_len)
         while global_batch := list(islice(windows, world_size * batch_size)):
@@ -149,14 +149,14 @@ def fits_on_gpu(shard_set: ShardSet, split: str, device: torch.device) -> bool:
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move a tensor to the device; to a GPU from pinned memory, so that the step does not wait for the copy."""
+    """Move a tensor to the device. A GPU copies from pinned memory, so that the step does not wait for the copy."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _start_worker(worker_id: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the main process handles Ctrl-C and ends the workers
     if hasattr(os, "setpgrp"):
         os.setpgrp()                                    # torchrun sends signals to the whole process group
 
@@ -169,7 +169,7 @@ def _split_windows(shard_set: ShardSet, split: str, max_seq_len: int) -> Iterato
 
 
 def find_windows(ids: np.ndarray, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the windows of a shard start, and where the document of each ends."""
+    """Return the start of each window of a shard, and the end of its document (windows,)."""
     starts = document_starts(ids)                                                       # (documents,)
     stops = np.append(starts[1:], len(ids))[:len(starts)]                               # (documents,)
     counts = np.maximum(-(-(stops - starts - 1) // max_seq_len), 1)                     # windows of each document

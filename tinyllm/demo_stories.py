@@ -1,11 +1,11 @@
-"""Generate the built-in text: small synthetic stories from a grammar, so that all four steps run offline.
+"""Generate the built-in text: short synthetic stories from a grammar, so that all four steps run offline.
 
-A plot is drawn, then its people, things and phrases. The stories are good for watching a model learn; a model that can
-write about anything needs real text. The same seed gives the same stories on every platform.
+Each story draws a plot, then its people, things and phrases. The stories are good for trying things out; a model that
+can write about anything needs real text. The same seed gives the same stories on every platform.
 
-In demo_grammar.txt, `== name` begins a plot; its slots come first, its paragraphs follow. A slot's values stand between
-` | `; `a / b = x / y | ...` fills two slots together. In a text, `[a|b]` picks one, `{slot}` is filled, `{Slot}` with a
-capital. `{he} {him} {his}` follow the hero, `{fhe}` the friend, `{hhe}` the helper.
+In demo_grammar.txt, `== name` begins a plot: first its slots, then its paragraphs. ` | ` separates the values of a
+slot, and `a / b = x / y | ...` fills two slots together. In a paragraph, `[a|b]` picks an option, `{slot}` inserts a
+value, and `{Slot}` capitalizes it. `{he} {him} {his}` refer to the hero, `{fhe}` to the friend, `{hhe}` to the helper.
 """
 import json
 import random
@@ -21,7 +21,7 @@ FOLDER = Path("data/demo")
 N_FILES = 10
 BOYS = "Tom Ben Max Sam Leo Jack Finn Oscar Noah Theo Hugo Eli Peter Felix".split()
 GIRLS = "Lily Mia Anna Sue Zoe Emma Ruby Nora Ella Ivy Rosa Clara Amy Lucy".split()
-ANIMALS = {  # names of a male and a female one
+ANIMALS = {  # a male and a female name
     "fox": ("Rusty", "Vera"), "bear": ("Bruno", "Honey"), "rabbit": ("Clover", "Poppy"), "mouse": ("Pip", "Tilly"),
     "duck": ("Quincy", "Daisy"), "cat": ("Milo", "Luna"), "dog": ("Biscuit", "Bella"), "frog": ("Hopper", "Lotta"),
     "squirrel": ("Hazel", "Nutty"), "hedgehog": ("Spike", "Bramble"), "turtle": ("Sheldon", "Tessa"),
@@ -31,10 +31,10 @@ PRONOUNS = (("he", "she"), ("him", "her"), ("his", "her"), ("himself", "herself"
 
 
 def write_stories() -> Path:
-    """Write the stories to data/demo unless they are there. Returns the folder."""
+    """Write the stories to data/demo unless it exists. Returns the folder."""
     if FOLDER.is_dir():
         return FOLDER
-    print(f"writing synthetic stories to {FOLDER} (made by a grammar, and good for trying)")
+    print(f"writing synthetic stories to {FOLDER} (generated from a grammar, good for trying things out)")
     stories = [{"story": story} for story in generate_stories()]
     tmp_dir = FOLDER.with_name("demo.tmp")
     tmp_dir.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _fill(text: str, choices: dict[str, list[str]], rng: random.Random) -> str:
     def slot_value(match: re.Match) -> str:
         value = slots[match[1].lower()]
         return value if match[1].islower() else value[:1].upper() + value[1:]
-    while "[" in text or "{" in text:                   # the innermost first, until nothing is open
+    while "[" in text or "{" in text:                   # innermost brackets first
         text = re.sub(r"\[([^\[\]]*)\]", lambda match: _pick(rng, match[1].split("|")), text)
         text = re.sub(r"\{(\w+)\}", slot_value, text)
     text = re.sub(r" +(?=\s|$)|(?<=\n) +", "", text)     # an empty choice leaves spaces behind
@@ -111,5 +111,5 @@ def _pronouns(prefix: str, is_female: bool) -> dict[str, str]:
 
 
 def _pick(rng: random.Random, options: list[Any]) -> Any:
-    """Like `rng.choice`, from `random()` alone: the one stream that Python promises to keep."""
+    """Return a random option. Python promises to keep the stream of random(), but not of choice()."""
     return options[int(rng.random() * len(options))]

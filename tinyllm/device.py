@@ -1,4 +1,4 @@
-"""Choose the device and the dtype by what the machine has, with the reason."""
+"""Choose the device and the dtype from the hardware, and give the reason."""
 import os
 import re
 import shutil
@@ -19,7 +19,7 @@ INSTALL = "https://pytorch.org/get-started"
 NOT_UTF8 = "PyTorch's compiler cannot read its own files in the system's encoding; set PYTHONUTF8=1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# 16-bit products with sums in float32, dense, in 10^12 operations a second: NVIDIA's data sheets
+# Dense 16-bit matrix products with float32 sums, in 10^12 FLOP/s, from NVIDIA's data sheets
 PEAK_TFLOPS = {r"\bB200\b": 2250, r"\bH200\b": 989, r"\bH100 PCIe": 756, r"\bH100\b": 989, r"\bA100\b": 312,
                r"\bL40S\b": 362, r"\bL4\b": 121, r"\bV100\b": 125, r"\bT4\b": 65, r"\bRTX 4090$": 165,
                r"\bRTX 3090$": 71}
@@ -27,7 +27,7 @@ PEAK_TFLOPS = {r"\bB200\b": 2250, r"\bH200\b": 989, r"\bH100 PCIe": 756, r"\bH10
 
 @dataclass(frozen=True)
 class Backend:
-    """A device, the dtype of its matrix products, and why these were chosen."""
+    """A device, the dtype of its matrix products, and the reason for both."""
     device: torch.device
     dtype: torch.dtype
     reason: str
@@ -36,40 +36,41 @@ class Backend:
         return f"{self.device} with {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
     def autocast(self) -> AbstractContextManager:
-        """Compute matrix products in `dtype` and everything delicate in float32."""
+        """Return a context that computes matrix products in `dtype` and sensitive operations in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Return what keeps float16 gradients from vanishing; it does nothing for the other dtypes."""
+        """Return a loss scaler, which keeps float16 gradients from vanishing; disabled for the other dtypes."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def mfu(self, flops: float) -> float | None:
-        """Return the model FLOP utilization (PaLM, arXiv 2204.02311): `flops` a second as a share of the device's peak.
+        """Return the model FLOP utilization (PaLM, arXiv 2204.02311): `flops` per second as a share of the peak.
 
-        None for a device or a dtype whose peak is not in PEAK_TFLOPS.
+        Returns None if PEAK_TFLOPS has no peak for the device and dtype.
         """
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)
-        if re.search(r"\b(MIG|NVL)\b", name):           # a slice of a GPU, or another model of that name
+        if re.search(r"\b(MIG|NVL)\b", name):           # a slice of a GPU, or a variant with another peak
             return None
         peaks = [peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, name)]
         return flops / (peaks[0] * 1e12) if peaks else None
 
 
 def choose_backend(device: str = "auto", dtype: str = "auto", training: bool = True) -> Backend:
-    """Turn the settings `device` and `dtype` into a Backend; "auto" picks the best that works.
+    """Return the Backend for the settings `device` and `dtype`; "auto" picks the best that works.
 
-    Raises UserError when the device does not exist, the dtype does not work on it, or PyTorch is too old.
+    Raises UserError if the device does not exist, the dtype does not work on it, or PyTorch is too old.
     """
     if torch.__version__ < (2, 13):
-        raise UserError(f"PyTorch {torch.__version__} is too old\n       pip install -r requirements.txt")
-    if "OMP_NUM_THREADS" not in os.environ:     # PyTorch does not see a container's share of the machine
+        raise UserError(f"PyTorch {torch.__version__} is too old; expected 2.13 or newer\n"
+                        "       pip install -r requirements.txt")
+    if "OMP_NUM_THREADS" not in os.environ:     # PyTorch ignores a container's CPU limit
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     chosen_device, device_reason = _auto_device() if device == "auto" else _named_device(device)
     if chosen_device.type == "cuda":
         torch.cuda.set_device(chosen_device.index or 0)     # NCCL and calls without a device use this one
-        # PyTorch prefers cuDNN's attention from the H100 on, which plans again for each length (read, not measured).
+        # From the H100 on, PyTorch prefers cuDNN's attention, which plans again for each length (not measured).
         torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype == "auto":
         chosen_dtype, dtype_reason = _auto_dtype(chosen_device, training)
@@ -91,34 +92,34 @@ def _named_device(name: str) -> tuple[torch.device, str]:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name} is unknown; use auto, cpu, cuda, cuda:1 or mps") from error
+        raise UserError(f"--device {name} is unknown; expected auto, cpu, cuda, cuda:1 or mps") from error
     count = device_count(device.type)
     if (device.index or 0) >= count:
         raise UserError(f"--device {name} was not found: PyTorch {torch.__version__} sees {count} of that kind\n"
-                        f"       use --device auto, or install a PyTorch for your GPU: {INSTALL}")
+                        f"       use --device auto, or install a PyTorch build for your GPU: {INSTALL}")
     if problem := _probe_device(device):
-        raise UserError(f"--device {name}: {problem}\n       use --device cpu, or {INSTALL}")
+        raise UserError(f"--device {name}: {problem}\n       use --device cpu, or another PyTorch build: {INSTALL}")
     return device, "requested"
 
 
 def device_count(kind: str) -> int:
-    """Return how many devices of a kind PyTorch can use."""
+    """Return the number of devices of a kind that PyTorch can use."""
     if kind == "cuda":
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {"cpu": 1, "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
 
 
 def _probe_device(device: torch.device) -> str:
-    """Return why nothing can be computed on a device, or "". A GPU may be too old for this build of PyTorch.
+    """Return the reason why a device cannot compute, or "". A GPU may be too old for this PyTorch build.
 
-    Raises UserError when its memory is full, since that passes.
+    Raises UserError if its memory is full, because that is temporary.
     """
     try:
-        with explain_oom(f"close what else uses {device}, or use --device cpu"):
+        with explain_oom(f"close other programs that use {device}, or use --device cpu"):
             torch.ones(1, device=device).add_(1).item()
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
-        return f"the GPU cannot be used ({first_line:.100}); an old one needs another PyTorch, see README"
+        return f"the GPU cannot be used ({first_line:.100}); for old GPUs see docs/install.md"
     return ""
 
 
@@ -126,8 +127,8 @@ def _why_no_gpu() -> str:
     if not shutil.which("nvidia-smi"):
         return "no GPU"
     if torch.version.cuda is None:
-        return "no GPU for this PyTorch, which is made for CPUs; for NVIDIA GPUs see README"
-    return f"no GPU for PyTorch with CUDA {torch.version.cuda}; is NVIDIA's driver older?"
+        return "no GPU, because this PyTorch is a CPU build; for NVIDIA GPUs see docs/install.md"
+    return f"no GPU for PyTorch with CUDA {torch.version.cuda}; the NVIDIA driver may be too old"
 
 
 @contextmanager
@@ -138,58 +139,58 @@ def explain_oom(advice: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_oom(error):
             raise
-        raise UserError(f"there is not enough memory\n       {advice}") from error
+        raise UserError(f"not enough memory\n       {advice}") from error
 
 
 def is_oom(error: BaseException) -> bool:
-    """True if an error of PyTorch or of a library that it calls means that memory has run out."""
+    """True if an error of PyTorch, or of a library that it calls, means that memory ran out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(OUT_OF_MEMORY, str(error)))
 
 
 def _named_dtype(name: str, device: torch.device, training: bool) -> tuple[torch.dtype, str]:
     if name not in DTYPES:
-        raise UserError(f"--dtype {name} is unknown; use auto, {', '.join(DTYPES)}")
+        raise UserError(f"--dtype {name} is unknown; expected auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu" and (training or not _has_fbgemm()):
-        raise UserError("--dtype float16 needs a GPU here; use auto, bfloat16 or float32 on the CPU")
+        raise UserError("--dtype float16 needs a GPU here; expected auto, bfloat16 or float32 on a CPU")
     if name != "float32" and device.type == "mps":
-        raise UserError("--dtype must be float32 on Apple's GPU: in 16 bits its attention looks at later tokens too "
+        raise UserError("--dtype must be float32 on Apple GPUs, where 16-bit attention looks at later tokens "
                         "(pytorch/pytorch, issue 195910)")
     return DTYPES[name], "requested"
 
 
 def _auto_dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]:
     if device.type == "mps":
-        return torch.float32, "16-bit attention is wrong there"
+        return torch.float32, "16-bit attention is wrong on Apple GPUs"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "it has bfloat16"
+            return torch.bfloat16, "bfloat16 in hardware"
         if torch.cuda.get_device_capability(device) >= (7, 0):
-            return torch.float16, "it has no bfloat16; gradients are scaled"
-        return torch.float32, "too old for 16-bit products"
+            return torch.float16, "no bfloat16 in hardware; gradients are scaled"
+        return torch.float32, "GPU too old for 16-bit products"
     if not training:
-        return (torch.float16, "for the weights; all else is float32") if _has_fbgemm() else (torch.float32, "exact")
+        return (torch.float16, "float16 weights, float32 for the rest") if _has_fbgemm() else (torch.float32, "exact")
     for feature in ("amx_bf16", "avx512_bf16"):
         if torch.cpu.get_capabilities().get(feature):
-            return torch.bfloat16, f"it has {feature}"
+            return torch.bfloat16, f"the CPU has {feature}"
     return torch.float32, "no 16-bit products in hardware"
 
 
 def _has_fbgemm() -> bool:
-    """True if this PyTorch multiplies float16 weights with float32 on a CPU, as it does on x86."""
+    """True if this PyTorch multiplies float16 weights with float32 on a CPU, as on x86."""
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def why_no_headers() -> str:
-    """Return why compiled kernels cannot be called from Python, or ""."""
+    """Return the reason why compiled kernels cannot be called from Python, or ""."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     return "" if header.is_file() else "Python's own headers are missing (Debian and Ubuntu: python3-dev)"
 
 
 def why_no_compiler() -> str:
-    """Return why torch.compile does not work on a CPU, or "". On Windows it needs Microsoft's C++ compiler."""
-    compilers = ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")
+    """Return the reason why torch.compile does not work on a CPU, or ""."""
+    compilers = ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")   # cl is Microsoft's
     if not any(map(shutil.which, compilers)):
-        return "there is no C++ compiler"
-    if os.name == "posix" and " " in torch.__file__:        # the linker's command does not quote it
-        return "PyTorch is in a folder with a space in its name"
+        return "no C++ compiler was found"
+    if os.name == "posix" and " " in torch.__file__:        # the linker command does not quote the path
+        return "the path of PyTorch contains a space"
     return ""

@@ -1,4 +1,4 @@
-"""Download TinyStories: from the first mirror that delivers, resumed after a break, checked before it is used.
+"""Download TinyStories from the first mirror that works. Broken downloads resume; complete ones are checked.
 
     folder = download_tinystories("data")
 """
@@ -25,17 +25,17 @@ MIRRORS = {
     "modelscope": f"https://www.modelscope.cn/datasets/AI-ModelScope/TinyStories/resolve/master/{ARCHIVE}",
 }
 RETRIES = Retry(3, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False,
-                respect_retry_after_header=False)       # a server may ask for a day of patience
-MAX_TRIES = 3                   # of a mirror, without those in which something new arrived
+                respect_retry_after_header=False)       # a server may ask to wait for a day
+MAX_TRIES = 3                   # attempts per mirror that bring no new bytes
 
-_CHUNK_BYTES = 1 << 16          # written at a time, and at most lost when a connection breaks
+_CHUNK_BYTES = 1 << 16          # bytes per write, the most that a broken connection loses
 
 
 def download_tinystories(data_dir: str | Path, mirror: str = "") -> Path:
-    """Fetch and unpack TinyStories (Eldan and Li 2023, arXiv 2305.07759) unless it exists. Returns its folder.
+    """Download and unpack TinyStories (Eldan and Li 2023, arXiv 2305.07759) unless it exists. Returns its folder.
 
-    mirror: names of MIRRORS or addresses, separated by commas, tried in that order; all when empty. Raises UserError
-    when no mirror delivers, or the archive is damaged.
+    mirror: names of MIRRORS or URLs, separated by commas, tried in that order; empty: all. Raises UserError if no
+    mirror works, or the archive is damaged.
     """
     folder = Path(data_dir) / TINYSTORIES_DIR
     archive = Path(data_dir) / ARCHIVE
@@ -49,23 +49,23 @@ def download_tinystories(data_dir: str | Path, mirror: str = "") -> Path:
 
 
 def choose_mirrors(names: str) -> dict[str, str]:
-    """Return the addresses of mirrors by name. Raises UserError for an unknown name."""
+    """Return the URLs of mirrors by name. Raises UserError for an unknown name."""
     urls = {}
     for name in map(str.strip, names.split(",") if names else MIRRORS):
         if name not in MIRRORS and not name.startswith(("http://", "https://")):
-            raise UserError(f"unknown mirror {name!r}; known are {', '.join(MIRRORS)}, and any http(s) address")
+            raise UserError(f"unknown mirror {name!r}; expected {', '.join(MIRRORS)} or an http(s) URL")
         urls[name] = MIRRORS.get(name, name)
     return urls
 
 
 class _Damaged(Exception):
-    """The received bytes are not the file."""
+    """The mirror sent something other than the file."""
 
 
 def download_file(mirrors: dict[str, str], target: Path) -> None:
-    """Download a file from the first of some mirrors (addresses by name) that delivers it.
+    """Download a file from the first mirror that works. mirrors: URLs by name.
 
-    The bytes in `<name>.part` are not fetched again. Raises UserError when no mirror delivers.
+    Resumes from the bytes in `<name>.part`. Raises UserError if no mirror works.
     """
     part = target.with_name(target.name + ".part")
     failures = []
@@ -76,13 +76,13 @@ def download_file(mirrors: dict[str, str], target: Path) -> None:
         except (requests.RequestException, _Damaged) as error:
             failures.append(f"       {name}: {error}")
     raise UserError("\n".join([f"{target.name} could not be downloaded", *failures,
-                               f"       get it in another way, for example from {next(iter(mirrors.values()))},",
-                               f"       put it at {target.resolve()} and run this again;",
+                               f"       download it by other means, for example from {next(iter(mirrors.values()))},",
+                               f"       save it as {target.resolve()} and run the same command again;",
                                "       or start with the built-in stories: python train_vocab.py"]))
 
 
 def _download_from(url: str, part: Path) -> None:
-    """Download from one mirror, continuing after breaks; tries in which nothing new arrives are limited."""
+    """Download from one mirror, resuming after errors. Gives up after MAX_TRIES attempts without new bytes."""
     n_failures = 0
     while True:
         size = _size(part)
@@ -98,28 +98,28 @@ def _download_from(url: str, part: Path) -> None:
 
 
 def _receive(url: str, part: Path) -> None:
-    """Append the missing bytes to `part`, and compare its SHA-256 with the one that the server announces, if any."""
+    """Append the missing bytes to `part`, and check its SHA-256 if the server announces one."""
     offset = _size(part)
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={offset}-" if offset else None}
     with requests.Session() as session:
         session.mount("http://", HTTPAdapter(max_retries=RETRIES))
         session.mount("https://", HTTPAdapter(max_retries=RETRIES))
         response = session.get(url, headers=headers, stream=True, timeout=(10, 60))
-        if response.status_code != 416:         # 416: nothing follows the bytes in `part`
+        if response.status_code != 416:         # 416: the server has no bytes after `offset`
             response.raise_for_status()
             _write_body(response, part, offset)
         elif response.headers.get("Content-Range", "").rpartition("/")[2] != str(offset):
-            raise _Damaged(f"has a shorter file than the {offset:,} bytes that are here")
+            raise _Damaged(f"the file is shorter than the {offset:,} bytes downloaded so far")
     etags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in (*response.history, response)]
     digests = [etag for etag in etags if re.fullmatch("[0-9a-f]{64}", etag)]
     if digests and digests[0] != sha256(part):
-        raise _Damaged("sent a file whose SHA-256 is not the announced one")
+        raise _Damaged("the SHA-256 of the file is not the announced one")
 
 
 def _write_body(response: requests.Response, part: Path, offset: int) -> None:
-    """Write the body of a response to `part`: from `offset` if the server resumes there, else from the beginning."""
+    """Write the body of a response to `part`: from `offset` if the server resumes there, else from the start."""
     if "html" in response.headers.get("Content-Type", ""):
-        raise _Damaged("sent a web page instead of the file")
+        raise _Damaged("found a web page; expected the file")
     if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
         offset = 0
     length = int(response.headers.get("Content-Length", 0))
@@ -133,9 +133,9 @@ def _write_body(response: requests.Response, part: Path, offset: int) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack the .json files of the archive; `folder` appears when all of them are complete and intact."""
+    """Unpack the .json files of the archive. `folder` appears when all of them are complete and intact."""
     if not hasattr(tarfile, "data_filter"):
-        raise UserError("this Python cannot unpack archives safely; use 3.10.12, 3.11.4, 3.12 or newer")
+        raise UserError("this Python cannot unpack archives safely; expected 3.10.12, 3.11.4, 3.12 or newer")
     tmp_dir = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp_dir, ignore_errors=True)          # left by a killed run
     tmp_dir.mkdir()
@@ -146,8 +146,8 @@ def _unpack(archive: Path, folder: Path) -> None:
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, UserError) as error:
         bad = archive.with_name(archive.name + ".bad")
         atomic_replace(archive, bad)
-        raise UserError(f"{archive} is damaged ({error})\n       it is now {bad.name}; run this again to fetch "
-                        "another, or put an intact one in its place") from error
+        raise UserError(f"{archive} is damaged ({error}); it is now named {bad.name}\n       run the same command "
+                        "to download it again, or put an intact archive in its place") from error
     finally:
         shutil.rmtree(tmp_dir, ignore_errors=True)
 
@@ -156,8 +156,8 @@ def _extract(archive: Path, folder: Path) -> None:
     with gzip.open(archive) as file, tarfile.open(fileobj=file, mode="r|") as tar:
         for member in tqdm(tar, unit=" files", desc=f"unpacking {archive.name}", disable=None):
             if member.isfile() and member.name.endswith(".json"):
-                tar.extract(member, folder, filter="data")      # refuses every path that leads elsewhere
-        while file.read(_CHUNK_BYTES):                          # gzip compares its checksum at the very end
+                tar.extract(member, folder, filter="data")      # refuses paths outside the folder
+        while file.read(_CHUNK_BYTES):                          # gzip checks its checksum at the end
             pass
 
 

@@ -17,19 +17,19 @@ except ImportError:         # Windows
     fcntl = None
     import msvcrt
 
-LINE_ENDS = re.compile("[\x85\u2028\u2029]")    # json.dumps leaves them, and some readers take them for a new line
-LOCK_FILE = ".lock"                             # Windows cannot open a folder; this file in it is locked
-LOCK_OFFSET = 1 << 30                           # Windows locks this byte, which lies beyond all content
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")    # line ends for some readers, which json.dumps does not escape
+LOCK_FILE = ".lock"                             # locked in place of its folder, which Windows cannot open
+LOCK_OFFSET = 1 << 30                           # the byte that Windows locks, beyond all content
 LOCK_HELD_ERRORS = (BlockingIOError, PermissionError)       # raised when another process holds the lock
-FSYNC_UNSUPPORTED_ERRNOS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)      # of a folder, on some network drives
+FSYNC_UNSUPPORTED_ERRNOS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)      # fsync of a folder on some network drives
 READ_SIZE = 1 << 20
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a binary file for writing that takes the name `path` only if the block succeeds.
+    """Open a binary file for writing, which replaces `path` only if the block succeeds.
 
-    A process that dies in between leaves the old file and at most one `<name>.tmp`, which the next run overwrites.
+    A process that dies in the block leaves the old file and at most one `<name>.tmp`, which the next run overwrites.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def atomic_replace(source: Path, target: Path) -> None:
     """Rename a file or folder over `target`, and make the rename survive a power cut."""
     os.replace(source, target)
-    if os.name != "posix":      # Windows cannot open a folder, and need not flush it
+    if os.name != "posix":      # Windows cannot open a folder, and does not need to flush it
         return
     handle = os.open(target.parent, os.O_RDONLY)
     try:
@@ -63,16 +63,16 @@ def atomic_replace(source: Path, target: Path) -> None:
 
 
 def unused_path(folder: Path, pattern: str) -> Path:
-    """Return the first path that does not exist, of a pattern such as old-{}."""
+    """Return the first unused path of a pattern such as old-{}."""
     return next(path for i in range(1, 10_000) if not (path := folder / pattern.format(i)).exists())
 
 
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Keep other processes of this project from writing to a folder, which is made if it does not exist.
+    """Lock a folder against other processes of this project, and create it if it does not exist.
 
-    The operating system releases the lock when the process ends. A file system without locks, such as some network
-    drives, has no protection. Raises UserError when another process holds the lock.
+    The operating system releases the lock when the process ends. File systems without locks, such as some network
+    drives, are not protected. Raises UserError if another process holds the lock.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -85,7 +85,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     finally:
         os.close(handle)
         if not fcntl:
-            with suppress(OSError):             # another process has opened the file and may hold the lock by now
+            with suppress(OSError):             # another process may have locked the file by now
                 os.unlink(folder / LOCK_FILE)
         if was_missing and not any(folder.iterdir()):
             folder.rmdir()
@@ -93,9 +93,9 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Keep other processes from writing to a file, which is made if it does not exist.
+    """Lock a file against other processes of this project, and create it if it does not exist.
 
-    Raises UserError when another process holds the lock.
+    Raises UserError if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -107,7 +107,7 @@ def file_lock(path: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """Lock a folder or a file and return the handle, whose os.close() unlocks it."""
+    """Lock a folder or a file. Returns a handle; os.close() unlocks it."""
     if fcntl:
         handle = os.open(path, os.O_RDONLY)
     else:
@@ -134,7 +134,7 @@ def save_json(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def load_json(path: str | Path) -> dict[str, Any]:
-    """Read a file of save_json. Raise ValueError when the content does not match its checksum."""
+    """Load a file of save_json. Raises ValueError if the content does not match its checksum."""
     try:
         content = json.loads(Path(path).read_bytes())
     except RecursionError as error:
@@ -150,7 +150,7 @@ def json_checksum(content: dict[str, Any]) -> str:
 
 
 def json_line(entry: dict[str, Any]) -> str:
-    """Return an entry of a .jsonl file, with readable letters and no character that ends a line early."""
+    """Return a line of a .jsonl file. Letters stay readable; characters that would end the line early are escaped."""
     text = json.dumps(entry, ensure_ascii=False)
     return LINE_ENDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 

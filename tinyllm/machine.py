@@ -1,4 +1,4 @@
-"""Cores and memory of this machine, or of the container around this process."""
+"""Measure the cores and the memory of this machine or container."""
 import os
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ def available_cores() -> int:
 
 
 def free_memory() -> int | None:
-    """Return the bytes that Linux can still give, also inside a container; None on other systems."""
+    """Return the free memory in bytes, also in a container; None on systems other than Linux."""
     try:
         meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
     except OSError:
@@ -29,13 +29,13 @@ def free_memory() -> int | None:
         details = (CGROUP / "memory.stat").read_text(encoding="utf-8")
     except OSError:
         return free
-    file_cache = int(details.partition("inactive_file ")[2].split()[0])       # Linux drops it when memory is needed
+    file_cache = int(details.partition("inactive_file ")[2].split()[0])       # Linux frees it when needed
     return free if limit == "max" else min(free, max(int(limit) - used + file_cache, 0))
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has used, imports included; 0 on Windows, where it is unknown."""
-    if sys.platform == "linux":                 # where getrusage counts the parent's memory before the start too
+    """Return the peak memory of this process in bytes, including imports; 0 on Windows, where it is unknown."""
+    if sys.platform == "linux":                 # getrusage includes the parent's memory before the start
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     if sys.platform == "win32":

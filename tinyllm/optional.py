@@ -1,4 +1,4 @@
-"""The one door to extras/, and to packages that only an option needs.
+"""Import modules of extras/ and packages of requirements-extra.txt when an option needs them.
 
     formats = optional.load("formats")                              # the module extras/formats
     matplotlib = optional.require_package("matplotlib", "loss.png")
@@ -10,7 +10,7 @@ from types import ModuleType
 
 from tinyllm.cli import UserError
 
-# feature, a module of extras/: what it is for
+# the purpose of each module of extras/
 FEATURES = {
     "chat": "chat models (--interactive, --chat)",
     "compiled": "--compile in sample.py",
@@ -25,7 +25,7 @@ FEATURES = {
 
 
 def load(feature: str) -> ModuleType:
-    """Import a feature of extras/. Raises UserError when the folder was deleted."""
+    """Import a module of extras/. Raises UserError if the folder is missing."""
     try:
         return importlib.import_module(f"extras.{feature}")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Find the tokenizer, the shards and the checkpoints of a project."""
+"""Find and load the tokenizer of a data folder."""
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from tinyllm.cli import UserError, format_command, suggest_path
 from tinyllm.files import sha256
 from tokenizer import BaseTokenizer, Tokenizer
 
-MANIFEST = "manifest.json"                      # in a folder of shards, once they are complete
-DATA = Path("data")                             # where the scripts look unless told otherwise
+MANIFEST = "manifest.json"                      # written when all shards of a folder are complete
+DATA = Path("data")                             # default data folder of the scripts
 
 
 @contextmanager
 def tokenizer_errors(source: str | Path = "") -> Iterator[None]:
-    """Turn the ValueError of a tokenizer into a UserError. source: the file to name in front."""
+    """Turn the ValueError of a tokenizer into a UserError. source: the file that the message names."""
     try:
         yield
     except ValueError as error:
@@ -24,7 +24,7 @@ def tokenizer_errors(source: str | Path = "") -> Iterator[None]:
 
 
 def load_tokenizer(source: str | Path | bytes) -> BaseTokenizer:
-    """Load a tokenizer of any kind from its file or bytes; its content tells the kind.
+    """Load a tokenizer from its file or bytes, and detect its kind from the content.
 
     Raises UserError if it is missing or damaged, or its package is missing.
     """
@@ -48,13 +48,13 @@ def _tokenizer_class(model: bytes) -> type[BaseTokenizer]:
 
 
 def find_tokenizer(data_dir: str | Path, vocab_size: int = 0, digest: str = "") -> Path:
-    """Return the tokenizer of a data folder: the one of that size, the one with that SHA-256, or the only one.
+    """Return the path of a tokenizer in a data folder: by size, by SHA-256, or the only one.
 
-    Raises UserError when none matches, or several do.
+    Raises UserError if none or several match.
     """
     folder = Path(data_dir)
     if folder.is_file():
-        raise UserError(f"{folder} is a file; --data_dir names a folder of steps 1 and 2, and --data of step 1 a text")
+        raise UserError(f"{folder} is a file; --data_dir names a folder\n       name a text with train_vocab.py --data")
     paths = tokenizer_files(folder)
     matches = [path for path in paths if not vocab_size or path.stem == f"tok{vocab_size}"]
     if len(matches) > 1 and digest:
@@ -62,7 +62,7 @@ def find_tokenizer(data_dir: str | Path, vocab_size: int = 0, digest: str = "") 
     if not matches:
         raise UserError(_no_tokenizer_message(folder, paths, vocab_size))
     if len(matches) > 1:
-        raise UserError(f"{folder} holds several vocabularies ({_join_names(paths)})\n"
+        raise UserError(f"{folder} has several vocabularies ({_join_names(paths)})\n"
                         "       choose one with --vocab_size, or delete the others")
     return matches[0]
 
@@ -73,7 +73,7 @@ def _no_tokenizer_message(folder: Path, paths: list[Path], vocab_size: int) -> s
     hint = "" if folder.exists() else suggest_path(folder)
     command = format_command("train_vocab", data_dir="" if folder == DATA else folder, vocab_size=vocab_size or "")
     return (f"no vocabulary{of_size} in {folder.resolve()}{existing}{hint}\n"
-            f"       make one: {command}, with --data PATH for text of your own")
+            f"       make one: {command}, with --data PATH for your own text")
 
 
 def _join_names(paths: list[Path]) -> str:
@@ -81,7 +81,7 @@ def _join_names(paths: list[Path]) -> str:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the tokenizers of a data folder: first those with shards, then the others, each by size."""
+    """Return the tokenizer files of a data folder, sorted by size; files with shards come first."""
     def key(path: Path) -> tuple[bool, int, Path]:
         has_shards = (path.with_suffix("") / MANIFEST).is_file()
         return not has_shards, int(vocab_size_in_name(path) or 0), path
@@ -89,13 +89,13 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def vocab_size_in_name(tokenizer_path: Path) -> str:
-    """Return the value of --vocab_size that selects a tokenizer, or "" when its name holds no size."""
+    """Return the value of --vocab_size that selects a tokenizer, or "" if its name has no size."""
     size = tokenizer_path.stem.removeprefix("tok")
     return size if size.isdecimal() else ""
 
 
 def path_flags(tokenizer_path: Path) -> dict[str, str | Path]:
-    """Return the settings by which the steps find a tokenizer: its folder, and its size if the folder has several."""
+    """Return the settings that select a tokenizer: its folder, and its size if the folder has several."""
     folder = tokenizer_path.parent
     has_several = len(tokenizer_files(folder)) > 1
     return {"data_dir": "" if folder == DATA else folder,
@@ -103,6 +103,6 @@ def path_flags(tokenizer_path: Path) -> dict[str, str | Path]:
 
 
 def shorten_list(items: list[Any], limit: int = 5) -> str:
-    """Return the first items, and how many more there are."""
+    """Return e.g. 'a, b, c, d, e and 4 more'."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(map(str, items[:limit])) + more

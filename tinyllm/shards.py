@@ -1,8 +1,8 @@
-"""Shards: the text as token ids on disk, in flat arrays, and the manifest that lists them.
+"""Read and write shards: the text as token ids in flat files, and a manifest that lists the files.
 
-A folder `data/tok4096/` holds `train_0000.bin`, `val_0000.bin` and so on. Each holds the documents of a few source
-files one after another, `bos ... eos` each, as uint16 (or uint32 for a large vocabulary). `manifest.json` is written
-last: without it there is no data set.
+A folder such as `data/tok4096/` holds `train_0000.bin`, `val_0000.bin` and so on. A shard holds the documents of a few
+source files one after another, `bos ... eos` each, as uint16 (uint32 for vocabularies of more than 65,536 tokens).
+`manifest.json` is written last; a folder without it is incomplete.
 """
 import hashlib
 import json
@@ -24,7 +24,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Source:
-    """A file of text: its path, its size in bytes and its SHA-256."""
+    """A text file: its path, its size in bytes and its SHA-256."""
     name: str
     size: int
     sha256: str
@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of token ids. `bytes` is the size of its documents in UTF-8, and makes bits per byte exact."""
+    """A file of token ids. `bytes` is the size of its documents in UTF-8, for bits per byte."""
     file: str
     sha256: str
     split: str
@@ -44,7 +44,7 @@ class Shard:
 
 @dataclass
 class ShardSet:
-    """The shards of a folder, and the tokenizer and the rule of the split that they were made with."""
+    """The shards of a folder, and the tokenizer and validation threshold that made them."""
     folder: Path
     tokenizer_sha256: str
     vocab_size: int
@@ -53,7 +53,7 @@ class ShardSet:
     maps: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "maps": {}}       # another process maps the files itself
+        return {**vars(self), "maps": {}}       # every process maps the files itself
 
     @property
     def dtype(self) -> np.dtype:
@@ -73,14 +73,14 @@ class ShardSet:
         return sum(getattr(shard, field_name) for shard in self.shards_of(split))
 
     def memmap(self, shard: Shard) -> np.ndarray:
-        """Return a shard's ids (tokens,), mapped into memory. The map outlives a file that step 2 replaces."""
+        """Return a shard's ids (tokens,), mapped into memory. The map stays valid after step 2 replaces the file."""
         if shard.file not in self.maps:
             path = self.folder / shard.file
             self.maps[shard.file] = np.memmap(path, self.dtype, "r") if shard.tokens else np.empty(0, self.dtype)
         return self.maps[shard.file]
 
     def is_intact(self, shard: Shard) -> bool:
-        """True if a shard's file is as it was written."""
+        """True if a shard's file has the recorded size and SHA-256."""
         path = self.folder / shard.file
         size = path.stat().st_size if path.is_file() else -1
         return size == shard.tokens * self.dtype.itemsize and sha256(path) == shard.sha256
@@ -89,7 +89,7 @@ class ShardSet:
         """Raise UserError if a split has no document."""
         for split in SPLITS:
             if not self.total(split, "documents"):
-                raise UserError(f"no document in {self.folder} is for {split}; is this the text of step 1?\n"
+                raise UserError(f"no document in {self.folder} is for {split}; expected the text of step 1\n"
                                 "       run python train_vocab.py again")
 
     def save(self, name: str = MANIFEST) -> None:
@@ -100,23 +100,23 @@ class ShardSet:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the smallest type, little-endian, that holds the ids of a vocabulary."""
+    """Return the smallest little-endian dtype that holds the ids of a vocabulary."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def document_starts(ids: np.ndarray) -> np.ndarray:
-    """Return the positions where the documents of a shard begin: at each bos; at every second one if eos is bos."""
+    """Return the start of each document of a shard: each bos, or every second one if eos and bos are the same."""
     starts = np.flatnonzero(ids == ids[:1])
     return starts[::2] if np.array_equal(ids[:1], ids[-1:]) else starts
 
 
 def rerun_hint(folder: Path) -> str:
-    """Return the end of an error message: the command that repairs a folder of shards."""
+    """Return the last line of an error: the command that repairs a folder of shards."""
     return f"\n       run {format_command('preprocess', **path_flags(folder.with_suffix('.model')))} again"
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> ShardSet:
-    """Read a manifest. Raises UserError if it is missing, damaged or of another format."""
+    """Read a manifest. Raises UserError if it is missing, damaged or has another format."""
     path = folder / name
     if not path.is_file():
         text = "" if folder.with_suffix(".json").exists() else "PATH"
@@ -125,7 +125,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> ShardSet:
     try:
         content = load_json(path)
         if content["format"] != FORMAT:
-            raise UserError(f"{path} is of format {content['format']}, this code reads {FORMAT}{rerun_hint(folder)}")
+            raise UserError(f"{path} has format {content['format']}; expected {FORMAT}{rerun_hint(folder)}")
         return ShardSet(folder, content["tokenizer_sha256"], content["vocab_size"], content["val_threshold"],
                         [_parse_shard(**entry) for entry in content["shards"]])
     except (ValueError, LookupError, TypeError) as error:
@@ -135,12 +135,12 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> ShardSet:
 def _parse_shard(file: str, sources: list[dict[str, Any]], **entry: Any) -> Shard:
     """Parse an entry of the manifest. Raises ValueError if it names a file outside its folder."""
     if not re.fullmatch(r"(train|val)_[0-9]+\.bin", file):
-        raise ValueError(f"{file!r} is no name of a shard")
+        raise ValueError(f"{file!r} is not the name of a shard")
     return Shard(file=file, sources=[Source(**source) for source in sources], **entry)
 
 
 def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
-    """Read a manifest. Raises UserError unless every shard is as it was written, and of this tokenizer."""
+    """Load the shards of a folder. Raises UserError unless all are intact and made with this tokenizer."""
     shard_set = read_manifest(folder)
     if shard_set.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(f"{folder} was made with another vocabulary than {folder}.model{rerun_hint(folder)}")
@@ -150,5 +150,5 @@ def load_shards(folder: Path, tokenizer_sha256: str) -> ShardSet:
     if damaged:
         raise UserError(f"missing or damaged: {shorten_list(damaged)}{rerun_hint(folder)}")
     for shard in shard_set.shards:
-        shard_set.memmap(shard)         # before step 2 may replace the file
+        shard_set.memmap(shard)         # map it before step 2 can replace the file
     return shard_set

@@ -1,13 +1,13 @@
-"""Texts as words, so that each distinct word is processed once: counted by step 1, encoded by step 2.
+"""Split texts into words, so that steps 1 and 2 process each distinct word once.
 
     counts = WordCounts()
     counts.add([b"a cat saw a dog"])
     counts.flush()                                 # counts.counts is {b" a": 2, b" cat": 1, ...}
 
-A word starts where a space follows something else, and holds all spaces up to its letters; a newline is a word by
-itself. Every text gets a space in front, as SentencePiece puts one there. No piece of a tokenizer of step 1 crosses
-the border of a word, so the byte-pair encoding of a text is the encoding of its words, one after another. Text repeats
-itself: 3.4 million words of TinyStories are 36,000 distinct ones. numpy looks them up, 128 kB of text at a time.
+A word begins with the spaces in front of it; a newline is a word by itself. Every text gets a space in front, as in
+SentencePiece. No piece of step 1's tokenizers crosses the border of a word, so the byte-pair encoding of a text is the
+encoding of its words, one after another. Text repeats itself: 3.4 million words of TinyStories are 36,000 distinct
+ones. numpy looks them up, 128 kB of text at a time.
 """
 import re
 from array import array
@@ -21,13 +21,13 @@ from tokenizer import HARD_TEXT, NORMAL, SPACE_MARK, UNUSED, BaseTokenizer, Toke
 
 SPACE_MARK_BYTES = SPACE_MARK.encode()
 CROSSES_WORDS = re.compile(f"[^{SPACE_MARK} ][{SPACE_MARK} ]|\n.|.\n", re.DOTALL)
-MAX_WORDS = 1 << 17                     # of a table; when it is full, a new one starts
-MAX_WORD_BYTES = 1 << 23                # of all words of a table, so that long words take no more memory
-MAX_COUNT_BYTES = 100 << 20             # memory of the counted words, about
+MAX_WORDS = 1 << 17                     # words per table; a new table replaces a full one
+MAX_WORD_BYTES = 1 << 23                # bytes of all words of a table, which limits the memory of long words
+MAX_COUNT_BYTES = 100 << 20             # approximate memory of the counted words
 
 _N_SLOTS = 2 * MAX_WORDS
-_SLOTS_PER_WORD = 3                     # slots that a word may be in
-_MAX_KEY_BYTES = 15                     # of a word in the table; its length takes the 16th byte of the key
+_SLOTS_PER_WORD = 3                     # possible slots of a word
+_MAX_KEY_BYTES = 15                     # longest word in a table; the 16th byte of its key is its length
 _LOW_MASK = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_MAX_KEY_BYTES + 1)], np.uint64)
 _HIGH_MASK = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_MAX_KEY_BYTES + 1)], np.uint64)
 _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)        # any two odd, random numbers
@@ -36,9 +36,10 @@ _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)    
 def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
     """Join the texts, with a space in front of each, and find their words.
 
-    Returns the buffer; where each word starts, and the end (words + 1,); the index of each text's first word (texts,).
+    Returns the buffer; the starts of the words, and their end (words + 1,); the index of each text's first word
+    (texts,).
     """
-    buffer = b" ".join([b"", *texts, bytes(_MAX_KEY_BYTES)])        # zeros at the end, to read whole integers there
+    buffer = b" ".join([b"", *texts, bytes(_MAX_KEY_BYTES)])        # zeros, to read whole integers at the end
     end = len(buffer) - 1 - _MAX_KEY_BYTES
     data = np.frombuffer(buffer, np.uint8, end)
     sizes = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
@@ -53,13 +54,12 @@ def split_words(texts: list[bytes]) -> tuple[bytes, np.ndarray, np.ndarray]:
 
 
 class WordTable:
-    """Gives each distinct word an id: 1, 2, 3 and so on, in order of appearance.
+    """A hash table in numpy. It numbers distinct words 1, 2, 3, ... in order of appearance, a batch at a time.
 
-    A hash table in numpy, for all words of a batch at once. A word's key is its bytes and its length, as two 64-bit
-    integers `low` and `high`, so that equal keys are equal words; a slot whose `high` is 0 is free. The hash of a key
-    names _SLOTS_PER_WORD slots, and the word is in the first that was free when it came. A word that is too long for a
-    key, or finds no free slot, gets another id in each batch. Where spaces are rare, as in Chinese, nearly all words
-    do, and the table is soon full; that costs little more than having no table.
+    A key holds the bytes and the length of a word in two 64-bit integers, `low` and `high`, so equal keys are equal
+    words. A slot is free if its `high` is 0. The hash of a key selects _SLOTS_PER_WORD slots, and the word takes the
+    first free one. A word that is too long for a key, or finds no free slot, gets a new id in each batch. Where spaces
+    are rare, as in Chinese, most words are too long and the table is soon full; this costs little more than no table.
     """
 
     def __init__(self):
@@ -73,7 +73,7 @@ class WordTable:
         return self.n_words >= MAX_WORDS or self.n_bytes >= MAX_WORD_BYTES
 
     def assign_ids(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
-        """Return the ids of the words of texts.
+        """Assign ids to the words of texts.
 
         Returns the id of each word (words,), int32; the index of each text's first word (texts,); the new words in the
         order of their ids.
@@ -99,7 +99,7 @@ class WordTable:
         return ids, first_words, list(new_ids)
 
     def _lookup(self, low: np.ndarray, high: np.ndarray, hashes: np.ndarray, attempt: int = 0) -> np.ndarray:
-        """Return the ids of words; 0 for words that are not in the table."""
+        """Return the ids of words, 0 for words that are not in the table."""
         slots = _choose_slots(hashes, attempt)
         is_equal = (self.low.take(slots) == low) & (self.high.take(slots) == high)      # take is twice as fast as []
         ids = self.ids.take(slots) * is_equal
@@ -109,7 +109,7 @@ class WordTable:
         return ids
 
     def _insert(self, low: np.ndarray, high: np.ndarray, hashes: np.ndarray, ids: np.ndarray, attempt: int = 0) -> None:
-        """Put words into free slots. Where several want one slot, the last one wins, and the others try the next."""
+        """Put words into free slots. If several words want one slot, the last one gets it and the others try again."""
         slots = _choose_slots(hashes, attempt)
         is_free = self.high[slots] == 0
         self.ids[slots[is_free]] = ids[is_free]
@@ -124,9 +124,9 @@ class WordTable:
 def _make_keys(buffer: bytes, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the key of each word, `low` and `high`, and the key's hash.
 
-    The length in a key of a word of more than _MAX_KEY_BYTES is larger than all others, so that it is in no table.
+    The key of a word longer than _MAX_KEY_BYTES contains a length that no key in a table has.
     """
-    integers = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))      # of the 8 bytes from each position on
+    integers = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))      # the 8 bytes at each position
     key_sizes = np.minimum(sizes, _MAX_KEY_BYTES)
     low = integers.take(starts) & _LOW_MASK.take(key_sizes)
     high = integers.take(starts + 8) & _HIGH_MASK.take(key_sizes)
@@ -139,7 +139,7 @@ def _choose_slots(hashes: np.ndarray, attempt: int) -> np.ndarray:
 
 
 class DocumentEncoder:
-    """Encodes many documents: word by word if that gives the same ids as whole texts, which is several times faster.
+    """A fast encoder of documents. If the ids are the same, it encodes word by word, which is several times faster.
 
         encoder = DocumentEncoder(tokenizer)
         ids = encoder.encode([b"a cat", b"a dog"])      # bos ... eos bos ... eos, int32
@@ -151,14 +151,14 @@ class DocumentEncoder:
         self._start_table()
 
     def _start_table(self) -> None:
-        """Forget all words. Word 0 stands for eos and bos, which are between two texts."""
+        """Start an empty table. Word 0 stands for eos and bos between two texts."""
         self.table = WordTable()
-        self.tokens = array("i", [self.tokenizer.eos_id, self.tokenizer.bos_id])    # of all words, one after another
-        self.starts = array("i", [0])                                               # of each word in `tokens`
+        self.tokens = array("i", [self.tokenizer.eos_id, self.tokenizer.bos_id])    # ids of all words, concatenated
+        self.starts = array("i", [0])                                               # position of each word in `tokens`
         self.sizes = array("i", [2])
 
     def encode(self, texts: list[bytes]) -> np.ndarray:
-        """Return the ids of texts in UTF-8: bos ... eos of each, one after another, int32."""
+        """Return the ids of texts in UTF-8, int32: bos ... eos of each, concatenated."""
         if self.is_wordwise and all(texts) and not any(SPACE_MARK_BYTES in text for text in texts):
             return self._encode_words(texts)
         batch = self.tokenizer.encode_batch([text.decode() for text in texts], bos=True, eos=True)
@@ -175,7 +175,7 @@ class DocumentEncoder:
             self.tokens.extend(tokens)
         words = np.append(np.insert(words, first_words, 0), 0)
         sizes = np.frombuffer(self.sizes, np.int32).take(words)
-        ends = np.cumsum(sizes, dtype=np.int32)                 # of each word in the result
+        ends = np.cumsum(sizes, dtype=np.int32)                 # end of each word in the result
         # token j of the result, in word i, is tokens[starts[i] + j - (start of i in the result)]
         shifts = np.frombuffer(self.starts, np.int32).take(words) - (ends - sizes)
         positions = np.repeat(shifts, sizes) + np.arange(ends[-1], dtype=np.int32)
@@ -183,7 +183,7 @@ class DocumentEncoder:
 
 
 class WordCounts:
-    """How often each word occurs. When the words take more than MAX_COUNT_BYTES, the rarest are left out."""
+    """The count of each word. If the words take more than MAX_COUNT_BYTES, the rarest are dropped."""
 
     def __init__(self):
         self.counts: dict[bytes, int] = {}
@@ -192,12 +192,12 @@ class WordCounts:
         self._drop_table()
 
     def _drop_table(self) -> None:
-        self._table: WordTable | None = None            # None while flushed, for the way to another process
+        self._table: WordTable | None = None            # None after flush(), which makes pickles small
         self._words = [b""]                             # by id
         self._table_counts = np.zeros(1, np.int64)      # by id
 
     def add(self, texts: list[bytes]) -> None:
-        """Count the words of texts. U+2581, which SentencePiece takes for a space, is one."""
+        """Count the words of texts. U+2581 counts as a space, as in SentencePiece."""
         self._table = self._table or WordTable()
         ids, _, new_words = self._table.assign_ids([text.replace(SPACE_MARK_BYTES, b" ") for text in texts])
         self._words += new_words
@@ -208,13 +208,13 @@ class WordCounts:
             self.flush()
 
     def flush(self) -> None:
-        """Move the counts by id into `counts`."""
+        """Move the counts of the table into `counts`."""
         counts = zip(self._words[1:], self._table_counts[1:].tolist())
         self._drop_table()
         self._add_counts(counts)
 
     def merge(self, other: "WordCounts") -> None:
-        """Add the counts of another object that was flushed."""
+        """Add the counts of another, flushed object."""
         self.n_pruned += other.n_pruned
         self._add_counts(other.counts.items())
 
@@ -227,7 +227,7 @@ class WordCounts:
             self._prune()
 
     def _prune(self) -> None:
-        """Keep the most common words, in half of the memory. The CRC decides between equally common ones."""
+        """Keep the most common words, in half of the memory. A CRC breaks ties."""
         entries = sorted(self.counts.items(), key=lambda entry: (-entry[1], crc32(entry[0])))
         self.counts = {}
         self._n_bytes = 0
@@ -240,17 +240,17 @@ class WordCounts:
 
 
 def _entry_bytes(word: bytes) -> int:
-    """Estimate the memory of a word and its count, and for ASCII the memory of each character in training."""
+    """Estimate the memory of a word and its count. ASCII words take 16 bytes per character in training."""
     training_bytes = 16 * len(word) if word.isascii() else 0
     return max(150, training_bytes) + 8 * len(word)
 
 
 def is_wordwise(tokenizer: BaseTokenizer) -> bool:
-    """True if a text has the ids of its words: byte-pair encoding, unchanged text, and pieces within words."""
+    """True if the words of a text have the same ids as the text: BPE, no normalization, and pieces within words."""
     if not isinstance(tokenizer, Tokenizer):
         return False
     pieces = tokenizer.pieces()
-    is_bpe = all(score.is_integer() for _, score, _ in pieces)      # ranks of the merges; others are log-probabilities
+    is_bpe = all(score.is_integer() for _, score, _ in pieces)      # BPE scores are merge ranks
     texts = [text for text, _, kind in pieces if kind in (NORMAL, UNUSED)]
     has_space_in_front = tokenizer.id_to_piece(tokenizer.encode("a")[0]).startswith(SPACE_MARK)
     keeps_text = tokenizer.decode(tokenizer.encode(HARD_TEXT)) == HARD_TEXT

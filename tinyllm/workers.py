@@ -1,4 +1,4 @@
-"""Worker processes for steps 1 and 2: as many as cores and memory allow; they end with their parent, and quietly."""
+"""Run the jobs of steps 1 and 2 in worker processes, as many as cores and memory allow."""
 import os
 import pickle
 import signal
@@ -19,15 +19,15 @@ from tqdm import tqdm
 from tinyllm.cli import UserError, kill_child_processes
 from tinyllm.machine import available_cores, free_memory
 
-BYTES_PER_WORKER = 400_000_000          # memory of a worker, with its imports
+BYTES_PER_WORKER = 400_000_000          # memory of a worker, including its imports
 MAX_WORKERS = 60                        # Windows cannot wait for more processes
-JOBS_AHEAD = 4                          # per worker, started before the oldest result is taken: files on disk wait
+JOBS_AHEAD = 4                          # jobs per worker that run ahead; their results wait on disk
 
 
 def choose_num_workers(requested: int, n_jobs: int) -> int:
-    """Return the number of processes: as requested, or one per core if memory allows; at most one per job."""
+    """Return the number of workers: as requested, or one per core if memory allows; at most one per job."""
     if requested < 0:
-        raise UserError(f"num_workers must be 0 (one per core) or more, not {requested}")
+        raise UserError(f"num_workers must be 0 (one per core) or more, got {requested}")
     num_workers = requested or available_cores()
     memory = free_memory()
     if memory is not None and not requested:
@@ -37,10 +37,11 @@ def choose_num_workers(requested: int, n_jobs: int) -> int:
 
 def run_jobs(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[Any], num_workers: int, total: int,
              label: str) -> Iterator[tuple[Any, Any]]:
-    """Yield each job and function(job, progress), in the order of the jobs; progress takes the number of bytes read.
+    """Yield each job and the result of function(job, progress), in the order of the jobs.
 
-    With one worker, this process does the jobs. After an error no job is started; the running ones finish and are
-    yielded before the error is raised. total, label: of the progress bar.
+    The function calls progress(count) with the number of bytes read. With one worker, this process does the jobs. After
+    an error no further job starts, and the results of running jobs are yielded before the error is raised. total,
+    label: bytes and title of the progress bar.
     """
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None) as bar:
         if num_workers > 1:
@@ -52,7 +53,7 @@ def run_jobs(function: Callable[[Any, Callable[[int], None]], Any], jobs: list[A
 
 def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqdm) -> Iterator[tuple[Any, Any]]:
     context = get_context("spawn")
-    n_bytes_read = context.Value("q", 0)        # by all workers
+    n_bytes_read = context.Value("q", 0)        # sum over all workers
     error = None
     waiting = iter(jobs)
     started: deque[tuple[Any, Future]] = deque()
@@ -79,12 +80,12 @@ def _run_in_pool(function: Callable, jobs: list[Any], num_workers: int, bar: tqd
                 else:
                     yield job, pickle.loads(future.result().read_bytes())
                     future.result().unlink()
-        except BaseException:                   # Ctrl-C, or a full disk where a result is used
+        except BaseException:                   # Ctrl-C, or an error in the code that uses the results
             kill_child_processes()
             raise
     if isinstance(error, BrokenProcessPool):
-        raise UserError("a worker process was killed, most likely because memory ran out\n       run this again with "
-                        "--num_workers 1; it continues with the missing parts")
+        raise UserError("a worker process was killed, most likely because memory ran out\n       run the same command "
+                        "again with --num_workers 1")
     if error:
         raise error
 
@@ -101,7 +102,7 @@ def _submit(executor: ProcessPoolExecutor, function: Callable, job: Any) -> Futu
 
 @contextmanager
 def ignore_ctrl_c() -> Iterator[None]:
-    """Ignore Ctrl-C here and in processes that start in the block, whose imports it would end in tracebacks."""
+    """Ignore Ctrl-C here and in processes that start in the block, which would print tracebacks of their imports."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -109,8 +110,8 @@ def ignore_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-_n_bytes_read: Any = None       # by all workers
-_result_dir = ""                # for the results of all workers
+_n_bytes_read: Any = None       # sum over all workers
+_result_dir = ""                # folder for the results of all workers
 
 
 def _start_worker(n_bytes_read: Any, result_dir: str) -> None:
@@ -127,9 +128,9 @@ def _end_with_parent() -> None:
 
 
 def _run_job(function: Callable, job: Any) -> Path:
-    """Do a job. Returns the file of its result.
+    """Do a job and write its result to a file. Returns the path.
 
-    A pipe would not do: if a worker is killed in the middle of a long result, the parent waits for the rest forever.
+    A pipe would be less safe: if a worker is killed while it sends a long result, the parent waits forever.
     """
     result = function(job, _add_bytes_read)
     with tempfile.NamedTemporaryFile(dir=_result_dir, delete=False) as file:
