@@ -45,8 +45,8 @@ class Job:
     index: int
     sources: dict[Path, Source]
     folder: Path
-    model_path: Path
-    model_sha256: str
+    tokenizer_path: Path
+    tokenizer_sha256: str
     val_threshold: int
     encoding: str = ""
 
@@ -61,23 +61,23 @@ def main() -> None:
     if cfg.data:
         corpus.check_not_nested(cfg.data, cfg.data_dir)
     if cfg.tokenizer:
-        model_path = import_tokenizer(Path(cfg.tokenizer), cfg.data_dir)
+        tokenizer_path = import_tokenizer(Path(cfg.tokenizer), cfg.data_dir)
     else:
-        model_path = find_tokenizer(cfg.data_dir, cfg.vocab_size)
-    tokenizer = load_tokenizer(model_path)
-    source = find_source(cfg, model_path, tokenizer.sha256)
+        tokenizer_path = find_tokenizer(cfg.data_dir, cfg.vocab_size)
+    tokenizer = load_tokenizer(tokenizer_path)
+    source = find_source(cfg, tokenizer_path, tokenizer.sha256)
     files = corpus.find_files(source.path)
-    if not model_path.with_suffix(".json").exists():
-        corpus.save_source(model_path, tokenizer.sha256, source)
+    if not tokenizer_path.with_suffix(".json").exists():
+        corpus.save_source(tokenizer_path, tokenizer.sha256, source)
     text = f"{source.path}, {corpus.format_count(len(files), 'file')}"
-    print(escape_for_terminal(f"text: {text}; vocabulary: {model_path}, {tokenizer.n_words} entries"))
-    folder = model_path.with_suffix("")
-    shard_set = ShardSet(folder, tokenizer.sha256, tokenizer.n_words, source.val_threshold, [])
+    print(escape_for_terminal(f"text: {text}; vocabulary: {tokenizer_path}, {tokenizer.vocab_size} entries"))
+    folder = tokenizer_path.with_suffix("")
+    shard_set = ShardSet(folder, tokenizer.sha256, tokenizer.vocab_size, source.val_threshold, [])
     with folder_lock(folder):
-        build_shards(shard_set, make_jobs(files, source, model_path, shard_set), cfg.num_workers)
+        build_shards(shard_set, make_jobs(files, source, tokenizer_path, shard_set), cfg.num_workers)
     print_stats(shard_set)
     print(f"{folder / MANIFEST} is complete after {time.perf_counter() - start:.0f} s")
-    print_next_step(cfg, model_path)
+    print_next_step(cfg, tokenizer_path)
 
 
 def import_tokenizer(path: Path, data_dir: str) -> Path:
@@ -86,20 +86,20 @@ def import_tokenizer(path: Path, data_dir: str) -> Path:
     imported = checkpoint.read_tokenizer(path)
     if min(imported.bos_id, imported.eos_id) < 0:
         raise UserError(f"{path} has no bos or no eos token; expected both, to separate documents")
-    model_path = Path(data_dir) / f"tok{imported.n_words}.model"
-    if model_path.exists() and load_tokenizer(model_path).sha256 != imported.sha256:
-        raise UserError(f"{model_path} holds another vocabulary of that size\n       choose another --data_dir")
-    with folder_lock(data_dir), atomic_write(model_path) as file:
+    tokenizer_path = Path(data_dir) / f"tok{imported.vocab_size}.model"
+    if tokenizer_path.exists() and load_tokenizer(tokenizer_path).sha256 != imported.sha256:
+        raise UserError(f"{tokenizer_path} holds another vocabulary of that size\n       choose another --data_dir")
+    with folder_lock(data_dir), atomic_write(tokenizer_path) as file:
         file.write(imported.model)
-    return model_path
+    return tokenizer_path
 
 
-def find_source(cfg: SimpleNamespace, model_path: Path, model_sha256: str) -> TextSource:
+def find_source(cfg: SimpleNamespace, tokenizer_path: Path, tokenizer_sha256: str) -> TextSource:
     """Return the text of step 1, unless the settings name another one."""
-    recorded = corpus.load_source(model_path, model_sha256)
+    recorded = corpus.load_source(tokenizer_path, tokenizer_sha256)
     if not recorded and not cfg.data and not cfg.tokenizer:
-        raise UserError(f"no {model_path.with_suffix('.json')}; expected it to name the text of {model_path.name}"
-                        "\n       name the text with --data PATH")
+        raise UserError(f"no {tokenizer_path.with_suffix('.json')}; expected the file of step 1 that names the text\n"
+                        "       name the text with --data PATH")
     text_encoding = cfg.encoding or (recorded.encoding if recorded else "")
     if recorded and (not cfg.data or Path(cfg.data) == recorded.path):
         return replace(recorded, encoding=text_encoding)
@@ -107,7 +107,7 @@ def find_source(cfg: SimpleNamespace, model_path: Path, model_sha256: str) -> Te
     return TextSource(path, corpus.find_val_threshold(corpus.find_files(path), text_encoding), text_encoding)
 
 
-def make_jobs(files: list[Path], source: TextSource, model_path: Path, shard_set: ShardSet) -> list[Job]:
+def make_jobs(files: list[Path], source: TextSource, tokenizer_path: Path, shard_set: ShardSet) -> list[Job]:
     """Group the source files into jobs, one for each pair of shards."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, files))
@@ -117,8 +117,11 @@ def make_jobs(files: list[Path], source: TextSource, model_path: Path, shard_set
     for path, digest in zip(files, digests):
         name = path.relative_to(source.path).as_posix() if source.path.is_dir() else path.name
         sources[path] = Source(name, path.stat().st_size, digest)
-    return [Job(i, {path: sources[path] for path in group}, shard_set.folder, model_path, shard_set.tokenizer_sha256,
-                source.val_threshold, source.encoding) for i, group in enumerate(corpus.group_small_files(files))]
+    jobs = []
+    for i, group in enumerate(corpus.group_small_files(files)):
+        jobs.append(Job(i, {path: sources[path] for path in group}, shard_set.folder, tokenizer_path,
+                        shard_set.tokenizer_sha256, source.val_threshold, source.encoding))
+    return jobs
 
 
 def build_shards(shard_set: ShardSet, jobs: list[Job], num_workers: int) -> None:
@@ -178,8 +181,8 @@ def shared_encoder(path: Path, sha256: str) -> DocumentEncoder:
 
 def write_shards(job: Job, progress: Callable[[int], None]) -> list[Shard]:
     """Tokenize the files of a job and write its train and val shards."""
-    encoder = shared_encoder(job.model_path, job.model_sha256)
-    dtype = shards.token_dtype(encoder.tokenizer.n_words)
+    encoder = shared_encoder(job.tokenizer_path, job.tokenizer_sha256)
+    dtype = shards.token_dtype(encoder.tokenizer.vocab_size)
     counts = {split: np.zeros(3, np.int64) for split in SPLITS}          # documents, tokens, bytes of text
     digests = {split: hashlib.sha256() for split in SPLITS}
     with ExitStack() as stack:
@@ -217,9 +220,9 @@ def print_stats(shard_set: ShardSet) -> None:
               f"{n_bytes / max(n_tokens, 1):.2f} bytes per token")
 
 
-def print_next_step(cfg: SimpleNamespace, model_path: Path) -> None:
+def print_next_step(cfg: SimpleNamespace, tokenizer_path: Path) -> None:
     """Print the command for step 3. If the tokenizer is from a model, the command fine-tunes that model."""
-    flags = path_flags(model_path)
+    flags = path_flags(tokenizer_path)
     if cfg.tokenizer:
         from tinyllm import checkpoint  # loads torch, which workers do not need
         if checkpoint.is_model(cfg.tokenizer):

@@ -111,24 +111,24 @@ IGNORED_WITH = {
 
 
 def main() -> None:
-    dist = distributed.from_env()
-    cfg, _ = cli.parse_settings(globals(), out=sys.stderr if dist.is_main else io.StringIO())
+    ranks = distributed.from_env()
+    cfg, _ = cli.parse_settings(globals(), out=sys.stderr if ranks.is_main else io.StringIO())
     with explain_oom("generate fewer texts at a time (--num_samples, --batch_size) or shorter ones (--max_new_tokens), "
                      "or use --device cpu"):
-        if dist.world_size > 1:
-            run_tensor_parallel(cfg, dist)
+        if ranks.world_size > 1:
+            run_tensor_parallel(cfg, ranks)
         else:
             generator, text = prepare(cfg)
             run_mode(generator, text, cfg)
 
 
-def run_tensor_parallel(cfg: SimpleNamespace, dist: distributed.DistributedContext) -> None:
+def run_tensor_parallel(cfg: SimpleNamespace, ranks: distributed.DistributedContext) -> None:
     """Shard the model over the processes. The main process runs the mode; the others only compute."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # torchrun forwards Ctrl-C, which ends all processes
-    cfg.device = dist.device(cfg.device)
+    cfg.device = ranks.device(cfg.device)
     with distributed.distributed_context():
-        tp_group = optional.load("tensor_parallel").TensorParallelGroup(dist)
-        with dist.fail_together(tp_group.control_group):
+        tp_group = optional.load("tensor_parallel").TensorParallelGroup(ranks)
+        with ranks.fail_together(tp_group.control_group):
             generator, text = prepare(cfg, tp_group)
         generator.engine.run(partial(run_mode, generator, text, cfg))
 

@@ -29,7 +29,7 @@ from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device import explain_oom
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
-from tinyllm.estimate import estimate_rest, format_hms, prepare_run
+from tinyllm.estimate import estimate_rest, format_hms, estimate_and_compile
 from tinyllm.machine import peak_memory
 from tinyllm.resume import run_settings
 from tinyllm.run import OOM_ADVICE, TrainRun, build_run
@@ -101,16 +101,16 @@ SAMPLE_TEMPERATURE = 0.8                # of the samples at each evaluation
 
 def main() -> None:
     preset_settings = {name: preset.settings for name, preset in presets.PRESETS.items()}
-    with distributed_context() as dist:
-        with dist.fail_together():
+    with distributed_context() as ranks:
+        with ranks.fail_together():
             cfg, overrides = cli.parse_settings(globals(), epilog=presets.presets_table(), presets=preset_settings,
                                                 moved=MOVED_FLAGS)
         if cfg.eval_only:
             with explain_oom(OOM_ADVICE):
-                print_scores(evaluate(build_run(cfg, overrides, dist)))
+                print_scores(evaluate(build_run(cfg, overrides, ranks)))
         else:
-            with lock_output_dir(cfg.out_dir, dist), explain_oom(OOM_ADVICE):
-                run_training(build_run(cfg, overrides, dist))
+            with lock_output_dir(cfg.out_dir, ranks), explain_oom(OOM_ADVICE):
+                run_training(build_run(cfg, overrides, ranks))
 
 
 def run_training(run: TrainRun) -> None:
@@ -120,8 +120,8 @@ def run_training(run: TrainRun) -> None:
             evaluate_and_keep_best(run, open_log(run))
         print_already_finished(run)
         return
-    prepare_run(run)
-    run.sync_ranks()
+    estimate_and_compile(run)
+    run.sync_clock_and_stop()
     if not run.has_checkpoint:
         run.save_first_state()
     with save_on_signals(run):
@@ -143,7 +143,7 @@ def train(run: TrainRun) -> None:
         lr, loss, grad_norm = train_step(run, batches)
         run.pending_metrics.append((loss, grad_norm))
 
-        run.sync_ranks()
+        run.sync_clock_and_stop()
         is_finished = run.reached_limit()
         is_last_step = is_finished or run.stop_signal > 0
         should_log = state.iter_num % cfg.log_interval == 0 or state.iter_num == 1
@@ -152,7 +152,7 @@ def train(run: TrainRun) -> None:
         if not should_log and not should_save:
             continue
 
-        with run.dist.fail_together():
+        with run.ranks.fail_together():
             loss, grad_norm = read_pending_metrics(run)          # waits for the device
         if should_log:
             seconds_per_step = (time.perf_counter() - timer_start) / (state.iter_num - timer_step)
@@ -170,9 +170,9 @@ def train(run: TrainRun) -> None:
 def training_batches(run: TrainRun) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield micro-batches x, y (batch_size, max_seq_len) on the device, endlessly, from the run's position."""
     cfg = run.cfg
-    return Task.iter_batches(run.shards, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
+    return Task.iter_batches(run.shard_set, "train", cfg.batch_size, run.model.args.max_seq_len, seed=cfg.seed,
                              position=run.state.position, device=run.backend.device, num_workers=cfg.num_workers,
-                             rank=run.dist.rank, world_size=run.dist.world_size)
+                             rank=run.ranks.rank, world_size=run.ranks.world_size)
 
 
 def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
@@ -186,13 +186,13 @@ def train_step(run: TrainRun, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple
             group["lr"] = lr * group["ratio"]
 
     total_loss = torch.zeros((), device=run.backend.device)
-    run.dist.seed(run.cfg.seed, run.state.iter_num)
+    run.ranks.seed(run.cfg.seed, run.state.iter_num)
     for micro_step in range(run.micro_steps_per_rank):
         x, y = next(batches)                                    # (batch_size, max_seq_len) each
         is_last = micro_step == run.micro_steps_per_rank - 1
         with run.gradient_sync(is_last):
             with run.backend.autocast():
-                loss = run.ddp_model(x, y)                      # linear_cross_entropy, or its faster form (kernels.py)
+                loss = run.wrapped_model(x, y)                  # linear_cross_entropy, or its faster form (kernels.py)
             loss = loss / run.micro_steps_per_rank
             run.scaler.scale(loss).backward()
         total_loss += loss.detach()
@@ -230,9 +230,9 @@ def get_lr(run: TrainRun) -> float:
 @torch.inference_mode()
 def evaluate(run: TrainRun) -> dict[str, float]:
     """Return the scores on the whole val split, which the ranks share. The batch size does not change its windows."""
-    batches = Task.iter_split(run.shards, "val", run.cfg.batch_size, run.model.args.max_seq_len,
-                              device=run.backend.device, rank=run.dist.rank, world_size=run.dist.world_size)
-    hide_bar = None if run.dist.is_main else True               # None: tqdm shows the bar only on a terminal
+    batches = Task.iter_split(run.shard_set, "val", run.cfg.batch_size, run.model.args.max_seq_len,
+                              device=run.backend.device, rank=run.ranks.rank, world_size=run.ranks.world_size)
+    hide_bar = None if run.ranks.is_main else True               # None: tqdm shows the bar only on a terminal
     losses, counts = [], []                                     # tensors: reading each number would wait for the device
     run.model.eval()
     for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False, disable=hide_bar):
@@ -245,15 +245,15 @@ def evaluate(run: TrainRun) -> dict[str, float]:
     counts = torch.stack(counts).tolist()
     nats = sum(loss * count for loss, count in zip(losses, counts) if count)        # a rank's last batch may be empty
     sums = torch.tensor([nats, sum(counts)], dtype=torch.float64)
-    nats, n_tokens = run.dist.sum(sums).tolist()
+    nats, n_tokens = run.ranks.sum(sums).tolist()
     val_loss = nats / n_tokens
     return {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700)),
-            "bpb": nats / math.log(2) / run.shards.total("val", "bytes")}
+            "bpb": nats / math.log(2) / run.shard_set.total("val", "bytes")}
 
 
 def generate_samples(run: TrainRun) -> list[str]:
     """Return the sample prompts with their continuations, drawn with the same random numbers each time."""
-    if not run.cfg.sample_tokens or not run.dist.is_main or run.is_sharded:
+    if not run.cfg.sample_tokens or not run.ranks.is_main or run.is_sharded:
         return []
     tokenizer = run.tokenizer
     sequences = [tokenizer.encode_prompt(prompt) for prompt in run.cfg.sample_prompts.split("|")]
@@ -268,13 +268,13 @@ def generate_samples(run: TrainRun) -> list[str]:
 
 def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
     """Evaluate, generate samples, and write ckpt.pt if the model is the best so far."""
-    with run.dist.fail_together():
+    with run.ranks.fail_together():
         require_finite_weights(run)
     start_seconds = run.seconds()
     scores = evaluate(run)
     samples = generate_samples(run)
-    run.sync_ranks()
-    with run.dist.fail_together():
+    run.sync_clock_and_stop()
+    with run.ranks.fail_together():
         log.write({"iter": run.state.iter_num, **scores, "tokens": run.tokens_seen, "samples": samples},
                   {"seconds": run.seconds()})
         log.write_reports(presets.expected_curve(run.cfg.preset))
@@ -283,7 +283,7 @@ def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
     if scores["val_loss"] < run.state.best_val_loss:
         run.state.best_val_loss = scores["val_loss"]
         run.save("ckpt.pt")
-    run.sync_ranks()
+    run.sync_clock_and_stop()
     run.eval_seconds = run.seconds() - start_seconds
 
 
@@ -291,7 +291,7 @@ def save_latest(run: TrainRun, log: RunLog | NullRunLog, is_finished: bool) -> N
     """Write last.pt, from which the run can be resumed."""
     if is_finished and run.state.iter_num < run.cfg.max_iters:
         run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # so that the run counts as finished
-    with run.dist.fail_together():
+    with run.ranks.fail_together():
         require_finite_weights(run)
         log.sync()
     run.save("last.pt")
@@ -300,7 +300,7 @@ def save_latest(run: TrainRun, log: RunLog | NullRunLog, is_finished: bool) -> N
 # ---- logging ------------------------------------------------------------------------------------
 
 def open_log(run: TrainRun) -> RunLog | NullRunLog:
-    if not run.dist.is_main:
+    if not run.ranks.is_main:
         return NullRunLog()
     header = {"config": run_settings(run.cfg), "model_args": asdict(run.model.args),
               "parameters": run.model.count_parameters(), "device": str(run.backend.device),
@@ -314,7 +314,7 @@ def log_step(run: TrainRun, log: RunLog | NullRunLog, loss: float, lr: float, gr
     speed = run.tokens_per_step / seconds_per_step
     log.write({"iter": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": run.tokens_seen},
               {"seconds": run.seconds(), "tokens_per_second": speed})
-    mfu = run.backend.mfu(speed / run.dist.world_size * run.model.flops_per_token())
+    mfu = run.backend.mfu(speed / run.ranks.world_size * run.model.flops_per_token())
     mfu_text = f"{mfu:.0%} MFU  " if mfu else ""
     print(f"step {step:,}  loss {loss:.4f}  lr {lr:.2e}  gradient {grad_norm:.2f}  {speed:,.0f} tokens/s  {mfu_text}"
           f"{format_hms(estimate_rest(run, seconds_per_step)[0])} left", flush=True)
@@ -338,7 +338,7 @@ def print_already_finished(run: TrainRun) -> None:
         longer = {"max_iters": 2 * state.iter_num}
     else:
         longer = {"max_minutes": math.ceil(2 * minutes)}
-    resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir, **longer)
+    resume = cli.format_command("train", run.ranks.launch_command, init_from="resume", out_dir=cfg.out_dir, **longer)
     print(f"the run in {cfg.out_dir} is finished: {state.iter_num:,} steps in {minutes:.1f} minutes\n"
           f"resume:     {resume}\n"
           "start over: repeat the first command with --init_from scratch or another --out_dir")
@@ -353,7 +353,7 @@ def print_result(run: TrainRun) -> None:
     if peak:
         print(f"peak {'GPU memory' if on_gpu else 'memory'}: {peak / 1e6:,.0f} MB")
     if run.stop_signal and not run.reached_limit():
-        resume = cli.format_command("train", run.dist.launch_command, init_from="resume", out_dir=cfg.out_dir)
+        resume = cli.format_command("train", run.ranks.launch_command, init_from="resume", out_dir=cfg.out_dir)
         print(f"saved step {step:,} in {cfg.out_dir}/last.pt\nresume: {resume}")
         sys.exit(128 + run.stop_signal)
     print(f"done: {step:,} steps in {format_hms(run.seconds())}, best val loss {run.state.best_val_loss:.4f}")

@@ -91,14 +91,14 @@ def learn_vocabulary(cfg: SimpleNamespace, source: Path, files: list[Path]) -> P
     print_stats(stats)
     with tokenizer_errors():
         tokenizer = train_tokenizer(stats.words.counts, cfg.vocab_size)
-    if tokenizer.n_words < cfg.vocab_size:
-        print(f"note: the text yields only {tokenizer.n_words:,} of {cfg.vocab_size:,} vocabulary entries; with a "
+    if tokenizer.vocab_size < cfg.vocab_size:
+        print(f"note: the text yields only {tokenizer.vocab_size:,} of {cfg.vocab_size:,} vocabulary entries; with a "
               "smaller --vocab_size, the model learns faster")
     path = Path(cfg.data_dir) / f"tok{cfg.vocab_size}.model"
     with atomic_write(path) as file:
         file.write(tokenizer.model)
     corpus.save_source(path, tokenizer.sha256, corpus.TextSource(source, val_threshold, cfg.encoding))
-    print(f"wrote {path} ({tokenizer.n_words} entries) in {time.perf_counter() - start:.0f} s")
+    print(f"wrote {path} ({tokenizer.vocab_size} entries) in {time.perf_counter() - start:.0f} s")
     return path
 
 

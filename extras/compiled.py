@@ -135,7 +135,7 @@ class CudaGraphStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        positions = torch.tensor(cache.next_positions())[:, None]                   # (B, 1)
+        positions = torch.tensor(cache.advance_lengths())[:, None]                   # (B, 1)
         if self.graph is None:
             self.tokens = tokens.clone()
             self.positions = positions.to(tokens.device)

@@ -33,7 +33,7 @@ class ShardedRun(TrainRun):
 
     def wrap_model(self) -> nn.Module:
         """Shard the model; in bfloat16, ranks also gather its layers in bfloat16."""
-        mesh = init_device_mesh(self.backend.device.type, (self.dist.world_size,))
+        mesh = init_device_mesh(self.backend.device.type, (self.ranks.world_size,))
         gather_dtype = torch.bfloat16 if self.backend.dtype == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(gather_dtype, torch.float32, cast_forward_inputs=False)
         for layer in self.model.layers:
@@ -51,7 +51,7 @@ class ShardedRun(TrainRun):
         return super().clip_gradients().full_tensor()
 
     def checkpoint_dict(self) -> dict[str, Any]:
-        return gather(super().checkpoint_dict(), self.dist.is_main)
+        return gather(super().checkpoint_dict(), self.ranks.is_main)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]

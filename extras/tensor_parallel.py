@@ -34,10 +34,10 @@ NO_TIMEOUT = timedelta(days=1000)       # to wait for the next prompt; a dead pr
 class TensorParallelGroup:
     """The processes that share a model, and the main process's requests to them."""
 
-    def __init__(self, dist: DistributedContext):
-        self.is_main = dist.is_main
-        self.rank = dist.rank
-        self.world_size = dist.world_size
+    def __init__(self, ranks: DistributedContext):
+        self.is_main = ranks.is_main
+        self.rank = ranks.rank
+        self.world_size = ranks.world_size
         self.control_group = torch_dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
 
     def broadcast_request(self, *request: Any) -> tuple[Any, ...]:

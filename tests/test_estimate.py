@@ -51,7 +51,7 @@ def test_epochs_are_counted_in_tokens(planned_run, capsys):
     """Windows are not counted: they start at documents and overlap."""
     run = planned_run("--max_iters", 500)
     estimate.print_duration_estimate(run, 0.1)
-    read = 500 * run.tokens_per_step / run.shards.total("train", "tokens")
+    read = 500 * run.tokens_per_step / run.shard_set.total("train", "tokens")
     assert f" 500 steps, {read:.1f} epochs" in capsys.readouterr().out
 
 
@@ -59,9 +59,9 @@ def test_epochs_are_counted_in_tokens(planned_run, capsys):
 def test_long_run_gets_notes(planned_run, monkeypatch, capsys, note):
     """A micro-batch takes 5 seconds."""
     monkeypatch.setattr(estimate, "time_micro_batch", lambda run: 5.0)
-    estimate.prepare_run(planned_run("--max_iters", 100_000))
+    estimate.estimate_and_compile(planned_run("--max_iters", 100_000))
     assert any(note in text for text in capsys.readouterr().out.split("\nnote: ")[1:])
-    estimate.prepare_run(planned_run("--max_iters", 3))
+    estimate.estimate_and_compile(planned_run("--max_iters", 3))
     assert "note: " not in capsys.readouterr().out
 
 

@@ -19,8 +19,8 @@ def test_training_step_does_not_synchronize(planned_run):
     plan = planned_run("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
     with FakeTensorMode():
         run = object.__new__(TrainRun)
-        run.cfg, run.backend, run.dist, run.state = plan.cfg, plan.backend, SINGLE_PROCESS, TrainState()
-        run.model = run.ddp_model = Transformer(plan.model.args)
+        run.cfg, run.backend, run.ranks, run.state = plan.cfg, plan.backend, SINGLE_PROCESS, TrainState()
+        run.model = run.wrapped_model = Transformer(plan.model.args)
         run.optimizers, run.scaler = build_optimizers(run.model, run.cfg, run.backend), plan.backend.scaler()
         run.start_time, run.eval_seconds = 0.0, 0.0
         x = torch.zeros(4, 32, dtype=torch.int64)

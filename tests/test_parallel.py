@@ -31,7 +31,7 @@ from tinyllm import cli
 
 def send_signal(run, batches, step=train.train_step):
     """Send process 1 a signal before its step, unless torchrun has started it again."""
-    if run.dist.rank == 1 and run.state.iter_num == {at} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if run.ranks.rank == 1 and run.state.iter_num == {at} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), {number})
     return step(run, batches)
 

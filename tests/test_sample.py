@@ -23,7 +23,7 @@ from tinyllm.files import file_lock
 
 def fake_engine(monkeypatch, generator, *rows):
     """Make the engine yield these tokens, one list for each text."""
-    size = generator.tokenizer.n_words
+    size = generator.tokenizer.vocab_size
     steps = [DecodeStep([row[i] if i < len(row) else None for row in rows], torch.zeros(len(rows), size))
              for i in range(max(map(len, rows)))]
     monkeypatch.setattr(generator.engine, "generate", lambda *args: iter(steps))
@@ -100,7 +100,7 @@ def test_stories_end_at_eos(ckpt, monkeypatch):
     generator = TextGenerator(ckpt)
     eos = torch.tensor(generator.tokenizer.eos_id)
     monkeypatch.setattr(generator.engine, "output", lambda x: 99.0 * (
-        torch.nn.functional.one_hot(eos.expand(len(x)), generator.tokenizer.n_words)))
+        torch.nn.functional.one_hot(eos.expand(len(x)), generator.tokenizer.vocab_size)))
     assert generator.sample("Once upon", 2, 50) == ["Once upon"] * 2
     assert [one.stop_reason for one in generator.completions(["a", "b"])] == ["eos"] * 2
 

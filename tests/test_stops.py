@@ -53,7 +53,7 @@ def test_a_signal_at_the_last_step_leaves_a_finished_run(train_small, monkeypatc
     def interrupted_at_step_3(run, batches):
         metrics = step(run, batches)
         if run.state.iter_num == 3:
-            run.requested_signal = signal.SIGINT
+            run.local_stop_signal = signal.SIGINT
         return metrics
     monkeypatch.setattr(train, "train_step", interrupted_at_step_3)
     train_small("out", "--max_iters", 3)

@@ -189,7 +189,7 @@ def test_gradient_accumulation_equals_one_batch(planned_run):
     """2 x 4 windows and 1 x 8 windows give the same step."""
     def gradient(*args):
         run = planned_run("--dtype", "float32", *args)
-        batches = train.Task.iter_batches(run.shards, "train", run.cfg.batch_size, 32, seed=1)
+        batches = train.Task.iter_batches(run.shard_set, "train", run.cfg.batch_size, 32, seed=1)
         _, loss, norm = train.train_step(run, batches)
         assert run.state.position == 8
         return loss.item(), norm.item(), run.model.state_dict()
@@ -203,7 +203,7 @@ def test_a_step_is_adamw_on_the_mean_loss(planned_run):
     run = planned_run("--dtype", "float32", "--grad_clip", 0, "--warmup_iters", 0, "--decay_lr", "False",
                       "--optimizer", "adamw")
     twin = planned_run("--dtype", "float32").model
-    batches = list(zip(range(2), train.Task.iter_batches(run.shards, "train", 4, 32, seed=run.cfg.seed)))
+    batches = list(zip(range(2), train.Task.iter_batches(run.shard_set, "train", 4, 32, seed=run.cfg.seed)))
     (sum(twin(x, y) for _, (x, y) in batches) / 2).backward()
     lr, loss, norm = train.train_step(run, iter([batch for _, batch in batches]))
     total = math.sqrt(sum(weight.grad.square().sum().item() for weight in twin.parameters()))
@@ -270,18 +270,18 @@ def test_evaluation_does_not_depend_on_batch_size(planned_run):
         assert other == pytest.approx(scores[0], rel=1e-5)
     run = planned_run("--dtype", "float32")
     nats, count = 0.0, 0
-    for shard in run.shards.shards_of("val"):            # window by window, with nothing of dataset.py
-        ids = torch.from_numpy(run.shards.memmap(shard).astype("int64"))
+    for shard in run.shard_set.shards_of("val"):            # window by window, with nothing of dataset.py
+        ids = torch.from_numpy(run.shard_set.memmap(shard).astype("int64"))
         for document in ids.tensor_split(torch.where(ids == run.tokenizer.bos_id)[0])[1:]:
             for start in range(0, len(document) - 1, 32):
                 window = document[start:start + 33]
                 logits = run.model(window[None, :-1])
                 nats -= logits[0].log_softmax(-1).gather(1, window[1:, None]).sum().item()
                 count += len(window) - 1
-    assert count == run.shards.total("val", "tokens") - run.shards.total("val", "documents")
+    assert count == run.shard_set.total("val", "tokens") - run.shard_set.total("val", "documents")
     assert scores[0]["val_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert scores[0]["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
-    assert scores[0]["bpb"] == pytest.approx(nats / math.log(2) / run.shards.total("val", "bytes"), rel=1e-5)
+    assert scores[0]["bpb"] == pytest.approx(nats / math.log(2) / run.shard_set.total("val", "bytes"), rel=1e-5)
 
 
 def test_eval_only_scores_a_checkpoint_and_writes_nothing(train_small, capsys):

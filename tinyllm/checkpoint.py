@@ -165,8 +165,8 @@ def read_model(source: str | Path, tokenizer_source: str | Path = "") -> Checkpo
     if ckpt.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(f"{tokenizer_source} is not the tokenizer that {source} was trained with\n"
                         "       omit --tokenizer: the model contains its own")
-    if tokenizer.n_words != vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.n_words} tokens, but the model's vocab_size is {vocab_size}")
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocab_size is {vocab_size}")
     return {**ckpt, "tokenizer": tokenizer.model, "tokenizer_sha256": tokenizer.sha256}
 
 

@@ -49,7 +49,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
             message += "; a value that starts with - must be written --name=-value"
-        raise UserError(f"{message}\n       python {self.prog} --help lists the settings")
+        command = f"python {self.prog.removeprefix('python ')}"
+        raise UserError(f"{message}\n       {command} --help lists the settings")
 
 
 def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None, out: TextIO | None = None,

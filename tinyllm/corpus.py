@@ -82,16 +82,16 @@ class TextSource:
     encoding: str = ""
 
 
-def save_source(model_path: Path, model_sha256: str, source: TextSource) -> None:
+def save_source(tokenizer_path: Path, tokenizer_sha256: str, source: TextSource) -> None:
     """Write the source of a tokenizer's text to a .json file beside the tokenizer."""
-    save_json(model_path.with_suffix(".json"), {
-        "sha256": model_sha256, "source": source.path.as_posix(), "val_threshold": source.val_threshold,
+    save_json(tokenizer_path.with_suffix(".json"), {
+        "sha256": tokenizer_sha256, "source": source.path.as_posix(), "val_threshold": source.val_threshold,
         "encoding": source.encoding})
 
 
-def load_source(model_path: Path, model_sha256: str) -> TextSource | None:
+def load_source(tokenizer_path: Path, tokenizer_sha256: str) -> TextSource | None:
     """Load the file of save_source, None if missing. Raises UserError if it is damaged or another tokenizer's."""
-    path = model_path.with_suffix(".json")
+    path = tokenizer_path.with_suffix(".json")
     if not path.exists():
         return None
     try:
@@ -99,8 +99,8 @@ def load_source(model_path: Path, model_sha256: str) -> TextSource | None:
         source = TextSource(Path(content["source"]), content["val_threshold"], content.get("encoding", ""))
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error})\n       run python train_vocab.py again") from error
-    if content.get("sha256") != model_sha256:
-        raise UserError(f"{model_path} has changed since step 1; expected the SHA-256 in {path}\n"
+    if content.get("sha256") != tokenizer_sha256:
+        raise UserError(f"{tokenizer_path} has changed since step 1; expected the SHA-256 in {path}\n"
                         "       run python train_vocab.py again")
     return source
 

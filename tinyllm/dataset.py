@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tinyllm.shards import ShardSet, document_starts
 
 IGNORE_INDEX = -1               # marks targets that are not scored
-GPU_SHARE = 1 / 4               # largest share of the free GPU memory for the token ids of a split
 
 
 @dataclass(eq=False, repr=False)
@@ -78,24 +77,6 @@ class PretokDataset(IterableDataset):
         start = self.window_starts[shard][index - self.window_offsets[shard]]
         return _pad(shard_ids[shard][start:start + self.max_seq_len + 1], self.max_seq_len)
 
-    def on_device(self, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield the same batches, cut from a copy of the split on the device, so that no step waits for a transfer."""
-        shard_ids = self._shard_ids()
-        offsets = np.cumsum([0, *map(len, shard_ids)])                  # start of each shard in `ids`
-        signed = f"i{shard_ids[0].itemsize}"                            # PyTorch cannot index unsigned ids
-        ids = torch.cat([torch.from_numpy(np.array(part).view(signed)).to(device) for part in shard_ids])   # (tokens,)
-        id_mask = 256 ** shard_ids[0].itemsize - 1                      # makes the signed ids unsigned again
-        starts = np.concatenate([start + offset for start, offset in zip(self.window_starts, offsets)])
-        stops = np.repeat(offsets[1:], [len(start) for start in self.window_starts])    # end of each window's shard
-        starts = torch.from_numpy(starts).to(device)                    # (n_windows,)
-        stops = torch.from_numpy(stops).to(device)                      # (n_windows,)
-        span = torch.arange(self.max_seq_len + 1, device=device)
-        for indices in self.batch_indices():
-            rows = _to_device(torch.tensor(indices), device)            # (batch_size,)
-            positions = starts[rows, None] + span                       # (batch_size, max_seq_len + 1)
-            windows = ids[positions.clamp(max=len(ids) - 1)].long() & id_mask
-            yield windows.where(positions < stops[rows, None], IGNORE_INDEX)
-
 
 class Task:
     """Batches for training and evaluation. The names Task and iter_batches are from llama2.c."""
@@ -111,15 +92,11 @@ class Task:
             options: seed, position, rank, world_size of `PretokDataset`.
         """
         dataset = PretokDataset(shard_set, split, batch_size, max_seq_len, **options)
-        device = torch.device(device)
-        if num_workers == 0 and fits_on_gpu(shard_set, split, device):
-            batches = dataset.on_device(device)
-        else:
-            batches = DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
-                                 multiprocessing_context="spawn" if num_workers else None,
-                                 generator=torch.Generator())       # otherwise it draws global random numbers
+        batches = DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=_start_worker,
+                             multiprocessing_context="spawn" if num_workers else None,
+                             generator=torch.Generator())       # otherwise it draws global random numbers
         for windows in batches:                                 # (batch_size, max_seq_len + 1)
-            yield _inputs_and_targets(windows, device)
+            yield _inputs_and_targets(windows, torch.device(device))
 
     @staticmethod
     def iter_split(shard_set: ShardSet, split: str, batch_size: int, max_seq_len: int, *,
@@ -142,15 +119,9 @@ def _inputs_and_targets(windows: torch.Tensor, device: torch.device) -> tuple[to
     return windows[:, :-1].clamp(min=0), windows[:, 1:]         # 2 x (B, max_seq_len)
 
 
-def fits_on_gpu(shard_set: ShardSet, split: str, device: torch.device) -> bool:
-    """True if the ids of a split take less than GPU_SHARE of a GPU's free memory."""
-    size = shard_set.total(split, "tokens") * shard_set.dtype.itemsize
-    return device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] * GPU_SHARE
-
-
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move a tensor to the device. A GPU copies from pinned memory, so that the step does not wait for the copy."""
-    if device.type != "cuda" or tensor.is_cuda:
+    if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

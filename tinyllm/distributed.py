@@ -125,15 +125,15 @@ def distributed_context() -> Iterator[DistributedContext]:
 
     Raises UserError if another process has ended. Keeps the process group: destroying it could wait for that process.
     """
-    dist = from_env()
-    if dist.world_size == 1:
-        yield dist
+    ranks = from_env()
+    if ranks.world_size == 1:
+        yield ranks
         return
     try:
-        init_process_group(dist)
+        init_process_group(ranks)
         with open(os.devnull, "w", encoding="utf-8") as devnull:
-            with redirect_stdout(sys.stdout if dist.is_main else devnull):
-                yield dist
+            with redirect_stdout(sys.stdout if ranks.is_main else devnull):
+                yield ranks
         atexit.register(hard_exit, 0)
     except (SystemExit, UserError, OSError) as end:
         atexit.register(hard_exit, getattr(end, "code", 1) or 0)
@@ -143,18 +143,18 @@ def distributed_context() -> Iterator[DistributedContext]:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun will send it; print the message first
         atexit.register(hard_exit, 1)
-        raise UserError(f"process {dist.rank} of {dist.world_size} exits: another one has ended or hangs\n"
+        raise UserError(f"process {ranks.rank} of {ranks.world_size} exits: another one has ended or hangs\n"
                         "       the last checkpoint is intact; the same command resumes from it") from error
 
 
-def init_process_group(dist: DistributedContext) -> None:
+def init_process_group(ranks: DistributedContext) -> None:
     """Connect to the other ranks: CPU tensors go through gloo, GPU tensors through NCCL."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, *_ = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store outlives a restart and keeps the addresses of dead processes: each start uses its own keys
         store = torch_dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=dist.rank, world_size=dist.world_size)
+    torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.world_size)
 
 
 def hard_exit(status: int) -> None:

@@ -49,11 +49,11 @@ class KVCache:
         """Return the rows that are empty or full."""
         return [row for row, length in enumerate(self.lengths) if length in (0, self.cache_len)]
 
-    def prefill(self, layer: int, rows: Tensor, kv: Tensor) -> None:
+    def write_prompt(self, layer: int, rows: Tensor, kv: Tensor) -> None:
         """Write the first T tokens of rows. kv: (rows, T, 2 K, D)."""
         self.kv[layer, rows, :, :kv.shape[1]] = kv.transpose(1, 2)
 
-    def next_positions(self) -> list[int]:
+    def advance_lengths(self) -> list[int]:
         """Increment each length and return the new tokens' positions. Full rows are prefilled again afterwards."""
         positions = [min(length, self.cache_len - 1) for length in self.lengths]
         self.lengths = [length + 1 for length in self.lengths]
@@ -61,7 +61,7 @@ class KVCache:
 
     def advance(self) -> None:
         """Move to the position after the last token of each row."""
-        positions = self.next_positions()
+        positions = self.advance_lengths()
         end = max(positions) + 1
         if min(positions) == end - 1:
             self.move_to(end - 1, end)
@@ -195,7 +195,7 @@ class Engine:
         def attend(layer: int, qkv: Tensor) -> Tensor:
             qkv = qkv.unflatten(0, tokens.shape)                                    # (B, T, H + 2 K, D)
             if cache is not None:
-                cache.prefill(layer, cache_rows, qkv[:, :, self.n_heads:])
+                cache.write_prompt(layer, cache_rows, qkv[:, :, self.n_heads:])
             q, k, v = qkv.transpose(1, 2).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), 1)
             return causal_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2).flatten(0, 1)
 

@@ -20,14 +20,14 @@ USEFUL_EPOCHS = 5                   # up to 4 epochs are nearly as good as new t
 MIN_SECONDS_TO_COMPILE = 100        # compiling takes 10 to 30 seconds; shorter runs save less
 
 
-def prepare_run(run: TrainRun) -> None:
+def estimate_and_compile(run: TrainRun) -> None:
     """Print the summary and the estimates of a run, compile its model if that saves time, and set run.eval_seconds."""
     print_config_summary(run)
     seconds = time_micro_batch(run)
-    n_windows = PretokDataset(run.shards, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
-    eval_seconds = run.dist.broadcast_from_main(seconds / 3 * n_windows / run.cfg.batch_size / run.dist.world_size)
+    n_windows = PretokDataset(run.shard_set, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
+    eval_seconds = run.ranks.broadcast_from_main(seconds / 3 * n_windows / run.cfg.batch_size / run.ranks.world_size)
     pays, reason = should_compile(run, seconds * run.micro_steps_per_rank)
-    if run.dist.broadcast_from_main(pays):
+    if run.ranks.broadcast_from_main(pays):
         print(f"compile: yes ({reason}); the first time takes up to a minute, --compile False skips it", flush=True)
         seconds = compile_or_fall_back(run)
     else:
@@ -39,13 +39,13 @@ def prepare_run(run: TrainRun) -> None:
 def print_config_summary(run: TrainRun) -> None:
     args = run.model.args
     n_params = run.model.count_parameters()
-    shared = f", shared by {run.dist.world_size} processes" if run.dist.world_size > 1 else ""
+    shared = f", shared by {run.ranks.world_size} processes" if run.ranks.world_size > 1 else ""
     sharded = ", each with a part of the model" if run.is_sharded else ""
     print(f"device: {run.backend}\n"
           f"model:  {n_params:,} parameters: dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
           f"{args.n_kv_heads} kv heads, vocabulary {args.vocab_size}, window {args.max_seq_len}\n"
-          f"data:   {run.shards.folder}: {run.shards.total('train', 'tokens'):,} tokens to train on, "
-          f"{run.shards.total('val', 'tokens'):,} to evaluate on\n"
+          f"data:   {run.shard_set.folder}: {run.shard_set.total('train', 'tokens'):,} tokens to train on, "
+          f"{run.shard_set.total('val', 'tokens'):,} to evaluate on\n"
           f"step:   {run.cfg.batch_size} windows x {run.cfg.gradient_accumulation_steps} = "
           f"{run.tokens_per_step:,} tokens{shared}{sharded}\n"
           f"memory: {describe_memory(run)}", flush=True)
@@ -66,7 +66,7 @@ def describe_memory(run: TrainRun) -> str:
 def estimate_memory(run: TrainRun) -> tuple[float, float]:
     """Return the bytes of weights, gradients and optimizer, and the bytes that a micro-batch keeps for backward."""
     args = run.model.args
-    n_shards = run.dist.world_size if run.is_sharded else 1
+    n_shards = run.ranks.world_size if run.is_sharded else 1
     state = STATE_BYTES_PER_PARAM * run.model.count_parameters() / n_shards
     return state, ACTIVATION_BYTES * run.cfg.batch_size * args.max_seq_len * args.n_layers * args.dim
 
@@ -74,7 +74,7 @@ def estimate_memory(run: TrainRun) -> tuple[float, float]:
 def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:
     """Print the estimated duration, with a note if the run takes days on a CPU or reads the text too often."""
     seconds, steps = estimate_rest(run, seconds_per_step)
-    epochs = steps * run.tokens_per_step / run.shards.total("train", "tokens")
+    epochs = steps * run.tokens_per_step / run.shard_set.total("train", "tokens")
     done = f", after the {run.state.iter_num:,} steps that are done" if run.state.iter_num else ""
     print(f"time:   about {format_hms(seconds)} for {steps:,} steps, {epochs:.1f} epochs, and evaluations{done}",
           flush=True)
@@ -107,7 +107,7 @@ def time_micro_batch(run: TrainRun) -> float:
         for _ in range(2):                                  # the first one warms up, or compiles
             start = time.perf_counter()
             with run.backend.autocast():
-                loss = run.ddp_model(tokens, tokens)
+                loss = run.wrapped_model(tokens, tokens)
             loss.backward()
             loss.item()
         seconds = time.perf_counter() - start
@@ -154,7 +154,7 @@ def compile_or_fall_back(run: TrainRun) -> float:
             raise
         cause = getattr(error, "inner_exception", error)
         line = devices.NOT_UTF8 if isinstance(cause, UnicodeError) else str(cause).strip().split("\n")[0]
-        if run.cfg.compile != "auto" or run.dist.world_size > 1:
+        if run.cfg.compile != "auto" or run.ranks.world_size > 1:
             raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False") from error
     print(f"note:   compiling failed: {line:.200}\n        this run continues without compiling", flush=True)
     torch.compiler.set_stance("force_eager")

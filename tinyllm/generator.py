@@ -126,8 +126,8 @@ class TextGenerator:
         ckpt = checkpoints.read_model(checkpoint, tokenizer_model_path or "")
         self.tokenizer = checkpoints.build_tokenizer(ckpt)
         model = checkpoints.build_model(ckpt, copy_weights=False, source=checkpoint)
-        if self.tokenizer.n_words > model.args.vocab_size:
-            raise UserError(f"the tokenizer has {self.tokenizer.n_words} tokens, but the model's vocab_size is "
+        if self.tokenizer.vocab_size > model.args.vocab_size:
+            raise UserError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, but the model's vocab_size is "
                             f"{model.args.vocab_size}")
         self.chat = None                    # a ChatFormat of extras/chat.py
         if chat != "none" and (chat != "auto" or ckpt.get("chat")):

@@ -34,13 +34,13 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for shape, weights in group_by_shape(group["params"]).items():
-                momentum = self._update_momentum(weights, group["momentum"])            # (n, rows, columns)
-                updates = self._orthogonalize(momentum).type_as(weights[0])
+                gradients = self._add_momentum(weights, group["momentum"])              # (n, rows, columns)
+                updates = self._orthogonalize(gradients).type_as(weights[0])
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
-    def _update_momentum(self, weights: list[Tensor], momentum: float) -> Tensor:
-        """Update the running mean of the gradients; return Nesterov's momentum (n, rows, columns)."""
+    def _add_momentum(self, weights: list[Tensor], momentum: float) -> Tensor:
+        """Update the running means of the gradients; return gradients with Nesterov momentum (n, rows, columns)."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["mean"] = torch.zeros_like(weight)

@@ -41,15 +41,15 @@ class RunPlan:
     """Everything that a run is built from. `ckpt`: the checkpoint to start with; `is_resumed`: it is the run's own."""
     cfg: SimpleNamespace
     backend: Backend
-    shards: ShardSet
+    shard_set: ShardSet
     tokenizer: BaseTokenizer
     args: Any                       # ModelArgs, or the config of another architecture
     ckpt: Checkpoint | None
     is_resumed: bool
-    dist: DistributedContext = SINGLE_PROCESS
+    ranks: DistributedContext = SINGLE_PROCESS
 
 
-def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext = SINGLE_PROCESS) -> RunPlan:
+def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], ranks: DistributedContext = SINGLE_PROCESS) -> RunPlan:
     """Check all settings, then the files, and decide how the run starts.
 
     With init_from "resume", cfg takes the run's saved settings, except those that the command line overrides.
@@ -59,7 +59,7 @@ def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedC
     last_ckpt = load_last(cfg)
     if must_resume:
         restore_settings(cfg, overrides, last_ckpt)
-    backend = check_settings(cfg, dist)
+    backend = check_settings(cfg, ranks)
     changes = changed_settings(cfg, last_ckpt) if last_ckpt and not must_resume else []
     is_resumed = last_ckpt is not None and not changes
     ckpt = last_ckpt if is_resumed else load_init_checkpoint(cfg, overrides)
@@ -74,7 +74,7 @@ def plan_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedC
     if changes:
         print(f"starting a new run; the one in {cfg.out_dir}, at step {last_ckpt['iter_num']:,}, has "
               f"{', '.join(changes)}")
-    return RunPlan(cfg, backend, shards, tokenizer, args, ckpt, is_resumed, dist)
+    return RunPlan(cfg, backend, shards, tokenizer, args, ckpt, is_resumed, ranks)
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -84,11 +84,11 @@ def run_settings(cfg: SimpleNamespace) -> dict[str, Any]:
     return {name: value for name, value in vars(cfg).items() if name not in COMMAND_ONLY}
 
 
-def check_settings(cfg: SimpleNamespace, dist: DistributedContext) -> Backend:
+def check_settings(cfg: SimpleNamespace, ranks: DistributedContext) -> Backend:
     """Return the device and dtype. Raises UserError for all invalid settings at once."""
     errors = invalid_settings(cfg)
-    if not cfg.eval_only and cfg.gradient_accumulation_steps % dist.world_size:
-        errors.append(f"gradient_accumulation_steps must be a multiple of {dist.world_size}, the number of processes, "
+    if not cfg.eval_only and cfg.gradient_accumulation_steps % ranks.world_size:
+        errors.append(f"gradient_accumulation_steps must be a multiple of {ranks.world_size}, the number of processes, "
                       f"not {cfg.gradient_accumulation_steps}")
     if not cfg.eval_only and cfg.init_from in ("auto", "scratch"):          # otherwise a checkpoint has the shape
         try:
@@ -96,7 +96,7 @@ def check_settings(cfg: SimpleNamespace, dist: DistributedContext) -> Backend:
         except ValueError as error:
             errors.append(f"model: {error}")
     try:
-        backend = choose_backend(dist.device(cfg.device), cfg.dtype)
+        backend = choose_backend(ranks.device(cfg.device), cfg.dtype)
     except UserError as error:
         errors.append(str(error))
     if errors:

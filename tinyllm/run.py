@@ -52,21 +52,21 @@ def load_train_state(stored: dict[str, Any]) -> TrainState:
     return state
 
 
-def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], dist: DistributedContext) -> "TrainRun":
+def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], ranks: DistributedContext) -> "TrainRun":
     """Check all settings, then build the run: new, resumed, or from the weights of a checkpoint."""
-    if cfg.init_from == "scratch" and dist.was_restarted:
+    if cfg.init_from == "scratch" and ranks.was_restarted:
         cfg.init_from = "auto"          # torchrun repeats the command: resume instead of starting over
-    with dist.fail_together():
-        plan = plan_run(cfg, overrides, dist)
-        run_class = choose_run_class(cfg, dist)
-    if dist.world_size > 1:
-        with dist.fail_together():
+    with ranks.fail_together():
+        plan = plan_run(cfg, overrides, ranks)
+        run_class = choose_run_class(cfg, ranks)
+    if ranks.world_size > 1:
+        with ranks.fail_together():
             check_same_plan(plan)
     return run_class(plan)
 
 
-def choose_run_class(cfg: SimpleNamespace, dist: DistributedContext) -> type["TrainRun"]:
-    if cfg.shard and dist.world_size > 1:
+def choose_run_class(cfg: SimpleNamespace, ranks: DistributedContext) -> type["TrainRun"]:
+    if cfg.shard and ranks.world_size > 1:
         return optional.load("fsdp").ShardedRun
     return TrainRun
 
@@ -75,9 +75,9 @@ def check_same_plan(plan: RunPlan) -> None:
     """Raise UserError if settings, text, weights or chosen dtype differ between this rank and the main process."""
     settings = {name: value for name, value in run_settings(plan.cfg).items() if name not in PER_MACHINE_SETTINGS}
     weights = checkpoint.weights_checksum(plan.ckpt) if plan.ckpt else 0
-    checksum = zlib.crc32(repr([settings, plan.shards.sha256, plan.backend.dtype, weights]).encode())
-    if checksum != plan.dist.broadcast_from_main(checksum):
-        raise UserError(f"process {plan.dist.rank} has other settings, text, dtype or checkpoint than process 0\n"
+    checksum = zlib.crc32(repr([settings, plan.shard_set.sha256, plan.backend.dtype, weights]).encode())
+    if checksum != plan.ranks.broadcast_from_main(checksum):
+        raise UserError(f"process {plan.ranks.rank} has other settings, text, dtype or checkpoint than process 0\n"
                         "       run the same command on all machines, with shared or equal data and output folders, "
                         "and a --dtype that all support")
 
@@ -87,7 +87,7 @@ class TrainRun:
 
     Attributes:
         model: the model that is evaluated and saved.
-        ddp_model: the same model for training; its backward pass averages the gradients over all ranks.
+        wrapped_model: the same model for training; its backward pass averages the gradients over all ranks.
         state: the progress in plain numbers; model, optimizers and scaler hold everything else.
     """
     is_sharded = False
@@ -95,14 +95,14 @@ class TrainRun:
     def __init__(self, plan: RunPlan):
         self.cfg = plan.cfg
         self.backend = plan.backend
-        self.dist = plan.dist
-        self.shards = plan.shards
+        self.ranks = plan.ranks
+        self.shard_set = plan.shard_set
         self.tokenizer = plan.tokenizer
         self.state = TrainState()
         self.eval_seconds = 0.0             # duration of the last evaluation
-        self.synced_seconds = 0.0           # from start_time to the last sync_ranks
-        self.requested_signal = 0           # the signal that asked this process to stop
-        self.stop_signal = 0                # the same on all ranks, set by sync_ranks
+        self.synced_seconds = 0.0           # from start_time to the last sync_clock_and_stop
+        self.local_stop_signal = 0           # the signal that asked this process to stop
+        self.stop_signal = 0                # the same on all ranks, set by sync_clock_and_stop
         self.pending_metrics: list[tuple[Tensor, Tensor]] = []      # loss and gradient norm of steps not yet checked
         self.has_checkpoint = plan.is_resumed       # last.pt belongs to this run
         self._build(plan)
@@ -115,13 +115,13 @@ class TrainRun:
 
     def _build(self, plan: RunPlan) -> None:
         torch.manual_seed(self.cfg.seed)
-        with self.dist.fail_together():
+        with self.ranks.fail_together():
             if plan.ckpt:
                 self.model = checkpoint.build_model(plan.ckpt, source=init_checkpoint_path(plan.cfg))
             else:
                 self.model = checkpoint.new_model(plan.args)
         self.chat = plan.ckpt.get("chat", "") if plan.ckpt else ""          # chat template of the initial checkpoint
-        self.ddp_model = self.wrap_model()
+        self.wrapped_model = self.wrap_model()
         self.optimizers = self.build_optimizers()
         self.scaler = self.backend.scaler()
 
@@ -130,7 +130,7 @@ class TrainRun:
     def wrap_model(self) -> nn.Module:
         """Move the model to the device; wrap it in DDP if several ranks share each step."""
         self.model.to(self.backend.device)
-        if self.dist.world_size == 1:
+        if self.ranks.world_size == 1:
             return self.model
         return DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
@@ -139,9 +139,9 @@ class TrainRun:
 
     def gradient_sync(self, is_last: bool) -> AbstractContextManager:
         """Return a context that averages gradients over all ranks only after a step's last micro-batch."""
-        if self.dist.world_size == 1 or is_last:
+        if self.ranks.world_size == 1 or is_last:
             return nullcontext()
-        return self.ddp_model.no_sync()
+        return self.wrapped_model.no_sync()
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradient norm to cfg.grad_clip; return the norm before clipping."""
@@ -152,7 +152,7 @@ class TrainRun:
     @property
     def micro_steps_per_rank(self) -> int:
         """Micro-batches per step on this rank."""
-        return self.cfg.gradient_accumulation_steps // self.dist.world_size
+        return self.cfg.gradient_accumulation_steps // self.ranks.world_size
 
     @property
     def windows_per_step(self) -> int:
@@ -167,15 +167,15 @@ class TrainRun:
         return self.state.position * self.model.args.max_seq_len
 
     def seconds(self) -> float:
-        """Return the wall time of the run, over all resumes. Several ranks use the time of the last sync_ranks."""
-        if self.dist.world_size > 1:
+        """Return the wall time of the run, over all resumes. Several ranks use the main process's last time."""
+        if self.ranks.world_size > 1:
             return self.state.seconds + self.synced_seconds
         return self.state.seconds + (time.perf_counter() - self.start_time)
 
-    def sync_ranks(self) -> None:
+    def sync_clock_and_stop(self) -> None:
         """Share the main process's clock, and any rank's stop signal, with all ranks."""
-        elapsed = time.perf_counter() - self.start_time if self.dist.is_main else 0.0
-        self.synced_seconds, stop_signal = self.dist.max(elapsed, self.requested_signal)
+        elapsed = time.perf_counter() - self.start_time if self.ranks.is_main else 0.0
+        self.synced_seconds, stop_signal = self.ranks.max(elapsed, self.local_stop_signal)
         self.stop_signal = int(stop_signal)
 
     def reached_limit(self) -> bool:
@@ -213,8 +213,8 @@ class TrainRun:
     def save(self, name: str) -> None:
         """Write a checkpoint to out_dir, from the main process."""
         ckpt = self.checkpoint_dict()
-        with self.dist.fail_together():
-            if self.dist.is_main:
+        with self.ranks.fail_together():
+            if self.ranks.is_main:
                 checkpoint.save_checkpoint(Path(self.cfg.out_dir, name), ckpt)
         if name == "last.pt":
             self.last_save_seconds = self.seconds()
@@ -226,8 +226,8 @@ class TrainRun:
             print("note:   --init_from scratch starts over each time; --init_from resume resumes this run")
         self.state.setup = self.seconds()
         self.save(NEW_CHECKPOINT)
-        with self.dist.fail_together():
-            if self.dist.is_main:
+        with self.ranks.fail_together():
+            if self.ranks.is_main:
                 archive_run(self.cfg.out_dir)
 
     def checkpoint_dict(self) -> Checkpoint:
@@ -242,7 +242,7 @@ class TrainRun:
             "config": run_settings(self.cfg),
             "tokenizer": self.tokenizer.model,
             "tokenizer_sha256": self.tokenizer.sha256,
-            "data_sha256": self.shards.sha256,
+            "data_sha256": self.shard_set.sha256,
             "chat": self.chat,
             "state": asdict(state),
             "scaler": self.scaler.state_dict(),
@@ -250,20 +250,20 @@ class TrainRun:
         }
 
     def _resume(self, ckpt: Checkpoint) -> None:
-        with self.dist.fail_together():
+        with self.ranks.fail_together():
             try:
-                self.load_checkpoint_dict(ckpt)
+                self.load_training_state(ckpt)
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 path = f"{self.cfg.out_dir}/last.pt"
                 command = format_command("train", out_dir=self.cfg.out_dir, init_from=path)
                 raise UserError(f"{path} is from another version, or damaged ({error!r:.200})\n"
                                 f"       start a new run with its weights: {command}") from error
-        has_best = self.dist.broadcast_from_main(Path(self.cfg.out_dir, "ckpt.pt").is_file())
+        has_best = self.ranks.broadcast_from_main(Path(self.cfg.out_dir, "ckpt.pt").is_file())
         if not has_best and self.state.best_val_loss < math.inf:
             print(f"note: {self.cfg.out_dir}/ckpt.pt is missing; the next evaluation writes it again")
             self.state.best_val_loss = math.inf
 
-    def load_checkpoint_dict(self, ckpt: Checkpoint) -> None:
+    def load_training_state(self, ckpt: Checkpoint) -> None:
         """Restore everything but the model. Raises any error that _resume catches if the checkpoint does not fit."""
         self.state = load_train_state(ckpt["state"])
         for optimizer, optimizer_state in zip(self.optimizers, ckpt["optimizer"], strict=True):

@@ -22,11 +22,11 @@ MIN_LOSS_SCALE = 1.0            # GradScaler starts at 65,536 and halves its sca
 
 
 @contextmanager
-def lock_output_dir(out_dir: str, dist: DistributedContext) -> Iterator[None]:
+def lock_output_dir(out_dir: str, ranks: DistributedContext) -> Iterator[None]:
     """Lock out_dir during the block; the main process holds the lock for all ranks."""
     with ExitStack() as stack:
-        with dist.fail_together():
-            if dist.is_main:
+        with ranks.fail_together():
+            if ranks.is_main:
                 stack.enter_context(folder_lock(out_dir))
                 finish_archive(out_dir)
         yield
@@ -40,11 +40,11 @@ def save_on_signals(run: TrainRun) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def request_stop(number: int, frame: Any) -> None:
-        run.requested_signal = number
+        run.local_stop_signal = number
         signal.signal(number, signal.SIG_IGN if number == SIGHUP else handlers[number])
         if number == SIGHUP:                            # a closing terminal sends it twice and shows nothing
             redirect_to_devnull(1, 2)
-        if run.dist.is_main:
+        if run.ranks.is_main:
             with suppress(OSError):                     # not print(): the signal may have interrupted one
                 os.write(1, b"\nstopping after this step, then saving\n")
 
@@ -72,7 +72,7 @@ class StopOnClosedStdout(io.TextIOBase):
             self.stdout.flush()
         except OSError:
             redirect_to_devnull(1)
-            self.run.requested_signal = self.run.requested_signal or signal.SIGTERM
+            self.run.local_stop_signal = self.run.local_stop_signal or signal.SIGTERM
         return len(text)
 
 
@@ -89,7 +89,7 @@ def read_pending_metrics(run: TrainRun) -> tuple[float, float]:
     Raises UserError if one is not finite. GradScaler skips such steps as long as its scale is at least MIN_LOSS_SCALE.
     """
     metrics = torch.stack([torch.stack(pair) for pair in run.pending_metrics])      # (steps, 2)
-    metrics = (run.dist.sum(metrics) / run.dist.world_size).tolist()    # losses differ between ranks, norms do not
+    metrics = (run.ranks.sum(metrics) / run.ranks.world_size).tolist()    # losses differ between ranks, norms do not
     run.pending_metrics.clear()
     may_skip = run.scaler.is_enabled() and run.scaler.get_scale() >= MIN_LOSS_SCALE
     first_step = run.state.iter_num - len(metrics) + 1
@@ -106,7 +106,7 @@ def require_finite_weights(run: TrainRun) -> None:
 
 
 def non_finite_error(run: TrainRun, step: int, problem: str) -> UserError:
-    command = format_command("train", run.dist.launch_command, init_from="resume", out_dir=run.cfg.out_dir,
+    command = format_command("train", run.ranks.launch_command, init_from="resume", out_dir=run.cfg.out_dir,
                              learning_rate=f"{run.cfg.learning_rate / 2:g}")
     return UserError(f"step {step:,}: {problem}; this state is not saved\n"
                      f"       resume from step {run.last_saved_step:,} with a lower learning rate: {command}")

@@ -125,10 +125,10 @@ def random_batch(batch_size: int, args: ModelArgs, backend: devices.Backend) -> 
 
 
 def build_run(train_cfg: SimpleNamespace, backend: devices.Backend, args: ModelArgs, compiled: bool,
-              dist: DistributedContext = SINGLE_PROCESS, **changes: Any) -> TrainRun:
+              ranks: DistributedContext = SINGLE_PROCESS, **changes: Any) -> TrainRun:
     """Build a TrainRun without data. `changes` override train_cfg."""
     cfg = SimpleNamespace(**{**vars(train_cfg), **changes})
-    run = choose_run_class(cfg, dist)(RunPlan(cfg, backend, None, None, args, None, False, dist))
+    run = choose_run_class(cfg, ranks)(RunPlan(cfg, backend, None, None, args, None, False, ranks))
     if compiled:
         run.compile()
     return run

@@ -163,8 +163,8 @@ def read_tokenizer(meta: dict[str, Any], vocab_size: int, path: Path) -> BaseTok
         raise UserError(f"{path} has the tokenizer model {kind!r}; expected 'llama' or 'gpt2'")
     values = {"token_type": [NORMAL] * len(values["tokens"]), **values}
     tokenizer = read_sentencepiece(values, path) if kind == "llama" else read_byte_level(values, path)
-    if tokenizer.n_words != vocab_size:
-        raise UserError(f"{path} has {vocab_size} embeddings, but {tokenizer.n_words} tokenizer entries")
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"{path} has {vocab_size} embeddings, but {tokenizer.vocab_size} tokenizer entries")
     return tokenizer
 
 
@@ -260,7 +260,7 @@ def add_args(writer: Any, args: ModelArgs) -> dict[str, Tensor]:
 def add_tokenizer(writer: Any, tokenizer: BaseTokenizer, vocab_size: int) -> None:
     is_sentencepiece = isinstance(tokenizer, Tokenizer)
     if is_sentencepiece:
-        unused = [(f"[PAD{i}]", 0.0, UNUSED) for i in range(tokenizer.n_words, vocab_size)]
+        unused = [(f"[PAD{i}]", 0.0, UNUSED) for i in range(tokenizer.vocab_size, vocab_size)]
         tokens, scores, kinds = zip(*tokenizer.pieces(), *unused)
         writer.add_tokenizer_model("llama")
         writer.add_token_scores(scores)

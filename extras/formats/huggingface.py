@@ -119,7 +119,7 @@ def read_tokenizer(folder: Path, vocab_size: int, special: str = "") -> tuple[Ba
     chat = common.chat_of_template(template.read_text(encoding="utf-8") if has_file else config.get("chat_template"))
     if (folder / "tokenizer.model").is_file():
         tokenizer = load_tokenizer(folder / "tokenizer.model")
-        if tokenizer.n_words == vocab_size:
+        if tokenizer.vocab_size == vocab_size:
             return tokenizer, chat
     if not (folder / "tokenizer.json").is_file():
         return None, chat

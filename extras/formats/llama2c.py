@@ -152,9 +152,9 @@ def write(ckpt: Checkpoint, path: Path, version: int) -> None:
     """Write the weights, and the tokenizer beside them. Raises UserError if llama2.c does not support them."""
     tokenizer = build_tokenizer(ckpt)
     vocab_size = ckpt["model_args"]["vocab_size"]
-    if tokenizer.n_words != vocab_size:
+    if tokenizer.vocab_size != vocab_size:
         raise UserError(f"llama2.c needs one tokenizer entry for each embedding; expected {vocab_size}, found "
-                        f"{tokenizer.n_words}\n       {OTHER_TARGETS}")
+                        f"{tokenizer.vocab_size}\n       {OTHER_TARGETS}")
     write_tokenizer(tokenizer, tokenizer_path(path))
     write_weights(ckpt, path, version)
 

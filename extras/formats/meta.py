@@ -26,7 +26,7 @@ def read(folder: Path) -> Checkpoint:
     parts = [checkpoint.read_tensors(file, mmap=True) for file in files]
     path = folder / "tokenizer.model"
     tokenizer = load_tokenizer(path) if path.is_file() else None
-    args = read_params(params, parts, tokenizer.n_words if tokenizer else 0)
+    args = read_params(params, parts, tokenizer.vocab_size if tokenizer else 0)
     shapes = tensor_shapes({**args, "n_layers": min(args["n_layers"], len(parts[0])), "max_seq_len": 1})
     for part in parts:
         part.pop("rope.freqs", None)                    # model.py computes this table
