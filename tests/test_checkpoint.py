@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, that nothing in them runs, and what a wrong one gets."""
+"""Checkpoints: contents, safety, and errors for invalid files."""
 import os
 import pickle
 import zipfile

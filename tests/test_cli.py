@@ -1,4 +1,4 @@
-"""Settings: types, booleans, spellings, errors; and the blocks of the four scripts themselves."""
+"""Settings: types, booleans, spelling, errors, and the settings blocks of the four scripts."""
 import ast
 import importlib
 import os
@@ -91,7 +91,7 @@ WORDS = ["--rate", "--count", "--name", "--on", "--no_on", "--no-on", "--", "-",
 @given(argv=st.lists(st.one_of(st.text(max_size=20), st.sampled_from(WORDS),
                                st.tuples(st.sampled_from(WORDS), st.text(max_size=9)).map("=".join)), max_size=6))
 def test_any_command_line_is_parsed_or_refused(block, argv):
-    """Never an exception of another kind, and no file is made."""
+    """No other exception is raised, and no file is created."""
     try:
         found = read(block, *argv)
         assert [type(found[name]) for name in ("rate", "count", "name", "on")] == [float, int, str, bool]

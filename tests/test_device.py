@@ -1,4 +1,4 @@
-"""The choice of device and format, for machines that this one is not."""
+"""The choice of device and dtype on simulated machines."""
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +10,7 @@ from tinyllm.cli import UserError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend to have this hardware."""
+    """Simulate this hardware."""
     def pretend(cuda=False, bf16=False, capability=(8, 0), mps=False, features=(), fails=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
@@ -21,7 +21,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(device.shutil, "which", lambda name: None)
         ones = torch.ones
 
-        def on_device(*size, device="cpu"):             # what is there computes
+        def on_device(*size, device="cpu"):             # available devices compute
             if fails and device.type != "cpu":
                 raise fails
             return ones(*size)

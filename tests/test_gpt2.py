@@ -1,4 +1,4 @@
-"""GPT-2: the numbers, the ids and the folders of transformers, and the engine's texts."""
+"""GPT-2: logits, ids and folders equal transformers', and the engine equals the model."""
 import json
 import shutil
 import threading
@@ -33,7 +33,7 @@ TEXTS = ["Once upon a time, there was a dog.", "  two  spaces\n\n\tand tabs ", "
 
 @pytest.fixture(scope="module")
 def theirs():
-    """A GPT-2 of transformers whose weights are all large enough for errors to show."""
+    """A GPT-2 of transformers, with weights large enough to reveal errors."""
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=ARGS.vocab_size, n_embd=ARGS.dim, n_layer=ARGS.n_layers, n_head=ARGS.n_heads,
@@ -45,7 +45,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def folder(theirs, tmp_path_factory) -> Path:
-    """A folder as transformers writes it, with a vocabulary learned on the spot."""
+    """A folder written by transformers, with a small trained tokenizer."""
     path = tmp_path_factory.mktemp("gpt2") / "model"
     theirs.save_pretrained(path)
     learner = tokenizers.ByteLevelBPETokenizer()
@@ -76,7 +76,7 @@ def rows(steps, count):
 
 @torch.no_grad()
 def plain(model, context, count):
-    """What the likeliest tokens are by the model's own forward, beyond the window too."""
+    """Return the most probable tokens by the model's own forward, also beyond the context."""
     window, found = model.args.max_seq_len, []
     for _ in range(count):
         if len(context) > window:
@@ -87,7 +87,7 @@ def plain(model, context, count):
 
 
 def changed(folder: Path, **config) -> Path:
-    """A copy with another config.json."""
+    """Return a copy of the folder with another config.json."""
     copy = Path("changed")
     copy.mkdir()
     for path in folder.iterdir():
@@ -190,7 +190,7 @@ def test_dtypes_agree(model):
 
 
 def test_generated_text_equals_transformers(theirs, folder):
-    """Text to text: the vocabulary, the model and the engine together."""
+    """Compare from text to text: tokenizer, model and engine together."""
     ids = transformers.AutoTokenizer.from_pretrained(folder)("One day", return_tensors="pt").input_ids
     written = theirs.generate(ids, max_new_tokens=15, do_sample=False, pad_token_id=0)[0, ids.shape[1]:].tolist()
     found = TextGenerator(folder, device="cpu", dtype="float32").completions(["One day"], 15, temperature=0)[0].tokens
@@ -207,7 +207,7 @@ def test_compile_on_a_cpu_needs_llama(folder):
 @pytest.mark.parametrize("names", [None, {"vocab.json": "vocab.json", "merges.txt": "merges.txt"},
                                    {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}])
 def test_ids_equal_transformers(folder, names):
-    """From tokenizer.json, and from the two files of OpenAI by either name."""
+    """Read tokenizer.json, and OpenAI's two files by either name."""
     theirs, copy = transformers.AutoTokenizer.from_pretrained(folder), changed(folder)
     if names:
         (copy / "tokenizer.json").unlink()
@@ -252,7 +252,7 @@ def test_convert_writes_only_pt(run_in_process, folder, tokens, model):
     again = checkpoint.build_model(checkpoint.read_model("gpt2.pt"))
     assert torch.equal(again(tokens[:, :-1]), model(tokens[:, :-1]))
     assert checkpoint.model_state(again)["architecture"] == "gpt2"
-    with pytest.raises(UserError, match="is a GPT-2, which can be written as .pt alone, not as gguf"):
+    with pytest.raises(UserError, match="is a GPT-2; expected the format pt, not gguf"):
         run_in_process("convert", folder, "gpt2.gguf")
 
 
@@ -260,7 +260,7 @@ def test_convert_writes_only_pt(run_in_process, folder, tokens, model):
 
 @pytest.fixture
 def released(folder, monkeypatch):
-    """A server with the folder in the place of gpt2, which counts its requests; the first mirror is not there."""
+    """A server that serves the folder as gpt2 and counts requests; the first mirror does not exist."""
     place = Path("server/openai-community/gpt2/resolve/main")
     place.mkdir(parents=True)
     for name in gpt2_folder.FILES:
@@ -311,7 +311,7 @@ def test_offline_error_lists_files_and_folder(monkeypatch):
 # ---- training -----------------------------------------------------------------------------------
 
 def test_fine_tuning(run_in_process, folder, capsys):
-    """Its vocabulary, whose bos is its eos, makes the shards; what train.py leaves is a GPT-2 again, and better."""
+    """preprocess.py uses its vocabulary, where bos is eos; train.py writes a GPT-2 with lower loss."""
     Path("texts.jsonl").write_text("\n".join(map(json.dumps, demo_stories.generate_stories(100))), encoding="utf-8")
     run_in_process("preprocess", "--tokenizer", folder, "--data", "texts.jsonl", "--num_workers", 1)
     few = ("--device", "cpu", "--compile", "False", "--batch_size", 8, "--sample_tokens", 5)

@@ -28,7 +28,7 @@ def run_after_steps(losses: list[float], norms: list[float] | None = None, scale
     return SimpleNamespace(
         cfg=SimpleNamespace(out_dir="out", learning_rate=0.1), windows_per_step=8,
         state=TrainState(iter_num=len(losses), position=8 * len(losses)), scaler=scaler, last_saved_step=0,
-        dist=DistributedContext(),
+        ranks=DistributedContext(),
         pending_metrics=[(torch.tensor(loss), torch.tensor(norm)) for loss, norm in pairs])
 
 

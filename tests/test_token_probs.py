@@ -1,4 +1,4 @@
-"""What shows how likely the model found each token: the page, and the lines in the terminal."""
+"""Token probabilities: the HTML page and the terminal output."""
 import errno
 import math
 import os
@@ -28,7 +28,7 @@ EVIL = '<script>alert(1)</script> "two"  & \'one\'\n&lt; \u732b \U0001f600'
 
 
 class Page(HTMLParser):
-    """The stories of a page: text, and of each token its text, kind and tip. And all tags and attributes."""
+    """Parser of a page: its stories, the text, kind and tooltip of each token, all tags and attributes."""
 
     def __init__(self, source: str):
         super().__init__()
