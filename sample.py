@@ -156,14 +156,15 @@ def check_settings(cfg: SimpleNamespace) -> None:
             if getattr(cfg, mode) and getattr(cfg, name) != globals()[name]:
                 raise UserError(f"--{name} has no effect with --{mode}")
     if isinstance(cfg.show_probs, str) and not cfg.show_probs.endswith((".html", ".htm")):
-        raise UserError(f"--show_probs must be True, False or the name of a page, such as {cfg.show_probs}.html")
+        raise UserError("--show_probs must be True, False or the name of a page, such as output/probs.html")
 
 
 def read_input(cfg: SimpleNamespace) -> str:
     """Return the prompt, or the content of the file named by score, input_file or prompt."""
-    path = cfg.score or cfg.input_file or cfg.prompt.removeprefix("FILE:")
-    if path == cfg.prompt:
+    path = cfg.score or cfg.input_file
+    if not path and not cfg.prompt.startswith("FILE:"):
         return cfg.prompt
+    path = path or cfg.prompt.removeprefix("FILE:")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

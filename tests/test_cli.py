@@ -210,7 +210,22 @@ def test_moved_flag_names_its_command(block, argv):
 
 @pytest.mark.parametrize("argv, command", [
     (["--doctor"], "doctor"), (["--compare", "a", "b c", "--seed", "1"], 'compare a "b c"'),
-    (["--data_dir", "d", "--doctor", "--out_dir=my o"], 'doctor --data_dir d --out_dir "my o"')])
+    (["--data_dir", "d", "--doctor", "--out_dir=my o"], 'doctor --data_dir d --out_dir "my o"'),
+    (["--compare=a"], "compare a"), (["--out_dir", "o", "--compare"], "compare --out_dir o")])
 def test_command_of_moved_flag_keeps_other_flags(argv, command):
     with pytest.raises(cli.UserError, match=f"\n       python -m tools.{command}$"):
         cli.parse_settings(vars(train), argv, moved=train.MOVED_FLAGS)
+
+
+@pytest.mark.parametrize("script, argv", [("train", ["--out_dir", ""]), ("preprocess", ["--data_dir="])])
+def test_empty_folder_is_refused(script, argv):
+    with pytest.raises(cli.UserError, match="_dir is empty; expected a folder\n.*_dir . is the current folder"):
+        cli.parse_settings(vars(importlib.import_module(script)), argv)
+
+
+def test_only_the_annotation_of_a_bool_or_str_changes_the_type(tmp_path):
+    path = tmp_path / "script.py"
+    block = "# ---- settings\nsteps: int = 5\ncompile: bool | str = False\n# ---- end of settings\n"
+    path.write_text(block, encoding="utf-8")
+    block = {"__file__": str(path), "__doc__": "", "steps": 5, "compile": False}
+    assert cli.parse_settings(block, ["--steps", "7", "--compile", "auto"])[1] == {"steps": 7, "compile": "auto"}

@@ -33,7 +33,6 @@ def read(path, name, content):
     ("a.jsonl", '{\n "text": "one"\n}\n{\n "text": "two"\n}\n', ["one", "two"]),       # as jq prints them
     ("a.jsonl", '["one",\n "two"]', ["one", "two"]), ("a.jsonl", '["one", "two"]', ["one", "two"]),
     ("a.json", '{"text": "one"}\n{"text": "two"}\n', ["one", "two"]),
-    ("a.json", '"one", "two"\n', ["one", "two"]), ("a.json", '["one"]\n["two"]', ["one", "two"]),
     ("a.JSONL", '{"text": ""}\n{"text": " x "}\n', ["x"]),
     ("a.json", r'["\ud83d\ude00", "half \ud83d of it"]', ["😀", "half \ufffd of it"]),
     ("a.txt.gz", gzip.compress(b"one<|endoftext|>two", mtime=0), ["one", "two"]),
@@ -49,8 +48,14 @@ def test_formats(tmp_path, name, content, expected):
     ("a.json", '[{"story": "one"}, {"story": "tw', "record 2"), ("a.json", '[{"story": "one"}', "cut"),
     ("a.json", '["one"] and more', "record 2: .* not JSON"), ("a.json", '[{"story": 5}]', "record 1: found int;"),
     ("a.json", '["one", "two"', "record 3: cut off"), ("a.json", '["one",', "record 2: cut off"),
+    ("a.json", '["one" "two"]', "record 2: .* a comma"), ("a.json", '["one",, "two"]', "record 2: .* not JSON"),
+    ("a.json", '[, "one"]', "record 1: .* not JSON"), ("a.json", '["one",]', "record 2: .* not JSON"),
+    ("a.json", '{"text": "one"}], [{"text": "two"}', "record 2: .* not JSON"),
+    ("a.json", '"one", "two"', "record 2: .* not JSON"), ("a.json", '["one"]\n["two"]', "record 2: .* not JSON"),
+    ("a.jsonl", '["one"]\n["two"]\n', "record 2: found text after the end of the list"),
+    ("a.jsonl", '"one"\n["two"]\n', "record 2: found list; expected a text"),
+    ("a.json", json.dumps([["one"]] * 10 + ["x" * (1 << 22)]), "record 1: found list; expected a text"),
     ("a.json", '["one"]' + " " * (1 << 19) + "and more", "record 2: .* not JSON"),
-    ("a.jsonl", '["one"]\n[5]', "record 2: found int; expected a text"),
     ("a.json", json.dumps("x" * (documents.MAX_RECORD_CHARS + 9)), "record 1: longer than 16,777,216 characters"),
     ("a.json", json.dumps({f"k{i}": i for i in range(9)}), "found the keys k0, k1, k2, k3, k4 and 4 more; expected"),
     ("a.json", "hello", "not JSON"), ("a.json", "[" * 100_000, "record 1"), ("a.jsonl", '"one"\n{oops}\n', "record 2"),
@@ -125,6 +130,15 @@ def test_folders_are_read_in_order_and_other_files_ignored(tmp_path):
     assert len(find_files(tmp_path)) == 3
     assert summarize_skipped(tmp_path) == "1 .bak, 1 .md" and summarize_skipped(tmp_path / "b.txt") == ""
     assert find_files(tmp_path / "b.txt") == [tmp_path / "b.txt"]
+
+
+def test_byte_order_mark_and_unknown_encodings(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf["one"]')
+    assert list(read_documents(path, encoding="UTF-8")) == list(read_documents(path)) == ["one"]
+    for encoding in ("nope", "hex", "utf\0"):
+        with pytest.raises(UserError, match="unknown encoding .*; expected gb18030"):
+            list(read_documents(path, encoding=encoding))
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "iso2022_jp", "hz", "utf-16"])

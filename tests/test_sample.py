@@ -350,6 +350,12 @@ def test_a_prompt_from_a_file(ckpt):
     assert_user_error(run_captured("sample", "--checkpoint", ckpt, "--prompt", "FILE:nowhere.txt"), "nowhere.txt")
 
 
+def test_score_reads_its_file_even_if_the_prompt_has_its_name(ckpt, monkeypatch):
+    Path("s.txt").write_text("One day a cat sat.", encoding="utf-8")
+    monkeypatch.setattr(sample, "prompt", "s.txt")
+    assert "18 bytes" in run_captured("sample", "--checkpoint", ckpt, "--score", "s.txt").stdout
+
+
 def test_errors(ckpt, tmp_path):
     assert_user_error(run_captured("sample"), "no checkpoint", "python train.py")
     Path("junk.pt").write_bytes(b"junk")

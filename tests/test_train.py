@@ -158,10 +158,20 @@ def test_best_checkpoint_is_kept(train_small, monkeypatch):
     assert load_state("out")["best_val_loss"] == 2.0
 
 
-def test_lost_best_checkpoint_is_written_again(train_small, capsys):
+@pytest.mark.parametrize("problem", ["missing", "cut", "other text", "other model"])
+def test_lost_best_checkpoint_is_written_again(train_small, capsys, problem):
     train_small("out", "--max_iters", 4, "--eval_interval", 3)
     best, log_of_it = load_state("out", "ckpt.pt"), Path("out/log.jsonl").read_bytes()
-    Path("out/ckpt.pt").unlink()
+    path = Path("out/ckpt.pt")
+    if problem == "missing":
+        path.unlink()
+    elif problem == "cut":
+        path.write_bytes(path.read_bytes()[:3000])
+    elif problem == "other text":
+        torch.save({**best, "data_sha256": "another"}, path)
+    else:
+        train_small("wide", "--max_iters", 1, "--dim", 64)
+        path.write_bytes(Path("wide/ckpt.pt").read_bytes())
     train_small("out", "--max_iters", 4, "--eval_interval", 3)
     assert "the next evaluation writes it again" in (said := capsys.readouterr().out) and "is finished" in said
     found = load_state("out", "ckpt.pt")

@@ -91,6 +91,9 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
         if preset not in presets:
             raise UserError(f"unknown preset {preset!r}; expected {', '.join(presets)}")
         overrides = {**presets[preset], **overrides}
+    for name in ("data_dir", "out_dir"):
+        if overrides.get(name, defaults.get(name)) == "":
+            raise UserError(f"--{name} is empty; expected a folder\n       --{name} . is the current folder")
     _print_overrides(defaults, overrides, out)
     return SimpleNamespace(**{**defaults, **overrides}), overrides
 
@@ -112,7 +115,8 @@ def read_settings_block(path: Path) -> dict[str, Setting]:
         heading = [line.strip("# ") for line in lines[end:node.lineno - 1] if line.startswith("#")]
         group = " ".join(heading) or group
         end = node.end_lineno
-        settings[target.id] = Setting(_comment_after(lines, node), is_annotated, group)
+        is_bool_or_str = is_annotated and ast.unparse(node.annotation) == "bool | str"
+        settings[target.id] = Setting(_comment_after(lines, node), is_bool_or_str, group)
     return settings
 
 
@@ -162,11 +166,12 @@ def _normalize_flag(argument: str) -> str:
 
 def _check_not_moved(unknown: list[str], overrides: dict[str, Any], moved: dict[str, str]) -> None:
     """Raise UserError for a moved flag. In its command, {values} are its values and {out_dir} is `--out_dir DIR`."""
-    name = unknown[0].removeprefix("--").split("=")[0]
+    name, _, value = unknown[0].removeprefix("--").partition("=")
     if unknown[0].startswith("--") and name in moved:
         flags = {key: _format_flag(key, value) for key, value in overrides.items()}
-        flags["values"] = " ".join(map(shell_quote, unknown[1:]))
-        command = moved[name].format_map(defaultdict(str, flags)).rstrip()
+        flags["values"] = " ".join(map(shell_quote, filter(None, [value, *unknown[1:]])))
+        parts = [part.format_map(defaultdict(str, flags)) for part in moved[name].split(" ")]
+        command = " ".join(filter(None, parts))
         raise UserError(f"--{name} is no longer a setting\n       {command}")
 
 

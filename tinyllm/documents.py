@@ -5,6 +5,7 @@
 A `.txt` file is split at `<|endoftext|>`. A `.json` file is a list of records, and a `.jsonl` file has one record per
 line. A record is a string, or an object with the key `story` or `text`. `.gz` files are unpacked on the fly.
 """
+import codecs
 import gzip
 import io
 import json
@@ -27,7 +28,10 @@ MAX_RECORD_CHARS = 1 << 24              # limit of one JSON record
 
 _CHUNK_CHARS = 1 << 18                  # characters read at a time
 _DECODER = json.JSONDecoder()
-_GAP = re.compile(r"[\s,\[\]]*")         # between JSON records
+# the gap before a JSON value, and the end of the file if no value follows
+_BEFORE_LIST = re.compile(r"\s*\[\s*"), re.compile(r"\s*\[\s*\]\s*")
+_BETWEEN_ITEMS = re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*")
+_BETWEEN_VALUES = re.compile(r"\s*"), re.compile(r"\s*")
 
 
 def read_documents(path: Path, progress: Callable[[int], None] = lambda count: None, encoding: str = ""
@@ -41,13 +45,13 @@ def read_documents(path: Path, progress: Callable[[int], None] = lambda count: N
     try:
         with open(path, "rb") as raw:
             file = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
-            stream = io.TextIOWrapper(file, encoding=encoding or "utf-8-sig")
+            stream = io.TextIOWrapper(file, encoding=codec_name(encoding))
             for number, record in enumerate(_read_records(path, stream), 1):
                 yield from filter(None, map(str.strip, _split_long_document(record)))
                 if raw.tell() != position:
                     progress(raw.tell() - position)
                     position = raw.tell()
-    except (UnicodeError, LookupError) as error:        # LookupError: an unknown encoding
+    except UnicodeError as error:
         place = f" after record {number}" if number else ""
         reason = getattr(error, "reason", error)
         raise UserError(f"{path}: this is not {encoding or 'UTF-8'} text{place} ({reason})\n       save all "
@@ -55,6 +59,20 @@ def read_documents(path: Path, progress: Callable[[int], None] = lambda count: N
                         "(Western), utf-16, ...") from error
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: record {number + 1}: {error}") from error
+
+
+def codec_name(encoding: str) -> str:
+    """Return Python's name of an encoding; for UTF-8, the one that skips a byte order mark.
+
+    Raises UserError for an unknown encoding.
+    """
+    try:
+        "".encode(encoding or "utf-8")
+        name = codecs.lookup(encoding or "utf-8").name
+    except (LookupError, ValueError) as error:
+        raise UserError(f"unknown encoding {encoding!r}; expected gb18030, big5, cp1252, utf-16 or another name that "
+                        "Python knows") from error
+    return "utf-8-sig" if name == "utf-8" else name
 
 
 def _read_records(path: Path, stream: TextIO) -> Iterator[str]:
@@ -103,36 +121,49 @@ def _text_of_record(value: object) -> str:
 
 
 def _decode_json(read: Callable[[int], str], stream: TextIO) -> Iterator[object]:
-    """Yield the values of each line or of a small file, decoded at once; longer or damaged text in pieces."""
+    """Yield the values of each line or of a small file, decoded at once; longer or damaged text in pieces.
+
+    A list that starts the file is the whole file, and yields its items.
+    """
+    is_first = True
     while text := read(MAX_WHOLE_JSON_CHARS):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            yield from _decode_pieces(text, stream)
+            yield from _decode_pieces(text, stream, is_first)
             return
-        yield from value if isinstance(value, list) else [value]
+        is_list = is_first and isinstance(value, list)
+        yield from value if is_list else [value]
+        if is_list and stream.read().strip():
+            raise ValueError("found text after the end of the list")
+        is_first = False
 
 
-def _decode_pieces(text: str, stream: TextIO) -> Iterator[object]:
-    """Yield consecutive values and the items of lists from a text and the rest of its stream."""
-    start = depth = 0
+def _decode_pieces(text: str, stream: TextIO, is_first: bool) -> Iterator[object]:
+    """Yield the items of a list, or consecutive values, from a text and the rest of its stream."""
+    is_list = is_first and text.lstrip().startswith("[")
+    gap, end = _BEFORE_LIST if is_list else _BETWEEN_VALUES
+    start = 0
     while True:
-        gap = _GAP.match(text, start)
-        depth += gap[0].count("[") - gap[0].count("]")
-        start = gap.end()
-        try:
-            value, start = _DECODER.raw_decode(text, start)
-        except ValueError as error:             # damaged, or not yet read to its end
-            more = stream.read(max(_CHUNK_CHARS, len(text) - start))        # doubling avoids repeated decoding
-            text = text[start:] + more
-            start = 0
-            if not text and not depth:
-                return
-            if not more or len(text) > MAX_RECORD_CHARS:
-                problem = f"longer than {MAX_RECORD_CHARS:,} characters" if more else "cut off"
-                raise ValueError(f"{problem}, or not JSON ({getattr(error, 'msg', error)})") from error
-        else:
-            yield value
+        match = gap.match(text, start)
+        problem = f"expected {'a comma' if is_list else 'a value'}"
+        if match:
+            try:
+                value, start = _DECODER.raw_decode(text, match.end())
+            except ValueError as error:             # damaged, or not yet read to its end
+                problem = getattr(error, "msg", str(error))
+            else:
+                yield value
+                gap, end = _BETWEEN_ITEMS if is_list else _BETWEEN_VALUES
+                continue
+        more = stream.read(max(_CHUNK_CHARS, len(text) - start))        # doubling avoids repeated decoding
+        if not more and end.fullmatch(text, start):
+            return
+        text = text[start:] + more
+        start = 0
+        if not more or len(text) > MAX_RECORD_CHARS:
+            place = f"longer than {MAX_RECORD_CHARS:,} characters" if more else "cut off"
+            raise ValueError(f"{place}, or not JSON ({problem})")
 
 
 def read_batches(paths: Iterable[Path], progress: Callable[[int], None], encoding: str) -> Iterator[list[bytes]]:

@@ -90,7 +90,10 @@ def check_settings(cfg: SimpleNamespace, ranks: DistributedContext) -> Backend:
     if not cfg.eval_only and cfg.gradient_accumulation_steps % ranks.world_size:
         errors.append(f"gradient_accumulation_steps must be a multiple of {ranks.world_size}, the number of processes, "
                       f"not {cfg.gradient_accumulation_steps}")
-    if not cfg.eval_only and cfg.init_from in ("auto", "scratch"):          # otherwise a checkpoint has the shape
+    shape_names = {field.name for field in fields(ModelArgs)}
+    has_shape_error = any(error.split()[0] in shape_names for error in errors)
+    needs_shape = not cfg.eval_only and cfg.init_from in ("auto", "scratch")        # otherwise a checkpoint has it
+    if needs_shape and not has_shape_error:
         try:
             shape_from_settings(cfg, ModelArgs.vocab_size)
         except ValueError as error:

@@ -258,10 +258,20 @@ class TrainRun:
                 command = format_command("train", out_dir=self.cfg.out_dir, init_from=path)
                 raise UserError(f"{path} is from another version, or damaged ({error!r:.200})\n"
                                 f"       start a new run with its weights: {command}") from error
-        has_best = self.ranks.broadcast_from_main(Path(self.cfg.out_dir, "ckpt.pt").is_file())
+        has_best = self.ranks.broadcast_from_main(self.has_best_checkpoint())
         if not has_best and self.state.best_val_loss < math.inf:
-            print(f"note: {self.cfg.out_dir}/ckpt.pt is missing; the next evaluation writes it again")
+            print(f"note: {self.cfg.out_dir}/ckpt.pt is missing, damaged or from another run\n"
+                  "      the next evaluation writes it again")
             self.state.best_val_loss = math.inf
+
+    def has_best_checkpoint(self) -> bool:
+        """True if ckpt.pt is intact and has this run's text and model."""
+        try:
+            ckpt = checkpoint.load_checkpoint(Path(self.cfg.out_dir, "ckpt.pt"))
+            args = checkpoint.load_model_args(ckpt)
+        except UserError:
+            return False
+        return args == self.model.args and ckpt.get("data_sha256") == self.shard_set.sha256
 
     def load_training_state(self, ckpt: Checkpoint) -> None:
         """Restore everything but the model. Raises any error that _resume catches if the checkpoint does not fit."""

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # for python tools/bench.py
 import train
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint as checkpoints

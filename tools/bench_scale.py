@@ -6,6 +6,7 @@
 The contenders take turns at the same training step: one process with its share of the cores, one process with all
 cores, and all processes with DDP and with --shard. Generation follows, without and with tensor parallelism.
 """
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # for python tools/bench_scale.py
 import train
 from extras.tensor_parallel import TensorParallelGroup, check_divisible
 from model import ModelArgs

@@ -4,6 +4,7 @@
 
 Prints tables and, if matplotlib is installed, draws OUT_DIR/compare.png. Interpolates values between two evaluations.
 """
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # for python tools/compare.py
 from tinyllm import checkpoint, cli, optional, runlog
 from tinyllm.cli import UserError, escape_control_chars, format_command
 
