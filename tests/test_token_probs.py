@@ -157,7 +157,7 @@ def test_page_needs_a_file_name(byte_checkpoint, given, listed):
     command = ["sample", "--checkpoint", byte_checkpoint, "--prompt", "ab", "--max_new_tokens", 5]
     result = run_captured(*command, "--show_probs", *given)
     if listed is None:
-        assert_user_error(result, "--show_probs must be True, False or the name of a page, such as perhaps.html")
+        assert_user_error(result, "--show_probs must be True, False or the name of a page, such as output/probs.html")
     else:
         assert ("likeliest:" in result.stdout) is listed and not list(Path().iterdir())
         assert listed or result.stdout == run_captured(*command).stdout
