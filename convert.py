@@ -6,9 +6,9 @@
     python convert.py output/ckpt.pt output/story.bin                   # for llama2.c; also writes story.tokenizer.bin
     python convert.py model.bin output/story.pt --tokenizer tokenizer.bin
 
-Inputs: our checkpoints and llama2.c's, folders of Meta (Llama 2 and 3) and Hugging Face (Llama, GPT-2), GGUF files and
-llama2.c's .bin. convert.py reads its output back, compares the logits with the source's, and keeps the output only
-if they agree within the rounding error of the format.
+Inputs: checkpoints from train.py and llama2.c, folders from Meta (Llama 2 and 3) and Hugging Face (Llama, GPT-2), GGUF
+files and llama2.c's .bin. convert.py reads its output back, compares the logits with the source's, and keeps the output
+only if they agree within the rounding error of the format.
 """
 from pathlib import Path
 from tempfile import TemporaryDirectory

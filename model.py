@@ -73,7 +73,7 @@ def validate_args(args: Any, *names: str) -> None:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32."""
+    """Root mean square norm over the last dimension, x / rms(x) * weight, computed in float32."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()

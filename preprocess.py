@@ -1,10 +1,10 @@
 """Step 2 of 4: turn the text into token ids, in files that training maps into memory.
 
     python preprocess.py                          # the text and the tokenizer of step 1
-    python preprocess.py --tokenizer llama.model --data my_texts      # another tokenizer, or the one in a model
+    python preprocess.py --tokenizer llama.model --data my_texts   # a tokenizer file, or a model that contains one
 
-Writes data/tok4096/: train_*.bin, val_*.bin and, when all of them are complete, manifest.json. Rerun it after an
-interruption: it only writes shards that are missing or outdated.
+Writes a folder such as data/tok4096/: train_*.bin, val_*.bin and, when all of them are complete, manifest.json. Rerun
+it after an interruption: it only writes shards that are missing or outdated.
 """
 import hashlib
 import time
@@ -31,7 +31,7 @@ data_dir = "data"       # folder of the tokenizer from step 1; the shards are wr
 data = ""               # your text: a file or folder; empty: the text of step 1
 encoding = ""           # encoding of the text, such as gb18030; empty: the encoding from step 1
 vocab_size = 0          # selects the tokenizer if data_dir has several; 0: the only one
-tokenizer = ""          # a tokenizer file, or a model with one, copied to data_dir; empty: the tokenizer of step 1
+tokenizer = ""          # a tokenizer file, or a model that contains one, copied to data_dir; empty: from step 1
 num_workers = 0         # processes, at most 60, up to 400 MB each; 0: one per core, if memory allows
 # ---- end of settings ----------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to stories: create .venv, install the packages, run the four steps on the built-in text and print
-# three stories of the new model. About 4 minutes on 2 CPU cores after the installation.
+# three stories of the new model. About 4 minutes on 2 CPU cores, with a fast download.
 # Run it again after an interruption: it skips finished steps. `bash quickstart.sh --setup_only` only installs.
 set -euo pipefail
 cd "$(dirname "$0")"

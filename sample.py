@@ -66,8 +66,8 @@ show_probs: bool | str = False  # logprobs with colors and likely alternatives; 
                                 # them to a web page instead
 # machine
 quantize = ""                   # int8: 8-bit weights, on a CPU only; a seed's stories then depend on the batch
-compile = False                 # CPU: a single story 1.2-2x faster, several 1.2x; needs a C++ compiler and 15 s once;
-                                # on a busy machine, set OMP_NUM_THREADS=1. NVIDIA GPU: uses a CUDA graph
+compile = False                 # CPU: a single story 1.2-2x faster, several 1.2x; needs a C++ compiler and 15 s once
+                                # for each; if busy, set OMP_NUM_THREADS=1. NVIDIA GPU: uses a CUDA graph
 batch_size = 32                 # prompts of input_file per batch; halve it when memory runs out
 device = "auto"                 # auto (a GPU if PyTorch finds one), cpu, cuda, cuda:1, mps
 dtype = "auto"                  # precision: auto (chosen for the device), float32, bfloat16, float16

@@ -1,6 +1,6 @@
 """Step 3 of 4: train the model.
 
-    python train.py --max_iters 20 --eval_interval 10       # a trial run of all parts
+    python train.py --max_iters 20 --eval_interval 10       # a quick test of everything
     python train.py --preset cpu_3min                       # a first story; --help lists the presets
     python train.py --max_minutes 60                        # train for an hour
     python train.py                                         # the full run; Ctrl-C saves and stops it
@@ -81,7 +81,7 @@ momentum = 0.95                     # Muon: decay of the average gradient
 grad_clip = 1.0                     # maximum gradient norm; 0: no clipping
 # learning-rate schedule
 decay_lr = True                     # linear decay to min_lr; False: constant after the warm-up
-warmup_iters = 100                  # steps of linear warm-up to learning_rate
+warmup_iters = 100                  # steps of linear warm-up; the decay is linear from step 1, so the peak is lower
 lr_decay_iters = 0                  # step at which the decay ends; 0: max_iters
 min_lr = 0.0                        # learning rate at the end of the decay
 # machine

@@ -4,8 +4,8 @@
     python train_vocab.py --data my_texts                        # your own folder or file
     python train_vocab.py --download True --vocab_size 4096      # the real TinyStories; downloads 1.6 GB
 
-Writes data/tok4096.model, which steps 2 and 3 find by themselves, and data/tok4096.json, which records the
-source of the text and the validation split. The tokenizer never sees the validation documents.
+Writes data/tok<vocab_size>.model, which steps 2 and 3 find by themselves, and a .json file of the same name with the
+path of the text and the threshold of the validation split. The tokenizer never sees the validation documents.
 """
 import time
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from tokenizer import check_vocab_size, train_tokenizer
 
 # ---- settings -----------------------------------------------------------------------------------
 data_dir = "data"       # folder for the tokenizer; use another one for each project
-data = ""               # a .txt, .json or .jsonl file (.gz too) or a folder of them; empty: built-in or real stories
+data = ""               # a .txt, .json or .jsonl file (or .gz) or a folder; empty: downloaded stories, or built-in ones
 encoding = ""           # encoding of the text, if not UTF-8: gb18030 (Chinese Windows), cp1252 (Western), utf-16, ...
 download = False        # download the real TinyStories into data_dir, unless they exist
-mirror = ""             # source of the download: huggingface, hf-mirror, modelscope or a URL; several with commas
+mirror = ""             # download from huggingface, hf-mirror, modelscope or a URL; separate several with commas
 vocab_size = 4096       # 512 to 2048 for a small model on a CPU, 4096 for the default model, 32000 for a large one
 num_workers = 0         # processes, at most 60, up to 400 MB each; 0: one per core, if memory allows
 # ---- end of settings ----------------------------------------------------------------------------

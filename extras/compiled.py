@@ -2,8 +2,8 @@
 
 For one token of a small model, engine.py spends more time launching operations, about 30 per layer, than computing.
 PyTorch's compiler fuses them into one C++ function if none of them calls a library. So matrix products are written as
-multiply and sum, which is as fast for a single token, because reading the weights dominates. For several sequences
-the library is faster, so only their attention is compiled.
+elementwise multiply and sum, which is as fast for a single token, because reading the weights dominates. For several
+sequences the library is faster, so only their attention is compiled.
 
 The weights are arguments, so one function serves all layers and all checkpoints of a shape. Each of the two functions
 compiles for about 15 seconds, once, and is then loaded from a file.

@@ -28,7 +28,7 @@ from tinyllm.distributed import DistributedContext
 from tinyllm.engine import Engine, KVCache, LinearFn
 from tinyllm.kernels import model_is_original
 
-NO_TIMEOUT = timedelta(days=1000)       # to wait for the next prompt; a dead process is detected at once
+NO_TIMEOUT = timedelta(days=1000)       # a wait for the next prompt has no limit; a dead process is detected at once
 
 
 class TensorParallelGroup:

@@ -5,8 +5,8 @@
     tokenizer = build_tokenizer(ckpt)
 
 llama2.c's tools read the keys model, optimizer, model_args, iter_num, best_val_loss and config. Further keys are
-tokenizer (the bytes of its file), architecture (llama if missing), chat (the name of the chat template), and for an
-exact resume scaler, rng and state.
+tokenizer (the bytes of its file), architecture (llama if missing) and chat (the name of the chat template). The keys
+scaler, rng and state make an exact resume possible.
 """
 import os
 import zipfile
@@ -92,7 +92,7 @@ def _is_dense_float_tensor(weight: Any) -> bool:
 
 
 def upgrade(ckpt: Checkpoint) -> Checkpoint:
-    """Convert a checkpoint of llama2.c or of an older version to the keys and names of this version."""
+    """Convert a checkpoint from llama2.c or an older version to the keys and names of this version."""
     weights = {str(name).removeprefix("_orig_mod."): weight for name, weight in ckpt["model"].items()}
     if "architecture" in ckpt:
         return {**ckpt, "model": weights}

@@ -90,7 +90,10 @@ def save_source(tokenizer_path: Path, tokenizer_sha256: str, source: TextSource)
 
 
 def load_source(tokenizer_path: Path, tokenizer_sha256: str) -> TextSource | None:
-    """Load the file of save_source, None if missing. Raises UserError if it is damaged or another tokenizer's."""
+    """Load the file of save_source. Return None if it is missing.
+
+    Raises UserError if it is damaged or belongs to another tokenizer.
+    """
     path = tokenizer_path.with_suffix(".json")
     if not path.exists():
         return None
@@ -128,9 +131,9 @@ def split_texts(texts: list[bytes], threshold: int) -> dict[str, list[bytes]]:
 def find_val_threshold(files: list[Path], encoding: str = "") -> int:
     """Return the threshold of the split: documents with a hash up to this value are for validation.
 
-    The split of a document depends on its text alone, so the order of files, the number of processes and added files
-    do not change it. A small text is read to the end, so that both splits get at least one document. Raises UserError
-    unless the text has 2 different documents.
+    Step 1 stores the threshold. The split of a document then depends on its text alone, so the order of files, the
+    number of processes and files added for step 2 do not change it. A small text is read to the end, so that both
+    splits get at least one document. Raises UserError unless the text has 2 different documents.
     """
     size = sum(file.stat().st_size for file in files)
     limit = int(min(VAL_FRACTION, VAL_BYTES / max(size, 1)) * 2**64)

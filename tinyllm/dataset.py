@@ -27,9 +27,10 @@ class PretokDataset(IterableDataset):
     """An endless stream of training batches, each of shape (batch_size, max_seq_len + 1), int64.
 
     Each document starts a new window, so the model sees documents from their first token, as it will generate them.
-    Long documents continue in further windows; the next documents follow a short one. IGNORE_INDEX fills windows at the
-    end of a shard. Each epoch visits every window once, in a new random order. `position` is the number of windows to
-    skip. Rank r of `world_size` takes every world_size-th batch, and its loader workers take turns.
+    A long document continues in further windows; a short document is followed by the next ones in the same window.
+    IGNORE_INDEX fills windows at the end of a shard. Each epoch visits every window once, in a new random order.
+    `position` is the number of windows to skip. Rank r of `world_size` takes every world_size-th batch, and its loader
+    workers take turns.
     """
     shard_set: ShardSet
     split: str
@@ -105,7 +106,7 @@ class Task:
         """Yield a split in order: every token of every document is a target once, with its window as context.
 
         A window holds one document; the targets after its end are IGNORE_INDEX. Rank r of `world_size` takes every
-        world_size-th batch. All ranks yield equally many: the last batch of some ranks is a window without targets.
+        world_size-th batch. All ranks yield the same number of batches: the last one may be a window without targets.
         """
         windows = _split_windows(shard_set, split, max_seq_len)
         while global_batch := list(islice(windows, world_size * batch_size)):

@@ -1,6 +1,6 @@
 """Several processes that work as one, started by torchrun. In a single process, nothing here has an effect.
 
-    torchrun --nproc_per_node=2 train.py            # two processes on this machine, with a GPU each if there are GPUs
+    torchrun --nproc_per_node=2 train.py --gradient_accumulation_steps 2    # two processes, each with a GPU if any
 
 All ranks have the same weights and take the same steps. Each computes the gradients of its micro-batches; PyTorch's DDP
 averages them. Rank 0 makes all decisions that depend on a clock, a signal or a file, and broadcasts them.
@@ -87,7 +87,7 @@ class DistributedContext:
 
     @property
     def launch_command(self) -> str:
-        """`python`, or `torchrun` with the number of processes, as this script was started."""
+        """Command that started this script: `python`, or `torchrun` with the number of processes."""
         n_local = os.environ.get("LOCAL_WORLD_SIZE", self.world_size)
         return "python" if self.world_size == 1 else f"torchrun --nproc_per_node={n_local}"
 
@@ -123,7 +123,7 @@ def from_env() -> DistributedContext:
 def distributed_context() -> Iterator[DistributedContext]:
     """Join the other processes for the block. Only the main process prints.
 
-    Raises UserError if another process has ended. Keeps the process group: destroying it could wait for that process.
+    Raises UserError if another process has ended. Does not destroy the process group, because that could wait for it.
     """
     ranks = from_env()
     if ranks.world_size == 1:

@@ -121,9 +121,9 @@ def _text_of_record(value: object) -> str:
 
 
 def _decode_json(read: Callable[[int], str], stream: TextIO) -> Iterator[object]:
-    """Yield the values of each line or of a small file, decoded at once; longer or damaged text in pieces.
+    """Yield the JSON values of a file. Lines and small files are decoded at once, longer or damaged text in pieces.
 
-    A list that starts the file is the whole file, and yields its items.
+    If a list starts the file, it must be the only value, and its items are yielded instead.
     """
     is_first = True
     while text := read(MAX_WHOLE_JSON_CHARS):

@@ -52,7 +52,10 @@ def print_config_summary(run: TrainRun) -> None:
 
 
 def describe_memory(run: TrainRun) -> str:
-    """Describe the memory that training needs. On a CPU, warn if less is free: the system kills without a message."""
+    """Describe the memory that training needs. On a CPU, warn if less is free.
+
+    Without the warning, the system might kill the process without a message.
+    """
     state, activations = estimate_memory(run)
     text = (f"{state / 1e6:,.0f} MB for weights, gradients and optimizer, about {activations / 1e6:,.0f} MB "
             f"for {run.cfg.batch_size} windows")
@@ -120,7 +123,7 @@ def format_hms(seconds: float) -> str:
 
 
 def should_compile(run: TrainRun, seconds_per_step: float) -> tuple[bool, str]:
-    """Return True if the model should be compiled, and the reason. With compile auto, a resumed run stays as it was."""
+    """Return True if the model should be compiled, and the reason. With auto, a resumed run keeps its choice."""
     if run.cfg.compile != "auto":
         return run.cfg.compile, f"--compile {run.cfg.compile}"
     if reason := why_not_compilable(run.backend.device):

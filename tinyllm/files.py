@@ -19,7 +19,7 @@ except ImportError:         # Windows
 
 LINE_ENDS = re.compile("[\x85\u2028\u2029]")    # line ends for some readers, which json.dumps does not escape
 LOCK_FILE = ".lock"                             # locked in place of its folder, which Windows cannot open
-LOCK_OFFSET = 1 << 30                           # the byte that Windows locks, beyond all content
+LOCK_OFFSET = 1 << 30                           # the byte that Windows locks, past the end of any content
 LOCK_HELD_ERRORS = (BlockingIOError, PermissionError)       # raised when another process holds the lock
 FSYNC_UNSUPPORTED_ERRNOS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)      # fsync of a folder on some network drives
 READ_SIZE = 1 << 20

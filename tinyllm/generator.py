@@ -191,7 +191,7 @@ class TextGenerator:
             max_new_tokens, ..., repetition_penalty: see the settings block of sample.py.
             stop: strings that end a text.
             seed: None means the generator's seed.
-            sample_ids: see Engine.generate. rows is its old name.
+            sample_ids: see Engine.generate. `rows` is the old name of this argument.
             prompt_ids: token ids to continue instead of the prompts.
             stop_ids: token ids that end a text, as eos does.
         """
@@ -214,7 +214,7 @@ class TextGenerator:
 
     def grow(self, completions: list[Completion], *args, heads: list[list[int]] | None = None,
              ends: Collection[int] = (), **options) -> Iterator[tuple[int, str]]:
-        """Call `generate`; the method, prompt_ids and stop_ids have their old names here."""
+        """Call `generate` under its old name, with the old argument names."""
         return self.generate(completions, *args, prompt_ids=heads, stop_ids=ends, **options)
 
     def _extend(self, completions: list[Completion], steps: Iterator[DecodeStep], decoders: list[StreamDecoder],

@@ -1,7 +1,7 @@
 """Faster implementations of two functions of model.py: attention in bfloat16 on a CPU, and the loss.
 
-They run only while model.py's code is unchanged. After an edit, model.py's own functions run, because these may no
-longer compute the same.
+They run only while model.py's code is unchanged. After an edit, model.py's own functions run, because the fast
+versions may then give different results.
 """
 import ast
 import hashlib

@@ -1,6 +1,6 @@
 """The optimizers: Muon for the matrices of the layers, AdamW for everything else.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes the steps of momentum orthogonal: a step changes all
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalizes the momentum update: a step changes all
 directions of a matrix by the same amount, even directions with small gradients. After the same number of steps, a small
 model is clearly better than with AdamW alone (docs/notes.md, "Recipe"). This version stacks matrices of equal shape,
 which is faster than torch.optim.Muon.

@@ -151,7 +151,7 @@ class TrainRun:
 
     @property
     def micro_steps_per_rank(self) -> int:
-        """Micro-batches per step on this rank."""
+        """Number of micro-batches per step on this rank."""
         return self.cfg.gradient_accumulation_steps // self.ranks.world_size
 
     @property
@@ -179,13 +179,13 @@ class TrainRun:
         self.stop_signal = int(stop_signal)
 
     def reached_limit(self) -> bool:
-        """True if max_iters is reached, or only the time for a last evaluation is left of max_minutes."""
+        """True if max_iters is reached, or max_minutes leaves only enough time for a final evaluation."""
         max_seconds = 60 * self.cfg.max_minutes
         is_late = max_seconds > 0 and self.seconds() + self.eval_seconds >= max_seconds
         return is_late or self.state.iter_num >= self.cfg.max_iters
 
     def progress(self) -> float:
-        """Return the finished fraction of the run, by steps or by time, whichever is larger."""
+        """Return the finished fraction of the run: of its steps or of its time, whichever is larger."""
         progress = self.state.iter_num / (self.cfg.lr_decay_iters or self.cfg.max_iters)
         if self.cfg.max_minutes:
             span = 60 * self.cfg.max_minutes - self.eval_seconds - self.state.setup

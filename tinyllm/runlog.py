@@ -24,7 +24,7 @@ class RunLog:
     """The log of a run in a folder. `entries` are its lines after the header."""
 
     def __init__(self, folder: Path, header: dict[str, Any], n_entries: int = 0, sha256: str = ""):
-        """Start a log, or reopen one with its first n_entries. If their SHA-256 is another, the log starts over."""
+        """Start a log, or reopen one with its first n_entries. If their SHA-256 differs, the log starts over."""
         self.folder = folder
         self.entries = read_log(folder / "log.jsonl")[1:n_entries + 1]
         self.digest = hashlib.sha256(encode_lines(self.entries))

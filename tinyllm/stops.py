@@ -36,7 +36,7 @@ def lock_output_dir(out_dir: str, ranks: DistributedContext) -> Iterator[None]:
 
 @contextmanager
 def save_on_signals(run: TrainRun) -> Iterator[None]:
-    """On SIGINT, SIGTERM or SIGHUP, finish the step, save and exit; a second signal exits at once."""
+    """Finish the step, save and exit on SIGINT, SIGTERM or SIGHUP; a second signal exits at once."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def request_stop(number: int, frame: Any) -> None:
@@ -60,7 +60,7 @@ def save_on_signals(run: TrainRun) -> Iterator[None]:
 
 
 class StopOnClosedStdout(io.TextIOBase):
-    """A stdout that stops the run, instead of failing, after its reader has ended (`| head`)."""
+    """A stdout that does not fail when its reader has ended (`| head`), but stops the run."""
 
     def __init__(self, run: TrainRun):
         self.run = run

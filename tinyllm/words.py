@@ -139,7 +139,7 @@ def _choose_slots(hashes: np.ndarray, attempt: int) -> np.ndarray:
 
 
 class DocumentEncoder:
-    """A fast encoder of documents. If the ids are the same, it encodes word by word, which is several times faster.
+    """A fast encoder of documents. It encodes word by word, several times faster, if that gives the same ids.
 
         encoder = DocumentEncoder(tokenizer)
         ids = encoder.encode([b"a cat", b"a dog"])      # bos ... eos bos ... eos, int32

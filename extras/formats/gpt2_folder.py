@@ -1,4 +1,4 @@
-"""Read folders of GPT-2: config.json, safetensors, and tokenizer.json or OpenAI's two tokenizer files.
+"""Read GPT-2 folders from Hugging Face: config.json, safetensors, and tokenizer.json or OpenAI's two tokenizer files.
 
     ckpt = read(download("gpt2", "data"))
 
