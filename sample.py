@@ -65,9 +65,10 @@ logprobs = False                # list each token with its log-probability in na
 show_probs: bool | str = False  # logprobs with colors and likely alternatives; a name such as output/probs.html writes
                                 # them to a web page instead
 # machine
-quantize = ""                   # int8: 8-bit weights, on a CPU only; a seed's stories then depend on the batch
-compile = False                 # CPU: a single story 1.2-2x faster, several 1.2x; needs a C++ compiler and 15 s once
-                                # for each; if busy, set OMP_NUM_THREADS=1. NVIDIA GPU: uses a CUDA graph
+quantize = ""                   # int8: 8-bit weights, on a CPU only; the same seed then gives other stories in
+                                # another batch
+compile = False                 # CPU: a single story 1.2-2x faster, several 1.2x; needs a C++ compiler, and compiles
+                                # each case once (15 s); if busy, set OMP_NUM_THREADS=1. NVIDIA GPU: uses a CUDA graph
 batch_size = 32                 # prompts of input_file per batch; halve it when memory runs out
 device = "auto"                 # auto (a GPU if PyTorch finds one), cpu, cuda, cuda:1, mps
 dtype = "auto"                  # precision: auto (chosen for the device), float32, bfloat16, float16

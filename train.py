@@ -81,7 +81,8 @@ momentum = 0.95                     # Muon: decay of the average gradient
 grad_clip = 1.0                     # maximum gradient norm; 0: no clipping
 # learning-rate schedule
 decay_lr = True                     # linear decay to min_lr; False: constant after the warm-up
-warmup_iters = 100                  # steps of linear warm-up; the decay is linear from step 1, so the peak is lower
+warmup_iters = 100                  # steps of linear warm-up; the decay starts at step 1,
+                                    # so the rate stays below learning_rate
 lr_decay_iters = 0                  # step at which the decay ends; 0: max_iters
 min_lr = 0.0                        # learning rate at the end of the decay
 # machine

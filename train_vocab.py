@@ -1,6 +1,6 @@
 """Step 1 of 4: learn a tokenizer from text.
 
-    python train_vocab.py --vocab_size 1024                      # the built-in stories; takes seconds
+    python train_vocab.py --vocab_size 1024                      # the built-in stories, until you download TinyStories
     python train_vocab.py --data my_texts                        # your own folder or file
     python train_vocab.py --download True --vocab_size 4096      # the real TinyStories; downloads 1.6 GB
 
