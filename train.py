@@ -29,7 +29,7 @@ from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device import explain_oom
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
-from tinyllm.estimate import estimate_rest, format_hms, estimate_and_compile
+from tinyllm.estimate import estimate_and_compile, estimate_rest, format_hms
 from tinyllm.machine import peak_memory
 from tinyllm.resume import run_settings
 from tinyllm.run import OOM_ADVICE, TrainRun, build_run

@@ -91,11 +91,10 @@ def parse_settings(module_globals: dict[str, Any], argv: list[str] | None = None
         if preset not in presets:
             raise UserError(f"unknown preset {preset!r}; expected {', '.join(presets)}")
         overrides = {**presets[preset], **overrides}
-    for name in ("data_dir", "out_dir"):
-        if overrides.get(name, defaults.get(name)) == "":
-            raise UserError(f"--{name} is empty; expected a folder\n       --{name} . is the current folder")
+    cfg = SimpleNamespace(**{**defaults, **overrides})
+    _check_folders(cfg)
     _print_overrides(defaults, overrides, out)
-    return SimpleNamespace(**{**defaults, **overrides}), overrides
+    return cfg, overrides
 
 
 def read_settings_block(path: Path) -> dict[str, Setting]:
@@ -180,6 +179,12 @@ def _unknown_setting_message(argument: str, names: list[str]) -> str:
         return f"unexpected argument {argument!r}; expected --name value, and quotes around values with spaces"
     similar = difflib.get_close_matches(argument.lstrip("-").split("=")[0], names, n=1)
     return f"unknown setting {argument!r}" + (f"; did you mean --{similar[0]}?" if similar else "")
+
+
+def _check_folders(cfg: SimpleNamespace) -> None:
+    for name in ("data_dir", "out_dir"):
+        if getattr(cfg, name, None) == "":
+            raise UserError(f"--{name} is empty; expected a folder\n       --{name} . is the current folder")
 
 
 def _print_overrides(defaults: dict[str, Any], overrides: dict[str, Any], out: TextIO | None) -> None:
