@@ -81,8 +81,7 @@ momentum = 0.95                     # Muon: decay of the average gradient
 grad_clip = 1.0                     # maximum gradient norm; 0: no clipping
 # learning-rate schedule
 decay_lr = True                     # linear decay to min_lr; False: constant after the warm-up
-warmup_iters = 100                  # steps of linear warm-up; the decay starts at step 1,
-                                    # so the rate stays below learning_rate
+warmup_iters = 100                  # steps of linear warm-up; the decay starts at step 1 too
 lr_decay_iters = 0                  # step at which the decay ends; 0: max_iters
 min_lr = 0.0                        # learning rate at the end of the decay
 # machine
@@ -291,7 +290,7 @@ def evaluate_and_keep_best(run: TrainRun, log: RunLog | NullRunLog) -> None:
 def save_latest(run: TrainRun, log: RunLog | NullRunLog, is_finished: bool) -> None:
     """Write last.pt, from which the run can be resumed."""
     if is_finished and run.state.iter_num < run.cfg.max_iters:
-        run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # so that the run counts as finished
+        run.state.seconds += max(60 * run.cfg.max_minutes - run.seconds(), 0)      # the run then counts as finished
     with run.ranks.fail_together():
         require_finite_weights(run)
         log.sync()
