@@ -54,3 +54,11 @@ def test_missing_run_names_the_command(run_in_process):
 def test_scratch_warns_that_it_starts_over(train_small, capsys):
     train_small("out", "--max_iters", 1, "--init_from", "scratch")
     assert "--init_from resume resumes this run" in capsys.readouterr().out
+
+
+def test_start_over_names_no_damaged_checkpoint(train_small, run_in_process):
+    train_small("out", "--max_iters", 2)
+    for name, start in [("last.pt", "out.ckpt.pt"), ("ckpt.pt", "scratch")]:
+        Path("out", name).write_bytes(b"damaged")
+        with pytest.raises(UserError, match=f"last.pt .*damaged.*\n *start over: .*--init_from {start}$"):
+            run_in_process("train", "--init_from", "resume", "--out_dir", "out")

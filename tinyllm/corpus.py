@@ -146,6 +146,6 @@ def find_val_threshold(files: list[Path], encoding: str = "") -> int:
                 return limit
     if lowest >= highest:
         problem = "only one document" if lowest == highest else "no text"
-        raise UserError(f"{problem} in {', '.join(map(str, files[:3]))}; expected 2 or more, one of them for "
+        raise UserError(f"{problem} in {', '.join(map(str, files[:3]))}; expected 2 or more documents, one of them for "
                         f"validation\n       put {SEPARATOR} between the documents of a .txt file")
     return lowest

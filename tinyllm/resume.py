@@ -1,6 +1,7 @@
 """Check settings and files, and decide how a run starts: new, resumed, or with the weights of a checkpoint."""
 import math
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,8 +145,10 @@ def load_last(cfg: SimpleNamespace) -> Checkpoint | None:
     except UserError as error:
         if cfg.init_from not in INIT_MODES:
             return None
-        best = path.with_name("ckpt.pt")
-        start = best if best.is_file() else "scratch"
+        start = "scratch"
+        with suppress(UserError):
+            checkpoint.load_checkpoint(path.with_name("ckpt.pt"))
+            start = path.with_name("ckpt.pt")
         command = format_command("train", data_dir=cfg.data_dir, out_dir=cfg.out_dir, init_from=start)
         raise UserError(f"{error}\n       start over: {command}") from error
 
