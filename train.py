@@ -232,7 +232,7 @@ def evaluate(run: TrainRun) -> dict[str, float]:
     """Return the scores on the whole val split, which the ranks share. The batch size does not change its windows."""
     batches = Task.iter_split(run.shard_set, "val", run.cfg.batch_size, run.model.args.max_seq_len,
                               device=run.backend.device, rank=run.ranks.rank, world_size=run.ranks.world_size)
-    hide_bar = None if run.ranks.is_main else True               # None: tqdm shows the bar only on a terminal
+    hide_bar = None if run.ranks.is_main else True             # None: tqdm shows the bar only on a terminal
     losses, counts = [], []                                     # tensors: reading each number would wait for the device
     run.model.eval()
     for x, y in tqdm(batches, unit=" batches", desc="evaluating", leave=False, disable=hide_bar):

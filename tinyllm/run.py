@@ -101,7 +101,7 @@ class TrainRun:
         self.state = TrainState()
         self.eval_seconds = 0.0             # duration of the last evaluation
         self.synced_seconds = 0.0           # from start_time to the last sync_clock_and_stop
-        self.local_stop_signal = 0           # the signal that asked this process to stop
+        self.local_stop_signal = 0          # the signal that asked this process to stop
         self.stop_signal = 0                # the same on all ranks, set by sync_clock_and_stop
         self.pending_metrics: list[tuple[Tensor, Tensor]] = []      # loss and gradient norm of steps not yet checked
         self.has_checkpoint = plan.is_resumed       # last.pt belongs to this run
