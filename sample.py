@@ -13,7 +13,7 @@
     torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf       # a model too large for one GPU
 
 Needs only the checkpoint of step 3, which contains the tokenizer. Stories go to stdout, separated by lines of `---`;
-everything else goes to stderr. The same seed gives the same stories.
+everything else goes to stderr. The same seed gives the same stories on the same kind of device.
 """
 import io
 import json
@@ -57,7 +57,7 @@ top_p = 1.0                     # sample from the most probable tokens whose pro
 min_p = 0.0                     # sample from tokens with at least min_p times the top token's probability
 repetition_penalty = 1.0        # 1: off; try 1.1 to 1.3 if the model repeats itself
 stop = ""                       # end a story before this text; separate several texts with |
-seed = 1337                     # change it to get other stories
+seed = 1337                     # change it to get other stories; a GPU draws other random numbers than a CPU
 # output
 stream = True                   # print the first story as it is generated
 echo = True                     # print the prompt before the story

@@ -31,6 +31,7 @@ from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
 from tinyllm.estimate import estimate_and_compile, estimate_rest, format_hms
 from tinyllm.machine import peak_memory
+from tinyllm.optim import skip_on_overflow
 from tinyllm.resume import run_settings
 from tinyllm.run import OOM_ADVICE, TrainRun, build_run
 from tinyllm.runlog import NullRunLog, RunLog
@@ -208,10 +209,10 @@ def update_weights(run: TrainRun) -> Tensor:
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     grad_norm = run.clip_gradients()
-    # GradScaler skips an optimizer whose gradients overflow: skip both or neither.
-    if not run.scaler.is_enabled() or grad_norm.isfinite():
-        for optimizer in run.optimizers:
-            run.scaler.step(optimizer)
+    if run.scaler.is_enabled():
+        skip_on_overflow(run.optimizers, grad_norm)
+    for optimizer in run.optimizers:
+        optimizer.step()
     run.scaler.update()
     run.model.zero_grad(set_to_none=True)
     return grad_norm

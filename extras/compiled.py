@@ -135,10 +135,10 @@ class CudaGraphStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        positions = torch.tensor(cache.advance_lengths())[:, None]                   # (B, 1)
+        positions = device.to_device(torch.tensor(cache.advance_lengths())[:, None], tokens.device)     # (B, 1)
         if self.graph is None:
             self.tokens = tokens.clone()
-            self.positions = positions.to(tokens.device)
+            self.positions = positions.clone()
             self.record(cache)
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)

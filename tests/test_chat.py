@@ -26,7 +26,7 @@ class Scripted:
         for token in self.answers.pop(0)[:max_new_tokens]:
             if token in stop_ids:
                 return
-            yield DecodeStep([token], torch.zeros(1, self.vocabulary.n_words))
+            yield DecodeStep([token], [0.0], torch.zeros(1, self.vocabulary.n_words))
 
 
 @pytest.fixture

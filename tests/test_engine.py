@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint, device
+from tinyllm import engine as engine_module
 from tinyllm.engine import Engine, PlainEngine, linear_int8, quantize_int8
 from tinyllm.sampling import SamplingParams
 
@@ -66,6 +67,34 @@ def test_logits_equal_the_model(tied, kv_heads, scaling):
         for text, token, logits in zip(texts, step.tokens, step.logits):
             torch.testing.assert_close(logits, model(torch.tensor([text]))[0, -1], atol=1e-4, rtol=1e-4)
             text.append(token)
+
+
+@pytest.mark.parametrize("options, stop_ids, count", [
+    (dict(seed=2), [], 40), (dict(seed=3, repetition_penalty=1.3, top_k=9), [7], 40), (dict(seed=2), [], 1),
+    (dict(seed=2), range(50), 5), (dict(temperature=0), [3], 15)])
+def test_reading_tokens_late_changes_no_token(model, monkeypatch, options, stop_ids, count):
+    """As on a GPU, step n reads the tokens of step n - 1. Rows differ in length and outgrow the context of 24."""
+    prompts = [[1, 5, 9, 30], [1], [1, 20, 2, 3, 4, 5, 6]]
+    for engine_class in (Engine, PlainEngine):
+        want = list(engine_class(model).generate(prompts, count, SamplingParams(**options), stop_ids))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "has_async_copies", lambda device: True)
+            found = list(engine_class(model).generate(prompts, count, SamplingParams(**options), stop_ids))
+        assert [step[:2] for step in found] == [step[:2] for step in want]
+
+
+@pytest.mark.parametrize("is_async, surplus", [(False, 0), (True, 1)])
+def test_at_most_one_step_is_dropped(engine, monkeypatch, is_async, surplus):
+    """The stop id is the greedy token of step 4, so 3 steps are shown and 4, or 5, are computed."""
+    monkeypatch.setattr(engine_module, "has_async_copies", lambda device: is_async)
+    first = [step.tokens[0] for step in engine.generate([[1, 5, 9]], 9, GREEDY)]
+    stop_id = first[3]
+    assert stop_id not in first[:3]
+    computed = []
+    decode = engine.decode
+    monkeypatch.setattr(engine, "decode", lambda *args: computed.append(1) or decode(*args))
+    assert [step.tokens[0] for step in engine.generate([[1, 5, 9]], 9, GREEDY, [stop_id])] == first[:3]
+    assert 1 + len(computed) == 4 + surplus             # the first step is the prompt's
 
 
 def test_greedy_equals_the_model(model, engine):

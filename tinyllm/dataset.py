@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from tinyllm.device import to_device
 from tinyllm.shards import ShardSet, document_starts
 
 IGNORE_INDEX = -1               # marks targets that are not scored
@@ -116,15 +117,8 @@ class Task:
 
 
 def _inputs_and_targets(windows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    windows = _to_device(windows, device)                       # (B, max_seq_len + 1)
+    windows = to_device(windows, device)                       # (B, max_seq_len + 1)
     return windows[:, :-1].clamp(min=0), windows[:, 1:]         # 2 x (B, max_seq_len)
-
-
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move a tensor to the device. A GPU copies from pinned memory, so that the step does not wait for the copy."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _start_worker(worker_id: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tinyllm.cli import UserError
 from tinyllm.machine import available_cores
@@ -107,6 +108,38 @@ def device_count(kind: str) -> int:
     if kind == "cuda":
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {"cpu": 1, "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+
+
+def has_async_copies(device: torch.device) -> bool:
+    """True if a device can copy tensors while the CPU continues: on all GPUs but Apple's, which read pinned memory."""
+    return device.type not in ("cpu", "mps")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device. A GPU copies from pinned memory, so that the CPU does not wait for it."""
+    if not has_async_copies(device):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a device's tensor on the CPU. A GPU makes it while the CPU continues; `read` waits for it."""
+
+    def __init__(self, tensor: Tensor):
+        is_async = has_async_copies(tensor.device)
+        self._copy = tensor.to("cpu", non_blocking=is_async)        # from a GPU to pinned memory
+        self._event = record_event(tensor.device) if is_async else None
+
+    def read(self) -> Tensor:
+        """Return the copy after it is complete."""
+        if self._event:
+            self._event.synchronize()
+        return self._copy
+
+
+def record_event(device: torch.device) -> torch.cuda.Event:
+    """Return an event that marks the end of all work that the GPU has been given so far."""
+    return torch.cuda.current_stream(device).record_event()
 
 
 def _probe_device(device: torch.device) -> str:

@@ -9,7 +9,9 @@ as computing it. wq, wk and wv become one matrix, and so do w1 and w3. Norm weig
 multiplied into them. Shapes as in model.py: B batch, T tokens, H heads, K key-value heads, D dim of a head.
 """
 import copy
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -20,20 +22,71 @@ from torch import Tensor, nn
 from model import RMSNorm, Transformer, TransformerBlock
 from tinyllm import optional
 from tinyllm.cli import UserError
+from tinyllm.device import HostCopy, has_async_copies, to_device
 from tinyllm.kernels import causal_attention, model_is_original
 from tinyllm.sampling import SamplingParams, exponential_noise, occurrence_mask, sample_token
 
 # For packed float16 weights, __torch_function__ dispatch throws a C++ exception that costs more than the product.
 _NO_TORCH_FUNCTION = torch._C.DisableTorchFunctionSubclass
 
+MASK_ALIGNMENT = 8              # elements; rows of a mask in 16 bits start at multiples of 16 bytes
+
 LinearFn = Callable[[Tensor], Tensor]                   # (rows, in) -> (rows, out)
 AttentionFn = Callable[[int, Tensor], Tensor]           # layer, qkv (B * T, H + 2 K, D) -> (B * T, dim)
 
 
 class DecodeStep(NamedTuple):
-    """One token per sequence (None if it has ended), and the logits (B, vocab_size) that it was sampled from."""
+    """One token per sequence (None if it has ended) with its log-probability in nats, and the logits (B, vocab_size).
+
+    The log-probabilities are those before temperature and filters.
+    """
     tokens: list[int | None]
+    logprobs: list[float]
     logits: Tensor
+
+
+class SampledTokens:
+    """One token per sequence, and its log-probability, on their way from the device to the CPU."""
+
+    def __init__(self, tokens: Tensor, logits: Tensor):
+        """Start one copy for both. tokens: (B,); logits: (B, vocab_size), float32."""
+        self.logits = logits
+        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).flatten()          # (B,)
+        self._copy = HostCopy(torch.stack((tokens.int(), logprobs.view(torch.int32))))  # (2, B), bits of the floats
+
+    def ids(self) -> list[int]:
+        """Return the token ids; wait for the device if it still computes them."""
+        return self._copy.read()[0].tolist()
+
+    def logprobs(self) -> list[float]:
+        """Return the log-probabilities in nats; wait for the device if it still computes them."""
+        return self._copy.read()[1].view(torch.float32).tolist()
+
+
+class TokenHistory:
+    """The ids of all sequences, cropped to the context. It reads new tokens `read_ahead` steps late."""
+
+    def __init__(self, prompts: list[list[int]], max_seq_len: int, read_ahead: int):
+        self.max_seq_len = max_seq_len
+        self.read_ahead = read_ahead
+        self._sequences = [crop_to_context(prompt, max_seq_len) for prompt in prompts]
+        self._unread: deque[SampledTokens] = deque()
+
+    def append(self, sampled: SampledTokens) -> None:
+        self._unread.append(sampled)
+        if len(self._unread) > self.read_ahead:
+            self._read_oldest()
+
+    def sequences(self) -> list[list[int]]:
+        """Return the ids of each sequence, at most max_seq_len; wait for the device if it still computes some."""
+        while self._unread:
+            self._read_oldest()
+        return self._sequences
+
+    def _read_oldest(self) -> None:
+        new_ids = self._unread.popleft().ids()
+        for row, token in enumerate(new_ids):
+            self._sequences[row] = crop_to_context([*self._sequences[row], token], self.max_seq_len)
 
 
 class KVCache:
@@ -66,7 +119,7 @@ class KVCache:
         if min(positions) == end - 1:
             self.move_to(end - 1, end)
         else:
-            self.move_to(torch.tensor(positions, device=self.kv.device)[:, None], end)
+            self.move_to(to_device(torch.tensor(positions)[:, None], self.kv.device), end)
 
     def move_to(self, position: int | Tensor, end: int) -> None:
         """Set the position of `write`, an int for all rows or a (B, 1) tensor, and the end of `read`."""
@@ -78,8 +131,18 @@ class KVCache:
             self.mask = None
             self._slots = self.kv[:, :, :, position].unbind()                           # (B, 2 K, D) per layer
         else:
-            self.mask = (torch.arange(end, device=self.kv.device) <= position)[:, None, None]       # (B, 1, 1, end)
+            self.mask = self._attention_mask(position, end)
             self._index = position[:, None, :, None].expand(-1, self.kv.shape[2], -1, self.kv.shape[4])
+
+    def _attention_mask(self, position: Tensor, end: int) -> Tensor:
+        """Return the mask (B, 1, 1, end) to add to attention scores: 0 up to each row's position, -inf after it.
+
+        Attention would convert a boolean mask in each layer, and on a GPU copy one whose rows are not aligned.
+        """
+        width = math.ceil(end / MASK_ALIGNMENT) * MASK_ALIGNMENT
+        is_hidden = torch.arange(width, device=self.kv.device) > position               # (B, width)
+        mask = torch.zeros(is_hidden.shape, dtype=self.kv.dtype, device=self.kv.device)
+        return mask.masked_fill_(is_hidden, -math.inf)[:, None, None, :end]
 
     def write(self, layer: int, kv: Tensor) -> None:
         """Write one token of each row. kv: (B, 2 K, D)."""
@@ -138,38 +201,53 @@ class Engine:
 
         sample_ids: one per sequence; the seed and this id determine its random numbers. None means 0, 1, ...
         """
+        read_ahead = 1 if has_async_copies(self.device) else 0
+        steps = self._sample_steps(prompts, max_new_tokens, params, sample_ids or range(len(prompts)), read_ahead)
+        ended = [False] * len(prompts)
+        for sampled in delayed(steps, read_ahead):
+            new_ids = sampled.ids()
+            ended = [end or token in stop_ids for end, token in zip(ended, new_ids)]
+            if all(ended):
+                return
+            tokens = [None if end else token for end, token in zip(ended, new_ids)]
+            yield DecodeStep(tokens, sampled.logprobs(), sampled.logits)
+
+    def _sample_steps(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams,
+                      sample_ids: Collection[int], read_ahead: int) -> Iterator[SampledTokens]:
+        """Yield the tokens of each step; do not stop at any id. A GPU may still compute the yielded ones."""
         vocab_size, max_seq_len = self.args.vocab_size, self.args.max_seq_len
-        sequences = [crop_to_context(prompt, max_seq_len) for prompt in prompts]
+        history = TokenHistory(prompts, max_seq_len, read_ahead)
         cache = self.new_cache(len(prompts), min(max_seq_len, max(map(len, prompts)) + max_new_tokens))
-        noise = exponential_noise(params, sample_ids or range(len(prompts)), vocab_size, self.device)
+        noise = exponential_noise(params, sample_ids, vocab_size, self.device)
         occurred = None                     # or (B, vocab_size)
         if params.repetition_penalty != 1:
             occurred = occurrence_mask(prompts, vocab_size, self.device)
         tokens = torch.empty(0)             # the first step has only the prompts
-        ended = [False] * len(prompts)
         for _ in range(max_new_tokens):
             with _NO_TORCH_FUNCTION():
-                logits = self._next_logits(sequences, tokens, cache)                # (B, vocab_size)
+                logits = self._next_logits(history, tokens, cache)                  # (B, vocab_size)
             tokens = sample_token(logits, params, next(noise), occurred)            # (B,)
-            new_ids = tokens.tolist()
-            ended = [end or token in stop_ids for end, token in zip(ended, new_ids)]
-            if all(ended):
-                return
-            yield DecodeStep([None if end else token for end, token in zip(ended, new_ids)], logits)
-            sequences = [crop_to_context([*ids, token], max_seq_len) for ids, token in zip(sequences, new_ids)]
+            sampled = SampledTokens(tokens, logits)
+            history.append(sampled)
+            yield sampled
             if occurred is not None:
                 occurred.scatter_(1, tokens[:, None], True)
 
-    def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits (B, vocab_size) after sequences of at most max_seq_len. tokens: (B,), their last ids."""
+    def _next_logits(self, history: TokenHistory, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits (B, vocab_size) after the sequences. tokens: (B,), their last ids."""
         rows = cache.rows_to_prefill()
-        if len(rows) == len(sequences):
-            return self.prefill(sequences, cache, rows)
+        if len(rows) == len(cache.lengths):
+            return self.prefill(history.sequences(), cache, rows)
         logits = self.decode(tokens, cache)
         if rows:
+            sequences = history.sequences()
             new_logits = self.prefill([sequences[row] for row in rows], cache, rows)
-            logits = logits.index_copy(0, torch.tensor(rows, device=self.device), new_logits)
+            logits = logits.index_copy(0, self._to_device(rows), new_logits)
         return logits
+
+    def _to_device(self, numbers: list) -> Tensor:
+        """Return nested lists of integers as a tensor on the device."""
+        return to_device(torch.tensor(numbers), self.device)
 
     def new_cache(self, batch: int, cache_len: int) -> KVCache:
         return KVCache(torch.zeros(self.args.n_layers, batch, 2 * self.n_kv_heads, cache_len, self.args.head_dim,
@@ -183,14 +261,14 @@ class Engine:
         for row, ids in zip(rows, prompts):
             cache.lengths[row] = len(ids)
         last = [i * width + len(ids) - 1 for i, ids in enumerate(prompts)]
-        return self._logits(x[torch.tensor(last, device=self.device)])
+        return self._logits(x[self._to_device(last)])
 
     def _run_sequences(self, sequences: list[list[int]], cache: KVCache | None = None, rows: list[int] | None = None
                        ) -> Tensor:
         """Run sequences of equal length T and write keys and values to rows of a cache. Returns (B * T, dim + 1)."""
-        tokens = torch.tensor(sequences, device=self.device)                        # (B, T)
+        tokens = self._to_device(sequences)                                         # (B, T)
         if cache is not None:
-            cache_rows = torch.tensor(rows, device=self.device)
+            cache_rows = self._to_device(rows)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             qkv = qkv.unflatten(0, tokens.shape)                                    # (B, T, H + 2 K, D)
@@ -277,11 +355,11 @@ class PlainEngine(Engine):
     def new_cache(self, batch: int, cache_len: int) -> None:
         return None
 
-    def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: None) -> Tensor:
-        return torch.cat([self._logits_of_window(ids)[-1:] for ids in sequences])
+    def _next_logits(self, history: TokenHistory, tokens: Tensor, cache: None) -> Tensor:
+        return torch.cat([self._logits_of_window(ids)[-1:] for ids in history.sequences()])
 
     def _logits_of_window(self, ids: list[int]) -> Tensor:
-        return self.model(torch.tensor([ids], device=self.device))[0].float()
+        return self.model(self._to_device([ids]))[0].float()
 
 
 def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
@@ -296,6 +374,16 @@ def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize:
         device = device or next(model.parameters()).device
         engine_class = optional.load("compiled").compiled_engine_class(engine_class, quantize, device)
     return engine_class(model, dtype, quantize, device)
+
+
+def delayed(steps: Iterable[SampledTokens], delay: int) -> Iterator[SampledTokens]:
+    """Yield steps in order, each after `delay` further ones have been started."""
+    waiting: deque[SampledTokens] = deque()
+    for step in steps:
+        waiting.append(step)
+        if len(waiting) > delay:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def crop_to_context(ids: list[int], max_seq_len: int) -> list[int]:

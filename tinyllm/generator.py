@@ -221,10 +221,8 @@ class TextGenerator:
                 max_new_tokens: int) -> Iterator[tuple[int, str]]:
         unfinished = list(range(len(completions)))
         for step in steps:
-            tokens = torch.tensor([token or 0 for token in step.tokens], device=step.logits.device)     # (B,)
-            logprobs = step.logits.log_softmax(-1).gather(1, tokens[:, None]).flatten().tolist()
             for i in unfinished:
-                if piece := completions[i].append(step.tokens[i], logprobs[i], decoders[i]):
+                if piece := completions[i].append(step.tokens[i], step.logprobs[i], decoders[i]):
                     yield i, piece
             unfinished = [i for i in unfinished if completions[i].stop_reason == "length"]
             if not unfinished:

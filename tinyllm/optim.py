@@ -29,6 +29,7 @@ class Muon(torch.optim.Optimizer):
                  weight_decay: float = 0.0, dtype: torch.dtype = torch.bfloat16):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.found_inf: Tensor | None = None        # set by skip_on_overflow; a step with 1.0 changes nothing
 
     @torch.no_grad()
     def step(self) -> None:
@@ -36,7 +37,11 @@ class Muon(torch.optim.Optimizer):
             for shape, weights in group_by_shape(group["params"]).items():
                 gradients = self._add_momentum(weights, group["momentum"])              # (n, rows, columns)
                 updates = self._orthogonalize(gradients).type_as(weights[0])
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                decay = group["lr"] * group["weight_decay"]
+                if self.found_inf is not None:
+                    updates = updates * (1 - self.found_inf)
+                    decay = decay * (1 - self.found_inf)
+                torch._foreach_mul_(weights, 1 - decay)
                 torch._foreach_add_(weights, updates.unbind(), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
     def _add_momentum(self, weights: list[Tensor], momentum: float) -> Tensor:
@@ -44,14 +49,27 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["mean"] = torch.zeros_like(weight)
-        grads = [weight.grad for weight in weights]
         means = [self.state[weight]["mean"] for weight in weights]
-        torch._foreach_lerp_(means, grads, 1 - momentum)
-        return torch.stack(grads).lerp_(torch.stack(means), momentum)
+        grads = torch.stack([weight.grad for weight in weights])                        # (n, rows, columns)
+        if self.found_inf is not None:              # a mean that moves towards itself stays
+            grads = torch.where(self.found_inf > 0, torch.stack(means), grads)
+        torch._foreach_lerp_(means, grads.unbind(), 1 - momentum)
+        return grads.lerp_(torch.stack(means), momentum)
 
     def _orthogonalize(self, matrices: Tensor) -> Tensor:
         """Return orthogonal updates. ShardedMuon (extras/fsdp.py) overrides this."""
         return orthogonalize(matrices, self.dtype)
+
+
+def skip_on_overflow(optimizers: list[torch.optim.Optimizer], grad_norm: Tensor) -> None:
+    """Make the next step of all optimizers change nothing if the gradients overflowed in float16.
+
+    GradScaler.step skips only optimizers with overflows of their own, and waits for the device to step Muon. It sets
+    the attribute `found_inf` of PyTorch's fused AdamW in the same way.
+    """
+    found_inf = 1 - grad_norm.isfinite().float()
+    for optimizer in optimizers:
+        optimizer.found_inf = found_inf
 
 
 def group_by_shape(weights: list[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyllm.cli import UserError
+from tinyllm.device import to_device
 
 NOISE_CHUNK = 16        # tokens whose random numbers are drawn at once
 
@@ -74,17 +75,20 @@ def sample_token(logits: Tensor, params: SamplingParams, noise: Tensor, occurred
 
 def exponential_noise(params: SamplingParams, sample_ids: Iterable[int], vocab_size: int, device: torch.device
                       ) -> Iterator[Tensor]:
-    """Yield exponentially distributed noise (B, k) for each token. Each sample id has its own generator."""
+    """Yield exponentially distributed noise (B, k) for each token. Each sample id has its own generator.
+
+    It is drawn on the device, so the same seed gives other numbers on another kind of device.
+    """
     k = min(params.top_k or vocab_size, vocab_size)
     if params.temperature == 0:
-        yield from repeat(torch.empty(0, k))
+        yield from repeat(torch.empty(0, k, device=device))
     generators = []
     for sample_id in sample_ids:
         digest = hashlib.sha256(f"{params.seed} {sample_id}".encode()).digest()
-        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+        generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1))
     while True:
-        drawn = [torch.rand(NOISE_CHUNK, k, generator=generator) for generator in generators]
-        yield from torch.stack(drawn, 1).log_().neg_().to(device)
+        drawn = [torch.rand(NOISE_CHUNK, k, generator=generator, device=device) for generator in generators]
+        yield from torch.stack(drawn, 1).log_().neg_()
 
 
 def occurrence_mask(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
@@ -92,4 +96,4 @@ def occurrence_mask(prompts: list[list[int]], vocab_size: int, device: torch.dev
     occurred = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, ids in zip(occurred, prompts):
         row[ids] = True
-    return occurred.to(device)
+    return to_device(occurred, device)

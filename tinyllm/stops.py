@@ -100,9 +100,10 @@ def read_pending_metrics(run: TrainRun) -> tuple[float, float]:
 
 
 def require_finite_weights(run: TrainRun) -> None:
-    for name, weight in run.model.named_parameters():
-        if not weight.isfinite().all():
-            raise non_finite_error(run, run.state.iter_num, f"{name} has values that are not finite")
+    checks = {name: weight.isfinite().all() for name, weight in run.model.named_parameters()}
+    if not torch.stack(list(checks.values())).all():            # reads one number from the device
+        name = next(name for name, is_finite in checks.items() if not is_finite)
+        raise non_finite_error(run, run.state.iter_num, f"{name} has values that are not finite")
 
 
 def non_finite_error(run: TrainRun, step: int, problem: str) -> UserError:
