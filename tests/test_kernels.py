@@ -141,5 +141,22 @@ def test_chunked_loss_equals_cross_entropy(at_a_time, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_computes_no_gradients(mode, monkeypatch):
+    def check(h, weight, targets, grad_weight):
+        assert grad_weight is None
+        return h.sum(), None
+    loss_fn = kernels.LinearCrossEntropy()
+    monkeypatch.setattr(loss_fn.chunk, "forward", check)
+    with mode():
+        loss_fn(torch.zeros(1, 4, 8), torch.nn.Parameter(torch.zeros(16, 8)), torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("vocab_size, device, rows", [
+    (4096, "cpu", 256), (50257, "cpu", 16), (1 << 22, "cpu", 1), (4096, "cuda", 1024), (50257, "cuda", 256)])
+def test_rows_of_a_loss_chunk(vocab_size, device, rows):
+    assert kernels.chunk_rows(vocab_size, device) == rows
+
+
 def test_byte_order_mark_keeps_the_fingerprint():
     assert kernels.fingerprint(b"\xef\xbb\xbf" + SOURCE.encode()) == kernels.MODEL_FINGERPRINT

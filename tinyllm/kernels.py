@@ -21,7 +21,8 @@ MODEL_FINGERPRINT = "a8772d8707894733"                   # of model.py; tests/te
 QUERY_BLOCK = 64                                # queries per block of attention on a CPU
 MAX_BLOCKED_LEN = 1024                          # longer sequences use PyTorch's kernel
 MAX_LOGITS_ON_CPU = 1 << 20                     # per chunk of the loss: 4 MB in float32, about the cache size
-MAX_LOGITS_ON_GPU = 1 << 24                     # 64 MB
+MAX_LOGITS_ON_GPU = 1 << 22                     # 16 MB; larger chunks need fewer launches, but set the peak of memory
+MIN_ROWS_ON_GPU = 256                           # each chunk reads and writes grad_weight: too often with short chunks
 
 
 # ---- choice of implementation -------------------------------------------------------------------
@@ -121,7 +122,20 @@ class LinearCrossEntropy(nn.Module):
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         h = h.flatten(0, 1).to(dtype)                                                   # (B * T, dim)
-        return _FusedLinearCrossEntropy.apply(h, weight.to(dtype), targets.flatten(), self.chunk)
+        return _FusedLinearCrossEntropy.apply(h, weight.to(dtype), targets.flatten(), self.chunk,
+                                              torch.is_grad_enabled())
+
+
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """Return the rows of a chunk of the loss: a power of 2, so that the shapes of chunks repeat."""
+    if device_type == "cpu":
+        return _power_of_2(MAX_LOGITS_ON_CPU // vocab_size)
+    return max(_power_of_2(MAX_LOGITS_ON_GPU // vocab_size), MIN_ROWS_ON_GPU)
+
+
+def _power_of_2(limit: int) -> int:
+    """Return the largest power of 2 up to a limit; 1 for smaller limits."""
+    return 1 << max(limit, 1).bit_length() - 1
 
 
 class CrossEntropyChunk(nn.Module):
@@ -149,10 +163,10 @@ class CrossEntropyChunk(nn.Module):
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: CrossEntropyChunk) -> Tensor:
-        max_logits = MAX_LOGITS_ON_CPU if h.device.type == "cpu" else MAX_LOGITS_ON_GPU
-        rows = 1 << max(max_logits // len(weight), 1).bit_length() - 1      # a power of 2, so chunk shapes repeat
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if any(ctx.needs_input_grad) else None
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, chunk: CrossEntropyChunk, needs_grad: bool
+                ) -> Tensor:
+        rows = chunk_rows(len(weight), h.device.type)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         losses, grads = [], []
         for h_chunk, target_chunk in zip(h.split(rows), targets.split(rows)):
             loss, grad = chunk(h_chunk, weight, target_chunk, grad_weight)
@@ -164,7 +178,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return torch.stack(losses).sum() / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_h, grad_weight, count = ctx.saved_tensors
         scale = (grad / count).to(grad_h.dtype)
-        return grad_h * scale, grad_weight * scale, None, None
+        return grad_h * scale, grad_weight * scale, None, None, None
