@@ -16,9 +16,20 @@ def test_trial_step_leaves_no_trace(planned_run):
     run = planned_run("--dropout", 0.5)
     weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     random = torch.get_rng_state()
-    assert estimate.time_micro_batch(run) > 0 and torch.equal(torch.get_rng_state(), random)
+    assert estimate.time_forward(run) > 0 and estimate.time_micro_batch(run) > 0
+    assert torch.equal(torch.get_rng_state(), random) and run.model.training
     assert all(weight.grad is None for weight in run.model.parameters())
     assert_same(weights, dict(run.model.state_dict()))
+
+
+def test_compiled_run_takes_no_uncompiled_step(planned_run, monkeypatch):
+    """An uncompiled step before the run would set the peak of its memory."""
+    calls = []
+    monkeypatch.setattr(TrainRun, "compile", lambda run: setattr(run.state, "compiled", True))
+    run = planned_run("--compile", "True")
+    run.model.register_forward_hook(lambda *_: calls.append((torch.is_grad_enabled(), run.state.compiled)))
+    estimate.estimate_and_compile(run)
+    assert calls == [(False, False)] * 2 + [(True, True)] * 2
 
 
 def test_activation_memory_estimate(planned_run):

@@ -18,21 +18,23 @@ PEAK_FACTOR = 2                     # peak memory of a micro-batch / memory that
 LONG_RUN_SECONDS = 2 * 86400        # longer runs on a CPU are probably a mistake
 USEFUL_EPOCHS = 5                   # up to 4 epochs are nearly as good as new text (arXiv 2305.16264)
 MIN_SECONDS_TO_COMPILE = 100        # compiling takes 10 to 30 seconds; shorter runs save less
+FORWARD_SHARE = 1 / 3               # of a step's time: the backward pass has twice as many matrix products
 
 
 def estimate_and_compile(run: TrainRun) -> None:
     """Print the summary and the estimates of a run, compile its model if that saves time, and set run.eval_seconds."""
     print_config_summary(run)
-    seconds = time_micro_batch(run)
-    n_windows = PretokDataset(run.shard_set, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
-    eval_seconds = run.ranks.broadcast_from_main(seconds / 3 * n_windows / run.cfg.batch_size / run.ranks.world_size)
-    pays, reason = should_compile(run, seconds * run.micro_steps_per_rank)
+    forward_seconds = time_forward(run)
+    pays, reason = should_compile(run, forward_seconds / FORWARD_SHARE * run.micro_steps_per_rank)
     if run.ranks.broadcast_from_main(pays):
         print(f"compile: yes ({reason}); the first time takes up to a minute, --compile False skips it", flush=True)
         seconds = compile_or_fall_back(run)
     else:
         print(f"compile: no ({reason})", flush=True)
-    run.eval_seconds = eval_seconds
+        seconds = time_micro_batch(run)
+    n_windows = PretokDataset(run.shard_set, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
+    eval_seconds = forward_seconds * n_windows / run.cfg.batch_size / run.ranks.world_size
+    run.eval_seconds = run.ranks.broadcast_from_main(eval_seconds)
     print_duration_estimate(run, seconds * run.micro_steps_per_rank)
 
 
@@ -102,12 +104,28 @@ def estimate_rest(run: TrainRun, seconds_per_step: float) -> tuple[float, int]:
     return min(seconds, seconds_left), min(steps, max(round(steps_in_time), 0))
 
 
+@torch.no_grad()
+def time_forward(run: TrainRun) -> float:
+    """Return the seconds of an uncompiled forward pass, as in an evaluation.
+
+    It decides whether to compile, because a whole uncompiled step needs more memory than a compiled one.
+    """
+    tokens = trial_batch(run)
+    run.model.eval()
+    for _ in range(2):                                          # the first pass warms up
+        start = time.perf_counter()
+        with run.backend.autocast():
+            run.model(tokens, tokens).item()
+        seconds = time.perf_counter() - start
+    run.model.train()
+    return seconds
+
+
 def time_micro_batch(run: TrainRun) -> float:
     """Return the seconds of a micro-batch, forward and backward, without changing random state or gradients."""
-    shape = (run.cfg.batch_size, run.model.args.max_seq_len)
-    tokens = torch.zeros(shape, dtype=torch.long, device=run.backend.device)
+    tokens = trial_batch(run)
     with torch.random.fork_rng([run.backend.device] if run.backend.device.type == "cuda" else []):
-        for _ in range(2):                                  # the first one warms up, or compiles
+        for _ in range(2):                                      # the first one warms up, or compiles
             start = time.perf_counter()
             with run.backend.autocast():
                 loss = run.wrapped_model(tokens, tokens)
@@ -116,6 +134,11 @@ def time_micro_batch(run: TrainRun) -> float:
         seconds = time.perf_counter() - start
     run.model.zero_grad(set_to_none=True)
     return seconds
+
+
+def trial_batch(run: TrainRun) -> torch.Tensor:
+    """Return a micro-batch of token ids, all 0."""
+    return torch.zeros(run.cfg.batch_size, run.model.args.max_seq_len, dtype=torch.long, device=run.backend.device)
 
 
 def format_hms(seconds: float) -> str:
@@ -152,7 +175,7 @@ def compile_or_fall_back(run: TrainRun) -> float:
     try:
         run.compile()
         return time_micro_batch(run)
-    except Exception as error:              # from the compiler: the uncompiled model has just run
+    except Exception as error:              # from the compiler: the uncompiled model has just been evaluated
         if devices.is_oom(error):
             raise
         cause = getattr(error, "inner_exception", error)
