@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tinyllm import checkpoint, cli, kernels, optional
 from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
+from tinyllm.device import explain_device_errors
 from tinyllm.files import atomic_replace
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -38,6 +39,7 @@ EXACT_TOLERANCE = 1e-4
 ROUND_TRIP_TEXT = "Once upon a time, there were 25 cats.\n  They didn't say: \u00fc \u732b \U0001f600"
 
 
+@explain_device_errors("convert on a machine with more memory")
 def main() -> None:
     cfg, _ = cli.parse_settings(globals(), positional=("source", "target"))
     formats = optional.load("formats")

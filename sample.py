@@ -30,7 +30,7 @@ from typing import Any
 
 from tinyllm import cli, distributed, optional
 from tinyllm.cli import UserError, escape_for_terminal, suggest_path
-from tinyllm.device import explain_oom
+from tinyllm.device import explain_device_errors
 from tinyllm.files import file_lock, json_line
 from tinyllm.generator import Completion, sampling_kwargs
 from tinyllm.generator import TextGenerator as BaseTextGenerator
@@ -114,13 +114,20 @@ IGNORED_WITH = {
 def main() -> None:
     ranks = distributed.from_env()
     cfg, _ = cli.parse_settings(globals(), out=sys.stderr if ranks.is_main else io.StringIO())
-    with explain_oom("generate fewer texts at a time (--num_samples, --batch_size) or shorter ones (--max_new_tokens), "
-                     "or use --device cpu"):
+    with explain_device_errors(oom_advice(cfg)):
         if ranks.world_size > 1:
             run_tensor_parallel(cfg, ranks)
         else:
             generator, text = prepare(cfg)
             run_mode(generator, text, cfg)
+
+
+def oom_advice(cfg: SimpleNamespace) -> str:
+    """Return the settings to try when memory runs out."""
+    name = "batch_size" if cfg.input_file else "num_samples"
+    if getattr(cfg, name) > 1 and not cfg.score and not cfg.interactive:
+        return f"generate fewer texts at a time: --{name} {getattr(cfg, name) // 2}"
+    return "use a smaller model, fewer tokens (--max_new_tokens), or --device cpu"
 
 
 def run_tensor_parallel(cfg: SimpleNamespace, ranks: distributed.DistributedContext) -> None:

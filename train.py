@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,14 +27,14 @@ from tqdm import tqdm
 
 from tinyllm import cli, presets
 from tinyllm.dataset import IGNORE_INDEX, Task
-from tinyllm.device import explain_oom
+from tinyllm.device import explain_device_errors
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
 from tinyllm.estimate import estimate_and_compile, estimate_rest, format_hms
 from tinyllm.machine import peak_memory
 from tinyllm.optim import skip_on_overflow
 from tinyllm.resume import run_settings
-from tinyllm.run import OOM_ADVICE, TrainRun, build_run
+from tinyllm.run import TrainRun, build_run, oom_advice
 from tinyllm.runlog import NullRunLog, RunLog
 from tinyllm.sampling import SamplingParams
 from tinyllm.stops import lock_output_dir, read_pending_metrics, require_finite_weights, save_on_signals
@@ -107,10 +108,10 @@ def main() -> None:
             cfg, overrides = cli.parse_settings(globals(), epilog=presets.presets_table(), presets=preset_settings,
                                                 moved=MOVED_FLAGS)
         if cfg.eval_only:
-            with explain_oom(OOM_ADVICE):
+            with explain_device_errors(partial(oom_advice, cfg)):
                 print_scores(evaluate(build_run(cfg, overrides, ranks)))
         else:
-            with lock_output_dir(cfg.out_dir, ranks), explain_oom(OOM_ADVICE):
+            with lock_output_dir(cfg.out_dir, ranks), explain_device_errors(partial(oom_advice, cfg)):
                 run_training(build_run(cfg, overrides, ranks))
 
 

@@ -283,10 +283,10 @@ def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims
         path.with_suffix(".sha256").write_text(sha256(path), encoding="utf-8")
     except (UnicodeError, torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
         # UnicodeError: on Windows with a Chinese, Japanese or Korean encoding instead of UTF-8
-        raise does_not_work(device.NOT_UTF8 if isinstance(error, UnicodeError) else error) from error
+        raise does_not_work(error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def does_not_work(reason: Exception | str) -> UserError:
-    return UserError(f"--compile does not work here: {str(reason).splitlines()[0]}")
+def does_not_work(error: Exception) -> UserError:
+    return UserError(f"--compile does not work here: {device.compiler_problem(error)}")

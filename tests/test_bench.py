@@ -80,6 +80,15 @@ def test_errors(monkeypatch, argv, message):
     assert message in str(found.value)
 
 
+def test_out_of_memory_is_a_user_error(monkeypatch):
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "sample"])
+    monkeypatch.setattr(bench, "bench_sample", full)
+    with pytest.raises(UserError, match="not enough memory\n.*--checkpoint"):
+        bench.main()
+
+
 def test_text_against_plain_implementation(run_in_process, capsys, monkeypatch):
     """Both implementations finish on the same text with the same number of tokens."""
     monkeypatch.setattr(bench, "PROCESSES", 1)

@@ -129,6 +129,13 @@ def test_full_disk_is_a_user_error(source, to, error, monkeypatch):
     assert set(Path().iterdir()) == before
 
 
+def test_out_of_memory_is_a_user_error(source, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes.")
+    monkeypatch.setattr(convert, "reference_logits", full)
+    assert_user_error(run_captured("convert", source, "out.gguf"), "not enough memory", "more memory")
+
+
 def test_tokenizers_are_compared(source):
     state = checkpoint.read_model(source)
     other = learn_tokenizer(["other words, other ids"], 300)

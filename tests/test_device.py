@@ -1,10 +1,15 @@
 """The choice of device and dtype on simulated machines."""
+import logging
 import re
+import subprocess
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.compile_worker.subproc_pool import SubprocException
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from tinyllm import device
 from tinyllm.cli import UserError
@@ -45,23 +50,188 @@ def test_best_available_device(machine, hardware, expected):
     assert chosen.scaler().is_enabled() == (chosen.dtype == torch.float16)
 
 
-def test_gpu_too_old_for_pytorch_is_not_used(machine):
-    machine(cuda=True, capability=(6, 1), fails=RuntimeError("CUDA error: no kernel image is available\nand more"))
+def test_gpu_that_does_not_compute_is_not_used(machine):
+    machine(cuda=True, capability=(6, 1), fails=RuntimeError("CUDA error: invalid device ordinal\nand more"))
     chosen = device.choose_backend()
-    assert chosen.device.type == "cpu" and "(CUDA error: no kernel image is available)" in chosen.reason
-    with pytest.raises(UserError, match="no kernel image is available.*\n.*--device cpu"):
+    assert chosen.device.type == "cpu" and "(CUDA error: invalid device ordinal)" in chosen.reason
+    with pytest.raises(UserError, match="invalid device ordinal.*\n.*--device cpu"):
         device.choose_backend("cuda")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(
-    "CUDA error: out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+# Texts of PyTorch 2.6 to 2.13, NCCL 2, Triton 3 and CUDA 13, with other numbers and paths
+ASYNCHRONOUS = """
+Search for `cudaError' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB. GPU 0 has a total capacity of 1.95 GiB"),
+    torch.OutOfMemoryError("CUDA out of memory. Allocation was preemptively rejected because it would exceed"),
+    RuntimeError(f"CUDA error: out of memory{ASYNCHRONOUS}"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1407, '
+                 "please report a bug to PyTorch. "),
+    RuntimeError("NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+                 "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"),
+    RuntimeError("ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+                 "Failed to CUDA calloc async 608 bytes"),
     RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), MemoryError(),
-    RuntimeError("could not create a primitive")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                 "to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")]
+GPU_PROBLEMS = [
+    ("no kernel image is available for execution on the device", "does not support the GPU\n .*docs/install.md"),
+    ("CUDA driver version is insufficient for CUDA runtime version", "driver is too old.*\n .*update the driver"),
+    ("the provided PTX was compiled with an unsupported toolchain.", "driver is too old.*\n .*update the driver"),
+    ("CUDA-capable device(s) is/are busy or unavailable", "another process.*\n .*nvidia-smi"),
+    ("uncorrectable ECC error encountered", "hardware error\n .*restart"),
+    ("uncorrectable NVLink error detected during the execution", "hardware error\n .*restart"),
+    ("the launch timed out and was terminated", "display\n .*smaller batches")]
+BUGS = ["device-side assert triggered", "an illegal memory access was encountered", "unspecified launch failure",
+        "operation not permitted when stream is capturing"]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_gpu_with_full_memory_is_a_user_error(machine, error):
     machine(cuda=True, fails=error)
     with pytest.raises(UserError, match="not enough memory\n.*close other programs that use cuda"):
         device.choose_backend()
 
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_out_of_memory_gets_advice(error):
+    for advice in "lower --dim", lambda: "lower --dim":
+        with pytest.raises(UserError, match="^not enough memory\n       lower --dim$"):
+            with device.explain_device_errors(advice):
+                raise error
+
+
+def test_out_of_memory_inside_a_cuda_graph_is_found():
+    """The end of the recording then fails too, with another error."""
+    with pytest.raises(UserError, match="not enough memory"), device.explain_device_errors(""):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("text, says", GPU_PROBLEMS)
+def test_gpu_problem_names_the_fix(machine, text, says):
+    error = RuntimeError(f"CUDA error: {text}{ASYNCHRONOUS}")
+    with pytest.raises(UserError, match=f"^[^\n]*{says}[^\n]*$"), device.explain_device_errors(""):
+        raise error
+    machine(cuda=True, fails=error)
+    reason = device.choose_backend().reason
+    assert re.search(f"GPU cannot be used: .*{says.split(chr(10))[0]}", reason) and "CUDA error" not in reason
+    with pytest.raises(UserError, match="--device cuda: the GPU cannot be used: .*\n.*--device cpu"):
+        device.choose_backend("cuda")
+
+
+@pytest.mark.parametrize("text", BUGS)
+def test_bug_keeps_its_traceback(text):
+    error = RuntimeError(f"CUDA error: {text}{ASYNCHRONOUS}")
+    with pytest.raises(RuntimeError) as raised, device.explain_device_errors(""):
+        raise error
+    assert raised.value is error
+
+
+# ---- failures of the compiler -------------------------------------------------------------------
+
+class Wrapped(RuntimeError):
+    """An error inside another one, as PyTorch's BackendCompilerFailed and InductorError."""
+
+    def __init__(self, error: Exception):
+        super().__init__(f"backend='inductor' raised:\n{type(error).__name__}: {error}\n\nSet TORCHDYNAMO_VERBOSE=1")
+        self.inner_exception = error
+
+
+PTXAS = """No valid triton configs. PTXASError: PTXAS error: Internal Triton PTX codegen error
+`ptxas` stderr:
+ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'
+
+Repro command: ptxas -lineinfo -v --gpu-name=sm_121a /tmp/tmpkw7ug6t8.ptx -o /tmp/tmpkw7ug6t8.ptx.o
+"""
+COMPILER_PROBLEMS = [
+    (RuntimeError("Cannot find a working triton installation. Either the package is not installed or it is too old. "
+                  "More information on installing Triton can be found at: https://github.com/triton-lang/triton"),
+     "triton is missing or too old; install PyTorch again: https"),
+    (RuntimeError("Found NVIDIA GeForce GTX 1070 which is too old to be supported by the triton GPU compiler, which "
+                  "is used as the backend. Triton only supports devices of CUDA Capability >= 7.0"), "GPU is too old"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set "
+                  "triton.knobs.build.impl."), "build-essential"),
+    (InvalidCxxCompiler(), "build-essential"),
+    (CppCompileError(["g++", "a.cpp"], "a.cpp:2:10: fatal error: Python.h: No such file or directory"), "python3-dev"),
+    (CppCompileError(["g++", "a.cpp"], "a.cpp: In function 'void f()':\na.cpp:7:3: error: 'x' was not declared\n"
+                     "a.cpp:9:3: error: 'y' was not declared"), "^a.cpp:7:3: error: 'x' was not declared$"),
+    (AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up and then run \"/sbin/ldconfig\""),
+     "libcuda.so; run sudo ldconfig"),
+    (RuntimeError(PTXAS), "does not know this GPU yet; install a newer PyTorch"),
+    (RuntimeError("No valid triton configs. OutOfResources: out of resource: shared memory, Required: 131072, "
+                          "Hardware limit: 101376. Reducing block sizes or `num_stages` may help."),
+     "needs more shared memory than the GPU has"),
+    (RuntimeError("Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain."), "driver"),
+    (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "/tmp/m.c", "-O3"]), "/usr/bin/gcc failed; its message"),
+    (PermissionError(13, "Permission denied", "/tmp/cache/73"), "^Permission denied: /tmp/cache/73; set TORCH"),
+    (OSError(30, "Read-only file system", "/tmp/cache/73"), "^Read-only file system: /tmp/cache/73; set TORCH"),
+    (SubprocException("Traceback (most recent call last):\n  File \"subproc_pool.py\", line 327, in do_job\n"
+                      "PermissionError: [Errno 13] Permission denied: '/tmp/cache'\n"), "denied: /tmp/cache; set"),
+    (ImportError("/tmp/c.so: failed to map segment from shared object: Operation not permitted"), "another one"),
+    (UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal"), "PYTHONUTF8=1"),
+    (SubprocException("Traceback (most recent call last):\n  File \"subproc_pool.py\", line 327, in do_job\n"
+                      "    result = job()\nValueError: one\n\nDuring handling of the above exception, another\n\n"
+                      "triton.compiler.errors.CompilationError: at 5:11: unknown\n"),
+     "^triton.compiler.errors.CompilationError: at 5:11: unknown$"),
+    (SystemError("a kernel of another processor\nand more"), "^a kernel of another processor$"),
+    (AssertionError(), "^AssertionError$")]
+
+
+@pytest.mark.parametrize("error, says", COMPILER_PROBLEMS, ids=lambda value: f"{value!s:.40}")
+def test_compiler_problem_is_one_sentence(error, says):
+    for raised in error, Wrapped(error), Wrapped(Wrapped(error)):
+        problem = device.compiler_problem(raised)
+        assert re.search(says, problem) and "\n" not in problem and len(problem) <= 200
+
+
+@pytest.mark.parametrize("logs", [None, "+inductor"])
+def test_compiler_is_silent_unless_asked(monkeypatch, recwarn, logs):
+    """On new GPUs, PyTorch's compiler recommends TF32, and it logs the whole kernel if compiling fails."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("_inductor", "_functorch")]
+    for logger in loggers:
+        logger.setLevel(logging.NOTSET)
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    if logs:
+        monkeypatch.setenv("TORCH_LOGS", logs)
+    device.hide_compiler_messages()
+    text = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled."
+    warnings.warn_explicit(text, UserWarning, "compile_fx.py", 322, module="torch._inductor.compile_fx")
+    assert len(recwarn) == bool(logs)
+    is_logged = logging.getLogger("torch._inductor.runtime.triton_heuristics").isEnabledFor(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.NOTSET)
+    assert is_logged == bool(logs)
+
+
+@pytest.mark.parametrize("missing, capability, says", [
+    ("", (7, 5), ""), ("", (6, 1), "too old"), ("triton", (8, 0), "triton is missing"),
+    ("gcc", (8, 0), "no C compiler"), ("Python.h", (8, 0), "python3-dev")])
+def test_what_triton_needs(machine, monkeypatch, tmp_path, missing, capability, says):
+    machine(cuda=True, capability=capability)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(device, "os", SimpleNamespace(name="posix", environ={}))
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: missing != "triton" or None)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if name == "gcc" and missing != "gcc" else None)
+    monkeypatch.setattr(device.sysconfig, "get_path", lambda name: tmp_path)
+    if missing != "Python.h":
+        (tmp_path / "Python.h").touch()
+    reason = device.why_no_triton(torch.device("cuda"))
+    assert says in reason if says else reason == ""
+
+
+# ---- the choice of a device ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("built_for, says", [(None, "a CPU build"), ("13.0", "CUDA 13.0; the NVIDIA driver")])
 def test_gpu_that_pytorch_does_not_see_is_reported(machine, monkeypatch, built_for, says):

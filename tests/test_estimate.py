@@ -104,7 +104,7 @@ def test_compiler_failure_names_the_fix(train_small, monkeypatch, capsys, error,
 def test_when_to_compile(monkeypatch, device, compiler, triton, why):
     monkeypatch.setattr(estimate.devices, "why_no_compiler", lambda: "" if compiler else "there is no C++ compiler")
     monkeypatch.setattr(estimate.devices, "why_no_headers", lambda: "")
-    monkeypatch.setattr(estimate.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(estimate.devices, "why_no_triton", lambda device: "" if triton else "triton is missing")
     found = estimate.why_not_compilable(torch.device(device))
     assert why in found if why else found == ""
 

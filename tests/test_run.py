@@ -17,7 +17,7 @@ from tinyllm import checkpoint, files, stops
 from tinyllm.cli import UserError
 from tinyllm.distributed import DistributedContext
 from tinyllm.files import folder_lock
-from tinyllm.run import TrainState
+from tinyllm.run import TrainState, oom_advice
 
 
 def run_after_steps(losses: list[float], norms: list[float] | None = None, scale: float | None = None
@@ -96,10 +96,21 @@ def test_out_of_memory_names_smaller_micro_batches(train_small, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, tokens, targets)
     monkeypatch.setattr(Transformer, "forward", too_large)
-    with pytest.raises(UserError, match="not enough memory\n.*halve --batch_size and double --gradient_accumulation"):
+    with pytest.raises(UserError, match="not enough memory\n.*:\n *--batch_size 2 --gradient_accumulation_steps 4$"):
         train_small("out", "--max_iters", 8)
     train_small("out", "--max_iters", 8, "--batch_size", 2, "--gradient_accumulation_steps", 4)
     assert load_state("out")["iter_num"] == 8 and load_state("out")["state"]["position"] == 64
+
+
+@pytest.mark.parametrize("batch_size, steps, advice", [
+    (32, 1, "--batch_size 16 --gradient_accumulation_steps 2"), (1, 8, "--max_seq_len"),
+    (15, 4, "--batch_size 5 --gradient_accumulation_steps 12"),
+    (7, 1, "--batch_size 1 --gradient_accumulation_steps 7")])
+def test_smaller_batches_keep_the_steps(batch_size, steps, advice):
+    cfg = SimpleNamespace(batch_size=batch_size, gradient_accumulation_steps=steps, eval_only=False)
+    assert advice in oom_advice(cfg)
+    cfg.eval_only = True
+    assert "gradient_accumulation_steps" not in oom_advice(cfg)
 
 
 # ---- one process at a time ----------------------------------------------------------------------

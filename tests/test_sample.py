@@ -17,7 +17,7 @@ import sample
 from sample import Completion, TextGenerator
 from tinyllm import checkpoint, shards
 from tinyllm.cli import UserError
-from tinyllm.engine import DecodeStep
+from tinyllm.engine import DecodeStep, Engine
 from tinyllm.files import file_lock
 
 
@@ -286,6 +286,19 @@ def test_invalid_line_does_not_end_interactive_mode(ckpt, monkeypatch):
     result = run_captured("sample", "--checkpoint", ckpt, "--interactive", "--max_new_tokens", "8", "--device", "cpu")
     assert result.returncode == 0 and "not UTF-8" in result.stderr, result.stderr
     assert TextGenerator(ckpt).sample("The dog", 1, 8, temperature=0)[0].removeprefix("The dog") in result.stdout
+
+
+@pytest.mark.parametrize("options, advice", [
+    (["--num_samples", 5], "--num_samples 2"), ([], "smaller model, .*--device cpu"),
+    (["--input_file", "prompts.txt", "--batch_size", 8], "--batch_size 4"),
+    (["--score", "prompts.txt"], "smaller model, .*--device cpu")])
+def test_out_of_memory_names_a_smaller_batch(ckpt, monkeypatch, run_in_process, options, advice):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(Engine, "_run_layers", full)
+    Path("prompts.txt").write_text("One day\nOnce", encoding="utf-8")
+    with pytest.raises(UserError, match=f"not enough memory\n       .*{advice}$"):
+        run_in_process("sample", "--checkpoint", ckpt, *options)
 
 
 def test_empty_list_does_not_run_the_engine(ckpt, monkeypatch):

@@ -1,9 +1,12 @@
 """Choose the device and the dtype from the hardware, and give the reason."""
+import importlib.util
+import logging
 import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +18,39 @@ from torch import Tensor
 from tinyllm.cli import UserError
 from tinyllm.machine import available_cores
 
-OUT_OF_MEMORY = ("out of memory|can't allocate memory|ALLOC_FAILED|Invalid buffer size|could not create a primitive|"
-                 "Storage size calculation overflowed")
 INSTALL = "https://pytorch.org/get-started"
 NOT_UTF8 = "PyTorch's compiler cannot read its own files in the system's encoding; set PYTHONUTF8=1"
+NO_HEADERS = "Python's own headers are missing (Debian and Ubuntu: python3-dev)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Parts of the messages of PyTorch and its libraries when memory runs out. NVML then fails in some containers.
+OUT_OF_MEMORY = ("out of memory|can't allocate memory|ALLOC(ATION)?_FAILED|Invalid buffer size|"
+                 "could not create a primitive|Storage size calculation overflowed|"
+                 "Failed to CUDA (calloc|malloc|host alloc)|NVML_SUCCESS == .*CUDACachingAllocator")
+# Errors of a GPU that the user can fix: a part of CUDA's message; problem and fix
+GPU_PROBLEMS = {
+    "no kernel image is available": "this PyTorch build does not support the GPU; see docs/install.md",
+    "driver version is insufficient|unsupported toolchain":
+        "the NVIDIA driver is too old for this PyTorch; update the driver, or see docs/install.md",
+    "busy or unavailable": "another process uses the GPU exclusively; find it with nvidia-smi, or use --device cpu",
+    "uncorrectable ECC error|uncorrectable NVLink error|hardware stack error":
+        "the GPU reports a hardware error; restart the machine, or choose another GPU: --device cuda:1",
+    "the launch timed out": "the system stops long computations on a GPU with a display; use smaller batches"}
+# Failures of PyTorch's compiler that the user can fix: a part of the message; problem and fix
+COMPILER_PROBLEMS = {
+    r"\[(?:Errno (?:13|28|30|122)|WinError 5)\] ([^:\n]+): '([^'\n]+)":      # no access, disk full or read-only
+        r"\1: \2; set TORCHINDUCTOR_CACHE_DIR to another folder",
+    r"failed to map segment": "programs do not run from the cache folder; set TORCHINDUCTOR_CACHE_DIR to another one",
+    r"Cannot find a working triton": f"the package triton is missing or too old; install PyTorch again: {INSTALL}",
+    r"too old to be supported by the triton": "the GPU is too old for PyTorch's compiler",
+    r"Failed to find C compiler|No working C\+\+ compiler|Compiler: .* is not found":
+        "no C++ compiler was found; install gcc and g++ (Debian and Ubuntu: build-essential)",
+    r"Python\.h: No such file": NO_HEADERS,
+    r"libcuda\.so cannot found": "triton does not find the NVIDIA driver's libcuda.so; run sudo ldconfig",
+    r"not defined for option 'gpu-name'": f"triton does not know this GPU yet; install a newer PyTorch: {INSTALL}",
+    r"unsupported toolchain": "the NVIDIA driver is too old for triton; update the driver",
+    r"out of resource: ([\w ]+)": r"a compiled kernel needs more \1 than the GPU has",
+    r"Command '\['(\S+?)', .*returned non-zero exit status": r"\1 failed; its message is above"}
 
 # Peaks of dense 16-bit matrix products with float32 sums, as PyTorch computes them. Names as in the driver's list of
 # supported GPUs (README of NVIDIA/open-gpu-kernel-modules), without "NVIDIA".
@@ -29,8 +60,8 @@ PEAK_TFLOPS = {
     "Tesla T4": 65, "A100-SXM4-40GB": 312, "A100-SXM4-80GB": 312, "A100-PCIE-40GB": 312, "A100 80GB PCIe": 312,
     "A10": 125, "L4": 121, "L40S": 362, "H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "B200": 2250}
 # Desktop GeForce cards: number of multiprocessors (SMs) and boost clock in MHz, from TechPowerUp's database. With
-# GEFORCE_FLOPS they give the peaks in NVIDIA's whitepapers: 53.8 TFLOPS for the RTX 2080 Ti, 71 for the 3090, 165.2 for
-# the 4090. These are half of the peaks with float16 sums, which advertisements show.
+# GEFORCE_FLOPS they give the peaks in NVIDIA's whitepapers: 53.8 TFLOPS for the RTX 2080 Ti, 71 for the 3090 and 165.2
+# for the 4090. These are half of the peaks with float16 sums, which advertisements show.
 GEFORCE_FLOPS = 512                 # per SM and clock, RTX 20 to 50
 GEFORCE_CLOCKS = {
     "RTX 2060": {30: 1680, 34: 1650}, "RTX 2060 SUPER": {34: 1650},
@@ -186,9 +217,13 @@ def _probe_device(device: torch.device) -> str:
     Raises UserError if its memory is full, because that is temporary.
     """
     try:
-        with explain_oom(f"close other programs that use {device}, or use --device cpu"):
-            torch.ones(1, device=device).add_(1).item()
-    except RuntimeError as error:
+        torch.ones(1, device=device).add_(1).item()
+    except (RuntimeError, MemoryError) as error:
+        if is_oom(error):
+            raise UserError(f"not enough memory\n       close other programs that use {device}, or use --device cpu"
+                            ) from error
+        if problem := gpu_problem(error):
+            return f"the GPU cannot be used: {problem}"
         first_line = str(error).splitlines()[0]
         return f"the GPU cannot be used ({first_line:.100}); for old GPUs see docs/install.md"
     return ""
@@ -203,19 +238,66 @@ def _why_no_gpu() -> str:
 
 
 @contextmanager
-def explain_oom(advice: str) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory errors into a UserError with advice."""
+def explain_device_errors(oom_advice: str | Callable[[], str]) -> Iterator[None]:
+    """Turn errors of PyTorch that the user can fix into a UserError. oom_advice: the fix when memory runs out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_oom(error):
-            raise
-        raise UserError(f"not enough memory\n       {advice}") from error
+        if is_oom(error):
+            advice = oom_advice if isinstance(oom_advice, str) else oom_advice()
+            raise UserError(f"not enough memory\n       {advice}") from error
+        if problem := gpu_problem(error):
+            raise UserError(problem.replace("; ", "\n       ")) from error
+        raise
 
 
 def is_oom(error: BaseException) -> bool:
     """True if an error of PyTorch, or of a library that it calls, means that memory ran out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(OUT_OF_MEMORY, str(error)))
+    return any(isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or re.search(OUT_OF_MEMORY, str(cause))
+               for cause in error_chain(error))
+
+
+def error_chain(error: BaseException | None) -> list[BaseException]:
+    """Return an error and the errors that led to it, such as out of memory while a CUDA graph was recorded."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def gpu_problem(error: BaseException) -> str:
+    """Return the problem and the fix of GPU_PROBLEMS for an error; "" for other errors, such as bugs."""
+    problems = [problem for pattern, problem in GPU_PROBLEMS.items() if re.search(pattern, str(error))]
+    return problems[0] if problems else ""
+
+
+def compiler_problem(error: BaseException) -> str:
+    """Return in one sentence why compiling failed, with the fix if COMPILER_PROBLEMS has one."""
+    while hasattr(error, "inner_exception"):        # PyTorch wraps the compiler's error
+        error = error.inner_exception
+    if isinstance(error, UnicodeError):
+        return NOT_UTF8
+    for pattern, problem in COMPILER_PROBLEMS.items():
+        if match := re.search(pattern, str(error)):
+            return match.expand(problem)
+    return f"{_telling_line(error):.200}"
+
+
+def _telling_line(error: BaseException) -> str:
+    """Return a C++ compiler's first error, the last line of a subprocess's traceback, or the first line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    compiler_errors = [line for line in lines if re.search(r"\berror: ", line)]
+    python_errors = [line for line in lines if re.match(r"[\w.]+(?:Error|Exception): ", line)]
+    return [*compiler_errors, *reversed(python_errors), lines[0]][0]
+
+
+def hide_compiler_messages() -> None:
+    """Hide warnings and logs of PyTorch's compiler, unless TORCH_LOGS is set. Its errors go to compiler_problem."""
+    if "TORCH_LOGS" not in os.environ:
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|functorch)\b")
+        for name in ("torch._inductor", "torch._functorch"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _named_dtype(name: str, device: torch.device, training: bool) -> tuple[torch.dtype, str]:
@@ -253,8 +335,19 @@ def _has_fbgemm() -> bool:
 
 def why_no_headers() -> str:
     """Return the reason why compiled kernels cannot be called from Python, or ""."""
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    return "" if header.is_file() else "Python's own headers are missing (Debian and Ubuntu: python3-dev)"
+    return "" if Path(sysconfig.get_path("include"), "Python.h").is_file() else NO_HEADERS
+
+
+def why_no_triton(device: torch.device) -> str:
+    """Return the reason why torch.compile does not work on an NVIDIA GPU, or ""."""
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "the GPU is too old for PyTorch's compiler"
+    if not importlib.util.find_spec("triton"):
+        return "the package triton is missing"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if os.name == "posix" and not any(map(shutil.which, compilers)):        # on Windows, triton has its own
+        return "no C compiler was found"
+    return why_no_headers()
 
 
 def why_no_compiler() -> str:

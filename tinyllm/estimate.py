@@ -1,5 +1,4 @@
 """Estimate memory and time before the first step, print them, and decide whether to compile."""
-import importlib.util
 import math
 import time
 from datetime import timedelta
@@ -163,7 +162,7 @@ def why_not_compilable(device: torch.device) -> str:
     if device.type == "cpu":
         return devices.why_no_compiler() or devices.why_no_headers()
     if device.type == "cuda":
-        return "" if importlib.util.find_spec("triton") else "the package triton is missing"
+        return devices.why_no_triton(device)
     return f"not for {device.type}"
 
 
@@ -178,11 +177,10 @@ def compile_or_fall_back(run: TrainRun) -> float:
     except Exception as error:              # from the compiler: the uncompiled model has just been evaluated
         if devices.is_oom(error):
             raise
-        cause = getattr(error, "inner_exception", error)
-        line = devices.NOT_UTF8 if isinstance(cause, UnicodeError) else str(cause).strip().split("\n")[0]
+        problem = devices.compiler_problem(error)
         if run.cfg.compile != "auto" or run.ranks.world_size > 1:
-            raise UserError(f"compiling failed: {line:.200}\n       train without it: --compile False") from error
-    print(f"note:   compiling failed: {line:.200}\n        this run continues without compiling", flush=True)
+            raise UserError(f"compiling failed: {problem}\n       train without it: --compile False") from error
+    print(f"note:   compiling failed: {problem}\n        this run continues without compiling", flush=True)
     torch.compiler.set_stance("force_eager")
     run.state.compiled = False
     return time_micro_batch(run)

@@ -15,13 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tinyllm import checkpoint, kernels, optional
 from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError, format_command
+from tinyllm.device import hide_compiler_messages
 from tinyllm.distributed import DistributedContext
 from tinyllm.optim import build_optimizers
 from tinyllm.resume import RunPlan, init_checkpoint_path, plan_run, run_settings
 from tinyllm.runlog import NEW_CHECKPOINT, archive_run
 
-OOM_ADVICE = ("halve --batch_size and double --gradient_accumulation_steps, to keep the same steps,\n"
-              "       or lower --max_seq_len, --dim or --n_layers")
 PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # may differ between the machines of a run
 
 
@@ -50,6 +49,18 @@ def load_train_state(stored: dict[str, Any]) -> TrainState:
             raise ValueError(f"state.{name}")
         setattr(state, name, value)
     return state
+
+
+def oom_advice(cfg: SimpleNamespace) -> str:
+    """Return the settings to try when memory runs out: the largest smaller batch that keeps the steps the same."""
+    if cfg.batch_size == 1:
+        return "use a smaller model: lower --max_seq_len, --dim or --n_layers"
+    factor = next(factor for factor in range(2, cfg.batch_size + 1) if cfg.batch_size % factor == 0)
+    smaller = f"--batch_size {cfg.batch_size // factor}"
+    if cfg.eval_only:
+        return f"evaluate smaller batches: {smaller}"
+    return ("repeat the command with smaller batches, for the same steps:\n"
+            f"       {smaller} --gradient_accumulation_steps {cfg.gradient_accumulation_steps * factor}")
 
 
 def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], ranks: DistributedContext) -> "TrainRun":
@@ -196,6 +207,7 @@ class TrainRun:
 
     def compile(self) -> None:
         """Compile the layers, which share one compilation, and the chunks of the loss."""
+        hide_compiler_messages()
         options = {"fallback_random": self.backend.device.type == "cpu"}    # faster dropout on a CPU
         for part in kernels.parts_to_compile(self.model):
             part.compile(dynamic=False, options=options)

@@ -45,7 +45,7 @@ from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
 from tinyllm.engine import Engine, build_engine
-from tinyllm.estimate import describe_memory
+from tinyllm.estimate import describe_memory, why_not_compilable
 from tinyllm.optional import require_package
 from tinyllm.presets import PRESETS
 from tinyllm.project import find_tokenizer
@@ -72,6 +72,7 @@ dtype = "auto"          # auto, float32, bfloat16, float16
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@devices.explain_device_errors("choose a smaller model: --preset or --checkpoint, or use --device cpu")
 def main() -> None:
     benchmarks = {"train": bench_train, "quality": bench_quality, "sample": bench_sample, "text": bench_text}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -90,11 +91,15 @@ def bench_train(cfg: SimpleNamespace) -> None:
     backend = devices.choose_backend(cfg.device, cfg.dtype)
     train_cfg, args = default_shape(cfg)
     batch = random_batch(train_cfg.batch_size, args, backend)
-    compiled = build_run(train_cfg, backend, args, compiled=True, gradient_accumulation_steps=1)
+    steps: dict[str, Callable[[], object]] = {}
+    if reason := why_not_compilable(backend.device):
+        print(f"note: without a compiled model: {reason}", file=sys.stderr)
+    else:
+        compiled = build_run(train_cfg, backend, args, compiled=True, gradient_accumulation_steps=1)
+        steps["compiled"] = partial(train.train_step, compiled, repeat(batch))
     eager = build_run(train_cfg, backend, args, compiled=False, gradient_accumulation_steps=1)
-    steps = {"compiled": partial(train.train_step, compiled, repeat(batch)),
-             "eager": partial(train.train_step, eager, repeat(batch)),
-             "transformers, float32": transformers_step(backend, args, batch)}
+    steps["eager"] = partial(train.train_step, eager, repeat(batch))
+    steps["transformers, float32"] = transformers_step(backend, args, batch)
     if cfg.peer:
         steps[f"{cfg.peer}, float32"] = peer_step(Path(cfg.peer), backend, args, batch)
     times = time_interleaved(steps, backend, cfg.rounds)
