@@ -203,6 +203,7 @@ class HostCopy:
         """Return the copy after it is complete."""
         if self._event:
             self._event.synchronize()
+            self._event = None
         return self._copy
 
 
