@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from model import ModelArgs, rope_frequencies
@@ -49,9 +49,23 @@ def save_checkpoint(path: str | Path, ckpt: Checkpoint) -> None:
     """Write a checkpoint atomically: the old file stays until the new one is complete on disk."""
     with atomic_write(path) as file:
         try:
-            torch.save(ckpt, file)
+            torch.save(to_cpu(ckpt, {}), file)
         except RuntimeError as error:           # torch.save raises it from a full disk's OSError
             raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def to_cpu(value: Any, copies: dict[tuple, Tensor]) -> Any:
+    """Return a state with all tensors on the CPU. copies: the tensors copied so far, so that tied weights stay one."""
+    if isinstance(value, dict):
+        return {name: to_cpu(part, copies) for name, part in value.items()}
+    if isinstance(value, list):
+        return [to_cpu(part, copies) for part in value]
+    if not isinstance(value, Tensor) or value.device.type == "cpu":
+        return value
+    key = (value.untyped_storage(), value.storage_offset(), value.shape)
+    if key not in copies:
+        copies[key] = value.cpu()
+    return copies[key]
 
 
 def load_checkpoint(path: str | Path, required: tuple[str, ...] = REQUIRED, mmap: bool = False) -> Checkpoint:
@@ -87,7 +101,7 @@ def find_problem(ckpt: Any, required: tuple[str, ...]) -> str:
 
 def _is_dense_float_tensor(weight: Any) -> bool:
     """True if `weight` is a float tensor that stores all its elements, unlike a number expanded to a large shape."""
-    return (isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.layout == torch.strided
+    return (isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.layout == torch.strided
             and weight.dtype in FLOAT_DTYPES and weight.nbytes <= weight.untyped_storage().nbytes())
 
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tinyllm import checkpoint, kernels, optional
 from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError, format_command
-from tinyllm.device import hide_compiler_messages
+from tinyllm.device import has_async_copies, hide_compiler_messages
 from tinyllm.distributed import DistributedContext
 from tinyllm.optim import build_optimizers
 from tinyllm.resume import RunPlan, init_checkpoint_path, plan_run, run_settings
@@ -244,8 +244,8 @@ class TrainRun:
 
     def checkpoint_dict(self) -> Checkpoint:
         state = replace(self.state, seconds=self.seconds())
-        is_cuda = self.backend.device.type == "cuda"
-        cuda_rng = [torch.cuda.get_rng_state(self.backend.device)] if is_cuda else []
+        device = self.backend.device
+        gpu_rng = [torch.get_device_module(device).get_rng_state(device)] if has_async_copies(device) else []
         return {
             **checkpoint.model_state(self.model),
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -258,7 +258,7 @@ class TrainRun:
             "chat": self.chat,
             "state": asdict(state),
             "scaler": self.scaler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda_rng},
+            "rng": {"cpu": torch.get_rng_state(), "cuda": gpu_rng},
         }
 
     def _resume(self, ckpt: Checkpoint) -> None:
@@ -293,8 +293,9 @@ class TrainRun:
         if ckpt["scaler"]:                  # empty unless the run was saved in float16
             self.scaler.load_state_dict(ckpt["scaler"])
         torch.set_rng_state(ckpt["rng"]["cpu"])
-        if ckpt["rng"]["cuda"] and self.backend.device.type == "cuda":
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"][0], self.backend.device)
+        device = self.backend.device
+        if ckpt["rng"]["cuda"] and has_async_copies(device):
+            torch.get_device_module(device).set_rng_state(ckpt["rng"]["cuda"][0], device)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
         """Load saved moments. Learning rate and decay keep their current values: the settings may have changed."""
