@@ -21,7 +21,7 @@ import torch
 from tinyllm import checkpoint as checkpoints
 from tinyllm import optional
 from tinyllm.cli import UserError
-from tinyllm.device import choose_backend
+from tinyllm.device import choose_backend, to_device
 from tinyllm.engine import DecodeStep, build_engine
 from tinyllm.project import tokenizer_errors
 from tinyllm.sampling import SamplingParams, validate_sampling
@@ -250,11 +250,13 @@ class TextGenerator:
         tokens: list[Token] = []
         for logprobs in self.engine.logprobs(ids):                                  # (n, vocab_size)
             targets = ids[len(tokens) + 1:len(tokens) + 1 + len(logprobs)]
-            target_logprobs = logprobs[torch.arange(len(targets)), targets].tolist()
+            target_ids = to_device(torch.tensor(targets)[:, None], logprobs.device)             # (n, 1)
+            target_logprobs = logprobs.gather(1, target_ids).flatten().tolist()
             top_logprobs, top_ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))        # (n, alternatives)
             top_probabilities = top_logprobs.exp().tolist()
+            top_ids = top_ids.tolist()
             for row, token in enumerate(targets):
-                pieces = [self.tokenizer.id_to_piece(top_id) for top_id in top_ids[row].tolist()]
+                pieces = [self.tokenizer.id_to_piece(top_id) for top_id in top_ids[row]]
                 top_tokens = list(zip(pieces, top_probabilities[row]))
                 tokens.append(Token(self.tokenizer.id_to_piece(token), target_logprobs[row], top_tokens))
         return tokens
