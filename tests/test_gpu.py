@@ -1,46 +1,239 @@
-"""GPU checks on a machine without one: synchronization, and tensors on the wrong device."""
+"""The project on a device that does not exist (fake_device.py): wrong devices and dtypes, waits, slow copies.
+
+Budgets: a training step waits for nothing, a log line once (in float16 twice), an evaluation twice for all its batches.
+A generated token is one asynchronous copy to the CPU. Steps and tokens copy to the device from pinned memory only.
+"""
+import math
+from collections import Counter
+from itertools import chain
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from fake_device import DEVICE, FakeDevice, WrongOnDevice, fake_device, is_on_device
+from torch.utils._pytree import tree_leaves
 
 import train
+from extras.compiled import CudaGraphStep
+from extras.gpt2 import GPT2, GPT2Args
 from model import ModelArgs, Transformer
-from tinyllm.distributed import SINGLE_PROCESS
-from tinyllm.engine import Engine
-from tinyllm.optim import build_optimizers
-from tinyllm.run import TrainRun, TrainState
+from sample import TextGenerator
+from tinyllm import checkpoint, generator, resume, sampling
+from tinyllm.device import Backend
+from tinyllm.engine import PlainEngine, build_engine
+from tinyllm.sampling import SamplingParams
 
-ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)
-GPU = torch.device("meta")      # a device that is not the CPU; it keeps shapes, and refuses to mix
-
-
-def test_training_step_does_not_synchronize(planned_run):
-    """Reading a number synchronizes with the GPU. On the meta device it is an error."""
-    plan = planned_run("--dtype", "bfloat16", "--gradient_accumulation_steps", 2)
-    with FakeTensorMode():
-        run = object.__new__(TrainRun)
-        run.cfg, run.backend, run.ranks, run.state = plan.cfg, plan.backend, SINGLE_PROCESS, TrainState()
-        run.model = run.wrapped_model = Transformer(plan.model.args)
-        run.optimizers, run.scaler = build_optimizers(run.model, run.cfg, run.backend), plan.backend.scaler()
-        run.start_time, run.eval_seconds = 0.0, 0.0
-        x = torch.zeros(4, 32, dtype=torch.int64)
-        for _ in range(2):                                  # the first step creates the optimizer state
-            _, loss, norm = train.train_step(run, iter([(x, x)] * 2))
-        with pytest.raises(DataDependentOutputException):
-            (loss + norm).item()
+SHAPE = {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 512, "max_seq_len": 32}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "attention")
+IN_FLOAT32 = ("exp", "log", "rsqrt", "mean.dim", "pow.Tensor_Scalar", "native_layer_norm", "native_layer_norm_backward",
+              "linalg_vector_norm", "embedding", "_fused_adamw_", "_foreach_lerp_.Scalar", "_foreach_add_.List")
 
 
+@pytest.fixture
+def device(project, ckpt):
+    with fake_device() as device:
+        yield device
+
+
+@pytest.fixture
+def use_device(monkeypatch):
+    """Choose the fake device for everything that is built afterwards."""
+    def use(dtype: torch.dtype) -> None:
+        for module in (resume, generator):
+            monkeypatch.setattr(module, "choose_backend", lambda *_, **__: Backend(DEVICE, dtype, "fake"))
+    return use
+
+
+def new_model(kind: str) -> torch.nn.Module:
+    return GPT2(GPT2Args(**SHAPE)) if kind == "gpt2" else Transformer(ModelArgs(**SHAPE, n_kv_heads=2))
+
+
+def count_events(device: FakeDevice, first: int = 0) -> Counter:
+    return Counter(kind for kind, _ in device.events[first:])
+
+
+def waits(events: Counter) -> int:
+    return events["read"] + events["wait"]
+
+
+@pytest.fixture
+def events_of(device, monkeypatch):
+    """Count the events of each call of a function: events_of(train, "evaluate")."""
+    def record(owner, name: str) -> list[Counter]:
+        function, calls = getattr(owner, name), []
+
+        def recorded(*args, **kwargs):
+            first = len(device.events)
+            result = function(*args, **kwargs)
+            calls.append(count_events(device, first))
+            return result
+        monkeypatch.setattr(owner, name, recorded)
+        return calls
+    return record
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind, options", [
+    ("llama", []), ("llama", ["--grad_clip", 0, "--optimizer", "adamw"]), ("gpt2", ["--dropout", 0.1])])
+def test_training_step_waits_for_nothing(device, use_device, planned_run, monkeypatch, kind, options, dtype):
+    use_device(dtype)
+    monkeypatch.setattr(checkpoint, "new_model", lambda args: new_model(kind))
+    run = planned_run("--gradient_accumulation_steps", 2, *options)
+    batches = train.training_batches(run)
+    device.events.clear()
+    for _ in range(2):                                          # the first step creates the state of the optimizers
+        _, loss, norm = train.train_step(run, batches)
+    in_scaler = {"float64": count_events(device)["float64"]} if dtype == torch.float16 else {}
+    assert count_events(device) == {"upload": 4, **in_scaler}, device.events
+    assert {used for name, used in device.dtypes if name in PRODUCTS} == {dtype}
+    assert {used for name, used in device.dtypes if name in IN_FLOAT32} == {torch.float32}
+    assert all(map(is_on_device, [loss, norm, *moments_of(run), *run.model.state_dict().values()]))
+
+
+def test_whole_run(device, use_device, events_of, train_small, monkeypatch):
+    """Log lines, evaluations, samples and checkpoints, in float16, which reads most."""
+    use_device(torch.float16)
+    steps = events_of(train, "train_step")
+    log_lines = events_of(train, "read_pending_metrics")
+    evaluations = events_of(train, "evaluate")
+    samples = events_of(train, "generate_samples")
+    train_small("out", "--max_seq_len", 128, "--max_iters", 3, "--eval_interval", 2, "--log_interval", 2)
+    assert [waits(events) + events["pageable"] for events in steps] == [0] * 3
+    assert max(map(waits, log_lines)) == 2                      # the metrics of all steps, and GradScaler's scale
+    assert [waits(events) for events in evaluations] == [2, 2]
+    assert [events["download"] for events in samples] == [8, 8]
+    assert [events["read"] + events["pageable"] for events in samples] == [0, 0]
+
+
+def moments_of(run) -> list[torch.Tensor]:
+    states = [optimizer.state.values() for optimizer in run.optimizers]
+    return [value for state in chain(*states) for value in state.values()]
+
+
+def test_save_and_restore(device, use_device, planned_run):
+    """A checkpoint has its tensors on the CPU. A resumed run has them on the device."""
+    use_device(torch.float16)
+    run = planned_run("--dropout", 0.1)
+    train.train_step(run, train.training_batches(run))
+    torch.gpu.rng_state = [1, 2, 3]
+    run.save("last.pt")
+    saved = torch.load("output/last.pt", weights_only=True)         # on the devices that the file names
+    tensors = [value for value in tree_leaves(saved) if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 50 and not any(map(is_on_device, tensors))
+    assert saved["rng"]["cuda"][0].tolist() == [1, 2, 3]
+    weights = saved["model"]
+    assert weights["output.weight"].data_ptr() == weights["tok_embeddings.weight"].data_ptr()
+
+    torch.gpu.rng_state = [0]
+    resumed = planned_run("--dropout", 0.1)
+    assert resumed.state.iter_num == 1 and torch.gpu.rng_state == [1, 2, 3]
+    assert len(moments_of(resumed)) == len(moments_of(run))
+    assert all(map(is_on_device, [*moments_of(resumed), *resumed.model.state_dict().values()]))
+    device.events.clear()
+    train.train_step(resumed, train.training_batches(resumed))
+    assert waits(count_events(device)) == 0
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_evaluation_waits_for_all_batches_at_once(device, use_device, planned_run, batch_size):
+    use_device(torch.bfloat16)
+    run = planned_run("--max_seq_len", 128, "--batch_size", batch_size)
+    device.events.clear()
+    train.evaluate(run)
+    assert count_events(device) == {"read": 2, "upload": math.ceil(17 / batch_size)}    # 17 windows
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+FILTERS = SamplingParams(top_k=50, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0), FILTERS])
+@pytest.mark.parametrize("prompts", [[[1, 5, 6]], [[1, 5, 6], [1], [1, 7]]], ids=["one", "several"])
+def test_token_is_one_copy_to_the_cpu(device, monkeypatch, kind, params, prompts):
+    """Each step waits for the copy of the step before, after it has given the device its own work."""
+    monkeypatch.setattr(sampling, "NOISE_CHUNK", 2)
+    engine = build_engine(new_model(kind), torch.bfloat16, device=DEVICE)
+    device.events.clear()
+    steps = list(engine.generate(prompts, 6, params))
+    assert [step.tokens for step in steps] == [[1] * len(prompts)] * 6      # not -1 from an unfinished copy
+    order = [name for name, _ in device.events if name != "upload"]
+    assert order == ["download", *["download", "wait"] * 5, "wait"], device.events
+    per_token = 6 if len(prompts) > 1 else 0                    # positions, if the lengths differ
+    assert len(device.lines("upload")) <= 4 + per_token         # the prompts: ids, rows, ends and penalties
+
+
+def test_sequences_longer_than_the_context(device):
+    engine = build_engine(new_model("llama"), torch.bfloat16, device=DEVICE)
+    device.events.clear()
+    assert len(list(engine.generate([[1] * 30, [1] * 20], 16))) == 16
+    events = count_events(device)
+    assert (events["download"], events["read"], events["pageable"]) == (16, 0, 0), device.events
+
+
+def test_text_generator(device, use_device, ckpt):
+    use_device(torch.bfloat16)
+    writer = TextGenerator(ckpt)
+    device.events.clear()
+    stories = writer.completions(["Once", "One day, Lily"], max_new_tokens=5)
+    assert [story.tokens for story in stories] == [[1] * 5] * 2
+    events = count_events(device)
+    assert (events["download"], events["read"], events["pageable"]) == (5, 0, 0), device.events
+
+
+def test_text_is_scored_with_three_reads_per_window(device, use_device, ckpt):
+    use_device(torch.bfloat16)
+    reader = TextGenerator(ckpt)
+    device.events.clear()
+    assert len(reader.read([1] * 70)) == 69                     # 3 windows of 32
+    assert count_events(device) == {"read": 9, "upload": 6}, device.events
+
+
+def test_edited_model(device):
+    engine = PlainEngine(new_model("llama"), DEVICE)
+    assert len(list(engine.generate([[1, 2], [1]], 3))) == 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("lengths", [[5, 5], [3, 0]])
-def test_decode_step_allocates_on_the_device(lengths, monkeypatch):
-    """The sequences may differ in length."""
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    engine = Engine(Transformer(ARGS), torch.bfloat16, device=GPU)
+def test_cuda_graph_holds_work_of_the_device_alone(device, monkeypatch, kind, lengths):
+    def record(step, cache):
+        device.refuses_cpu = True
+        step.logits = step.run(cache)
+        device.refuses_cpu = False
+        step.graph = SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr(CudaGraphStep, "record", record)
+    engine = build_engine(new_model(kind), torch.bfloat16, device=DEVICE)
     cache = engine.new_cache(2, 16)
-    assert engine.prefill([[1, 2, 3], [4]], cache, [0, 1]).shape == (2, 300)
     cache.lengths = lengths
-    tokens = torch.zeros(2, dtype=torch.int64, device=GPU)
-    logits = engine.decode(tokens, cache)
-    assert logits.shape == (2, 300) and logits.device == GPU and engine.cache_dtype == torch.bfloat16
-    engine.rope = torch.ones(32, 1, 4, dtype=torch.complex64)           # a table that was left behind
-    with pytest.raises(RuntimeError, match="device"):
-        engine.decode(tokens, cache)
+    step = CudaGraphStep(engine._decode_at_position)
+    device.events.clear()
+    with torch.inference_mode():
+        tokens = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        assert is_on_device(step(tokens, cache)) and is_on_device(step(tokens, cache))
+    assert count_events(device) == {"upload": 2}                # the positions of each token
+
+
+# ---- the fake device itself ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("code, kind", [
+    ("x.sum().item()", "read"), ("x.tolist()", "read"), ("x.cpu()", "read"), ("bool(x.isfinite().all())", "read"),
+    ("torch.empty(4).copy_(x)", "read"), ("torch.tensor([1.0, 2.0], device=DEVICE)", "pageable"),
+    ("torch.ones(4).to(DEVICE, non_blocking=True)", "pageable"), ("torch.ones(4).pin_memory().to(DEVICE)", "pageable"),
+    ("x.copy_(torch.ones(4))", "pageable"), ("x.double()", "float64"), ("x.to('cpu', non_blocking=True)", "download"),
+    ("torch.ones(4).pin_memory().to(DEVICE, non_blocking=True)", "upload")])
+def test_fake_device_records(device, code, kind):
+    eval(code, {"torch": torch, "DEVICE": DEVICE, "x": torch.ones(4, device=DEVICE)})
+    assert [kind for kind, _ in device.events] == [kind]
+
+
+@pytest.mark.parametrize("code", ["x + torch.ones(4)", "x[torch.tensor([0])]", "x.nonzero()", "x[x > 0]",
+                                  "torch.stack([x.sum(), torch.tensor(1.0)])"])
+def test_fake_device_refuses(device, code):
+    with pytest.raises(WrongOnDevice, match="test_gpu.py|<string>"):
+        eval(code, {"torch": torch, "x": torch.ones(4, device=DEVICE)})
