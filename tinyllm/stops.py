@@ -91,12 +91,16 @@ def read_pending_metrics(run: TrainRun) -> tuple[float, float]:
     metrics = torch.stack([torch.stack(pair) for pair in run.pending_metrics])      # (steps, 2)
     metrics = (run.ranks.sum(metrics) / run.ranks.world_size).tolist()    # losses differ between ranks, norms do not
     run.pending_metrics.clear()
-    may_skip = run.scaler.is_enabled() and run.scaler.get_scale() >= MIN_LOSS_SCALE
     first_step = run.state.iter_num - len(metrics) + 1
     for step, (loss, grad_norm) in enumerate(metrics, first_step):
-        if not may_skip and not math.isfinite(loss + grad_norm):
+        if not math.isfinite(loss + grad_norm) and not may_skip_steps(run):
             raise non_finite_error(run, step, f"the loss is {loss}, the gradient norm {grad_norm}")
     return metrics[-1]
+
+
+def may_skip_steps(run: TrainRun) -> bool:
+    """True if GradScaler can still lower its scale, so that float16 gradients no longer overflow."""
+    return run.scaler.is_enabled() and run.scaler.get_scale() >= MIN_LOSS_SCALE
 
 
 def require_finite_weights(run: TrainRun) -> None:
