@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"         # models are tiny here, and forks of several threads may hang
 os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"         # a third of the time to compile a layer
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"        # saves compiling a program for each kind of vector instruction
-os.environ["CUDA_VISIBLE_DEVICES"] = ""             # tests are of the CPU, whose results are the same everywhere
+WANTS_GPU = "--gpu" in sys.argv
+if not WANTS_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""         # tests are of the CPU, whose results are the same everywhere
 
 import torch  # noqa: E402
 
@@ -33,6 +35,7 @@ from tinyllm import (  # noqa: E402
     checkpoint,
     cli,
     demo_stories,
+    device,
     documents,
     resume,
     words,
@@ -40,7 +43,8 @@ from tinyllm import (  # noqa: E402
 from tinyllm.files import atomic_write  # noqa: E402
 from tinyllm.run import TrainRun  # noqa: E402
 
-torch.backends.mps.is_available = cache(lambda: False)      # nor Apple's; PyTorch's own is a cache too
+if not WANTS_GPU:
+    torch.backends.mps.is_available = cache(lambda: False)      # nor Apple's; PyTorch's own is a cache too
 
 WORDS = "the and ing test sentence is a This user system assistant \n\n 123 é 中".split(" ")
 TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32",
@@ -49,6 +53,28 @@ TINY = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2",
 
 
 SAVE_PICTURE = plots.save
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run only the tests that need a GPU")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU, so it runs only with --gpu")
+    if WANTS_GPU and not find_gpu():
+        raise pytest.UsageError(f"--gpu: PyTorch {torch.__version__} finds no GPU; expected CUDA or Apple's MPS")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Run the tests with the marker gpu, or all others."""
+    is_chosen = {item: bool(item.get_closest_marker("gpu")) == WANTS_GPU for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not is_chosen[item]])
+    items[:] = [item for item in items if is_chosen[item]]
+
+
+def find_gpu() -> str:
+    """Return the kind of GPU that PyTorch can use, or ""."""
+    return next((kind for kind in ("cuda", "mps") if device.device_count(kind)), "")
 
 
 def save_empty_picture(figure, path):

@@ -8,6 +8,7 @@ from collections import Counter
 from itertools import chain
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from fake_device import DEVICE, FakeDevice, WrongOnDevice, fake_device, is_on_device
@@ -21,13 +22,16 @@ from sample import TextGenerator
 from tinyllm import checkpoint, generator, resume, sampling
 from tinyllm.device import Backend
 from tinyllm.engine import PlainEngine, build_engine
+from tinyllm.run import TrainRun
 from tinyllm.sampling import SamplingParams
 
 SHAPE = {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 512, "max_seq_len": 32}
+SMALL = ["--n_layers", 1, "--gradient_accumulation_steps", 1, "--sample_tokens", 4]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "attention")
 IN_FLOAT32 = ("exp", "log", "rsqrt", "mean.dim", "pow.Tensor_Scalar", "native_layer_norm", "native_layer_norm_backward",
-              "linalg_vector_norm", "embedding", "_fused_adamw_", "_foreach_lerp_.Scalar", "_foreach_add_.List")
+              "_softmax", "_log_softmax", "linalg_vector_norm", "embedding", "_fused_adamw_", "_foreach_lerp_.Scalar",
+              "_foreach_add_.List")
 
 
 @pytest.fixture
@@ -53,6 +57,10 @@ def count_events(device: FakeDevice, first: int = 0) -> Counter:
     return Counter(kind for kind, _ in device.events[first:])
 
 
+def dtypes_of(device: FakeDevice, names: tuple[str, ...]) -> set[torch.dtype]:
+    return {dtype for name, dtype in device.dtypes if name in names}
+
+
 def waits(events: Counter) -> int:
     return events["read"] + events["wait"]
 
@@ -76,8 +84,7 @@ def events_of(device, monkeypatch):
 # ---- training -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind, options", [
-    ("llama", []), ("llama", ["--grad_clip", 0, "--optimizer", "adamw"]), ("gpt2", ["--dropout", 0.1])])
+@pytest.mark.parametrize("kind, options", [("llama", []), ("gpt2", ["--dropout", 0.1, "--grad_clip", 0])])
 def test_training_step_waits_for_nothing(device, use_device, planned_run, monkeypatch, kind, options, dtype):
     use_device(dtype)
     monkeypatch.setattr(checkpoint, "new_model", lambda args: new_model(kind))
@@ -88,24 +95,30 @@ def test_training_step_waits_for_nothing(device, use_device, planned_run, monkey
         _, loss, norm = train.train_step(run, batches)
     in_scaler = {"float64": count_events(device)["float64"]} if dtype == torch.float16 else {}
     assert count_events(device) == {"upload": 4, **in_scaler}, device.events
-    assert {used for name, used in device.dtypes if name in PRODUCTS} == {dtype}
-    assert {used for name, used in device.dtypes if name in IN_FLOAT32} == {torch.float32}
+    assert dtypes_of(device, PRODUCTS) == {dtype}
+    assert dtypes_of(device, IN_FLOAT32) == {torch.float32}
     assert all(map(is_on_device, [loss, norm, *moments_of(run), *run.model.state_dict().values()]))
 
 
-def test_whole_run(device, use_device, events_of, train_small, monkeypatch):
-    """Log lines, evaluations, samples and checkpoints, in float16, which reads most."""
+def test_whole_run(device, use_device, events_of, train_small):
+    """Only log lines, evaluations and checkpoints wait, also in float16."""
     use_device(torch.float16)
+    loop = events_of(train, "train")
     steps = events_of(train, "train_step")
     log_lines = events_of(train, "read_pending_metrics")
     evaluations = events_of(train, "evaluate")
     samples = events_of(train, "generate_samples")
-    train_small("out", "--max_seq_len", 128, "--max_iters", 3, "--eval_interval", 2, "--log_interval", 2)
+    checks = events_of(train, "require_finite_weights")
+    saves = events_of(TrainRun, "save")
+    train_small("out", *SMALL, "--max_seq_len", 128, "--max_iters", 3, "--eval_interval", 3, "--log_interval", 3)
     assert [waits(events) + events["pageable"] for events in steps] == [0] * 3
-    assert max(map(waits, log_lines)) == 1                      # the metrics of all steps
-    assert [waits(events) for events in evaluations] == [2, 2]
-    assert [events["download"] for events in samples] == [8, 8]
-    assert [events["read"] + events["pageable"] for events in samples] == [0, 0]
+    assert [waits(events) for events in log_lines] == [1, 1]    # for the metrics of all steps since the last line
+    assert [waits(events) for events in evaluations] == [2]
+    assert [events["download"] for events in samples] == [4]
+    assert [events["read"] + events["pageable"] for events in samples] == [0]
+    assert [waits(events) for events in checks] == [1, 1]
+    parts = chain(log_lines, evaluations, samples, checks, saves[1:])           # saves[0] precedes the loop
+    assert sum(map(waits, loop)) == sum(map(waits, parts))
 
 
 def moments_of(run) -> list[torch.Tensor]:
@@ -116,19 +129,19 @@ def moments_of(run) -> list[torch.Tensor]:
 def test_save_and_restore(device, use_device, planned_run):
     """A checkpoint has its tensors on the CPU. A resumed run has them on the device."""
     use_device(torch.float16)
-    run = planned_run("--dropout", 0.1)
+    run = planned_run(*SMALL, "--dropout", 0.1)
     train.train_step(run, train.training_batches(run))
     torch.gpu.rng_state = [1, 2, 3]
     run.save("last.pt")
     saved = torch.load("output/last.pt", weights_only=True)         # on the devices that the file names
     tensors = [value for value in tree_leaves(saved) if isinstance(value, torch.Tensor)]
-    assert len(tensors) > 50 and not any(map(is_on_device, tensors))
+    assert len(tensors) > 20 and not any(map(is_on_device, tensors))
     assert saved["rng"]["cuda"][0].tolist() == [1, 2, 3]
     weights = saved["model"]
     assert weights["output.weight"].data_ptr() == weights["tok_embeddings.weight"].data_ptr()
 
     torch.gpu.rng_state = [0]
-    resumed = planned_run("--dropout", 0.1)
+    resumed = planned_run(*SMALL, "--dropout", 0.1)
     assert resumed.state.iter_num == 1 and torch.gpu.rng_state == [1, 2, 3]
     assert len(moments_of(resumed)) == len(moments_of(run))
     assert all(map(is_on_device, [*moments_of(resumed), *resumed.model.state_dict().values()]))
@@ -137,33 +150,38 @@ def test_save_and_restore(device, use_device, planned_run):
     assert waits(count_events(device)) == 0
 
 
-@pytest.mark.parametrize("batch_size", [2, 16])
+@pytest.mark.parametrize("batch_size", [4, 16])
 def test_evaluation_waits_for_all_batches_at_once(device, use_device, planned_run, batch_size):
     use_device(torch.bfloat16)
-    run = planned_run("--max_seq_len", 128, "--batch_size", batch_size)
+    run = planned_run(*SMALL, "--max_seq_len", 128, "--batch_size", batch_size)
     device.events.clear()
     train.evaluate(run)
+    assert dtypes_of(device, PRODUCTS) == {torch.bfloat16}
     assert count_events(device) == {"read": 2, "upload": math.ceil(17 / batch_size)}    # 17 windows
 
 
 # ---- sampling -----------------------------------------------------------------------------------
 
+ONE = [[1, 5, 6]]
+SEVERAL = [[1, 5, 6], [1], [1, 7]]
 FILTERS = SamplingParams(top_k=50, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0), FILTERS])
-@pytest.mark.parametrize("prompts", [[[1, 5, 6]], [[1, 5, 6], [1], [1, 7]]], ids=["one", "several"])
+@pytest.mark.parametrize("kind, prompts, params", [
+    ("llama", ONE, SamplingParams()), ("llama", SEVERAL, FILTERS), ("gpt2", ONE, FILTERS),
+    ("gpt2", SEVERAL, SamplingParams(temperature=0))], ids=["llama-one", "llama-several", "gpt2-one", "gpt2-several"])
 def test_token_is_one_copy_to_the_cpu(device, monkeypatch, kind, params, prompts):
     """Each step waits for the copy of the step before, after it has given the device its own work."""
     monkeypatch.setattr(sampling, "NOISE_CHUNK", 2)
     engine = build_engine(new_model(kind), torch.bfloat16, device=DEVICE)
     device.events.clear()
+    device.dtypes.clear()
     steps = list(engine.generate(prompts, 6, params))
     assert [step.tokens for step in steps] == [[1] * len(prompts)] * 6      # not -1 from an unfinished copy
     order = [name for name, _ in device.events if name != "upload"]
     assert order == ["download", *["download", "wait"] * 5, "wait"], device.events
-    per_token = 6 if len(prompts) > 1 else 0                    # positions, if the lengths differ
+    assert dtypes_of(device, PRODUCTS) == {torch.bfloat16} and dtypes_of(device, IN_FLOAT32) == {torch.float32}
+    per_token = 6 if prompts == SEVERAL else 0                  # positions, because the lengths differ
     assert len(device.lines("upload")) <= 4 + per_token         # the prompts: ids, rows, ends and penalties
 
 
@@ -219,7 +237,7 @@ def test_cuda_graph_holds_work_of_the_device_alone(device, monkeypatch, kind, le
     assert count_events(device) == {"upload": 2}                # the positions of each token
 
 
-# ---- the fake device itself ---------------------------------------------------------------------
+# ---- the tests themselves ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("code, kind", [
     ("x.sum().item()", "read"), ("x.tolist()", "read"), ("x.cpu()", "read"), ("bool(x.isfinite().all())", "read"),
@@ -237,3 +255,9 @@ def test_fake_device_records(device, code, kind):
 def test_fake_device_refuses(device, code):
     with pytest.raises(WrongOnDevice, match="test_gpu.py|<string>"):
         eval(code, {"torch": torch, "x": torch.ones(4, device=DEVICE)})
+
+
+def test_option_gpu_fails_without_a_gpu(request, monkeypatch):
+    monkeypatch.setattr(conftest, "WANTS_GPU", True)
+    with pytest.raises(pytest.UsageError, match="finds no GPU"):
+        conftest.pytest_configure(request.config)
