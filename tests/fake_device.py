@@ -10,37 +10,25 @@ that come from the device are 1. An operation raises WrongOnDevice if a GPU woul
 """
 import sys
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
-from torch.utils import backend_registration
+from fake_backend import NAME, FusedAttention, is_on_device, register_device, stand_ins
+from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from tinyllm import device as devices
-
-if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-    pytest.skip("this PyTorch cannot register a device from Python", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE_FOLDERS = (ROOT, ROOT / "tinyllm", ROOT / "extras", ROOT / "tests")
 NO_CALLERS = (__file__, devices.__file__)
-NAME = "gpu"
-DEVICE = torch.device("privateuseone", 0)           # a device that PyTorch leaves to extensions; then called NAME
 NOT_YET = -1                                        # value of an asynchronous copy before its event
-
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default: 1, aten.is_nonzero.default: True, aten.equal.default: True}
-# the rules of autocast on CUDA, for the operations of the models
-TO_16_BITS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear")
-TO_FLOAT32 = ("exp", "log", "rsqrt", "reciprocal", "pow.Tensor_Scalar", "sum", "sum.dim_IntList", "cumsum",
-              "softmax.int", "log_softmax.int", "layer_norm", "rms_norm", "nll_loss", "linalg_vector_norm")
 
 
 class WrongOnDevice(AssertionError):
@@ -87,11 +75,9 @@ class FakeDevice(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        target = torch.device(kwargs.get("device") or (NAME if any(map(is_on_device, tensors)) else "cpu")).type
-        if op.namespace != "aten":
-            return op(*args, **kwargs)
-        if target == "cpu" and not any(map(is_on_device, tensors)):
-            if self.refuses_cpu:
+        has_device = any(map(is_on_device, tensors)) or torch.device(kwargs.get("device") or "cpu").type == NAME
+        if op.namespace != "aten" or not has_device:
+            if self.refuses_cpu and op.namespace == "aten":
                 raise WrongOnDevice(f"{op} runs on the CPU at {caller()}")
             return op(*args, **kwargs)
         if op._can_decompose():                     # under inference_mode, PyTorch leaves that to the mode
@@ -101,22 +87,29 @@ class FakeDevice(TorchDispatchMode):
             self.record("read")
             return READS[op]
         if op in (aten._to_copy.default, aten.copy_.default):
-            return self._copy(op, target, args, kwargs)
+            return self._copy(op, args, kwargs)
         check_mixture(op, tensors)
         return self._run(op, args, kwargs)
 
-    def _copy(self, op, target, args, kwargs):
-        *destination, source = args[:2] if op is aten.copy_.default else args
+    def _copy(self, op, args, kwargs):
         is_async = kwargs.get("non_blocking", False) or args[2:] == (True,)
-        if is_on_device(source) and (target == "cpu" or destination and not is_on_device(destination[0])):
-            self.record("download" if is_async else "read")
-            copy = destination[0] if destination else torch.empty(source.shape, dtype=kwargs.get("dtype", source.dtype))
-            if is_async:
-                self._in_flight.append(copy)
-            return copy.fill_(NOT_YET if is_async else 1)
+        source = args[1] if op is aten.copy_.default else args[0]
         if not is_on_device(source):
             self.record("upload" if is_async and hasattr(source, "is_fast") else "pageable")
-        return self._run(op, args, kwargs)
+            return self._run(op, args, kwargs)
+        if op is aten.copy_.default:
+            copy = args[0]
+        elif torch.device(kwargs.get("device") or NAME).type == NAME:
+            copy = source
+        else:
+            copy = torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        return self._run(op, args, kwargs) if is_on_device(copy) else self._download(copy, is_async)
+
+    def _download(self, copy, is_async):
+        self.record("download" if is_async else "read")
+        if is_async:
+            self._in_flight.append(copy)
+        return copy.fill_(NOT_YET if is_async else 1)
 
     def _run(self, op, args, kwargs):
         with self._fakes:
@@ -147,21 +140,6 @@ class FakeDevice(TorchDispatchMode):
         return FusedAttention.apply(q, k, v)
 
 
-class FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *qkv):
-        ctx.save_for_backward(*qkv)
-        return torch.empty_like(qkv[0])
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(map(torch.empty_like, ctx.saved_tensors))
-
-
-def is_on_device(tensor: Tensor) -> bool:
-    return tensor.device.type == NAME
-
-
 def check_mixture(op, tensors: list[Tensor]) -> None:
     """Check that all tensors are on the device. An elementwise operation may have a scalar of the CPU."""
     for tensor in tensors:
@@ -177,78 +155,13 @@ def caller() -> str:
     return f"{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
-@cache
-def register_device() -> list[torch.library.Library]:
-    """Register the device, with CUDA's autocast. Returns objects that must stay alive."""
-    # Autograd counts devices once. If it started threads for this one, this process could not fork, as other tests do.
-    torch.ones(1, requires_grad=True).sum().backward()
-    backend_registration._setup_privateuseone_for_python_backend(NAME)
-    torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    torch.gpu.rng_state = [0]
-    torch.gpu.get_rng_state = lambda _: torch.tensor(torch.gpu.rng_state, dtype=torch.uint8)
-    torch.gpu.set_rng_state = lambda state, _: setattr(torch.gpu, "rng_state", state.tolist())
-    others = torch.library.Library("_", "IMPL")
-    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    rules = torch.library.Library("aten", "IMPL")
-    for name in TO_16_BITS + TO_FLOAT32:
-        rules.impl(name, partial(run_in_dtype, name), "AutocastPrivateUse1")
-    return [others, rules]
-
-
-def run_in_dtype(name: str, *args, **kwargs):
-    """Run an operation under autocast."""
-    dtype = torch.get_autocast_dtype(NAME) if name in TO_16_BITS else torch.float32
-    packet, _, overload = name.partition(".")
-
-    def cast(tensor):
-        return tensor.to(dtype) if tensor.is_floating_point() and is_on_device(tensor) else tensor
-    args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
-        return getattr(getattr(aten, packet), overload or "default")(*args, **kwargs)
-
-
-class DeviceGenerator(torch.Generator):
-    """A generator of any device."""
-
-    def __new__(cls, device="cpu"):
-        return super().__new__(cls)
-
-
-def pin(tensor: Tensor) -> Tensor:
-    copy = tensor.clone()
-    copy.is_fast = True
-    return copy
-
-
-def move_module(module: nn.Module, *args) -> nn.Module:
-    """Do what Module.to does. It would set the data of parameters, which FakeTensorMode does not allow."""
-    moved = {None: None}
-    for part in module.modules():
-        for name, weight in part._parameters.items():
-            if weight not in moved:
-                moved[weight] = nn.Parameter(weight.detach().to(*args), weight.requires_grad)
-            part._parameters[name] = moved[weight]
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer.to(*args)
-    return module
-
-
 @contextmanager
 def fake_device():
     """Run a block with the device."""
     register_device()
     device = FakeDevice()
-    with pytest.MonkeyPatch.context() as patch, torch.autograd.set_multithreading_enabled(False), device:
-        patch.setattr(FakeTensorMode, "avoid_device_init", True)
-        patch.setattr(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())       # one read, not one per element
-        patch.setattr(Tensor, "pin_memory", pin)
-        patch.setattr(nn.Module, "to", move_module)
-        patch.setattr(torch, "Generator", DeviceGenerator)
+    with stand_ins() as patch, device:
         patch.setattr(F, "cpu_attention", F.scaled_dot_product_attention, raising=False)
         patch.setattr(F, "scaled_dot_product_attention", device.attention)
         patch.setattr(devices, "record_event", device.record_event)
-        torch._C._set_only_lift_cpu_tensors(True)               # torch.tensor(..., device=DEVICE) copies from the CPU
-        try:
-            yield device
-        finally:
-            torch._C._set_only_lift_cpu_tensors(False)
+        yield device

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import conftest
 import pytest
 import torch
-from fake_device import DEVICE, FakeDevice, WrongOnDevice, fake_device, is_on_device
+from fake_backend import DEVICE, is_on_device
+from fake_device import FakeDevice, WrongOnDevice, fake_device
 from torch.utils._pytree import tree_leaves
 
 import train
@@ -29,9 +30,9 @@ SHAPE = {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 512, "max_seq_len
 SMALL = ["--n_layers", 1, "--gradient_accumulation_steps", 1, "--sample_tokens", 4]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "attention")
-IN_FLOAT32 = ("exp", "log", "rsqrt", "mean.dim", "pow.Tensor_Scalar", "native_layer_norm", "native_layer_norm_backward",
-              "_softmax", "_log_softmax", "linalg_vector_norm", "embedding", "_fused_adamw_", "_foreach_lerp_.Scalar",
-              "_foreach_add_.List")
+IN_FLOAT32 = ("exp", "log", "amax", "gather", "_softmax", "_log_softmax", "rsqrt", "mean.dim", "pow.Tensor_Scalar",
+              "native_layer_norm", "native_layer_norm_backward", "linalg_vector_norm", "embedding", "_fused_adamw_",
+              "_foreach_lerp_.Scalar", "_foreach_add_.List")
 
 
 @pytest.fixture
