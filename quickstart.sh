@@ -9,21 +9,28 @@ cd "$(dirname "$0")"
 
 say() { printf '\n== %s\n' "$*"; }
 
-say "Python packages, in .venv"
+say "Python packages"
 if ! [ -x .venv/bin/python ] && ! [ -x .venv/Scripts/python.exe ]; then
     for candidate in python3 python python3.{14,13,12,11,10}; do
         "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null && break
         candidate=
     done
     [ -n "$candidate" ] || {
-        echo "error: no Python 3.10 to 3.14, which PyTorch 2.13 needs; get one from https://www.python.org" >&2
+        echo "error: no Python 3.10 to 3.14, which PyTorch needs; get one from https://www.python.org" >&2
         exit 1; }
     "$candidate" -c 'import platform, sys; sys.exit((platform.system(), platform.machine()) == ("Darwin", "x86_64"))' || {
         echo "error: PyTorch needs a Mac with Apple silicon, and $candidate built for it" >&2; exit 1; }
-    "$candidate" -m venv .venv
+    if ! "$candidate" -m tinyllm.compat >/dev/null 2>&1; then
+        "$candidate" -m venv .venv
+    elif "$candidate" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)'; then
+        # .venv uses the PyTorch of this Python, as on Colab, where venv cannot install pip but finds it
+        "$candidate" -m venv --system-site-packages .venv >/dev/null ||
+            "$candidate" -m venv --without-pip --system-site-packages .venv
+    fi
 fi
 python=.venv/bin/python
 [ -x "$python" ] || python=.venv/Scripts/python.exe     # Windows
+[ -x "$python" ] || python=$(command -v "$candidate")   # an active environment that has PyTorch
 # PyPI's torch brings several GB of CUDA 13 on Linux, and no CUDA on Windows. Other builds have their own index.
 build=
 if command -v nvidia-smi >/dev/null; then
@@ -35,12 +42,14 @@ if command -v nvidia-smi >/dev/null; then
 elif [ "$(uname -s)" = Linux ]; then
     build=cpu
 fi
-if [ -n "$build" ] && ! "$python" -c 'import torch' 2>/dev/null; then
-    "$python" -m pip install --quiet --retries 0 --timeout 20 \
+if "$python" -m tinyllm.compat 2>/dev/null; then        # another PyTorch than in requirements.txt stays
+    "$python" -m pip install --quiet $(sed 's/ *#.*//; /^torch==/d' requirements.txt)
+else
+    [ -z "$build" ] || "$python" -m pip install --quiet --retries 0 --timeout 20 \
         --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/$build}" "$(grep '^torch==' requirements.txt)" \
         2>/dev/null || echo "no $build build of torch can be reached; pip installs its default"
+    "$python" -m pip install --quiet -r requirements.txt
 fi
-"$python" -m pip install --quiet -r requirements.txt
 [ "${1:-}" != --setup_only ] || { echo "installed; next: source $(dirname "$python")/activate"; exit 0; }
 
 data=data/quickstart out=output/quickstart

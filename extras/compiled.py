@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ModelArgs, Transformer
-from tinyllm import device
+from tinyllm import compat, device
 from tinyllm.cli import UserError
 from tinyllm.engine import DecodeStep, Engine, KVCache, LinearFn
 from tinyllm.files import atomic_replace, sha256
@@ -254,7 +254,7 @@ def load_function(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, 
 def compiled_path(module: DecodeLayer | DecodeAttention, example: tuple[Tensor, ...]) -> Path:
     """Return a path that depends on shapes, machine and this file, because compiled code checks no arguments."""
     shapes = [(tensor.shape, tensor.dtype) for tensor in example]
-    machine = [torch.__version__, torch.get_num_threads(), sorted(torch.cpu.get_capabilities().items())]
+    machine = [torch.__version__, torch.get_num_threads(), sorted(compat.cpu_features().items())]
     source = Path(__file__).read_bytes()
     key = repr([type(module), module.args.n_heads, module.args.norm_eps, shapes, machine, source])
     return FOLDER / f"{type(module).__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
@@ -269,6 +269,8 @@ def is_intact(path: Path) -> bool:
 def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims: tuple, path: Path) -> None:
     if reason := device.why_no_compiler():
         raise UserError(f"--compile does not work here: {reason}")
+    compat.require_pytorch(compat.OLDEST_FOR_EXPORT, "--compile")
+    from torch._inductor.exc import CppCompileError, InductorError      # takes a second
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.pt2")
     purpose = "single texts" if isinstance(module, DecodeLayer) else "several texts at a time"
@@ -281,7 +283,7 @@ def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims
                                                      inductor_configs=COMPILER_OPTIONS)
         atomic_replace(temporary, path)
         path.with_suffix(".sha256").write_text(sha256(path), encoding="utf-8")
-    except (UnicodeError, torch._inductor.exc.InductorError, torch._inductor.exc.CppCompileError) as error:
+    except (UnicodeError, InductorError, CppCompileError) as error:
         # UnicodeError: on Windows with a Chinese, Japanese or Korean encoding instead of UTF-8
         raise does_not_work(error) from error
     finally:

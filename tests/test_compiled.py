@@ -7,12 +7,13 @@ from conftest import random_model
 
 from extras import compiled
 from model import Transformer
-from tinyllm import device
+from tinyllm import compat, device
 from tinyllm.cli import UserError
 from tinyllm.engine import Engine, build_engine
 from tinyllm.sampling import SamplingParams
 
 COMPILER = pytest.mark.skipif(bool(device.why_no_compiler()), reason=device.why_no_compiler())
+EXPORT = pytest.mark.skipif(torch.__version__ < compat.OLDEST_FOR_EXPORT, reason="torch.export is too old")
 PROMPT, LENGTH = [1, 5, 9, 30], 40          # beyond the window of the model
 
 
@@ -50,6 +51,7 @@ def test_batches_equal_uncompiled(spelled_out, prompts):
 
 
 @COMPILER
+@EXPORT
 def test_compiled_code_is_cached(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "kept")
     engine = partial(build_engine, dtype=torch.float16, compiled=True)
@@ -84,6 +86,7 @@ def test_compiled_code_is_cached(monkeypatch, tmp_path, capsys):
     assert len(set(asked)) == 5
 
 
+@EXPORT
 def test_compiler_without_its_files(monkeypatch, tmp_path):
     def fails(*args, **options):
         raise UnicodeDecodeError("gbk", b"\x94 ", 0, 1, "illegal")
@@ -102,6 +105,14 @@ def test_without_a_compiler(monkeypatch, tmp_path):
         with pytest.raises(UserError, match="C\\+\\+ compiler"):
             build_engine(make(), compiled=True).generate(prompts, 1)
     assert not (tmp_path / "kept").exists()
+
+
+def test_old_pytorch_does_not_compile(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path)
+    monkeypatch.setattr(compiled.device, "why_no_compiler", lambda: "")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
+    with pytest.raises(UserError, match=r"2\.7\.1 is too old for --compile; expected 2\.8 or newer\n.*requirements"):
+        build_engine(make(), compiled=True).generate([PROMPT], 1)
 
 
 def test_quantized_weights_are_refused():

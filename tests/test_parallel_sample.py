@@ -62,7 +62,7 @@ def test_prompts_from_a_file(trained):
     result = torchrun(2, "--checkpoint", trained, "--input_file", "prompts.txt", "--output_file", "out.jsonl",
                       "--batch_size", 3, "--max_new_tokens", LENGTH, "--device", "cpu", "--dtype", "float32")
     assert result.returncode == 0, result.stderr
-    assert all(result.stderr.count(once) == 1 for once in ("settings: ", "parameters", "4 of 4", "note: "))
+    assert all(result.stderr.count(once) == 1 for once in ("settings: ", "parameters", "4 of 4", "note: the context"))
     found = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
     want = TextGenerator(trained, device="cpu", dtype="float32").completions(prompts, LENGTH)
     assert [(one["prompt"], one["tokens"]) for one in found] == [(one.prompt, one.tokens) for one in want]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from model import ModelArgs, rope_frequencies
-from tinyllm import kernels, optional
+from tinyllm import compat, kernels, optional
 from tinyllm.cli import UserError, format_command
 from tinyllm.files import atomic_write
 from tinyllm.project import DATA, load_tokenizer, tokenizer_files
@@ -123,7 +123,7 @@ def read_tensors(path: Path, mmap: bool = False) -> Any:
     """
     try:
         _verify_zip_crc(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and os.name == "posix")
+        return compat.load_tensors(path, mmap and os.name == "posix")
     except PermissionError:
         raise
     except Exception as error:                  # a damaged file can fail in any way

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyllm import compat
 from tinyllm.cli import UserError
 from tinyllm.machine import available_cores
 
@@ -132,9 +133,7 @@ def choose_backend(device: str = "auto", dtype: str = "auto", training: bool = T
 
     Raises UserError if the device does not exist, the dtype does not work on it, or PyTorch is too old.
     """
-    if torch.__version__ < (2, 13):
-        raise UserError(f"PyTorch {torch.__version__} is too old; expected 2.13 or newer\n"
-                        "       pip install -r requirements.txt")
+    compat.check_pytorch()
     if "OMP_NUM_THREADS" not in os.environ:     # PyTorch ignores a container's CPU limit
         torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     chosen_device, device_reason = _auto_device() if device == "auto" else _named_device(device)
@@ -324,7 +323,7 @@ def _auto_dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]
     if not training:
         return (torch.float16, "float16 weights, float32 for the rest") if _has_fbgemm() else (torch.float32, "exact")
     for feature in ("amx_bf16", "avx512_bf16"):
-        if torch.cpu.get_capabilities().get(feature):
+        if compat.cpu_features().get(feature):
             return torch.bfloat16, f"the CPU has {feature}"
     return torch.float32, "no 16-bit products in hardware"
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from tinyllm import checkpoint, kernels, optional
+from tinyllm import checkpoint, compat, kernels, optional
 from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError, format_command
 from tinyllm.device import has_async_copies, hide_compiler_messages
@@ -143,7 +142,7 @@ class TrainRun:
         self.model.to(self.backend.device)
         if self.ranks.world_size == 1:
             return self.model
-        return DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        return compat.wrap_in_ddp(self.model)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.model, self.cfg, self.backend)
