@@ -6,6 +6,7 @@ cd "$(dirname "$0")"
 bash quickstart.sh --setup_only
 python=.venv/bin/python
 [ -x "$python" ] || python=.venv/Scripts/python.exe
+[ -x "$python" ] || python=python           # an active environment that has PyTorch
 "$python" -m pip install --quiet -r tests/requirements.txt
 processes=2
 case " $* " in *" --gpu "*) processes=0 ;; esac         # they share one GPU, and one of them measures its memory

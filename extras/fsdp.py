@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tinyllm import compat
 from tinyllm.optim import Muon, build_optimizers, orthogonalize
 from tinyllm.run import TrainRun
 
@@ -66,7 +65,7 @@ def shard_like(value: Any, weight: DTensor) -> Any:
     """Return this rank's shard of a moment, divided like its weight; return a step count unchanged."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    return compat.shard_tensor(value, weight.device_mesh, weight.placements)
+    return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def gather(state: Any, is_main: bool) -> Any:

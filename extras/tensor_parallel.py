@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ModelArgs, Transformer
+from tinyllm import compat
 from tinyllm.cli import UserError
 from tinyllm.device import Backend
 from tinyllm.distributed import DistributedContext
@@ -38,7 +39,8 @@ class TensorParallelGroup:
         self.is_main = ranks.is_main
         self.rank = ranks.rank
         self.world_size = ranks.world_size
-        self.control_group = torch_dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
+        with compat.gloo_prints_to_stderr():
+            self.control_group = torch_dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
 
     def broadcast_request(self, *request: Any) -> tuple[Any, ...]:
         """Broadcast the main process's request and return it in all processes; the others pass nothing."""

@@ -12,7 +12,7 @@ import torch.distributed as torch_dist
 from conftest import ROOT, TINY, assert_same, assert_same_run, load_state, read_log, start_script
 
 import train
-from tinyllm import cli, distributed, resume
+from tinyllm import cli, compat, distributed, resume, run
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device import Backend
@@ -106,6 +106,14 @@ def test_a_killed_process_ends_all_and_torchrun_resumes_exactly(project):
     assert_same(load_state("whole", "ckpt.pt"), load_state("parts", "ckpt.pt"))
 
 
+def test_old_pytorch_does_not_shard(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0+cu128"))
+    with pytest.raises(UserError, match=r"2\.8\.0\+cu128 is too old for --shard; expected 2\.11 or newer\n"):
+        run.choose_run_class(SimpleNamespace(shard=True), DistributedContext(0, 2, 0))
+    assert run.choose_run_class(SimpleNamespace(shard=False), DistributedContext(0, 2, 0)) is run.TrainRun
+
+
+@pytest.mark.skipif(torch.__version__ < compat.OLDEST_FOR_SHARD, reason="PyTorch is too old for --shard")
 def test_a_sharded_model_takes_the_same_steps(train_small, project):
     """One process with the full model, then two with uneven shards, then one again."""
     options = [*OPTIONS, "--hidden_dim", 45, "--n_layers", 1]

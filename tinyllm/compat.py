@@ -1,7 +1,8 @@
 """Other PyTorch releases than the tested one, which requirements.txt installs.
 
-Colab, clusters and rented machines have their own PyTorch. From OLDEST_PYTORCH on, each release works: a function here
-calls PyTorch's current function where it exists, and the older one elsewhere. No other file depends on the release.
+Colab, clusters and rented machines have their own PyTorch. From OLDEST_PYTORCH on, they work, but for two options. A
+function here calls PyTorch's current function if it exists, otherwise the older one. No other file depends on the
+release.
 
     python -m tinyllm.compat        # status 0 if the installed PyTorch works; used by quickstart.sh
 """
@@ -11,21 +12,22 @@ import os
 import pickle
 import sys
 from collections import OrderedDict
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.serialization import StorageType
 
 from tinyllm.cli import UserError, run_script
 
 OLDEST_PYTORCH = (2, 6)
-OLDEST_FOR_EXPORT = (2, 8)          # torch.export of extras/compiled.py fails before
+OLDEST_FOR_EXPORT = (2, 8)          # with 2.6, torch.export fails in extras/compiled.py
+OLDEST_FOR_SHARD = (2, 11)          # with 2.8, Muon fails on the sharded tensors of extras/fsdp.py
 TESTED_PYTORCH = "2.13.0"           # as in requirements.txt
 
 
@@ -62,11 +64,19 @@ def wrap_in_ddp(model: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
 
 
-def shard_tensor(whole: Tensor, mesh: DeviceMesh, placements: tuple) -> Tensor:
-    """Return this rank's part of a tensor that every rank has. Before PyTorch 2.7, rank 0 sends the parts."""
-    from torch.distributed.tensor import distribute_tensor      # takes a second to import
-    has_option = "src_data_rank" in inspect.signature(distribute_tensor).parameters
-    return distribute_tensor(whole, mesh, placements, **({"src_data_rank": None} if has_option else {}))
+@contextmanager
+def gloo_prints_to_stderr() -> Iterator[None]:
+    """Send stdout to stderr: gloo of PyTorch 2.8 prints a line when a process group starts, 2.11 prints none."""
+    if torch.__version__ >= (2, 11):
+        yield
+        return
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 # ---- safe loading -------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from tinyllm import compat
 from tinyllm.cli import UserError, kill_child_processes
 from tinyllm.device import device_count
 
@@ -154,7 +155,9 @@ def init_process_group(ranks: DistributedContext) -> None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store outlives a restart and keeps the addresses of dead processes: each start uses its own keys
         store = torch_dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    with compat.gloo_prints_to_stderr():
+        torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank,
+                                      world_size=ranks.world_size)
 
 
 def hard_exit(status: int) -> None:

@@ -77,6 +77,7 @@ def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], ranks: Distribute
 
 def choose_run_class(cfg: SimpleNamespace, ranks: DistributedContext) -> type["TrainRun"]:
     if cfg.shard and ranks.world_size > 1:
+        compat.require_pytorch(compat.OLDEST_FOR_SHARD, "--shard")
         return optional.load("fsdp").ShardedRun
     return TrainRun
 
