@@ -9,11 +9,9 @@ from tinyllm import device as devices
 from tinyllm.cli import UserError
 from tinyllm.dataset import PretokDataset
 from tinyllm.machine import free_memory
-from tinyllm.run import TrainRun
+from tinyllm.memory import MemoryEstimate, estimate_memory
+from tinyllm.run import OOM_ADVICE, TrainRun
 
-STATE_BYTES_PER_PARAM = 16          # weight, gradient and two moments in float32
-ACTIVATION_BYTES = 90               # kept for the backward pass, per token, layer and dimension; without dropout
-PEAK_FACTOR = 2                     # peak memory of a micro-batch / memory that it keeps for the backward pass
 LONG_RUN_SECONDS = 2 * 86400        # longer runs on a CPU are probably a mistake
 USEFUL_EPOCHS = 5                   # up to 4 epochs are nearly as good as new text (arXiv 2305.16264)
 MIN_SECONDS_TO_COMPILE = 100        # compiling takes 10 to 30 seconds; shorter runs save less
@@ -25,7 +23,9 @@ def estimate_and_compile(run: TrainRun) -> None:
     print_config_summary(run)
     forward_seconds = time_forward(run)
     pays, reason = should_compile(run, forward_seconds / FORWARD_SHARE * run.micro_steps_per_rank)
-    if run.ranks.broadcast_from_main(pays):
+    pays = bool(run.ranks.broadcast_from_main(pays))
+    print(f"memory: {describe_memory(run, pays)}", flush=True)
+    if pays:
         print(f"compile: yes ({reason}); the first time takes up to a minute, --compile False skips it", flush=True)
         seconds = compile_or_fall_back(run)
     else:
@@ -48,31 +48,45 @@ def print_config_summary(run: TrainRun) -> None:
           f"data:   {run.shard_set.folder}: {run.shard_set.total('train', 'tokens'):,} tokens to train on, "
           f"{run.shard_set.total('val', 'tokens'):,} to evaluate on\n"
           f"step:   {run.cfg.batch_size} windows x {run.cfg.gradient_accumulation_steps} = "
-          f"{run.tokens_per_step:,} tokens{shared}{sharded}\n"
-          f"memory: {describe_memory(run)}", flush=True)
+          f"{run.tokens_per_step:,} tokens{shared}{sharded}", flush=True)
 
 
-def describe_memory(run: TrainRun) -> str:
-    """Describe the memory that training needs. On a CPU, warn if less is free.
+def describe_memory(run: TrainRun, compiled: bool) -> str:
+    """Describe the memory that training needs. If less is free, add settings that fit.
 
-    Without the warning, the system might kill the process without a message.
+    Without them, the system might kill a process on a CPU without a message.
     """
-    state, activations = estimate_memory(run)
-    text = (f"{state / 1e6:,.0f} MB for weights, gradients and optimizer, about {activations / 1e6:,.0f} MB "
-            f"for {run.cfg.batch_size} windows")
-    free = free_memory() if run.backend.device.type == "cpu" else None
-    if free is not None and state + PEAK_FACTOR * activations > free:
-        text += (f"\nnote:   only {free / 1e9:.1f} GB are free; halve --batch_size and double "
-                 "--gradient_accumulation_steps for the same steps in less memory")
+    estimate = estimate_run_memory(run, compiled, run.cfg.batch_size)
+    on_gpu = run.backend.device.type == "cuda"
+    context = "; CUDA itself takes 300 to 500 MB more" if on_gpu else ""
+    text = (f"about {estimate.total / 1e6:,.0f} MB: {estimate.state / 1e6:,.0f} MB for weights, gradients and "
+            f"optimizer, {estimate.batch / 1e6:,.0f} MB for {run.cfg.batch_size} windows{context}")
+    free = free_gpu_memory(run.backend.device) if on_gpu else free_memory()
+    if free is not None and estimate.total > free:
+        text += f"\nnote:   only {free / 1e9:.1f} GB are free; {settings_that_fit(run, compiled, free)}"
     return text
 
 
-def estimate_memory(run: TrainRun) -> tuple[float, float]:
-    """Return the bytes of weights, gradients and optimizer, and the bytes that a micro-batch keeps for backward."""
-    args = run.model.args
-    n_shards = run.ranks.world_size if run.is_sharded else 1
-    state = STATE_BYTES_PER_PARAM * run.model.count_parameters() / n_shards
-    return state, ACTIVATION_BYTES * run.cfg.batch_size * args.max_seq_len * args.n_layers * args.dim
+def estimate_run_memory(run: TrainRun, compiled: bool, batch_size: int) -> MemoryEstimate:
+    accumulation = run.cfg.gradient_accumulation_steps * run.cfg.batch_size // batch_size
+    return estimate_memory(run.model, run.cfg.optimizer, batch_size, accumulation // run.ranks.world_size, run.backend,
+                           compiled, run.ranks.world_size, run.is_sharded)
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still allocate, or has allocated for the model already."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def settings_that_fit(run: TrainRun, compiled: bool, free: float) -> str:
+    """Return flags for the same steps in free bytes, or advice if no batch size fits."""
+    batch_size = run.cfg.batch_size
+    while estimate_run_memory(run, compiled, batch_size).total > free:
+        if batch_size % 2:
+            return OOM_ADVICE
+        batch_size //= 2
+    accumulation = run.cfg.gradient_accumulation_steps * run.cfg.batch_size // batch_size
+    return f"the same steps fit with\n        --batch_size {batch_size} --gradient_accumulation_steps {accumulation}"
 
 
 def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:

@@ -78,11 +78,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scal
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= MAX_BLOCKED_LEN:
         return _blocked_attention(q, k, v, dropout, scale or q.shape[-1] ** -0.5)
     n_rep = q.shape[1] // k.shape[1]
-    if n_rep > 1 and q.device.type == "cuda" and q.dtype != torch.bfloat16:
-        # on GPUs without bfloat16, the kernel that never stores (T, T) scores does not support shared heads
+    if repeats_kv(n_rep, q.device.type, q.dtype):
         k, v = k.repeat_interleave(n_rep, 1), v.repeat_interleave(n_rep, 1)
         n_rep = 1
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_rep > 1, dropout_p=dropout, scale=scale)
+
+
+def repeats_kv(n_rep: int, device_type: str, dtype: torch.dtype) -> bool:
+    """True if heads that share keys get copies of them.
+
+    On GPUs without bfloat16, the kernel that never stores (T, T) scores does not support shared heads.
+    """
+    return n_rep > 1 and device_type == "cuda" and dtype != torch.bfloat16
 
 
 def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> Tensor:

@@ -111,7 +111,8 @@ def bench_train(cfg: SimpleNamespace) -> None:
         print(f"{name:24} {n_tokens / seconds:10,.0f} tokens/s "
               f"{times['transformers, float32'] / seconds:6.2f} x transformers "
               f"{limit / seconds:6.0%} of the limit set by matrix products")
-    print(f"memory: {describe_memory(eager)}")
+    print(f"memory, compiled: {describe_memory(compiled, compiled=True)}")
+    print(f"memory, eager:    {describe_memory(eager, compiled=False)}")
     if backend.device.type == "cuda":
         print(f"peak memory of all contenders: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 

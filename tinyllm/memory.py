@@ -1,0 +1,154 @@
+"""Estimate the memory of a training step before it runs.
+
+The peak is at the end of the forward pass, when all layers hold the tensors that the backward pass needs. Muon's
+temporary tensors come on top: they are larger than most activations, so they do not fit the memory that those leave.
+tests/test_memory.py compares the estimate with reservations of PyTorch's CUDA allocator.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model import ModelArgs
+from tinyllm import kernels
+from tinyllm.device import Backend
+from tinyllm.optim import group_by_shape
+
+FLOAT32 = 4                         # bytes per number
+MATRIX_WORKSPACES = 2 * 8.5e6       # of cuBLAS, for the threads of the forward and the backward pass; Hopper: 2 * 34 MB
+EAGER_LOSS = 21                     # bytes per logit of a chunk: 5 float32 tensors and a mask
+GPU_FRAGMENTATION = 1.07            # memory that PyTorch reserves / these tensors: segments stay partly free
+CPU_FRAGMENTATION = 1.25            # the same for the C library
+CPU_LIBRARIES = 40e6                # threads, kernels and their plans, which a first step loads
+CPU_COMPILER = 100e6                # PyTorch's compiler in the same process
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes for weights, gradients and optimizer, and for the activations and temporary tensors of a micro-batch."""
+    state: float
+    batch: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.batch
+
+
+def estimate_memory(model: nn.Module, optimizer: str, batch_size: int, micro_steps: int, backend: Backend,
+                    compiled: bool, world_size: int = 1, is_sharded: bool = False, loss_rows: int = 0
+                    ) -> MemoryEstimate:
+    """Return the memory of a training step on one device, without a GPU's context.
+
+    Args:
+        model: may be on the meta device.
+        optimizer: muon or adamw.
+        micro_steps: micro-batches of batch_size windows that this device computes in a step.
+        loss_rows: rows of a chunk of the loss; 0: as kernels.py chooses.
+    """
+    weights = FLOAT32 * model.count_parameters()
+    gradients = weights
+    n_shards = world_size if is_sharded else 1
+    state = (weights + gradients + optimizer_bytes(model, optimizer)) / n_shards
+
+    forward = state + activation_bytes(model, batch_size, backend, compiled, loss_rows)
+    if world_size == 1 and micro_steps == 1:
+        forward -= gradients                # the backward pass creates them; DDP keeps them
+    if is_sharded:
+        forward += gathered_bytes(model)
+    peak = max(forward, state) + update_bytes(model, optimizer, backend) / n_shards
+    if backend.device.type == "cpu":
+        total = CPU_FRAGMENTATION * peak + CPU_LIBRARIES + (CPU_COMPILER if compiled else 0)
+    else:
+        total = GPU_FRAGMENTATION * (peak + MATRIX_WORKSPACES)
+    return MemoryEstimate(state, total - state)
+
+
+# ---- weights and optimizer: bytes in total ------------------------------------------------------
+
+def layer_matrices(model: nn.Module) -> list[torch.Tensor]:
+    return [weight for weight in model.layers.parameters() if weight.dim() > 1]
+
+
+def optimizer_bytes(model: nn.Module, optimizer: str) -> int:
+    """Return the bytes of the moments: AdamW has two for each weight, Muon one for each of its matrices."""
+    moments = 2 * model.count_parameters()
+    if optimizer == "muon":
+        moments -= sum(weight.numel() for weight in layer_matrices(model))
+    return FLOAT32 * moments
+
+
+def update_bytes(model: nn.Module, optimizer: str, backend: Backend) -> int:
+    """Return the bytes of Muon's temporary tensors, which stack matrices of equal shape; fused AdamW has none."""
+    if optimizer != "muon":
+        return 0
+    groups = group_by_shape(layer_matrices(model)).values()
+    largest = max(sum(weight.numel() for weight in group) for group in groups)
+    # gradients and scaled gradients in float32; beside them, the products' input, or their input and output
+    return largest * (2 * FLOAT32 + (2 if backend.dtype.itemsize == 2 else FLOAT32))
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Return the bytes of the weights that fully_shard gathers at a time: all outside the layers, and two layers."""
+    layers = sum(weight.numel() for weight in model.layers.parameters())
+    return FLOAT32 * (model.count_parameters() - layers + 2 * layers // len(model.layers))
+
+
+# ---- activations --------------------------------------------------------------------------------
+
+def activation_bytes(model: nn.Module, batch_size: int, backend: Backend, compiled: bool, loss_rows: int = 0) -> float:
+    """Return the bytes at the end of the forward pass, in total."""
+    args = model.args
+    itemsize = backend.dtype.itemsize
+    n_tokens = batch_size * args.max_seq_len
+    kept = args.n_layers * layer_bytes(args, backend, compiled)
+    last = args.dim * 2 * (FLOAT32 + itemsize)              # the last layer's output, its norm, loss input, gradient
+
+    rows = loss_rows or kernels.chunk_rows(args.vocab_size, backend.device.type)
+    if not isinstance(model.loss_fn, kernels.LinearCrossEntropy):
+        rows = n_tokens                                     # an edited model.py has all logits at once
+    logits = min(rows, n_tokens) * args.vocab_size
+    loss = logits * (2 * itemsize if compiled else EAGER_LOSS)      # Inductor stores logits and gradients only
+    embeddings = args.vocab_size * args.dim
+    copies = itemsize * (sum(weight.numel() for weight in layer_matrices(model)) + embeddings)
+    if backend.dtype == torch.float32:
+        copies = 0                                          # autocast copies the weights to 16 bits
+    return n_tokens * (kept + last) + loss + FLOAT32 * embeddings + copies
+
+
+def layer_bytes(args: ModelArgs, backend: Backend, compiled: bool) -> float:
+    """Return the bytes per token that a layer keeps for its backward pass."""
+    is_llama = isinstance(args, ModelArgs)
+    on_cpu = backend.device.type == "cpu"
+    residual = 1 if compiled else 2                 # Inductor computes the second one again, from wo's output
+    if is_llama and on_cpu and not compiled:
+        residual += 2                               # there, an RMSNorm also keeps its result without the weight
+    norms = 2                                       # inputs of the products
+    if is_llama and not compiled and backend.dtype != torch.float32:
+        norms = 5                                   # autocast copies them for each of wq, wk, wv, w1 and w3
+    wo_output = 1 if compiled else 0
+    if not is_llama:
+        feed_forward = 8 * args.dim                 # w1's output and its GELU
+    else:
+        feed_forward = (3 if compiled else 4) * args.ffn_dim        # w1's and w3's output, SiLU (or again), product
+    masks = 2 * args.dim if args.dropout else 0     # a byte for each number that dropout may drop
+    numbers = (norms + wo_output) * args.dim + feed_forward
+    attention = attention_bytes(args, backend)
+    return residual * FLOAT32 * args.dim + backend.dtype.itemsize * numbers + masks + attention
+
+
+def attention_bytes(args: ModelArgs, backend: Backend) -> float:
+    """Return the bytes per token that attention keeps: queries, keys, values, output and scores."""
+    itemsize = backend.dtype.itemsize
+    n_rep = args.n_heads // args.n_kv_heads
+    if kernels.repeats_kv(n_rep, backend.device.type, backend.dtype):
+        n_rep = 1
+    queries_and_output = 2 * args.dim
+    keys_and_values = 2 * args.dim / n_rep
+    scores = FLOAT32 * args.n_heads                                 # the logarithm of their sum
+    if backend.device.type == "cpu" and backend.dtype == torch.bfloat16 and args.max_seq_len <= kernels.MAX_BLOCKED_LEN:
+        n_keys = (args.max_seq_len + kernels.QUERY_BLOCK) / 2       # mean over the blocks of queries
+        keys_and_values *= n_keys / kernels.QUERY_BLOCK             # each block copies them
+        scores = (FLOAT32 + itemsize) * args.n_heads * n_keys
+    elif backend.device.type == "cpu" and args.dropout:
+        scores = 3 * FLOAT32 * args.n_heads * args.max_seq_len      # dropout has no fused kernel on a CPU
+    return itemsize * (queries_and_output + keys_and_values) + scores
