@@ -16,7 +16,7 @@ from tinyllm import optional
 SCRIPTS = ("train_vocab", "preprocess", "train", "sample", "convert")
 ALONE = ("model", "tokenizer")                      # import nothing of the repository
 GROUPS = {                                          # of tinyllm/; each imports only itself and the groups below
-    "run": ("presets", "resume", "estimate", "runlog", "run", "stops"),
+    "run": ("presets", "resume", "estimate", "memory", "runlog", "run", "stops"),
     "net": ("kernels", "optim", "sampling", "checkpoint", "engine", "generator"),
     "data": ("project", "corpus", "documents", "demo_stories", "download", "words", "workers", "shards", "dataset"),
     "base": ("cli", "files", "machine", "compat", "device", "distributed", "optional"),

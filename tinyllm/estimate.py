@@ -10,7 +10,7 @@ from tinyllm.cli import UserError
 from tinyllm.dataset import PretokDataset
 from tinyllm.machine import free_memory
 from tinyllm.memory import MemoryEstimate, estimate_memory
-from tinyllm.run import OOM_ADVICE, TrainRun
+from tinyllm.run import SMALLER_MODEL, TrainRun
 
 LONG_RUN_SECONDS = 2 * 86400        # longer runs on a CPU are probably a mistake
 USEFUL_EPOCHS = 5                   # up to 4 epochs are nearly as good as new text (arXiv 2305.16264)
@@ -68,6 +68,7 @@ def describe_memory(run: TrainRun, compiled: bool) -> str:
 
 
 def estimate_run_memory(run: TrainRun, compiled: bool, batch_size: int) -> MemoryEstimate:
+    """Return the memory of a run whose steps are divided into micro-batches of batch_size windows."""
     accumulation = run.cfg.gradient_accumulation_steps * run.cfg.batch_size // batch_size
     return estimate_memory(run.model, run.cfg.optimizer, batch_size, accumulation // run.ranks.world_size, run.backend,
                            compiled, run.ranks.world_size, run.is_sharded)
@@ -79,14 +80,15 @@ def free_gpu_memory(device: torch.device) -> int:
 
 
 def settings_that_fit(run: TrainRun, compiled: bool, free: float) -> str:
-    """Return flags for the same steps in free bytes, or advice if no batch size fits."""
-    batch_size = run.cfg.batch_size
-    while estimate_run_memory(run, compiled, batch_size).total > free:
-        if batch_size % 2:
-            return OOM_ADVICE
-        batch_size //= 2
-    accumulation = run.cfg.gradient_accumulation_steps * run.cfg.batch_size // batch_size
-    return f"the same steps fit with\n        --batch_size {batch_size} --gradient_accumulation_steps {accumulation}"
+    """Return the flags of the same steps in `free` bytes, or advice if no batch size fits."""
+    cfg = run.cfg
+    for factor in range(2, cfg.batch_size + 1):
+        batch_size = cfg.batch_size // factor
+        if cfg.batch_size % factor == 0 and estimate_run_memory(run, compiled, batch_size).total <= free:
+            return ("repeat the command with smaller batches, for the same steps:\n"
+                    f"        --batch_size {batch_size} "
+                    f"--gradient_accumulation_steps {cfg.gradient_accumulation_steps * factor}")
+    return SMALLER_MODEL
 
 
 def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:

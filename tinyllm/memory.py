@@ -53,8 +53,7 @@ def estimate_memory(model: nn.Module, optimizer: str, batch_size: int, micro_ste
     forward = state + activation_bytes(model, batch_size, backend, compiled, loss_rows)
     if world_size == 1 and micro_steps == 1:
         forward -= gradients                # the backward pass creates them; DDP keeps them
-    if is_sharded:
-        forward += gathered_bytes(model)
+    forward += gathered_bytes(model) if is_sharded else cast_bytes(model, backend)
     peak = max(forward, state) + update_bytes(model, optimizer, backend) / n_shards
     if backend.device.type == "cpu":
         total = CPU_FRAGMENTATION * peak + CPU_LIBRARIES + (CPU_COMPILER if compiled else 0)
@@ -83,8 +82,17 @@ def update_bytes(model: nn.Module, optimizer: str, backend: Backend) -> int:
         return 0
     groups = group_by_shape(layer_matrices(model)).values()
     largest = max(sum(weight.numel() for weight in group) for group in groups)
-    # gradients and scaled gradients in float32; beside them, the products' input, or their input and output
-    return largest * (2 * FLOAT32 + (2 if backend.dtype.itemsize == 2 else FLOAT32))
+    # gradients and scaled gradients in float32, and 16-bit products; in float16, also the means of an overflow
+    third = 2 if backend.dtype == torch.bfloat16 else FLOAT32
+    return largest * (2 * FLOAT32 + third)
+
+
+def cast_bytes(model: nn.Module, backend: Backend) -> int:
+    """Return the bytes of the 16-bit copies that autocast makes of the matrices."""
+    if backend.dtype == torch.float32:
+        return 0
+    matrices = [*layer_matrices(model), model.output.weight]
+    return backend.dtype.itemsize * sum(weight.numel() for weight in matrices)
 
 
 def gathered_bytes(model: nn.Module) -> int:
@@ -108,11 +116,8 @@ def activation_bytes(model: nn.Module, batch_size: int, backend: Backend, compil
         rows = n_tokens                                     # an edited model.py has all logits at once
     logits = min(rows, n_tokens) * args.vocab_size
     loss = logits * (2 * itemsize if compiled else EAGER_LOSS)      # Inductor stores logits and gradients only
-    embeddings = args.vocab_size * args.dim
-    copies = itemsize * (sum(weight.numel() for weight in layer_matrices(model)) + embeddings)
-    if backend.dtype == torch.float32:
-        copies = 0                                          # autocast copies the weights to 16 bits
-    return n_tokens * (kept + last) + loss + FLOAT32 * embeddings + copies
+    output_gradient = args.vocab_size * args.dim
+    return n_tokens * (kept + last) + loss + FLOAT32 * output_gradient
 
 
 def layer_bytes(args: ModelArgs, backend: Backend, compiled: bool) -> float:

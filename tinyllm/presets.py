@@ -8,16 +8,21 @@ from typing import Any
 import numpy as np
 
 MEASURED_ON = "17 MB of TinyStories, 2 cores of an AMD EPYC 9004"
+NOT_MEASURED = "estimated, not measured"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of train.py, and the curve of a run on held-out TinyStories."""
+    """Settings of train.py, and the curve of a run on held-out TinyStories.
+
+    A preset for a GPU was never run: its memory is estimated, its learning rate follows the trend of the others.
+    """
     about: str
     vocab_size: int                                     # of the tokenizer that they are made for
     settings: dict[str, Any]
     curve: tuple[tuple[float, float], ...] = ()         # minutes and bits per byte
     story: str = ""                                     # start of a story that the trained model wrote
+    gpu_gb: int = 0                                     # memory of the GPU that it is made for
 
 
 PRESETS = {
@@ -43,11 +48,31 @@ PRESETS = {
         "One day, a little boy named Tim went to the park. He saw a big tree with lots of luxury. Tim wanted to make a "
         "luxury cake. He thought it would be a good place to draw."),
     "gpu_2gb": Preset(
-        "the default model in half the memory, for a GPU with 2 to 6 GB; not measured", 4096,
-        dict(batch_size=16, gradient_accumulation_steps=2, max_iters=20_000)),
+        "the default model of 8 million parameters, in half batches", 4096,
+        dict(batch_size=16, gradient_accumulation_steps=2, max_iters=20_000), gpu_gb=2),
+    "gpu_4gb": Preset(
+        "16 million parameters", 4096,
+        dict(dim=384, n_heads=6, n_kv_heads=6, learning_rate=5e-3, max_iters=20_000), gpu_gb=4),
+    "gpu_8gb": Preset(
+        "27 million parameters", 4096,
+        dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, batch_size=64, learning_rate=4e-3, max_iters=20_000),
+        gpu_gb=8),
     "gpu_large": Preset(
-        "a model of 27 million parameters, for a GPU with 24 GB or more; not measured", 4096,
-        dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, batch_size=128, learning_rate=4e-3, max_iters=20_000)),
+        "27 million parameters, in large batches", 4096,
+        dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, batch_size=128, learning_rate=4e-3, max_iters=20_000),
+        gpu_gb=12),
+    "gpu_16gb": Preset(
+        "52 million parameters", 4096,
+        dict(dim=640, n_layers=10, n_heads=10, n_kv_heads=10, batch_size=128, learning_rate=3.5e-3, max_iters=20_000),
+        gpu_gb=16),
+    "gpu_24gb": Preset(
+        "88 million parameters, the layers of llama2.c's largest model", 4096,
+        dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, batch_size=128, learning_rate=3e-3, max_iters=20_000),
+        gpu_gb=24),
+    "gpu_40gb": Preset(
+        "206 million parameters", 4096,
+        dict(dim=1024, n_layers=16, n_heads=16, n_kv_heads=16, batch_size=128, learning_rate=2.5e-3,
+             max_iters=20_000), gpu_gb=40),
 }
 
 
@@ -69,7 +94,8 @@ def presets_table() -> str:
     lines = [f"presets (measured with {MEASURED_ON}):"]
     for name, preset in PRESETS.items():
         flags = " ".join(f"--{key} {value}" for key, value in preset.settings.items())
-        lines.append(f"  {name:10} {preset.about}; made for train_vocab.py --vocab_size {preset.vocab_size}")
+        gpu = f", for a GPU with {preset.gpu_gb} GB or more: {NOT_MEASURED}" if preset.gpu_gb else ""
+        lines.append(f"  {name:10} {preset.about}{gpu}; made for train_vocab.py --vocab_size {preset.vocab_size}")
         lines.append(f"             {flags}")
         for minutes, bpb in preset.curve:
             lines.append(f"             after {minutes:g} minutes {bpb:.2f} bits per byte")

@@ -20,6 +20,7 @@ from tinyllm.optim import build_optimizers
 from tinyllm.resume import RunPlan, init_checkpoint_path, plan_run, run_settings
 from tinyllm.runlog import NEW_CHECKPOINT, archive_run
 
+SMALLER_MODEL = "use a smaller model: lower --max_seq_len, --dim or --n_layers"
 PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # may differ between the machines of a run
 
 
@@ -53,7 +54,7 @@ def load_train_state(stored: dict[str, Any]) -> TrainState:
 def oom_advice(cfg: SimpleNamespace) -> str:
     """Return the settings to try when memory runs out: the largest smaller batch that keeps the steps the same."""
     if cfg.batch_size == 1:
-        return "use a smaller model: lower --max_seq_len, --dim or --n_layers"
+        return SMALLER_MODEL
     factor = next(factor for factor in range(2, cfg.batch_size + 1) if cfg.batch_size % factor == 0)
     smaller = f"--batch_size {cfg.batch_size // factor}"
     if cfg.eval_only:
