@@ -1,5 +1,6 @@
 """The memory of a training step: estimates against reservations of PyTorch's allocator, and counted activations."""
 import importlib
+from functools import cache
 
 import pytest
 import torch
@@ -31,10 +32,15 @@ def settings(*flags):
     return cfg
 
 
+@cache
+def meta_model(args):
+    with torch.device("meta"):
+        return kernels.build_transformer(args)
+
+
 def estimate(cfg, dtype, compiled, device="cuda", **options):
     """Return the estimate in bytes for settings and a vocabulary of 4,096."""
-    with torch.device("meta"):
-        model = kernels.build_transformer(shape_from_settings(cfg, 4096))
+    model = meta_model(shape_from_settings(cfg, 4096))
     backend = Backend(torch.device(device), getattr(torch, dtype), "")
     return memory.estimate_memory(model, cfg.optimizer, cfg.batch_size, cfg.gradient_accumulation_steps, backend,
                                   compiled, **options)
@@ -87,8 +93,7 @@ def test_kept_activations_are_counted(kind, dtype):
 def test_parts_of_the_state():
     """A weight has a gradient, and two moments with AdamW or one with Muon; sharding divides all of them."""
     cfg = settings("--n_layers", "2")
-    with torch.device("meta"):
-        model = kernels.build_transformer(shape_from_settings(cfg, 4096))
+    model = meta_model(shape_from_settings(cfg, 4096))
     matrices = sum(weight.numel() for weight in model.layers.parameters() if weight.dim() > 1)
     n_params = model.count_parameters()
     assert estimate(cfg, "float32", False).state == 16 * n_params - 4 * matrices

@@ -58,9 +58,9 @@ def describe_memory(run: TrainRun, compiled: bool) -> str:
     """
     estimate = estimate_run_memory(run, compiled, run.cfg.batch_size)
     on_gpu = run.backend.device.type == "cuda"
-    context = "; CUDA itself takes 300 to 500 MB more" if on_gpu else ""
+    more = "CUDA itself takes 300 to 500" if on_gpu else "Python and PyTorch take 300"
     text = (f"about {estimate.total / 1e6:,.0f} MB: {estimate.state / 1e6:,.0f} MB for weights, gradients and "
-            f"optimizer, {estimate.batch / 1e6:,.0f} MB for {run.cfg.batch_size} windows{context}")
+            f"optimizer, {estimate.batch / 1e6:,.0f} MB for {run.cfg.batch_size} windows; {more} MB more")
     free = free_gpu_memory(run.backend.device) if on_gpu else free_memory()
     if free is not None and estimate.total > free:
         text += f"\nnote:   only {free / 1e9:.1f} GB are free; {settings_that_fit(run, compiled, free)}"

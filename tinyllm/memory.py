@@ -18,7 +18,7 @@ FLOAT32 = 4                         # bytes per number
 MATRIX_WORKSPACES = 2 * 8.5e6       # of cuBLAS, for the threads of the forward and the backward pass; Hopper: 2 * 34 MB
 EAGER_LOSS = 21                     # bytes per logit of a chunk: 5 float32 tensors and a mask
 GPU_FRAGMENTATION = 1.07            # memory that PyTorch reserves / these tensors: segments stay partly free
-CPU_FRAGMENTATION = 1.25            # the same for the C library
+CPU_FRAGMENTATION = 1.3             # the same for the C library
 CPU_LIBRARIES = 40e6                # threads, kernels and their plans, which a first step loads
 CPU_COMPILER = 100e6                # PyTorch's compiler in the same process
 
