@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.autograd.graph import saved_tensors_hooks
 
 from extras.gpt2 import GPT2, GPT2Args
@@ -14,6 +15,7 @@ from tinyllm.presets import PRESETS
 from tinyllm.resume import shape_from_settings
 
 KNOWN = {name: preset.settings for name, preset in PRESETS.items()}
+GPU_PRESETS = [name for name in PRESETS if name.startswith("gpu")]
 CONTEXT = 500e6                     # bytes that CUDA itself takes, at most
 WIDE = ["--dim", "512", "--n_heads", "8", "--n_kv_heads", "8", "--batch_size", "128"]
 HALF = ["--batch_size", "16", "--gradient_accumulation_steps", "2"]
@@ -23,7 +25,7 @@ RESERVED = [
     ("bfloat16", [], 1491, 900), ("float16", [], 1621, 1000), ("float32", [], 2038, 1636),
     ("bfloat16", HALF, 1032, 570), ("bfloat16", WIDE, 7439, 5438)]
 ARGS = {"llama": ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=256, max_seq_len=128),
-        "dropout": ModelArgs(dim=64, n_layers=3, n_heads=4, vocab_size=256, n_kv_heads=4, max_seq_len=128, dropout=0.1),
+        "dropout": ModelArgs(dim=64, n_layers=3, n_heads=4, n_kv_heads=4, vocab_size=256, max_seq_len=128, dropout=0.1),
         "gpt2": GPT2Args(dim=64, n_layers=3, n_heads=4, vocab_size=256, max_seq_len=128)}
 
 
@@ -59,12 +61,22 @@ def test_default_training_fits_2_gb(dtype, compiled):
     assert estimate(settings(), dtype, compiled).total + CONTEXT < 2 * 2**30
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("gpu")])
+@pytest.mark.parametrize("name", GPU_PRESETS)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gpu_presets_leave_a_fifth_free(name, dtype, compiled):
     available = PRESETS[name].gpu_gb * 2**30 - CONTEXT
     assert estimate(settings("--preset", name), dtype, compiled).total < 0.8 * available
+
+
+def test_docs_have_the_estimates():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for name in ["", *GPU_PRESETS]:
+        flags = ["--preset", name] if name else []
+        pairs = [[estimate(settings(*flags), dtype, compiled).total / 1e6 for compiled in (False, True)]
+                 for dtype in ("bfloat16", "float16", "float32")]
+        cells = " | ".join(f"{eager:,.0f}, {compiled:,.0f}" for eager, compiled in pairs)
+        assert f"| {cells} |" in page, (name, cells)
 
 
 @pytest.mark.parametrize("kind, dtype", [
@@ -81,12 +93,12 @@ def test_kept_activations_are_counted(kind, dtype):
         return tensor.detach()
     h = torch.zeros(4, 128, 64, requires_grad=True)
     rope = [] if kind == "gpt2" else [model.rope[:, None, :, None]]
-    with saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    backend = Backend(torch.device("cpu"), dtype, "")
+    with saved_tensors_hooks(note, lambda tensor: tensor), backend.autocast():
         model.layers[0](h, *rope)
     weights = {weight.untyped_storage().data_ptr() for weight in [*model.parameters(), *model.buffers()]}
-    casts = memory.cast_bytes(model, Backend(torch.device("cpu"), dtype, ""))
+    casts = memory.cast_bytes(model, backend)
     counted = sum(size for storage, size in kept.items() if storage not in weights) - casts / args.n_layers
-    backend = Backend(torch.device("cpu"), dtype, "")
     assert counted / h[..., 0].numel() == pytest.approx(memory.layer_bytes(args, backend, compiled=False), rel=0.1)
 
 

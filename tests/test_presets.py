@@ -44,6 +44,8 @@ def test_help_lists_presets(capsys):
         cli.parse_settings(vars(train), ["--help"], presets=KNOWN, epilog=presets.presets_table())
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in PRESETS) and "--dim 128 --n_layers 4" in shown
+    gpu_lines = [line for line in shown.splitlines() if line.startswith("  gpu_")]
+    assert all("estimated, not measured" in line for line in gpu_lines) and len(gpu_lines) == 7
 
 
 def test_training_reports_the_preset_result(run_in_process, project, monkeypatch, capsys):

@@ -58,7 +58,7 @@ def describe_memory(run: TrainRun, compiled: bool) -> str:
     """
     estimate = estimate_run_memory(run, compiled, run.cfg.batch_size)
     on_gpu = run.backend.device.type == "cuda"
-    more = "CUDA itself takes 300 to 500" if on_gpu else "Python and PyTorch take 300"
+    more = "CUDA itself takes 300 to 500" if on_gpu else "Python and PyTorch take 300 to 400"
     text = (f"about {estimate.total / 1e6:,.0f} MB: {estimate.state / 1e6:,.0f} MB for weights, gradients and "
             f"optimizer, {estimate.batch / 1e6:,.0f} MB for {run.cfg.batch_size} windows; {more} MB more")
     free = free_gpu_memory(run.backend.device) if on_gpu else free_memory()

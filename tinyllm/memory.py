@@ -15,7 +15,7 @@ from tinyllm.device import Backend
 from tinyllm.optim import group_by_shape
 
 FLOAT32 = 4                         # bytes per number
-MATRIX_WORKSPACES = 2 * 8.5e6       # of cuBLAS, for the threads of the forward and the backward pass; Hopper: 2 * 34 MB
+MATRIX_WORKSPACES = 2 * 8.5e6       # cuBLAS, for the threads of the forward and backward pass; Hopper: 2 * 34 MB
 EAGER_LOSS = 21                     # bytes per logit of a chunk: 5 float32 tensors and a mask
 GPU_FRAGMENTATION = 1.07            # memory that PyTorch reserves / these tensors: segments stay partly free
 CPU_FRAGMENTATION = 1.3             # the same for the C library
@@ -104,41 +104,51 @@ def gathered_bytes(model: nn.Module) -> int:
 # ---- activations --------------------------------------------------------------------------------
 
 def activation_bytes(model: nn.Module, batch_size: int, backend: Backend, compiled: bool, loss_rows: int = 0) -> float:
-    """Return the bytes at the end of the forward pass, in total."""
+    """Return the bytes of all activations at the end of the forward pass, in total."""
     args = model.args
-    itemsize = backend.dtype.itemsize
     n_tokens = batch_size * args.max_seq_len
-    kept = args.n_layers * layer_bytes(args, backend, compiled)
-    last = args.dim * 2 * (FLOAT32 + itemsize)              # the last layer's output, its norm, loss input, gradient
+    # after the layers: the last residual stream and its norm in float32, the input of the loss and its gradient
+    last = args.dim * 2 * (FLOAT32 + backend.dtype.itemsize)
+    per_token = args.n_layers * layer_bytes(args, backend, compiled) + last
 
     rows = loss_rows or kernels.chunk_rows(args.vocab_size, backend.device.type)
     if not isinstance(model.loss_fn, kernels.LinearCrossEntropy):
-        rows = n_tokens                                     # an edited model.py has all logits at once
+        rows = n_tokens                                             # an edited model.py has all logits at once
     logits = min(rows, n_tokens) * args.vocab_size
-    loss = logits * (2 * itemsize if compiled else EAGER_LOSS)      # Inductor stores logits and gradients only
-    output_gradient = args.vocab_size * args.dim
-    return n_tokens * (kept + last) + loss + FLOAT32 * output_gradient
+    loss = logits * (2 * backend.dtype.itemsize if compiled else EAGER_LOSS)        # compiled: logits and gradients
+    output_gradient = FLOAT32 * args.vocab_size * args.dim
+    return n_tokens * per_token + loss + output_gradient
 
 
 def layer_bytes(args: ModelArgs, backend: Backend, compiled: bool) -> float:
     """Return the bytes per token that a layer keeps for its backward pass."""
-    is_llama = isinstance(args, ModelArgs)
-    on_cpu = backend.device.type == "cpu"
-    residual = 1 if compiled else 2                 # Inductor computes the second one again, from wo's output
-    if is_llama and on_cpu and not compiled:
-        residual += 2                               # there, an RMSNorm also keeps its result without the weight
-    norms = 2                                       # inputs of the products
-    if is_llama and not compiled and backend.dtype != torch.float32:
-        norms = 5                                   # autocast copies them for each of wq, wk, wv, w1 and w3
-    wo_output = 1 if compiled else 0
-    if not is_llama:
-        feed_forward = 8 * args.dim                 # w1's output and its GELU
+    if isinstance(args, ModelArgs):
+        residuals, numbers = llama_layer(args, backend, compiled)
     else:
-        feed_forward = (3 if compiled else 4) * args.ffn_dim        # w1's and w3's output, SiLU (or again), product
-    masks = 2 * args.dim if args.dropout else 0     # a byte for each number that dropout may drop
-    numbers = (norms + wo_output) * args.dim + feed_forward
-    attention = attention_bytes(args, backend)
-    return residual * FLOAT32 * args.dim + backend.dtype.itemsize * numbers + masks + attention
+        residuals, numbers = gpt2_layer(args, compiled)
+    masks = 2 * args.dim if args.dropout else 0             # a byte for each number that dropout may drop
+    return FLOAT32 * residuals * args.dim + backend.dtype.itemsize * numbers + masks + attention_bytes(args, backend)
+
+
+def llama_layer(args: ModelArgs, backend: Backend, compiled: bool) -> tuple[int, int]:
+    """Return how many residual streams a Llama's layer keeps, and the other numbers per token outside attention.
+
+    Compiled, it keeps two norms, wo's output, w1's and w3's output and their product, and computes the rest again.
+    """
+    if compiled:
+        return 1, 3 * args.dim + 3 * args.ffn_dim
+    norms = 2
+    if backend.dtype != torch.float32:
+        norms = 5                       # autocast copies them for each of wq, wk, wv, w1 and w3
+    residuals = 2
+    if backend.device.type == "cpu":
+        residuals = 4                   # there, an RMSNorm also keeps its result without the weight
+    return residuals, norms * args.dim + 4 * args.ffn_dim           # also w1's output after SiLU
+
+
+def gpt2_layer(args: ModelArgs, compiled: bool) -> tuple[int, int]:
+    """Return the same for a GPT-2: two norms, w1's output and its GELU; compiled, also wo's output."""
+    return (1, 11 * args.dim) if compiled else (2, 10 * args.dim)
 
 
 def attention_bytes(args: ModelArgs, backend: Backend) -> float:
@@ -150,10 +160,11 @@ def attention_bytes(args: ModelArgs, backend: Backend) -> float:
     queries_and_output = 2 * args.dim
     keys_and_values = 2 * args.dim / n_rep
     scores = FLOAT32 * args.n_heads                                 # the logarithm of their sum
-    if backend.device.type == "cpu" and backend.dtype == torch.bfloat16 and args.max_seq_len <= kernels.MAX_BLOCKED_LEN:
+    on_cpu = backend.device.type == "cpu"
+    if on_cpu and backend.dtype == torch.bfloat16 and args.max_seq_len <= kernels.MAX_BLOCKED_LEN:
         n_keys = (args.max_seq_len + kernels.QUERY_BLOCK) / 2       # mean over the blocks of queries
         keys_and_values *= n_keys / kernels.QUERY_BLOCK             # each block copies them
         scores = (FLOAT32 + itemsize) * args.n_heads * n_keys
-    elif backend.device.type == "cpu" and args.dropout:
+    elif on_cpu and args.dropout:
         scores = 3 * FLOAT32 * args.n_heads * args.max_seq_len      # dropout has no fused kernel on a CPU
     return itemsize * (queries_and_output + keys_and_values) + scores
