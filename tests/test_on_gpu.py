@@ -118,7 +118,7 @@ def test_engine_equals_the_model(gpu, kind, dtype):
     engine = build_engine(model, getattr(torch, dtype))
     with torch.no_grad():
         expected = model(torch.tensor([ids[:-1]], device=gpu))[0].log_softmax(-1)
-    tolerance = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.4}[dtype]
+    tolerance = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.6}[dtype]
     torch.testing.assert_close(next(engine.logprobs(ids)), expected, rtol=0, atol=tolerance)
 
 
