@@ -144,6 +144,7 @@ def test_save_and_restore(device, use_device, planned_run):
     torch.gpu.rng_state = [0]
     resumed = planned_run(*SMALL, "--dropout", 0.1)
     assert resumed.state.iter_num == 1 and torch.gpu.rng_state == [1, 2, 3]
+    assert resumed.scaler.get_scale() == saved["scaler"]["scale"] == 1          # a new scaler begins with 65,536
     assert len(moments_of(resumed)) == len(moments_of(run))
     assert all(map(is_on_device, [*moments_of(resumed), *resumed.model.state_dict().values()]))
     device.events.clear()
