@@ -13,7 +13,7 @@
     torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf       # a model too large for one GPU
 
 Needs only the checkpoint of step 3, which contains the tokenizer. Stories go to stdout, separated by lines of `---`;
-everything else goes to stderr. The same seed gives the same stories on the same kind of device.
+everything else goes to stderr. The same seed gives the same stories on a CPU, or on GPUs of one model.
 """
 import io
 import json

@@ -60,6 +60,7 @@ class TensorParallelEngine(Engine):
         self.group = group
         shard_weights(model, group)
         super().__init__(model, backend.dtype, quantize, backend.device)
+        self.read_ahead = 0                 # the CPU reads each token to broadcast it
         self.n_heads //= group.world_size
         self.n_kv_heads //= group.world_size
         self.output = self._gathered(self.output)
@@ -113,7 +114,7 @@ class TensorParallelEngine(Engine):
                 case "prefill", prompts, rows:
                     super().prefill(prompts, cache, rows)
                 case "decode", ids:
-                    super().decode(torch.tensor(ids, device=self.device), cache)
+                    super().decode(self._int_tensor(ids), cache)
                 case "logprobs", ids:
                     deque(super().logprobs(ids), maxlen=0)
 

@@ -21,12 +21,12 @@ class Scripted:
     def __init__(self, vocabulary, answers: list[list[int]]):
         self.vocabulary, self.answers, self.read = vocabulary, list(answers), []
 
-    def generate(self, prompts, max_new_tokens, params, stop_ids, sample_ids):
+    def generate(self, prompts, max_new_tokens, params, stop_ids, sample_ids, with_logprobs):
         self.read += prompts
         for token in self.answers.pop(0)[:max_new_tokens]:
             if token in stop_ids:
                 return
-            yield DecodeStep([token], [0.0], torch.zeros(1, self.vocabulary.n_words))
+            yield DecodeStep([token], torch.zeros(1, self.vocabulary.n_words), [0.0])
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from conftest import ROOT
 
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint, device
-from tinyllm import engine as engine_module
 from tinyllm.engine import Engine, PlainEngine, linear_int8, quantize_int8
 from tinyllm.sampling import SamplingParams
 
@@ -72,29 +71,40 @@ def test_logits_equal_the_model(tied, kv_heads, scaling):
 @pytest.mark.parametrize("options, stop_ids, count", [
     (dict(seed=2), [], 40), (dict(seed=3, repetition_penalty=1.3, top_k=9), [7], 40), (dict(seed=2), [], 1),
     (dict(seed=2), range(50), 5), (dict(temperature=0), [3], 15)])
-def test_reading_tokens_late_changes_no_token(model, monkeypatch, options, stop_ids, count):
+def test_reading_tokens_late_changes_no_token(model, options, stop_ids, count):
     """As on a GPU, step n reads the tokens of step n - 1. Rows differ in length and outgrow the context of 24."""
     prompts = [[1, 5, 9, 30], [1], [1, 20, 2, 3, 4, 5, 6]]
-    for engine_class in (Engine, PlainEngine):
-        want = list(engine_class(model).generate(prompts, count, SamplingParams(**options), stop_ids))
-        with monkeypatch.context() as patch:
-            patch.setattr(engine_module, "has_async_copies", lambda device: True)
-            found = list(engine_class(model).generate(prompts, count, SamplingParams(**options), stop_ids))
-        assert [step[:2] for step in found] == [step[:2] for step in want]
+    engine = Engine(model)
+    want = list(engine.generate(prompts, count, SamplingParams(**options), stop_ids, with_logprobs=True))
+    engine.read_ahead = 1
+    found = list(engine.generate(prompts, count, SamplingParams(**options), stop_ids, with_logprobs=True))
+    assert [step.tokens for step in found] == [step.tokens for step in want]
+    assert [step.logprobs for step in found] == [step.logprobs for step in want]
 
 
-@pytest.mark.parametrize("is_async, surplus", [(False, 0), (True, 1)])
-def test_at_most_one_step_is_dropped(engine, monkeypatch, is_async, surplus):
+def test_logprobs_are_of_the_sampled_tokens(engine):
+    for step in engine.generate([[1, 5, 9], [1, 7]], 5, SamplingParams(seed=1, top_k=5), with_logprobs=True):
+        for token, logprob, logits in zip(step.tokens, step.logprobs, step.logits, strict=True):
+            assert logprob == pytest.approx((logits.double().exp() / logits.double().exp().sum()).log()[token].item())
+    assert next(engine.generate([[1]], 1)).logprobs is None
+
+
+@pytest.mark.parametrize("read_ahead", [0, 1])
+def test_at_most_one_step_is_dropped(engine, monkeypatch, read_ahead):
     """The stop id is the greedy token of step 4, so 3 steps are shown and 4, or 5, are computed."""
-    monkeypatch.setattr(engine_module, "has_async_copies", lambda device: is_async)
+    monkeypatch.setattr(engine, "read_ahead", read_ahead)
     first = [step.tokens[0] for step in engine.generate([[1, 5, 9]], 9, GREEDY)]
     stop_id = first[3]
     assert stop_id not in first[:3]
     computed = []
     decode = engine.decode
-    monkeypatch.setattr(engine, "decode", lambda *args: computed.append(1) or decode(*args))
+
+    def count_and_decode(*args):
+        computed.append(1)
+        return decode(*args)
+    monkeypatch.setattr(engine, "decode", count_and_decode)
     assert [step.tokens[0] for step in engine.generate([[1, 5, 9]], 9, GREEDY, [stop_id])] == first[:3]
-    assert 1 + len(computed) == 4 + surplus             # the first step is the prompt's
+    assert 1 + len(computed) == 4 + read_ahead           # the first step is the prompt's
 
 
 def test_greedy_equals_the_model(model, engine):

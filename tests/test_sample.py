@@ -24,10 +24,10 @@ from tinyllm.files import file_lock
 def fake_engine(monkeypatch, generator, *rows):
     """Make the engine yield these tokens, one list for each text."""
     size = generator.tokenizer.vocab_size
-    steps = [DecodeStep([row[i] if i < len(row) else None for row in rows], [0.0] * len(rows),
-                        torch.zeros(len(rows), size))
+    steps = [DecodeStep([row[i] if i < len(row) else None for row in rows],
+                        torch.zeros(len(rows), size), [0.0] * len(rows))
              for i in range(max(map(len, rows)))]
-    monkeypatch.setattr(generator.engine, "generate", lambda *args: iter(steps))
+    monkeypatch.setattr(generator.engine, "generate", lambda *args, **options: iter(steps))
 
 
 def test_samples_start_with_the_prompt(ckpt):

@@ -62,7 +62,7 @@ def to_cpu(value: Any, copies: dict[tuple, Tensor]) -> Any:
         return [to_cpu(part, copies) for part in value]
     if not isinstance(value, Tensor) or value.device.type == "cpu":
         return value
-    key = (value.untyped_storage(), value.storage_offset(), value.shape)
+    key = (value.untyped_storage(), value.storage_offset(), value.shape, value.stride(), value.dtype)
     if key not in copies:
         copies[key] = value.cpu()
     return copies[key]

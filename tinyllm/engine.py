@@ -11,7 +11,7 @@ multiplied into them. Shapes as in model.py: B batch, T tokens, H heads, K key-v
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -36,57 +36,35 @@ AttentionFn = Callable[[int, Tensor], Tensor]           # layer, qkv (B * T, H +
 
 
 class DecodeStep(NamedTuple):
-    """One token per sequence (None if it has ended) with its log-probability in nats, and the logits (B, vocab_size).
+    """One token per sequence (None if it has ended), and the logits (B, vocab_size) that it was sampled from.
 
-    The log-probabilities are those before temperature and filters.
+    logprobs: log-probability of each sampled token in nats, before temperature and filters; None if not requested.
     """
     tokens: list[int | None]
-    logprobs: list[float]
     logits: Tensor
+    logprobs: list[float] | None
 
 
 class SampledTokens:
-    """One token per sequence, and its log-probability, on their way from the device to the CPU."""
+    """One token per sequence, on its way from the device to the CPU."""
 
-    def __init__(self, tokens: Tensor, logits: Tensor):
-        """Start one copy for both. tokens: (B,); logits: (B, vocab_size), float32."""
+    def __init__(self, tokens: Tensor, logits: Tensor, with_logprobs: bool):
+        """Start one copy of the tokens (B,) and, with_logprobs, of their log-probabilities. logits: (B, vocab_size)."""
         self.logits = logits
-        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).flatten()          # (B,)
-        self._copy = HostCopy(torch.stack((tokens.int(), logprobs.view(torch.int32))))  # (2, B), bits of the floats
+        rows = [tokens.int()]                                                           # (B,) each
+        if with_logprobs:
+            logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).flatten()
+            rows.append(logprobs.view(torch.int32))                                     # the bits of the floats
+        self._copy = HostCopy(torch.stack(rows))
 
     def ids(self) -> list[int]:
         """Return the token ids; wait for the device if it still computes them."""
         return self._copy.read()[0].tolist()
 
-    def logprobs(self) -> list[float]:
-        """Return the log-probabilities in nats; wait for the device if it still computes them."""
-        return self._copy.read()[1].view(torch.float32).tolist()
-
-
-class TokenHistory:
-    """The ids of all sequences, cropped to the context. It reads new tokens `read_ahead` steps late."""
-
-    def __init__(self, prompts: list[list[int]], max_seq_len: int, read_ahead: int):
-        self.max_seq_len = max_seq_len
-        self.read_ahead = read_ahead
-        self._sequences = [crop_to_context(prompt, max_seq_len) for prompt in prompts]
-        self._unread: deque[SampledTokens] = deque()
-
-    def append(self, sampled: SampledTokens) -> None:
-        self._unread.append(sampled)
-        if len(self._unread) > self.read_ahead:
-            self._read_oldest()
-
-    def sequences(self) -> list[list[int]]:
-        """Return the ids of each sequence, at most max_seq_len; wait for the device if it still computes some."""
-        while self._unread:
-            self._read_oldest()
-        return self._sequences
-
-    def _read_oldest(self) -> None:
-        new_ids = self._unread.popleft().ids()
-        for row, token in enumerate(new_ids):
-            self._sequences[row] = crop_to_context([*self._sequences[row], token], self.max_seq_len)
+    def logprobs(self) -> list[float] | None:
+        """Return the log-probabilities in nats, or None if they were not requested."""
+        copy = self._copy.read()
+        return copy[1].view(torch.float32).tolist() if len(copy) > 1 else None
 
 
 class KVCache:
@@ -169,6 +147,7 @@ class Engine:
         self.device = device or model.tok_embeddings.weight.device
         self.n_heads = self.args.n_heads
         self.n_kv_heads = self.args.n_kv_heads
+        self.read_ahead = 1 if has_async_copies(self.device) else 0
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.layers: list[list[LinearFn]] = []
         with torch.no_grad():
@@ -192,7 +171,8 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams = SamplingParams(),
-                 stop_ids: Collection[int] = (), sample_ids: list[int] | None = None) -> Iterator[DecodeStep]:
+                 stop_ids: Collection[int] = (), sample_ids: list[int] | None = None, with_logprobs: bool = False
+                 ) -> Iterator[DecodeStep]:
         """Continue prompts of any lengths, with at least one id each. Yields one step per new token.
 
         A sequence ends before one of stop_ids. Its tokens depend only on its prompt, the seed and its sample id, not on
@@ -201,22 +181,22 @@ class Engine:
 
         sample_ids: one per sequence; the seed and this id determine its random numbers. None means 0, 1, ...
         """
-        read_ahead = 1 if has_async_copies(self.device) else 0
-        steps = self._sample_steps(prompts, max_new_tokens, params, sample_ids or range(len(prompts)), read_ahead)
+        steps = self._sample_steps(prompts, max_new_tokens, params, sample_ids or range(len(prompts)), with_logprobs)
         ended = [False] * len(prompts)
-        for sampled in delayed(steps, read_ahead):
-            new_ids = sampled.ids()
+        for step in steps:
+            new_ids = step.ids()
             ended = [end or token in stop_ids for end, token in zip(ended, new_ids)]
             if all(ended):
                 return
             tokens = [None if end else token for end, token in zip(ended, new_ids)]
-            yield DecodeStep(tokens, sampled.logprobs(), sampled.logits)
+            yield DecodeStep(tokens, step.logits, step.logprobs())
 
     def _sample_steps(self, prompts: list[list[int]], max_new_tokens: int, params: SamplingParams,
-                      sample_ids: Collection[int], read_ahead: int) -> Iterator[SampledTokens]:
-        """Yield the tokens of each step; do not stop at any id. A GPU may still compute the yielded ones."""
+                      sample_ids: Collection[int], with_logprobs: bool) -> Iterator[SampledTokens]:
+        """Yield the tokens of each step, `read_ahead` steps after they were started. Does not stop at any id."""
         vocab_size, max_seq_len = self.args.vocab_size, self.args.max_seq_len
-        history = TokenHistory(prompts, max_seq_len, read_ahead)
+        sequences = [crop_to_context(prompt, max_seq_len) for prompt in prompts]        # without the tokens of `unread`
+        unread: deque[SampledTokens] = deque()
         cache = self.new_cache(len(prompts), min(max_seq_len, max(map(len, prompts)) + max_new_tokens))
         noise = exponential_noise(params, sample_ids, vocab_size, self.device)
         occurred = None                     # or (B, vocab_size)
@@ -224,28 +204,29 @@ class Engine:
             occurred = occurrence_mask(prompts, vocab_size, self.device)
         tokens = torch.empty(0)             # the first step has only the prompts
         for _ in range(max_new_tokens):
+            if unread and cache.rows_to_prefill():
+                yield from read_steps(unread, sequences, max_seq_len)
             with _NO_TORCH_FUNCTION():
-                logits = self._next_logits(history, tokens, cache)                  # (B, vocab_size)
-            tokens = sample_token(logits, params, next(noise), occurred)            # (B,)
-            sampled = SampledTokens(tokens, logits)
-            history.append(sampled)
-            yield sampled
+                logits = self._next_logits(sequences, tokens, cache)                    # (B, vocab_size)
+            tokens = sample_token(logits, params, next(noise), occurred)                # (B,)
             if occurred is not None:
                 occurred.scatter_(1, tokens[:, None], True)
+            unread.append(SampledTokens(tokens, logits, with_logprobs))
+            yield from read_steps(unread, sequences, max_seq_len, self.read_ahead)
+        yield from read_steps(unread, sequences, max_seq_len)
 
-    def _next_logits(self, history: TokenHistory, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits (B, vocab_size) after the sequences. tokens: (B,), their last ids."""
+    def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits (B, vocab_size) after sequences of at most max_seq_len. tokens: (B,), their last ids."""
         rows = cache.rows_to_prefill()
-        if len(rows) == len(cache.lengths):
-            return self.prefill(history.sequences(), cache, rows)
+        if len(rows) == len(sequences):
+            return self.prefill(sequences, cache, rows)
         logits = self.decode(tokens, cache)
         if rows:
-            sequences = history.sequences()
             new_logits = self.prefill([sequences[row] for row in rows], cache, rows)
-            logits = logits.index_copy(0, self._to_device(rows), new_logits)
+            logits = logits.index_copy(0, self._int_tensor(rows), new_logits)
         return logits
 
-    def _to_device(self, numbers: list) -> Tensor:
+    def _int_tensor(self, numbers: list) -> Tensor:
         """Return nested lists of integers as a tensor on the device."""
         return to_device(torch.tensor(numbers), self.device)
 
@@ -261,14 +242,14 @@ class Engine:
         for row, ids in zip(rows, prompts):
             cache.lengths[row] = len(ids)
         last = [i * width + len(ids) - 1 for i, ids in enumerate(prompts)]
-        return self._logits(x[self._to_device(last)])
+        return self._logits(x[self._int_tensor(last)])
 
     def _run_sequences(self, sequences: list[list[int]], cache: KVCache | None = None, rows: list[int] | None = None
                        ) -> Tensor:
         """Run sequences of equal length T and write keys and values to rows of a cache. Returns (B * T, dim + 1)."""
-        tokens = self._to_device(sequences)                                         # (B, T)
+        tokens = self._int_tensor(sequences)                                         # (B, T)
         if cache is not None:
-            cache_rows = self._to_device(rows)
+            cache_rows = self._int_tensor(rows)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             qkv = qkv.unflatten(0, tokens.shape)                                    # (B, T, H + 2 K, D)
@@ -350,16 +331,17 @@ class PlainEngine(Engine):
     def __init__(self, model: Transformer, device: torch.device | None = None):
         self.args = model.args
         self.device = device or next(model.parameters()).device
+        self.read_ahead = 0
         self.model = copy.deepcopy(model).to(self.device, torch.float32).eval()
 
     def new_cache(self, batch: int, cache_len: int) -> None:
         return None
 
-    def _next_logits(self, history: TokenHistory, tokens: Tensor, cache: None) -> Tensor:
-        return torch.cat([self._logits_of_window(ids)[-1:] for ids in history.sequences()])
+    def _next_logits(self, sequences: list[list[int]], tokens: Tensor, cache: None) -> Tensor:
+        return torch.cat([self._logits_of_window(ids)[-1:] for ids in sequences])
 
     def _logits_of_window(self, ids: list[int]) -> Tensor:
-        return self.model(self._to_device([ids]))[0].float()
+        return self.model(self._int_tensor([ids]))[0].float()
 
 
 def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize: str = "", compiled: bool = False,
@@ -376,14 +358,14 @@ def build_engine(model: nn.Module, dtype: torch.dtype = torch.float32, quantize:
     return engine_class(model, dtype, quantize, device)
 
 
-def delayed(steps: Iterable[SampledTokens], delay: int) -> Iterator[SampledTokens]:
-    """Yield steps in order, each after `delay` further ones have been started."""
-    waiting: deque[SampledTokens] = deque()
-    for step in steps:
-        waiting.append(step)
-        if len(waiting) > delay:
-            yield waiting.popleft()
-    yield from waiting
+def read_steps(unread: deque[SampledTokens], sequences: list[list[int]], max_seq_len: int, keep: int = 0
+               ) -> Iterator[SampledTokens]:
+    """Yield all unread steps but the newest `keep`, and append their tokens to the sequences."""
+    while len(unread) > keep:
+        step = unread.popleft()
+        for row, token in enumerate(step.ids()):
+            sequences[row] = crop_to_context([*sequences[row], token], max_seq_len)
+        yield step
 
 
 def crop_to_context(ids: list[int], max_seq_len: int) -> list[int]:

@@ -209,7 +209,7 @@ class TextGenerator:
             prompt_ids = prompt_ids or [self.tokenizer.encode_prompt(completion.prompt) for completion in completions]
         decoders = [StreamDecoder(self.tokenizer, ids, stop_strings) for ids in prompt_ids]
         stop_ids = {self.tokenizer.eos_id, *stop_ids}
-        steps = self.engine.generate(prompt_ids, max_new_tokens, params, stop_ids, sample_ids)
+        steps = self.engine.generate(prompt_ids, max_new_tokens, params, stop_ids, sample_ids, with_logprobs=True)
         return self._extend(completions, steps, decoders, max_new_tokens)
 
     def grow(self, completions: list[Completion], *args, heads: list[list[int]] | None = None,

@@ -129,8 +129,8 @@ class LinearCrossEntropy(nn.Module):
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         h = h.flatten(0, 1).to(dtype)                                                   # (B * T, dim)
-        return _FusedLinearCrossEntropy.apply(h, weight.to(dtype), targets.flatten(), self.chunk,
-                                              torch.is_grad_enabled())
+        needs_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+        return _FusedLinearCrossEntropy.apply(h, weight.to(dtype), targets.flatten(), self.chunk, needs_grad)
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:

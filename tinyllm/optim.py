@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
                  weight_decay: float = 0.0, dtype: torch.dtype = torch.bfloat16):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
-        self.found_inf: Tensor | None = None        # set by skip_on_overflow; a step with 1.0 changes nothing
+        self.found_inf: Tensor | None = None        # set by skip_on_overflow; 1.0: the next step changes nothing
 
     @torch.no_grad()
     def step(self) -> None:
@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["mean"] = torch.zeros_like(weight)
         means = [self.state[weight]["mean"] for weight in weights]
         grads = torch.stack([weight.grad for weight in weights])                        # (n, rows, columns)
-        if self.found_inf is not None:              # a mean that moves towards itself stays
+        if self.found_inf is not None:              # the means replace the gradients, so the means do not change
             grads = torch.where(self.found_inf > 0, torch.stack(means), grads)
         torch._foreach_lerp_(means, grads.unbind(), 1 - momentum)
         return grads.lerp_(torch.stack(means), momentum)

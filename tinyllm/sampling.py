@@ -77,7 +77,7 @@ def exponential_noise(params: SamplingParams, sample_ids: Iterable[int], vocab_s
                       ) -> Iterator[Tensor]:
     """Yield exponentially distributed noise (B, k) for each token. Each sample id has its own generator.
 
-    It is drawn on the device, so the same seed gives other numbers on another kind of device.
+    It is drawn on the device. A seed gives other numbers on a GPU than on a CPU, and may on another model of GPU.
     """
     k = min(params.top_k or vocab_size, vocab_size)
     if params.temperature == 0:
@@ -87,8 +87,10 @@ def exponential_noise(params: SamplingParams, sample_ids: Iterable[int], vocab_s
         digest = hashlib.sha256(f"{params.seed} {sample_id}".encode()).digest()
         generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1))
     while True:
-        drawn = [torch.rand(NOISE_CHUNK, k, generator=generator, device=device) for generator in generators]
-        yield from torch.stack(drawn, 1).log_().neg_()
+        noise = torch.empty(len(generators), NOISE_CHUNK, k, device=device)         # (B, NOISE_CHUNK, k)
+        for row, generator in zip(noise, generators):
+            row.uniform_(generator=generator)
+        yield from noise.log_().neg_().unbind(1)
 
 
 def occurrence_mask(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
