@@ -1,4 +1,5 @@
 """Checks on a GPU, with the CPU's float32 results as the reference: `bash test.sh --gpu`."""
+import gc
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import train
 from extras.gpt2 import GPT2, GPT2Args
 from sample import TextGenerator
 from tinyllm.engine import build_engine
-from tinyllm.estimate import why_not_compilable
+from tinyllm.estimate import estimate_run_memory, why_not_compilable
 from tinyllm.sampling import SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -88,6 +89,24 @@ def test_compiled_run_learns(gpu, dtype, train_small):
     for compile in ("False", "True"):
         train_small(compile, "--device", gpu, "--dtype", dtype, "--compile", compile, "--max_iters", 10)
     assert losses("True") == pytest.approx(losses("False"), rel=LOSS_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_stays_below_the_estimate(cuda, dtype, planned_run, compiled):
+    """With the default shape and batch."""
+    if compiled and (reason := why_not_compilable(torch.device(cuda))):
+        pytest.skip(reason)
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "batch_size", "gradient_accumulation_steps")
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run = planned_run("--device", cuda, "--dtype", dtype, *(f"--{name}={getattr(train, name)}" for name in names))
+    if compiled:
+        run.compile()
+    batches = train.training_batches(run)
+    for _ in range(3):
+        train.train_step(run, batches)
+    assert torch.cuda.max_memory_reserved() < 1.1 * estimate_run_memory(run, compiled, run.cfg.batch_size).total
 
 
 # ---- sampling -----------------------------------------------------------------------------------
