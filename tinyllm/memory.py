@@ -17,7 +17,7 @@ from tinyllm.optim import group_by_shape
 FLOAT32 = 4                         # bytes per number
 MATRIX_WORKSPACES = 2 * 8.5e6       # cuBLAS, for the threads of the forward and backward pass; Hopper: 2 * 34 MB
 EAGER_LOSS = 21                     # bytes per logit of a chunk: 5 float32 tensors and a mask
-GPU_FRAGMENTATION = 1.07            # memory that PyTorch reserves / these tensors: segments stay partly free
+GPU_FRAGMENTATION = 1.06            # memory that PyTorch reserves / these tensors: segments stay partly free
 CPU_FRAGMENTATION = 1.3             # the same for the C library
 CPU_LIBRARIES = 40e6                # threads, kernels and their plans, which a first step loads
 CPU_COMPILER = 100e6                # PyTorch's compiler in the same process
@@ -82,9 +82,8 @@ def update_bytes(model: nn.Module, optimizer: str, backend: Backend) -> int:
         return 0
     groups = group_by_shape(layer_matrices(model)).values()
     largest = max(sum(weight.numel() for weight in group) for group in groups)
-    # gradients and scaled gradients in float32, and 16-bit products; in float16, also the means of an overflow
-    third = 2 if backend.dtype == torch.bfloat16 else FLOAT32
-    return largest * (2 * FLOAT32 + third)
+    # stacks of gradients, of means and of scaled gradients, and one in the dtype of the products
+    return largest * (3 * FLOAT32 + backend.dtype.itemsize)
 
 
 def cast_bytes(model: nn.Module, backend: Backend) -> int:
