@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tinyllm import checkpoint, cli, kernels, optional
 from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
-from tinyllm.device import explain_device_errors
+from tinyllm.device_errors import explain_device_errors
 from tinyllm.files import atomic_replace
 
 # ---- settings -----------------------------------------------------------------------------------

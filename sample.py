@@ -30,7 +30,7 @@ from typing import Any
 
 from tinyllm import cli, distributed, optional
 from tinyllm.cli import UserError, escape_for_terminal, suggest_path
-from tinyllm.device import explain_device_errors
+from tinyllm.device_errors import explain_device_errors
 from tinyllm.files import file_lock, json_line
 from tinyllm.generator import Completion, sampling_kwargs
 from tinyllm.generator import TextGenerator as BaseTextGenerator
@@ -127,7 +127,9 @@ def oom_advice(cfg: SimpleNamespace) -> str:
     name = "batch_size" if cfg.input_file else "num_samples"
     if getattr(cfg, name) > 1 and not cfg.score and not cfg.interactive:
         return f"generate fewer texts at a time: --{name} {getattr(cfg, name) // 2}"
-    return "use a smaller model, fewer tokens (--max_new_tokens), or --device cpu"
+    if cfg.score:
+        return "use a smaller model"
+    return "use a smaller model, or fewer tokens (--max_new_tokens)"
 
 
 def run_tensor_parallel(cfg: SimpleNamespace, ranks: distributed.DistributedContext) -> None:

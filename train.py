@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from tinyllm import cli, presets
 from tinyllm.dataset import IGNORE_INDEX, Task
-from tinyllm.device import explain_device_errors
+from tinyllm.device_errors import explain_device_errors
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
 from tinyllm.estimate import estimate_and_compile, estimate_rest, format_hms

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from model import ModelArgs, Transformer
 from tinyllm import compat, device
 from tinyllm.cli import UserError
+from tinyllm.device_errors import compiler_problem
 from tinyllm.engine import DecodeStep, Engine, KVCache, LinearFn
 from tinyllm.files import atomic_replace, sha256
 
@@ -291,4 +292,4 @@ def compile_to_file(module: nn.Module, example: tuple[Tensor, ...], dynamic_dims
 
 
 def does_not_work(error: Exception) -> UserError:
-    return UserError(f"--compile does not work here: {device.compiler_problem(error)}")
+    return UserError(f"--compile does not work here: {compiler_problem(error)}")

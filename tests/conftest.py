@@ -19,8 +19,10 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"         # models are tiny here, and forks of several threads may hang
 os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"         # a third of the time to compile a layer
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"        # saves compiling a program for each kind of vector instruction
-WANTS_GPU = "--gpu" in sys.argv
-if not WANTS_GPU:
+WANTS_GPU = "--gpu" in [*sys.argv, *os.environ.get("PYTEST_ADDOPTS", "").split()] or "GPU_TESTS" in os.environ
+if WANTS_GPU:
+    os.environ["GPU_TESTS"] = "1"                   # for pytest-xdist's workers, which have other arguments
+else:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""         # tests are of the CPU, whose results are the same everywhere
 
 import torch  # noqa: E402

@@ -8,6 +8,7 @@ import torch
 from tinyllm import device as devices
 from tinyllm.cli import UserError
 from tinyllm.dataset import PretokDataset
+from tinyllm.device_errors import compiler_problem, is_oom
 from tinyllm.machine import free_memory
 from tinyllm.memory import MemoryEstimate, estimate_memory
 from tinyllm.run import SMALLER_MODEL, TrainRun
@@ -190,10 +191,10 @@ def compile_or_fall_back(run: TrainRun) -> float:
     try:
         run.compile()
         return time_micro_batch(run)
-    except Exception as error:              # from the compiler: the uncompiled model has just been evaluated
-        if devices.is_oom(error):
+    except Exception as error:              # probably from the compiler: an evaluation has just worked
+        if is_oom(error) or "CUDA error:" in str(error):
             raise
-        problem = devices.compiler_problem(error)
+        problem = compiler_problem(error)
         if run.cfg.compile != "auto" or run.ranks.world_size > 1:
             raise UserError(f"compiling failed: {problem}\n       train without it: --compile False") from error
     print(f"note:   compiling failed: {problem}\n        this run continues without compiling", flush=True)

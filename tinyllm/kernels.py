@@ -22,7 +22,7 @@ QUERY_BLOCK = 64                                # queries per block of attention
 MAX_BLOCKED_LEN = 1024                          # longer sequences use PyTorch's kernel
 MAX_LOGITS_ON_CPU = 1 << 20                     # per chunk of the loss: 4 MB in float32, about the cache size
 MAX_LOGITS_ON_GPU = 1 << 22                     # 16 MB; larger chunks need fewer launches, but set the peak of memory
-MIN_ROWS_ON_GPU = 256                           # each chunk reads and writes grad_weight: too often with short chunks
+MIN_ROWS_ON_GPU = 256                           # each chunk reads and writes grad_weight; short ones too often
 
 
 # ---- choice of implementation -------------------------------------------------------------------

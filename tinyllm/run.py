@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tinyllm import checkpoint, compat, kernels, optional
 from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError, format_command
-from tinyllm.device import has_async_copies, hide_compiler_messages
+from tinyllm.device import has_async_copies
+from tinyllm.device_errors import hide_compiler_messages
 from tinyllm.distributed import DistributedContext
 from tinyllm.optim import build_optimizers
 from tinyllm.resume import RunPlan, init_checkpoint_path, plan_run, run_settings

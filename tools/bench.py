@@ -43,6 +43,7 @@ from tinyllm import device as devices
 from tinyllm.checkpoint import Checkpoint
 from tinyllm.cli import UserError
 from tinyllm.dataset import IGNORE_INDEX, Task
+from tinyllm.device_errors import explain_device_errors
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
 from tinyllm.engine import Engine, build_engine
 from tinyllm.estimate import describe_memory, why_not_compilable
@@ -72,7 +73,7 @@ dtype = "auto"          # auto, float32, bfloat16, float16
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@devices.explain_device_errors("choose a smaller model: --preset or --checkpoint, or use --device cpu")
+@explain_device_errors("choose a smaller model: --preset or --checkpoint, or use --device cpu")
 def main() -> None:
     benchmarks = {"train": bench_train, "quality": bench_quality, "sample": bench_sample, "text": bench_text}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
