@@ -19,7 +19,7 @@ GROUPS = {                                          # of tinyllm/; each imports 
     "run": ("presets", "resume", "estimate", "memory", "runlog", "run", "stops"),
     "net": ("kernels", "optim", "sampling", "checkpoint", "engine", "generator"),
     "data": ("project", "corpus", "documents", "demo_stories", "download", "words", "workers", "shards", "dataset"),
-    "base": ("cli", "files", "machine", "compat", "device", "distributed", "optional"),
+    "base": ("cli", "files", "machine", "compat", "device", "device_errors", "gpu_peaks", "distributed", "optional"),
 }
 
 
