@@ -25,7 +25,7 @@ from torch.serialization import StorageType
 
 from tinyllm.cli import UserError, run_script
 
-OLDEST_PYTORCH = (2, 6)
+OLDEST_PYTORCH = (2, 6)              # 2.5 lacks torch.accelerator and torch.compiler.set_stance
 OLDEST_FOR_EXPORT = (2, 8)          # with 2.6, torch.export fails in extras/compiled.py
 OLDEST_FOR_SHARD = (2, 11)          # with 2.8, Muon fails on the sharded tensors of extras/fsdp.py
 TESTED_PYTORCH = "2.13.0"           # as in requirements.txt
