@@ -147,7 +147,7 @@ class Engine:
         self.device = device or model.tok_embeddings.weight.device
         self.n_heads = self.args.n_heads
         self.n_kv_heads = self.args.n_kv_heads
-        self.read_ahead = 1 if has_async_copies(self.device) else 0
+        self.read_ahead = 1 if has_async_copies(self.device) else 0     # steps started before a token is read
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.layers: list[list[LinearFn]] = []
         with torch.no_grad():
