@@ -31,6 +31,10 @@ fi
 python=.venv/bin/python
 [ -x "$python" ] || python=.venv/Scripts/python.exe     # Windows
 [ -x "$python" ] || python=$(command -v "$candidate")   # an active environment that has PyTorch
+"$python" -c "import pip" 2>/dev/null || {
+    echo "error: $python has no pip; expected pip, to install the packages" >&2
+    echo "       $python -m ensurepip" >&2
+    exit 1; }
 # PyPI's torch brings several GB of CUDA 13 on Linux, and no CUDA on Windows. Other builds have their own index.
 build=
 if command -v nvidia-smi >/dev/null; then

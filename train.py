@@ -21,16 +21,17 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from tinyllm import cli, presets    # before torch, whose log level cli sets
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinyllm import cli, presets
 from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device_errors import explain_device_errors
 from tinyllm.distributed import distributed_context
 from tinyllm.engine import build_engine
-from tinyllm.estimate import estimate_and_compile, estimate_rest, format_hms
+from tinyllm.estimate import estimate_and_compile, estimate_rest, format_hms, run_oom_advice
 from tinyllm.machine import peak_memory
 from tinyllm.optim import skip_on_overflow
 from tinyllm.resume import run_settings
@@ -40,7 +41,7 @@ from tinyllm.sampling import SamplingParams
 from tinyllm.stops import lock_output_dir, read_pending_metrics, require_finite_weights, save_on_signals
 
 # ---- settings -----------------------------------------------------------------------------------
-preset = ""                         # a tested set of hyperparameters, listed at the end of --help; flags override it
+preset = ""                         # hyperparameters for a machine, listed at the end of --help; flags override them
 # files
 out_dir = "output"                  # folder of the run; give each run its own
 data_dir = "data"                   # folder that steps 1 and 2 wrote to
@@ -112,7 +113,9 @@ def main() -> None:
                 print_scores(evaluate(build_run(cfg, overrides, ranks)))
         else:
             with lock_output_dir(cfg.out_dir, ranks), explain_device_errors(partial(oom_advice, cfg)):
-                run_training(build_run(cfg, overrides, ranks))
+                run = build_run(cfg, overrides, ranks)
+                with explain_device_errors(partial(run_oom_advice, run)):
+                    run_training(run)
 
 
 def run_training(run: TrainRun) -> None:

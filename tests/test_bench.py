@@ -80,12 +80,24 @@ def test_errors(monkeypatch, argv, message):
     assert message in str(found.value)
 
 
+def test_training_is_measured_where_compiling_is_impossible(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "train", "--preset", "cpu_3min", "--device", "cpu"])
+    monkeypatch.setattr(bench, "why_not_compilable", lambda device: "no C++ compiler was found")
+    monkeypatch.setattr(bench, "transformers_step", lambda *args: None)
+    monkeypatch.setattr(bench, "matrix_seconds", lambda *args: 1.0)
+    monkeypatch.setattr(bench, "time_interleaved", lambda steps, *args: dict.fromkeys(steps, 1.0))
+    bench.main()
+    output = capsys.readouterr()
+    assert "no C++ compiler" in output.err
+    assert "memory, eager: about" in output.out and "compiled" not in output.out
+
+
 def test_out_of_memory_is_a_user_error(monkeypatch):
     def full(cfg):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(sys, "argv", ["bench.py", "sample"])
     monkeypatch.setattr(bench, "bench_sample", full)
-    with pytest.raises(UserError, match="not enough memory\n.*--checkpoint"):
+    with pytest.raises(UserError, match="not enough memory\n.*smaller model"):
         bench.main()
 
 

@@ -107,7 +107,8 @@ case "$0" in *.venv*) where=venv;; *) where=system;; esac
 echo "$where: $*" >> log
 case "$*" in
     "-m tinyllm.compat") [[ "$TORCH" == *$where* ]] && echo "note: PyTorch 2.11.0";;
-    *sys.prefix*) [ "$KIND" != environment ];;
+    *sys.prefix*) [[ "$KIND" != environment* ]];;
+    *"import pip"*) [ "$KIND" != "environment without pip" ];;
     "-m venv --without-pip"*) cp "$0" .venv/bin/python;;
     "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; [ "$KIND" != "no pip" ];;
 esac
@@ -141,3 +142,16 @@ def test_quickstart_keeps_a_pytorch_that_works(tmp_path, torch_in, kind, command
     assert [line for line in log if ": -m venv" in line or ": -m pip" in line and "--index-url" not in line] == commands
     assert OTHERS not in commands[-1] or "--index-url" not in "".join(log)
     assert result.stdout.count("note: PyTorch 2.11.0\n") == (OTHERS in commands[-1])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the Python of the test is a shell script")
+def test_quickstart_explains_a_missing_pip(tmp_path):
+    """As in an environment of uv."""
+    Path("bin").mkdir()
+    Path("bin/python3").write_text(PYTHON, encoding="utf-8")
+    Path("bin/python3").chmod(0o755)
+    for name in ("quickstart.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, name)
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "TORCH": "system", "KIND": "environment without pip"}
+    result = subprocess.run(["bash", "quickstart.sh", "--setup_only"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "python3 has no pip" in result.stderr and "-m ensurepip\n" in result.stderr

@@ -2,12 +2,14 @@
 import logging
 import re
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from torch._inductor.compile_worker.subproc_pool import SubprocException
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -129,6 +131,24 @@ def test_gpu_problem_names_the_fix(machine, text, says):
     assert re.search(f"GPU cannot be used: .*{says.split(chr(10))[0]}", reason) and "CUDA error" not in reason
     with pytest.raises(UserError, match="--device cuda: the GPU cannot be used: .*\n.*; or use --device cpu"):
         device.choose_backend("cuda")
+
+
+@pytest.mark.parametrize("path, folder", [("/proc/nope/x", "/proc/nope"), ("/tmp/torchinductor_me/fx", None)])
+def test_unusable_cache_of_the_compiler_names_the_setting(monkeypatch, path, folder):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if folder:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    with pytest.raises(UserError, match=f"^Permission denied: {path}\n.*TORCHINDUCTOR_CACHE_DIR"):
+        with device_errors.explain_device_errors(""):
+            raise PermissionError(13, "Permission denied", path)
+    with pytest.raises(PermissionError), device_errors.explain_device_errors(""):
+        raise PermissionError(13, "Permission denied", "output/ckpt.pt")
+
+
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_scripts_set_the_log_level_before_pytorch_reads_it(script):
+    code = f"import sys, {script}; names = list(sys.modules); assert names.index('tinyllm.cli') < names.index('torch')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("text", BUGS)

@@ -115,3 +115,24 @@ def test_too_little_memory_gets_settings_that_fit(planned_run, monkeypatch, devi
     text = estimate.describe_memory(run, compiled=False)
     assert note in text and ("note:" in text) == bool(note)
     assert ("CUDA itself" in text) == (device == "cuda")
+
+
+def test_memory_is_printed_before_the_trial(planned_run, monkeypatch, capsys):
+    """A trial that needs too much memory may end the process."""
+    def killed(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(estimate, "time_forward", killed)
+    with pytest.raises(torch.OutOfMemoryError):
+        estimate.estimate_and_compile(planned_run())
+    assert "\nmemory: about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device, free, advice", [
+    ("cpu", 0.0, "--batch_size 4 --gradient_accumulation_steps 4"), ("cuda", 0.0, "use a smaller model"),
+    ("cuda", 1e12, "--batch_size 4 --gradient_accumulation_steps 4")])
+def test_advice_after_memory_ran_out(planned_run, monkeypatch, device, free, advice):
+    """On a GPU it is the same as in the note before the first step. The run has 8 windows, twice a step."""
+    run = planned_run("--batch_size", 8)
+    monkeypatch.setattr(run, "backend", replace(run.backend, device=torch.device(device)))
+    monkeypatch.setattr(estimate, "free_gpu_memory", lambda device: free)
+    assert advice in estimate.run_oom_advice(run)

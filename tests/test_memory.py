@@ -18,9 +18,10 @@ KNOWN = {name: preset.settings for name, preset in PRESETS.items()}
 GPU_PRESETS = [name for name in PRESETS if name.startswith("gpu")]
 CONTEXT = 500e6                     # bytes that CUDA itself takes, at most
 WIDE = ["--dim", "512", "--n_heads", "8", "--n_kv_heads", "8", "--batch_size", "128"]
+ODD_HEADS = ["--n_heads", "8", "--n_kv_heads", "4", "--optimizer", "adamw"]
 HALF = ["--batch_size", "16", "--gradient_accumulation_steps", "2"]
 # MB that torch 2.13's allocator reserved for uncompiled and compiled runs, in the CUDA build on a stub runtime whose
-# kernels compute nothing (issue 26); no GPU was used. The chunks of the loss had 4,096 rows.
+# kernels compute nothing; no GPU was used. The chunks of the loss had 4,096 rows.
 RESERVED = [
     ("bfloat16", [], 1491, 900), ("float16", [], 1621, 1000), ("float32", [], 2038, 1636),
     ("bfloat16", HALF, 1032, 570), ("bfloat16", WIDE, 7439, 5438)]
@@ -53,6 +54,15 @@ def test_estimate_is_close_to_the_allocator(dtype, flags, eager, compiled):
     cfg = settings(*flags)
     assert estimate(cfg, dtype, False, loss_rows=4096).total == pytest.approx(eager * 1e6, rel=0.1)
     assert estimate(cfg, dtype, True, loss_rows=4096).total == pytest.approx(compiled * 1e6, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype, flags, in_hardware, reserved", [
+    ("bfloat16", [], False, 1908), ("bfloat16", ["--max_seq_len", "1024", "--batch_size", "8"], False, 3496),
+    ("float16", ODD_HEADS, False, 2070), ("float16", ODD_HEADS, True, 1439), ("bfloat16", ODD_HEADS, True, 1342)])
+def test_attention_without_a_fused_kernel_stores_scores(monkeypatch, dtype, flags, in_hardware, reserved):
+    """in_hardware: whether the GPU has bfloat16. A T4 has not; heads of 36 do not fit its float16 kernel."""
+    monkeypatch.setattr(memory, "has_bfloat16", lambda device: in_hardware)
+    assert estimate(settings(*flags), dtype, False).total == pytest.approx(reserved * 1e6, rel=0.1)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

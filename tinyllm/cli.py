@@ -28,6 +28,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, TextIO
 
+# PyTorch reads this when it is imported. Without it, its allocator prints lines of its own before our error.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 BEGIN, END = "# ---- settings", "# ---- end of settings"
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)    # disk full, read-only or broken

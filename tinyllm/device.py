@@ -168,6 +168,8 @@ def _named_dtype(name: str, device: torch.device, training: bool) -> tuple[torch
     if name != "float32" and device.type == "mps":
         raise UserError("--dtype must be float32 on Apple GPUs, where 16-bit attention looks at later tokens "
                         "(pytorch/pytorch, issue 195910)")
+    if name == "bfloat16" and not has_bfloat16(device):
+        return torch.bfloat16, "this GPU only emulates it, float16 needs less time and memory"
     return DTYPES[name], "requested"
 
 
@@ -175,7 +177,7 @@ def _auto_dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]
     if device.type == "mps":
         return torch.float32, "16-bit attention is wrong on Apple GPUs"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_bfloat16(device):
             return torch.bfloat16, "bfloat16 in hardware"
         if torch.cuda.get_device_capability(device) >= (7, 0):
             return torch.float16, "no bfloat16 in hardware; gradients are scaled"
@@ -186,6 +188,13 @@ def _auto_dtype(device: torch.device, training: bool) -> tuple[torch.dtype, str]
         if compat.cpu_features().get(feature):
             return torch.bfloat16, f"the CPU has {feature}"
     return torch.float32, "no 16-bit products in hardware"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """True unless an NVIDIA GPU only emulates bfloat16, as before compute capability 8.0."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _has_fbgemm() -> bool:

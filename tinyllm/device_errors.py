@@ -57,6 +57,16 @@ def explain_device_errors(oom_advice: str | Callable[[], str]) -> Iterator[None]
         if reason := gpu_problem(error):
             raise UserError("\n       ".join(reason)) from error
         raise
+    except OSError as error:            # importing PyTorch's compiler, also for an optimizer, creates its cache folder
+        if not _is_in_compiler_cache(error.filename):
+            raise
+        raise UserError(f"{error.strerror}: {error.filename}\n"
+                        "       set TORCHINDUCTOR_CACHE_DIR to a folder that can be written") from error
+
+
+def _is_in_compiler_cache(path: str | None) -> bool:
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")        # PyTorch's default: torchinductor_USER
+    return path is not None and folder in str(path)
 
 
 def is_oom(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from tinyllm.dataset import PretokDataset
 from tinyllm.device_errors import compiler_problem, is_oom
 from tinyllm.machine import free_memory
 from tinyllm.memory import MemoryEstimate, estimate_memory
-from tinyllm.run import SMALLER_MODEL, TrainRun
+from tinyllm.run import SMALLER_BATCHES, SMALLER_MODEL, TrainRun, oom_advice
 
 LONG_RUN_SECONDS = 2 * 86400        # longer runs on a CPU are probably a mistake
 USEFUL_EPOCHS = 5                   # up to 4 epochs are nearly as good as new text (arXiv 2305.16264)
@@ -22,12 +22,13 @@ FORWARD_SHARE = 1 / 3               # of a step's time: the backward pass has tw
 def estimate_and_compile(run: TrainRun) -> None:
     """Print the summary and the estimates of a run, compile its model if that saves time, and set run.eval_seconds."""
     print_config_summary(run)
+    print(f"memory: {describe_memory(run, run.cfg.compile is True or run.state.compiled)}", flush=True)
     forward_seconds = time_forward(run)
     pays, reason = should_compile(run, forward_seconds / FORWARD_SHARE * run.micro_steps_per_rank)
-    pays = bool(run.ranks.broadcast_from_main(pays))
-    print(f"memory: {describe_memory(run, pays)}", flush=True)
-    if pays:
-        print(f"compile: yes ({reason}); the first time takes up to a minute, --compile False skips it", flush=True)
+    if run.ranks.broadcast_from_main(pays):
+        compiled = estimate_run_memory(run, True, run.cfg.batch_size).total
+        print(f"compile: yes ({reason}), in about {compiled / 1e6:,.0f} MB; the first time takes up to a minute, "
+              "--compile False skips it", flush=True)
         seconds = compile_or_fall_back(run)
     else:
         print(f"compile: no ({reason})", flush=True)
@@ -64,7 +65,7 @@ def describe_memory(run: TrainRun, compiled: bool) -> str:
             f"optimizer, {estimate.batch / 1e6:,.0f} MB for {run.cfg.batch_size} windows; {more} MB more")
     free = free_gpu_memory(run.backend.device) if on_gpu else free_memory()
     if free is not None and estimate.total > free:
-        text += f"\nnote:   only {free / 1e9:.1f} GB are free; {settings_that_fit(run, compiled, free)}"
+        text += f"\nnote:   only {free / 1e9:.1f} GB are free; {advice_to_fit(run, compiled, free, indent=8)}"
     return text
 
 
@@ -80,16 +81,23 @@ def free_gpu_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def settings_that_fit(run: TrainRun, compiled: bool, free: float) -> str:
-    """Return the flags of the same steps in `free` bytes, or advice if no batch size fits."""
+def advice_to_fit(run: TrainRun, compiled: bool, free: float, indent: int = 7) -> str:
+    """Return the flags of the same steps in `free` bytes, or other advice if no batch size fits."""
     cfg = run.cfg
     for factor in range(2, cfg.batch_size + 1):
         batch_size = cfg.batch_size // factor
         if cfg.batch_size % factor == 0 and estimate_run_memory(run, compiled, batch_size).total <= free:
-            return ("repeat the command with smaller batches, for the same steps:\n"
-                    f"        --batch_size {batch_size} "
-                    f"--gradient_accumulation_steps {cfg.gradient_accumulation_steps * factor}")
+            accumulation = cfg.gradient_accumulation_steps * factor
+            flags = f"--batch_size {batch_size} --gradient_accumulation_steps {accumulation}"
+            return f"{SMALLER_BATCHES}\n{' ' * indent}{flags}"
     return SMALLER_MODEL
+
+
+def run_oom_advice(run: TrainRun) -> str:
+    """Return the settings to try after memory ran out in a run."""
+    if run.backend.device.type != "cuda":
+        return oom_advice(run.cfg)
+    return advice_to_fit(run, run.state.compiled, free_gpu_memory(run.backend.device))
 
 
 def print_duration_estimate(run: TrainRun, seconds_per_step: float) -> None:

@@ -11,12 +11,13 @@ from torch import nn
 
 from model import ModelArgs
 from tinyllm import kernels
-from tinyllm.device import Backend
+from tinyllm.device import Backend, has_bfloat16
 from tinyllm.optim import group_by_shape
 
 FLOAT32 = 4                         # bytes per number
 MATRIX_WORKSPACES = 2 * 8.5e6       # cuBLAS, for the threads of the forward and backward pass; Hopper: 2 * 34 MB
 EAGER_LOSS = 21                     # bytes per logit of a chunk: 5 float32 tensors and a mask
+FUSED_HEAD_DIM = 8                  # 16-bit kernels of attention take head dims that are multiples of this
 GPU_FRAGMENTATION = 1.06            # memory that PyTorch reserves / these tensors: segments stay partly free
 CPU_FRAGMENTATION = 1.3             # the same for the C library
 CPU_LIBRARIES = 40e6                # threads, kernels and their plans, which a first step loads
@@ -150,6 +151,16 @@ def gpt2_layer(args: ModelArgs, compiled: bool) -> tuple[int, int]:
     return (1, 11 * args.dim) if compiled else (2, 10 * args.dim)
 
 
+def has_fused_attention(args: ModelArgs, backend: Backend) -> bool:
+    """False if an NVIDIA GPU computes attention with plain products, which store all scores.
+
+    Before compute capability 8.0, the fused kernel takes no bfloat16, and in float16 only multiples of FUSED_HEAD_DIM.
+    """
+    if backend.dtype == torch.float32 or has_bfloat16(backend.device):
+        return True
+    return backend.dtype == torch.float16 and args.head_dim % FUSED_HEAD_DIM == 0
+
+
 def attention_bytes(args: ModelArgs, backend: Backend) -> float:
     """Return the bytes per token that attention keeps: queries, keys, values, output and scores."""
     itemsize = backend.dtype.itemsize
@@ -166,4 +177,8 @@ def attention_bytes(args: ModelArgs, backend: Backend) -> float:
         scores = (FLOAT32 + itemsize) * args.n_heads * n_keys
     elif on_cpu and args.dropout:
         scores = 3 * FLOAT32 * args.n_heads * args.max_seq_len      # dropout has no fused kernel on a CPU
+    elif not on_cpu and not has_fused_attention(args, backend):
+        scores = (FLOAT32 + itemsize) * args.n_heads * args.max_seq_len         # softmax and its 16-bit copy
+    elif not on_cpu and itemsize == 2 and args.head_dim % FUSED_HEAD_DIM:
+        queries_and_output += 4 * args.dim                          # copies with a larger head
     return itemsize * (queries_and_output + keys_and_values) + scores

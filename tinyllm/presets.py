@@ -91,7 +91,7 @@ def expected_bpb(name: str, minutes: float) -> float | None:
 
 def presets_table() -> str:
     """Return the list of presets for --help."""
-    lines = [f"presets (measured with {MEASURED_ON}):"]
+    lines = [f"presets (scores measured with {MEASURED_ON}):"]
     for name, preset in PRESETS.items():
         flags = " ".join(f"--{key} {value}" for key, value in preset.settings.items())
         gpu = f", for a GPU with {preset.gpu_gb} GB or more: {NOT_MEASURED}" if preset.gpu_gb else ""

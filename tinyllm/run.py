@@ -21,6 +21,7 @@ from tinyllm.optim import build_optimizers
 from tinyllm.resume import RunPlan, init_checkpoint_path, plan_run, run_settings
 from tinyllm.runlog import NEW_CHECKPOINT, archive_run
 
+SMALLER_BATCHES = "repeat the command with smaller batches, for the same steps:"
 SMALLER_MODEL = "use a smaller model: lower --max_seq_len, --dim or --n_layers"
 PER_MACHINE_SETTINGS = ("data_dir", "device", "num_workers")        # may differ between the machines of a run
 
@@ -60,8 +61,8 @@ def oom_advice(cfg: SimpleNamespace) -> str:
     smaller = f"--batch_size {cfg.batch_size // factor}"
     if cfg.eval_only:
         return f"evaluate smaller batches: {smaller}"
-    return ("repeat the command with smaller batches, for the same steps:\n"
-            f"       {smaller} --gradient_accumulation_steps {cfg.gradient_accumulation_steps * factor}")
+    accumulation = cfg.gradient_accumulation_steps * factor
+    return f"{SMALLER_BATCHES}\n       {smaller} --gradient_accumulation_steps {accumulation}"
 
 
 def build_run(cfg: SimpleNamespace, overrides: dict[str, Any], ranks: DistributedContext) -> "TrainRun":

@@ -46,7 +46,7 @@ from tinyllm.dataset import IGNORE_INDEX, Task
 from tinyllm.device_errors import explain_device_errors
 from tinyllm.distributed import SINGLE_PROCESS, DistributedContext
 from tinyllm.engine import Engine, build_engine
-from tinyllm.estimate import describe_memory, why_not_compilable
+from tinyllm.estimate import estimate_run_memory, why_not_compilable
 from tinyllm.optional import require_package
 from tinyllm.presets import PRESETS
 from tinyllm.project import find_tokenizer
@@ -73,7 +73,7 @@ dtype = "auto"          # auto, float32, bfloat16, float16
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@explain_device_errors("choose a smaller model: --preset or --checkpoint, or use --device cpu")
+@explain_device_errors("choose a smaller model, or use --device cpu")
 def main() -> None:
     benchmarks = {"train": bench_train, "quality": bench_quality, "sample": bench_sample, "text": bench_text}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -93,27 +93,29 @@ def bench_train(cfg: SimpleNamespace) -> None:
     train_cfg, args = default_shape(cfg)
     batch = random_batch(train_cfg.batch_size, args, backend)
     steps: dict[str, Callable[[], object]] = {}
+    runs: dict[str, TrainRun] = {}
     if reason := why_not_compilable(backend.device):
         print(f"note: without a compiled model: {reason}", file=sys.stderr)
     else:
-        compiled = build_run(train_cfg, backend, args, compiled=True, gradient_accumulation_steps=1)
-        steps["compiled"] = partial(train.train_step, compiled, repeat(batch))
-    eager = build_run(train_cfg, backend, args, compiled=False, gradient_accumulation_steps=1)
-    steps["eager"] = partial(train.train_step, eager, repeat(batch))
+        runs["compiled"] = build_run(train_cfg, backend, args, compiled=True, gradient_accumulation_steps=1)
+    runs["eager"] = build_run(train_cfg, backend, args, compiled=False, gradient_accumulation_steps=1)
+    for name, run in runs.items():
+        steps[name] = partial(train.train_step, run, repeat(batch))
     steps["transformers, float32"] = transformers_step(backend, args, batch)
     if cfg.peer:
         steps[f"{cfg.peer}, float32"] = peer_step(Path(cfg.peer), backend, args, batch)
     times = time_interleaved(steps, backend, cfg.rounds)
 
     n_tokens = batch[0].numel()
-    limit = matrix_seconds(eager.model, backend, n_tokens)
+    limit = matrix_seconds(runs["eager"].model, backend, n_tokens)
     print(f"{backend}: dim {args.dim}, {args.n_layers} layers, {n_tokens:,} tokens, one micro-batch a step")
     for name, seconds in times.items():
         print(f"{name:24} {n_tokens / seconds:10,.0f} tokens/s "
               f"{times['transformers, float32'] / seconds:6.2f} x transformers "
               f"{limit / seconds:6.0%} of the limit set by matrix products")
-    print(f"memory, compiled: {describe_memory(compiled, compiled=True)}")
-    print(f"memory, eager:    {describe_memory(eager, compiled=False)}")
+    for name, run in runs.items():
+        estimate = estimate_run_memory(run, name == "compiled", run.cfg.batch_size)
+        print(f"memory, {name}: about {estimate.total / 1e6:,.0f} MB, estimated")
     if backend.device.type == "cuda":
         print(f"peak memory of all contenders: {torch.cuda.max_memory_reserved() / 1e6:,.0f} MB")
 
