@@ -15,7 +15,8 @@ from tinyllm.device import Backend, has_bfloat16
 from tinyllm.optim import group_by_shape
 
 FLOAT32 = 4                         # bytes per number
-MATRIX_WORKSPACES = 2 * 8.5e6       # cuBLAS, for the threads of the forward and backward pass; Hopper: 2 * 34 MB
+MATRIX_WORKSPACES = 2 * 8.5e6       # cuBLAS, for the threads of the forward and backward pass
+HOPPER_WORKSPACES = 2 * 34e6        # the same on H100, H200 and B200
 EAGER_LOSS = 21                     # bytes per logit of a chunk: 5 float32 tensors and a mask
 FUSED_HEAD_DIM = 8                  # 16-bit kernels of attention take head dims that are multiples of this
 GPU_FRAGMENTATION = 1.06            # memory that PyTorch reserves / these tensors: segments stay partly free
@@ -59,8 +60,14 @@ def estimate_memory(model: nn.Module, optimizer: str, batch_size: int, micro_ste
     if backend.device.type == "cpu":
         total = CPU_FRAGMENTATION * peak + CPU_LIBRARIES + (CPU_COMPILER if compiled else 0)
     else:
-        total = GPU_FRAGMENTATION * (peak + MATRIX_WORKSPACES)
+        total = GPU_FRAGMENTATION * (peak + workspace_bytes(backend.device))
     return MemoryEstimate(state, total - state)
+
+
+def workspace_bytes(device: torch.device) -> float:
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] in (9, 10):
+        return HOPPER_WORKSPACES
+    return MATRIX_WORKSPACES
 
 
 # ---- weights and optimizer: bytes in total ------------------------------------------------------
