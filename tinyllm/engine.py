@@ -51,20 +51,21 @@ class SampledTokens:
     def __init__(self, tokens: Tensor, logits: Tensor, with_logprobs: bool):
         """Start one copy of the tokens (B,) and, with_logprobs, of their log-probabilities. logits: (B, vocab_size)."""
         self.logits = logits
-        rows = [tokens.int()]                                                           # (B,) each
+        self.with_logprobs = with_logprobs
+        packed = tokens                                                                 # (B,) or (2, B)
         if with_logprobs:
-            logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).flatten()
-            rows.append(logprobs.view(torch.int32))                                     # the bits of the floats
-        self._copy = HostCopy(torch.stack(rows))
+            logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).flatten()      # (B,)
+            packed = torch.stack((tokens.int(), logprobs.view(torch.int32)))            # the bits of the floats
+        self._copy = HostCopy(packed)
 
     def ids(self) -> list[int]:
         """Return the token ids; wait for the device if it still computes them."""
-        return self._copy.read()[0].tolist()
+        copy = self._copy.read()
+        return (copy[0] if self.with_logprobs else copy).tolist()
 
     def logprobs(self) -> list[float] | None:
         """Return the log-probabilities in nats, or None if they were not requested."""
-        copy = self._copy.read()
-        return copy[1].view(torch.float32).tolist() if len(copy) > 1 else None
+        return self._copy.read()[1].view(torch.float32).tolist() if self.with_logprobs else None
 
 
 class KVCache:
