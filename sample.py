@@ -13,7 +13,7 @@
     torchrun --nproc_per_node=2 sample.py --checkpoint big.gguf       # a model too large for one GPU
 
 Needs only the checkpoint of step 3, which contains the tokenizer. Stories go to stdout, separated by lines of `---`;
-everything else goes to stderr. The same seed gives the same stories on a CPU, or on GPUs of one model.
+everything else goes to stderr. On a CPU, the same seed gives the same stories.
 """
 import io
 import json
@@ -128,8 +128,8 @@ def oom_advice(cfg: SimpleNamespace) -> str:
     if getattr(cfg, name) > 1 and not cfg.score and not cfg.interactive:
         return f"generate fewer texts at a time: --{name} {getattr(cfg, name) // 2}"
     if cfg.score:
-        return "use a smaller model"
-    return "use a smaller model, or fewer tokens (--max_new_tokens)"
+        return "use a smaller model, or --device cpu if this is a GPU"
+    return "use a smaller model, fewer tokens (--max_new_tokens), or --device cpu if this is a GPU"
 
 
 def run_tensor_parallel(cfg: SimpleNamespace, ranks: distributed.DistributedContext) -> None:

@@ -112,7 +112,7 @@ def test_too_little_memory_gets_settings_that_fit(planned_run, monkeypatch, devi
     monkeypatch.setattr(estimate, "free_memory", lambda: enough)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e18 if enough is None else enough, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    text = estimate.describe_memory(run, compiled=False)
+    text = estimate.describe_memory(run, compiled=False) + estimate.memory_note(run, compiled=False)
     assert note in text and ("note:" in text) == bool(note)
     assert ("CUDA itself" in text) == (device == "cuda")
 

@@ -289,9 +289,9 @@ def test_invalid_line_does_not_end_interactive_mode(ckpt, monkeypatch):
 
 
 @pytest.mark.parametrize("options, advice", [
-    (["--num_samples", 5], "--num_samples 2"), ([], "smaller model, .*--max_new_tokens.*"),
+    (["--num_samples", 5], "--num_samples 2"), ([], "smaller model, .*--max_new_tokens.*--device cpu.*"),
     (["--input_file", "prompts.txt", "--batch_size", 8], "--batch_size 4"),
-    (["--score", "prompts.txt"], "smaller model")])
+    (["--score", "prompts.txt"], "smaller model, or --device cpu.*")])
 def test_out_of_memory_names_a_smaller_batch(ckpt, monkeypatch, run_in_process, options, advice):
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

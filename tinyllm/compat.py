@@ -1,8 +1,8 @@
 """Other PyTorch releases than the tested one, which requirements.txt installs.
 
-Colab, clusters and rented machines have their own PyTorch. From OLDEST_PYTORCH on, they work, but for two options. A
-function here calls PyTorch's current function if it exists, otherwise the older one. No other file depends on the
-release.
+Colab, clusters and rented machines have their own PyTorch. All releases from OLDEST_PYTORCH on work, except for two
+options. A function here calls PyTorch's current function if it exists, otherwise the older one. No other file depends
+on the release.
 
     python -m tinyllm.compat        # status 0 if the installed PyTorch works; used by quickstart.sh
 """
@@ -92,7 +92,7 @@ def load_tensors(path: Path, mmap: bool) -> Any:
 
 
 def check_structure(path: Path) -> None:
-    """Raise an error for a file that sets items of anything but dicts, or whose tensors reach beyond their data."""
+    """Raise an error for a file that sets items of anything but dicts, or declares data longer than the file's."""
     with open(path, "rb") as file:
         if file.read(2) == b"PK":
             archive = torch._C.PyTorchFileReader(str(path))

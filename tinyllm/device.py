@@ -169,7 +169,7 @@ def _named_dtype(name: str, device: torch.device, training: bool) -> tuple[torch
         raise UserError("--dtype must be float32 on Apple GPUs, where 16-bit attention looks at later tokens "
                         "(pytorch/pytorch, issue 195910)")
     if name == "bfloat16" and not has_bfloat16(device):
-        return torch.bfloat16, "this GPU only emulates it, float16 needs less time and memory"
+        return torch.bfloat16, "requested, but not in the hardware of this GPU"
     return DTYPES[name], "requested"
 
 

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -65,8 +66,10 @@ def explain_device_errors(oom_advice: str | Callable[[], str]) -> Iterator[None]
 
 
 def _is_in_compiler_cache(path: str | None) -> bool:
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")        # PyTorch's default: torchinductor_USER
-    return path is not None and folder in str(path)
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not folder:
+        return "torchinductor_" in str(path)            # PyTorch's default: torchinductor_USER
+    return path is not None and Path(path).is_relative_to(folder)
 
 
 def is_oom(error: BaseException) -> bool:

@@ -22,7 +22,10 @@ FORWARD_SHARE = 1 / 3               # of a step's time: the backward pass has tw
 def estimate_and_compile(run: TrainRun) -> None:
     """Print the summary and the estimates of a run, compile its model if that saves time, and set run.eval_seconds."""
     print_config_summary(run)
-    print(f"memory: {describe_memory(run, run.cfg.compile is True or run.state.compiled)}", flush=True)
+    is_compiled = run.cfg.compile is True or run.state.compiled
+    may_compile = is_compiled or run.cfg.compile == "auto" and not why_not_compilable(run.backend.device)
+    note = memory_note(run, may_compile)
+    print(f"memory: {describe_memory(run, is_compiled)}{note}", flush=True)
     forward_seconds = time_forward(run)
     pays, reason = should_compile(run, forward_seconds / FORWARD_SHARE * run.micro_steps_per_rank)
     if run.ranks.broadcast_from_main(pays):
@@ -31,7 +34,7 @@ def estimate_and_compile(run: TrainRun) -> None:
               "--compile False skips it", flush=True)
         seconds = compile_or_fall_back(run)
     else:
-        print(f"compile: no ({reason})", flush=True)
+        print(f"compile: no ({reason}){'' if note else memory_note(run, compiled=False)}", flush=True)
         seconds = time_micro_batch(run)
     n_windows = PretokDataset(run.shard_set, "val", run.cfg.batch_size, run.model.args.max_seq_len).n_windows
     eval_seconds = forward_seconds * n_windows / run.cfg.batch_size / run.ranks.world_size
@@ -54,19 +57,24 @@ def print_config_summary(run: TrainRun) -> None:
 
 
 def describe_memory(run: TrainRun, compiled: bool) -> str:
-    """Describe the memory that training needs. If less is free, add settings that fit.
-
-    Without them, the system might kill a process on a CPU without a message.
-    """
+    """Describe the memory that training needs."""
     estimate = estimate_run_memory(run, compiled, run.cfg.batch_size)
     on_gpu = run.backend.device.type == "cuda"
     more = "CUDA itself takes 300 to 500" if on_gpu else "Python and PyTorch take 300 to 400"
-    text = (f"about {estimate.total / 1e6:,.0f} MB: {estimate.state / 1e6:,.0f} MB for weights, gradients and "
+    return (f"about {estimate.total / 1e6:,.0f} MB: {estimate.state / 1e6:,.0f} MB for weights, gradients and "
             f"optimizer, {estimate.batch / 1e6:,.0f} MB for {run.cfg.batch_size} windows; {more} MB more")
-    free = free_gpu_memory(run.backend.device) if on_gpu else free_memory()
-    if free is not None and estimate.total > free:
-        text += f"\nnote:   only {free / 1e9:.1f} GB are free; {advice_to_fit(run, compiled, free, indent=8)}"
-    return text
+
+
+def memory_note(run: TrainRun, compiled: bool) -> str:
+    """Return a note with settings that fit, on a line of its own, if less memory is free than needed; otherwise "".
+
+    Without it, the system might kill a process on a CPU without a message.
+    """
+    device = run.backend.device
+    free = free_gpu_memory(device) if device.type == "cuda" else free_memory()
+    if free is None or estimate_run_memory(run, compiled, run.cfg.batch_size).total <= free:
+        return ""
+    return f"\nnote:   only {free / 1e9:.1f} GB are free; {advice_to_fit(run, compiled, free, indent=8)}"
 
 
 def estimate_run_memory(run: TrainRun, compiled: bool, batch_size: int) -> MemoryEstimate:

@@ -70,7 +70,7 @@ PRESETS = {
         dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, batch_size=128, learning_rate=3e-3, max_iters=20_000),
         gpu_gb=24),
     "gpu_40gb": Preset(
-        "206 million parameters", 4096,
+        "207 million parameters", 4096,
         dict(dim=1024, n_layers=16, n_heads=16, n_kv_heads=16, batch_size=128, learning_rate=2.5e-3,
              max_iters=20_000), gpu_gb=40),
 }

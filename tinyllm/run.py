@@ -56,7 +56,7 @@ def load_train_state(stored: dict[str, Any]) -> TrainState:
 def oom_advice(cfg: SimpleNamespace) -> str:
     """Return the settings to try when memory runs out: the largest smaller batch that keeps the steps the same."""
     if cfg.batch_size == 1:
-        return SMALLER_MODEL
+        return "use --device cpu" if cfg.eval_only else SMALLER_MODEL
     factor = next(factor for factor in range(2, cfg.batch_size + 1) if cfg.batch_size % factor == 0)
     smaller = f"--batch_size {cfg.batch_size // factor}"
     if cfg.eval_only:

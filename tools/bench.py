@@ -31,11 +31,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # for python tools/bench.py
+import train                            # before torch, whose log level it sets
+
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))         # for python tools/bench.py
-import train
 from model import ModelArgs, Transformer
 from tinyllm import checkpoint as checkpoints
 from tinyllm import cli, corpus, documents, optional, shards
