@@ -9,5 +9,5 @@ python=.venv/bin/python
 [ -x "$python" ] || python=python           # an active environment that has PyTorch
 "$python" -m pip install --quiet -r tests/requirements.txt
 processes=2
-case " $* " in *" --gpu "*) processes=0 ;; esac         # they share one GPU
+case " $* " in *" --gpu "*) processes=0 ;; esac         # the tests share one GPU
 exec "$python" -m pytest -q -n $processes --dist loadgroup tests "$@"

@@ -124,6 +124,20 @@ def test_parts_of_the_state():
     assert sharded.state == (16 * n_params - 4 * matrices) / 4
 
 
+@pytest.mark.parametrize("options, copies", [
+    ({"world_size": 1}, 0), ({"world_size": 2}, 1), ({"world_size": 2, "is_sharded": True}, 0)])
+def test_several_micro_batches_under_ddp_hold_gradients_twice(options, copies):
+    """With no_sync, gradients are not in DDP's buckets; docs/scaling.md counts 20 bytes per parameter instead of 16."""
+    cfg = settings("--optimizer", "adamw")
+    model = meta_model(shape_from_settings(cfg, 4096))
+    backend = Backend(torch.device("cuda"), torch.float32, "")
+    one, two = [memory.estimate_memory(model, "adamw", 8, micro_steps, backend, False, **options).total
+                for micro_steps in (1, 2)]
+    kept_by_one = 4 * model.count_parameters() if options["world_size"] == 1 else 0     # more micro-batches keep them
+    growth = copies * 4 * model.count_parameters() + kept_by_one
+    assert two - one == pytest.approx(memory.GPU_FRAGMENTATION * growth)
+
+
 @pytest.mark.parametrize("flags", [
     ["--batch_size", "64"], ["--gradient_accumulation_steps", "2"], ["--dropout", "0.1"], ["--n_kv_heads", "6"],
     ["--max_seq_len", "512"], ["--n_layers", "9"], ["--hidden_dim", "1024"]])

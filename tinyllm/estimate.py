@@ -23,7 +23,7 @@ def estimate_and_compile(run: TrainRun) -> None:
     """Print the summary and the estimates of a run, compile its model if that saves time, and set run.eval_seconds."""
     print_config_summary(run)
     is_compiled = run.cfg.compile is True or run.state.compiled
-    may_compile = is_compiled or run.cfg.compile == "auto" and not why_not_compilable(run.backend.device)
+    may_compile = is_compiled or (run.cfg.compile == "auto" and not why_not_compilable(run.backend.device))
     note = memory_note(run, may_compile)
     print(f"memory: {describe_memory(run, is_compiled)}{note}", flush=True)
     forward_seconds = time_forward(run)

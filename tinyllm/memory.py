@@ -55,6 +55,8 @@ def estimate_memory(model: nn.Module, optimizer: str, batch_size: int, micro_ste
     forward = state + activation_bytes(model, batch_size, backend, compiled, loss_rows)
     if world_size == 1 and micro_steps == 1:
         forward -= gradients                # the backward pass creates them; DDP keeps them
+    elif world_size > 1 and micro_steps > 1 and not is_sharded:
+        forward += gradients                # DDP sums up the first micro-batches outside its buckets
     forward += gathered_bytes(model) if is_sharded else cast_bytes(model, backend)
     peak = max(forward, state) + update_bytes(model, optimizer, backend) / n_shards
     if backend.device.type == "cpu":
